@@ -1,0 +1,50 @@
+"""Load model weights published in the MLC / TVM NDArray cache format into NumPy arrays or GPU buffers.
+
+>>> import ndcache
+>>> weights = ndcache.load("https://host/model/", device="gpu")
+"""
+
+from __future__ import annotations
+
+from . import errors
+from ._version import __version__
+from .devices.gpu import GPUTensor
+from .errors import *  # noqa: F403 - every error is public
+from .loader import (
+    Loader,
+    VerifyReport,
+    delete,
+    fetch,
+    is_cached,
+    load,
+    read_manifest,
+    stream,
+    verify,
+)
+from .manifest import Manifest, Record, Shard
+from .progress import ProgressReport
+from .stats import LoadStats
+from .transport import RetryPolicy
+from .weights import Weights
+
+__all__ = [
+    "GPUTensor",
+    "LoadStats",
+    "Loader",
+    "Manifest",
+    "ProgressReport",
+    "Record",
+    "RetryPolicy",
+    "Shard",
+    "VerifyReport",
+    "Weights",
+    "__version__",
+    "delete",
+    "fetch",
+    "is_cached",
+    "load",
+    "read_manifest",
+    "stream",
+    "verify",
+]
+__all__ += errors.__all__

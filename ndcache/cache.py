@@ -1,0 +1,388 @@
+"""One model's cache directory: look up, private parts, atomic publishing, delete, verify.
+
+::
+
+    <root>/<scope>/<model>/
+        tensor-cache.json              the manifest, as the server sent it
+        params_shard_0.bin             complete and checked, or not there at all
+        .ndcache/                      ndcache's own state
+            source.json                  where the model came from
+            validators/<file>.json       what is known of a published file: size, time, digests, ETag
+            parts/<file>.<random>        private to its writer, opened with O_EXCL
+            aside/<file>                 what turned out to be bad
+
+A file gets its name by rename, after its size and digest were found right and its bytes were synced to disk, and is
+never written again. So whoever sees the name sees the right bytes, and a reader that has it open or mapped keeps
+them, whatever happens to the name. A validator is a memory, not a promise: where it is missing or disagrees
+with the file or the manifest, the file's digest decides.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import platformdirs
+
+from .errors import CacheError, CacheUnavailableError, DiskFullError, NdcacheError, UnsafeCacheError
+from .manifest import STATE_DIRECTORY, Shard
+
+__all__ = ["ArtifactCache", "CachedModel", "Part", "Validator", "cache_root", "mismatch", "models"]
+
+_BUFFER_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Validator:
+    """What was true of a file when it was published.
+
+    Attributes
+    ----------
+    nbytes, mtime_ns : int
+        Size and time of change of the file on disk.
+    md5, sha256 : str or None
+        Digests that were computed from its bytes.
+    etag, last_modified : str or None
+        What the server called this version.
+    """
+
+    nbytes: int
+    mtime_ns: int
+    md5: str | None = None
+    sha256: str | None = None
+    etag: str | None = None
+    last_modified: str | None = None
+
+
+@dataclass
+class Part:
+    """A file being written, private to its writer until it is published.
+
+    Attributes
+    ----------
+    file : binary file
+        Open for writing at the end of what has come.
+    path : pathlib.Path
+        Its name for now.
+    nbytes : int
+        Bytes written.
+    digests : dict of str to hash object
+        Fed with every byte written.
+    """
+
+    file: BinaryIO
+    path: Path
+    nbytes: int = 0
+    digests: dict[str, Any] = field(default_factory=dict)
+
+    def write(self, data: memoryview) -> None:
+        """Append `data`."""
+        self.file.write(data)
+        for digest in self.digests.values():
+            digest.update(data)
+        self.nbytes += len(data)
+
+    def digest(self, algorithm: str) -> str | None:
+        """The hex digest of what was written, if it was asked for at the start."""
+        return self.digests[algorithm].hexdigest() if algorithm in self.digests else None
+
+
+@dataclass(frozen=True)
+class CachedModel:
+    """A model found in the cache by `models`.
+
+    Attributes
+    ----------
+    scope : str
+    source : str
+        Its URL, without secrets.
+    path : pathlib.Path
+        Its directory.
+    nbytes : int
+        Bytes on disk.
+    """
+
+    scope: str
+    source: str
+    path: Path
+    nbytes: int
+
+
+class ArtifactCache:
+    """The cache directory of one model, which is a valid local model directory itself.
+
+    Nothing is created before something is written, so that a read-only cache still serves what it has.
+
+    Parameters
+    ----------
+    directory : pathlib.Path
+        The model's directory.
+    source : str
+        Where its files come from, without secrets; kept for listings.
+    """
+
+    def __init__(self, directory: Path, source: str = "") -> None:
+        self.directory = directory
+        self._state = directory / STATE_DIRECTORY
+        self._source = source
+
+    # --- looking up
+
+    def path(self, name: str) -> Path:
+        """Where the file `name` lies, or would."""
+        return self.directory.joinpath(*name.split("/"))
+
+    def size(self, name: str) -> int | None:
+        """The size of a published file; None if there is none."""
+        try:
+            status = os.lstat(self.path(name))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise _unavailable(self.directory, error) from error
+        return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+    def has(self, shard: Shard) -> bool:
+        """Whether the shard is there and of the right size."""
+        return self.size(shard.data_path) == shard.nbytes
+
+    def is_known_good(self, shard: Shard) -> bool:
+        """Whether the shard is there and was found to have the manifest's digest when it was published."""
+        validator = self.validator(shard.data_path)
+        if validator is None or not self.has(shard):
+            return False
+        return (
+            validator.nbytes == shard.nbytes
+            and validator.mtime_ns == self.path(shard.data_path).stat().st_mtime_ns
+            and shard.sha256sum in (None, validator.sha256)
+            and shard.md5sum in (None, validator.md5)
+        )
+
+    def read(self, name: str, limit: int) -> bytes | None:
+        """The content of a small published file, up to `limit` bytes."""
+        if self.size(name) is None:
+            return None
+        try:
+            with open(self.path(name), "rb") as file:
+                return file.read(limit + 1)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise _unavailable(self.directory, error) from error
+
+    def validator(self, name: str) -> Validator | None:
+        """What is known of the file; None if nothing is, or what is known cannot be read."""
+        try:
+            with open(self._validator_path(name), "rb") as file:
+                return Validator(**json.loads(file.read(1 << 16)))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    # --- writing
+
+    @contextlib.contextmanager
+    def part(self, name: str, algorithms: tuple[str, ...] = ()) -> Iterator[Part]:
+        """A new part for the file `name`; it is removed at the end of the block unless published in it."""
+        with self._writing(name):
+            folder = self._folder("parts")
+            path = folder / f"{_flat(name)}.{secrets.token_hex(8)}"
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+            handle = os.open(path, flags | getattr(os, "O_CLOEXEC", 0), 0o644)
+            digests = {name: hashlib.new(name, usedforsecurity=False) for name in algorithms}
+            with os.fdopen(handle, "wb", buffering=0) as file:
+                try:
+                    yield Part(file, path, digests=digests)
+                finally:
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(path)
+
+    def publish(self, part: Part, name: str, *, etag: str | None = None, last_modified: str | None = None) -> Path:
+        """Give a complete and checked part its name."""
+        with self._writing(name):
+            os.fsync(part.file.fileno())
+            status = os.fstat(part.file.fileno())
+            part.file.close()
+            target = self.path(name)
+            self._make(target.parent)
+            os.replace(part.path, target)
+            _sync_directory(target.parent)
+            self.remember(
+                name,
+                Validator(
+                    nbytes=status.st_size,
+                    mtime_ns=status.st_mtime_ns,
+                    md5=part.digest("md5"),
+                    sha256=part.digest("sha256"),
+                    etag=etag,
+                    last_modified=last_modified,
+                ),
+            )
+        return target
+
+    def remember(self, name: str, validator: Validator) -> None:
+        """Keep what is known of a published file; losing it in a crash only costs reading the file again."""
+        folder = self._folder("validators")
+        fresh = folder / f"{_flat(name)}.{secrets.token_hex(8)}"
+        fresh.write_text(json.dumps(asdict(validator)), encoding="utf-8")
+        os.replace(fresh, self._validator_path(name))
+
+    def remember_checked(self, shard: Shard) -> None:
+        """Note that the shard's file was just found to match the manifest."""
+        with contextlib.suppress(OSError, NdcacheError):  # a read-only cache forgets, and checks again
+            status = os.stat(self.path(shard.data_path))
+            self.remember(
+                shard.data_path,
+                Validator(status.st_size, status.st_mtime_ns, shard.md5sum, shard.sha256sum),
+            )
+
+    def set_aside(self, name: str) -> None:
+        """Take a bad file out of the way, without destroying the evidence."""
+        with self._writing(name), contextlib.suppress(FileNotFoundError):
+            os.replace(self.path(name), self._folder("aside") / _flat(name))
+
+    def ensure_room(self, nbytes: int) -> None:
+        """Raise `DiskFullError` unless the disk has room for `nbytes` more."""
+        folder = next(p for p in (self.directory, *self.directory.parents) if p.exists())
+        free = shutil.disk_usage(folder).free
+        if nbytes > free:
+            raise _disk_full(self.directory, nbytes, free)
+
+    def delete(self) -> int:
+        """Remove the whole directory; the bytes that it held. Loads that have its files open go on."""
+        if not self.directory.exists():
+            return 0
+        self._check_ours()
+        nbytes = _disk_bytes(self.directory)
+        grave = self.directory.with_name(f"{self.directory.name}.{secrets.token_hex(4)}.deleted")
+        try:
+            os.replace(self.directory, grave)  # at once for whoever looks, however long the rest takes
+            shutil.rmtree(grave)
+        except OSError as error:
+            raise _unavailable(self.directory, error) from error
+        return nbytes
+
+    # --- inside
+
+    def _validator_path(self, name: str) -> Path:
+        return self._state / "validators" / f"{_flat(name)}.json"
+
+    def _folder(self, name: str) -> Path:
+        folder = self._state / name
+        if not folder.is_dir():
+            self._make(folder)
+            if self._source:
+                (self._state / "source.json").write_text(json.dumps({"source": self._source}), encoding="utf-8")
+        return folder
+
+    def _make(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def _check_ours(self) -> None:
+        if self.directory.is_symlink() or not self._state.is_dir() or self._state.is_symlink():
+            raise UnsafeCacheError(f"{self.directory} is not a directory that ndcache made", hint="It was left alone.")
+
+    @contextlib.contextmanager
+    def _writing(self, name: str) -> Iterator[None]:
+        """Turn what the operating system says into errors that say what to do."""
+        try:
+            yield
+        except NdcacheError:
+            raise
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise _disk_full(self.directory, None, None, name) from error
+            raise _unavailable(self.directory, error) from error
+
+
+def mismatch(path: Path, shard: Shard) -> tuple[str, str] | None:
+    """The expected and the actual digest of a file, if they differ. Without a digest in the manifest they cannot."""
+    for algorithm, expected in (("sha256", shard.sha256sum), ("md5", shard.md5sum)):
+        if expected is not None:
+            actual = digest_of(path, algorithm)
+            return None if actual == expected else (expected, actual)
+    return None
+
+
+def digest_of(path: Path, algorithm: str, check: Callable[[], None] = lambda: None) -> str:
+    """The hex digest of a file; `check` is called now and then and may raise."""
+    digest = hashlib.new(algorithm, usedforsecurity=False)
+    buffer = memoryview(bytearray(_BUFFER_BYTES))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            check()
+            digest.update(buffer[:count])
+    return digest.hexdigest()
+
+
+def cache_root(cache_dir: str | os.PathLike[str] | None, home: str | None) -> Path:
+    """The cache's top directory: the option, else NDCACHE_HOME, else the system's place for caches."""
+    if cache_dir is not None:
+        return Path(cache_dir).expanduser().absolute()
+    return Path(home).expanduser().absolute() if home else Path(platformdirs.user_cache_dir("ndcache"))
+
+
+def models(root: Path) -> Iterator[CachedModel]:
+    """The models in the cache, of all scopes, by name."""
+    for state in sorted(root.glob(f"*/*/{STATE_DIRECTORY}")):
+        directory = state.parent
+        if directory.name.endswith(".deleted"):
+            continue
+        try:
+            source = json.loads((state / "source.json").read_text("utf-8"))["source"]
+        except (OSError, ValueError, KeyError, TypeError):
+            source = directory.name
+        yield CachedModel(directory.parent.name, source, directory, _disk_bytes(directory))
+
+
+def _flat(name: str) -> str:
+    """A file name for a path: a slash cannot be part of one, and neither can `%` of what check_path lets in."""
+    return name.replace("%", "%25").replace("/", "%2F")
+
+
+def _disk_bytes(directory: Path) -> int:
+    total = 0
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.lstat(os.path.join(folder, name)).st_size
+    return total
+
+
+def _sync_directory(directory: Path) -> None:
+    if os.name == "nt":
+        return  # Windows has no handle on a directory to sync
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _unavailable(directory: Path, error: OSError) -> CacheError:
+    return CacheUnavailableError(
+        f"the cache directory {directory} cannot be used: {error.strerror or error}",
+        hint="Choose another one with the cache_dir option or NDCACHE_HOME.",
+    )
+
+
+def _disk_full(directory: Path, needed: int | None, free: int | None, name: str | None = None) -> DiskFullError:
+    detail = "" if needed is None else f": {needed:,} bytes needed, {free:,} free"
+    error = DiskFullError(
+        f"no room in the cache directory {directory}{detail}",
+        shard=name,
+        expected=needed,
+        received=free,
+        hint="Free some space (ndcache ls, ndcache rm) or choose another disk with cache_dir or NDCACHE_HOME.",
+    )
+    error.errno = errno.ENOSPC
+    return error

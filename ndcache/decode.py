@@ -1,0 +1,70 @@
+"""A record's bytes → a NumPy array, and back to how the format stores it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from .dtypes import DTYPES
+from .errors import DecodeError
+from .manifest import Record
+
+__all__ = ["decode", "encode_bf16", "stored"]
+
+_BF16_MAX = np.uint32(0x7F7F0000).view(np.float32)  # the largest finite bfloat16
+
+
+def stored(record: Record, shard: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
+    """A view of the record's stored values in its shard's bytes; no copy, whatever the offset's alignment.
+
+    Parameters
+    ----------
+    record : Record
+    shard : array of uint8, shape (nbytes of the shard,)
+
+    Returns
+    -------
+    array of the record's shape and `Record.stored_dtype`
+        Read-only if `shard` is.
+    """
+    if record.byte_offset + record.nbytes > shard.size:
+        raise DecodeError(f"the shard's {shard.size} bytes do not reach tensor {record.name!r}")
+    data = shard[record.byte_offset : record.byte_offset + record.nbytes]
+    return np.ndarray(record.shape, DTYPES[record.stored_dtype], buffer=data)
+
+
+def decode(record: Record, shard: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
+    """The record's tensor: `stored`, with bfloat16 that encodes float32 expanded into memory of its own.
+
+    Parameters and the result are those of `stored`, but for the dtype, which is ``record.dtype``.
+    """
+    values = stored(record, shard)
+    if not record.is_bf16_encoded:
+        return values
+    expanded = np.empty(record.shape, np.float32)
+    # ml_dtypes' cast into a ready array: 8.9 GB/s where `astype(uint32) << 16` has 1.9 (benchmarks/decode.py).
+    expanded[...] = values
+    return expanded
+
+
+def encode_bf16(values: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
+    """float32 → bfloat16 as TVM's writer stores it.
+
+    Rounded to nearest even, but values beyond the largest bfloat16 are cut off to it instead of becoming infinite.
+    Infinities and NaN stay what they are, the upper half of a NaN's payload included.
+
+    Source: ``_convert_f32_to_bf16`` in apache-tvm's ``tvm/contrib/tvmjs.py``.
+    """
+    with np.errstate(invalid="ignore"):  # signalling NaN
+        encoded = values.astype(ml_dtypes.bfloat16)
+        special = ~(np.abs(values) < _BF16_MAX)
+    if special.any():
+        bits = values[special].view(np.uint32)
+        cut = (bits >> 16).astype(np.uint16)
+        # A NaN whose payload lies in the lower half alone would become an infinity.
+        lost = np.isnan(values[special]) & (cut & 0x7F == 0)
+        encoded.view(np.uint16)[special] = np.where(lost, cut | 0x40, cut)
+    return encoded

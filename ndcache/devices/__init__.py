@@ -1,0 +1,40 @@
+"""Where tensors end up: NumPy arrays, or buffers of a GPU."""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import Any
+
+from .base import Device
+from .cpu import CpuDevice
+from .gpu import GpuDevice, open_gpu
+
+__all__ = ["open_device"]
+
+logger = logging.getLogger("ndcache")
+
+
+def open_device(device: Any) -> Device[Any, Any]:
+    """What the ``device`` option names: ``"cpu"``, ``"gpu"``, ``"gpu:N"``, ``"auto"`` or a `wgpu.GPUDevice`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        None of these.
+    DeviceError
+        There is no such GPU, or it cannot be used.
+    """
+    if not isinstance(device, str):
+        # Anything that can make buffers, so that wgpu need not be imported to ask.
+        if not hasattr(device, "create_buffer"):
+            raise TypeError(f"device takes a string or a wgpu.GPUDevice, not {device!r}")
+        return GpuDevice(device, is_ours=False)
+    if device == "cpu":
+        return CpuDevice()
+    if not re.fullmatch(r"auto|gpu(:[0-9]{1,4})?", device):
+        raise ValueError(f"device is 'cpu', 'gpu', 'gpu:N' or 'auto', not {device!r}")
+    opened = open_gpu(device) or CpuDevice()
+    if device == "auto":
+        logger.info("device 'auto' is %s", opened.name)
+    return opened

@@ -1,0 +1,60 @@
+"""What a device must do to have a model loaded onto it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from ..manifest import Record, Shard
+
+__all__ = ["Device"]
+
+#: What `Device.stage` leaves for `Device.place`.
+Staged = TypeVar("Staged")
+Tensor = TypeVar("Tensor")
+
+
+class Device(ABC, Generic[Staged, Tensor]):
+    """Takes shards in two steps: the bytes are staged in a worker, the tensors made on the caller's thread.
+
+    Attributes
+    ----------
+    handle
+        What users see as `Weights.device`.
+    name : str
+        The device in words.
+    """
+
+    handle: Any
+    name: str
+
+    @abstractmethod
+    def check(self, shards: Sequence[Shard], *, decode: bool) -> None:
+        """Raise `DeviceError` if a tensor cannot fit the device's limits; called before anything is fetched."""
+
+    @abstractmethod
+    def stage(self, path: Path, shard: Shard) -> Staged:
+        """Make the bytes of a shard's file ready for `place`. Called from many threads at once."""
+
+    @abstractmethod
+    def place(self, staged: Staged, shard: Shard, *, decode: bool) -> Iterator[tuple[Record, Tensor]]:
+        """The shard's tensors, in its records' order. Called from one thread, in manifest order.
+
+        Parameters
+        ----------
+        staged
+            From `stage`.
+        shard : Shard
+        decode : bool
+            Expand float32 stored as bfloat16; else the tensor has the stored bits.
+        """
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Wait until everything placed is really there."""
+
+    @abstractmethod
+    def discard(self, tensors: Iterable[Tensor]) -> None:
+        """Free tensors of this device, and the device itself unless it is the caller's."""

@@ -1,0 +1,90 @@
+"""The CPU: views of mapped shard files, and expanded copies where the format stores bfloat16 for float32."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..decode import decode as decode_record
+from ..decode import stored
+from ..errors import SizeMismatchError
+from ..manifest import Record, Shard
+from .base import Device
+
+__all__ = ["CpuDevice", "map_shard"]
+
+#: Shards of one load that may stay mapped before Python 3.13, where each map holds a file descriptor (of 1,024 that
+#: a process usually has). Further ones are read into memory.
+_MAX_MAPS = 256
+
+Array = npt.NDArray[Any]
+Bytes = npt.NDArray[np.uint8]
+
+
+class CpuDevice(Device[Bytes, Array]):
+    """Gives plain NumPy arrays."""
+
+    handle = "cpu"
+    name = "cpu"
+
+    def check(self, shards: Sequence[Shard], *, decode: bool) -> None:
+        self._map = sys.version_info >= (3, 13) or len(shards) <= _MAX_MAPS
+
+    def stage(self, path: Path, shard: Shard) -> Bytes:
+        return map_shard(path, shard) if self._map else _read_shard(path, shard)
+
+    def place(self, staged: Bytes, shard: Shard, *, decode: bool) -> Iterator[tuple[Record, Array]]:
+        for record in shard.records:
+            yield record, decode_record(record, staged) if decode else stored(record, staged)
+
+    def finish(self) -> None:
+        pass
+
+    def discard(self, tensors: Iterable[Array]) -> None:
+        pass  # memory goes with its last reference
+
+
+def map_shard(path: Path, shard: Shard) -> Bytes:
+    """The shard's file as a read-only array over its mapped pages.
+
+    Raises
+    ------
+    SizeMismatchError
+        Its size is not the manifest's. Reading past the end of a map would kill the process.
+    """
+    with open(path, "rb") as file:
+        _check_size(file.fileno(), path, shard)
+        if shard.nbytes == 0:
+            return np.empty(0, np.uint8)  # there is no empty map
+        if sys.version_info >= (3, 13):
+            pages = mmap.mmap(file.fileno(), shard.nbytes, access=mmap.ACCESS_READ, trackfd=False)
+        else:
+            pages = mmap.mmap(file.fileno(), shard.nbytes, access=mmap.ACCESS_READ)
+        return np.frombuffer(pages, np.uint8)
+
+
+def _read_shard(path: Path, shard: Shard) -> Bytes:
+    with open(path, "rb") as file:
+        _check_size(file.fileno(), path, shard)
+        data = np.fromfile(file, np.uint8, shard.nbytes)
+    data.flags.writeable = False
+    return data
+
+
+def _check_size(handle: int, path: Path, shard: Shard) -> None:
+    size = os.fstat(handle).st_size
+    if size != shard.nbytes:
+        raise SizeMismatchError(
+            f"{path} has {size:,} bytes where the manifest says {shard.nbytes:,}",
+            shard=shard.data_path,
+            expected=shard.nbytes,
+            received=size,
+            hint="It was changed during the load; load again.",
+        )

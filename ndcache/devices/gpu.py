@@ -1,0 +1,281 @@
+"""A GPU through wgpu: every tensor in a storage buffer of its own."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..decode import decode as decode_record
+from ..decode import stored
+from ..dtypes import DTYPES
+from ..errors import DeviceError, NoAdapterError, OutOfDeviceMemoryError
+from ..manifest import Record, Shard
+from .base import Device
+from .cpu import Bytes, map_shard
+
+if TYPE_CHECKING:
+    import wgpu
+
+__all__ = ["GPUTensor", "GpuDevice", "adapters", "is_software", "open_gpu"]
+
+#: Writes after which the queue is waited for. Each keeps a copy of its bytes until the GPU has done it.
+_FENCE_BYTES = 256 << 20
+#: Of several ways to one adapter, the first of these.
+_BACKENDS = ("Vulkan", "Metal", "D3D12", "OpenGL")
+_ADAPTER_TYPES = ("DiscreteGPU", "IntegratedGPU", "VirtualGPU", "Unknown", "CPU")
+
+
+class GPUTensor:
+    """A tensor in a GPU buffer.
+
+    Attributes
+    ----------
+    buffer : wgpu.GPUBuffer
+        Usage STORAGE | COPY_SRC | COPY_DST; its size is `nbytes` rounded up to a multiple of 4, at least 4, and the
+        bytes beyond `nbytes` are 0.
+    shape : tuple of int
+    dtype : numpy.dtype
+        bfloat16 and float8 are those of ml_dtypes.
+    nbytes : int
+        Bytes of the tensor.
+    device : wgpu.GPUDevice
+        Where the buffer lives.
+    """
+
+    __slots__ = ("buffer", "device", "dtype", "nbytes", "shape")
+
+    def __init__(
+        self,
+        buffer: wgpu.GPUBuffer,
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any],
+        device: wgpu.GPUDevice,
+    ) -> None:
+        self.buffer = buffer
+        self.shape = shape
+        self.dtype = dtype
+        self.nbytes = math.prod(shape) * dtype.itemsize
+        self.device = device
+
+    def numpy(self) -> npt.NDArray[Any]:
+        """A copy of the tensor in the CPU's memory; waits for the GPU."""
+        if self.nbytes == 0:
+            return np.empty(self.shape, self.dtype)
+        with _device_errors():
+            data = self.device.queue.read_buffer(self.buffer, 0, _padded(self.nbytes))
+        return np.frombuffer(data, np.uint8)[: self.nbytes].view(self.dtype).reshape(self.shape)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
+        if copy is False:
+            raise ValueError("a GPU buffer cannot become an array without a copy")
+        array = self.numpy()
+        return array if dtype is None else array.astype(dtype, copy=False)
+
+    def __repr__(self) -> str:
+        return f"GPUTensor(shape={self.shape}, dtype={self.dtype.name}, nbytes={self.nbytes})"
+
+
+class GpuDevice(Device[Bytes, GPUTensor]):
+    """Loads onto a `wgpu.GPUDevice`.
+
+    Parameters
+    ----------
+    handle : wgpu.GPUDevice
+    is_ours : bool
+        Whether `discard` destroys it, too.
+    """
+
+    def __init__(self, handle: wgpu.GPUDevice, *, is_ours: bool) -> None:
+        import wgpu
+
+        self.handle = handle
+        self.name = f"gpu ({_name(handle.adapter)})"
+        self._is_ours = is_ours
+        usage = wgpu.BufferUsage
+        self._usage = usage.STORAGE | usage.COPY_SRC | usage.COPY_DST
+        self._unfenced = 0
+        self._fence_buffer: wgpu.GPUBuffer | None = None
+
+    def check(self, shards: Sequence[Shard], *, decode: bool) -> None:
+        limit = self.handle.limits["max-buffer-size"]
+        for shard in shards:
+            for record in shard.records:
+                nbytes = math.prod(record.shape) * _dtype(record, decode).itemsize
+                if _padded(nbytes) > limit:
+                    raise OutOfDeviceMemoryError(
+                        f"tensor {record.name!r} takes {nbytes:,} bytes, the device's buffers at most {limit:,}",
+                        shard=shard.data_path,
+                        expected=nbytes,
+                        received=limit,
+                        hint="Nothing was fetched. Load it to the CPU, or leave it out with names=.",
+                    )
+
+    def stage(self, path: Path, shard: Shard) -> Bytes:
+        return map_shard(path, shard)
+
+    def place(self, staged: Bytes, shard: Shard, *, decode: bool) -> Iterator[tuple[Record, GPUTensor]]:
+        for record in shard.records:
+            values = decode_record(record, staged) if decode else stored(record, staged)
+            with _device_errors():
+                tensor = self._upload(values)
+            yield record, tensor
+        self.handle.queue.submit([])  # frees the queue's copies as the GPU gets through them
+        if self._unfenced > _FENCE_BYTES:
+            self.finish()
+
+    def finish(self) -> None:
+        with _device_errors():
+            if self._fence_buffer is None:
+                self._fence_buffer = self.handle.create_buffer(size=4, usage=self._usage)
+            # The queue works in order: what can be read now was written after all that came before.
+            self.handle.queue.read_buffer(self._fence_buffer, 0, 4)
+        self._unfenced = 0
+
+    def discard(self, tensors: Iterable[GPUTensor]) -> None:
+        with _device_errors():
+            for tensor in tensors:
+                tensor.buffer.destroy()
+            if self._fence_buffer is not None:
+                self._fence_buffer.destroy()
+                self._fence_buffer = None
+            if self._is_ours:
+                self.handle.destroy()
+
+    def _upload(self, values: npt.NDArray[Any]) -> GPUTensor:
+        buffer = self.handle.create_buffer(size=max(_padded(values.nbytes), 4), usage=self._usage)
+        try:
+            data = values.reshape(-1).view(np.uint8)
+            # Writes are in multiples of 4 bytes, and an empty one is an error.
+            whole = values.nbytes & ~3
+            if whole:
+                self.handle.queue.write_buffer(buffer, 0, data[:whole])
+            if whole < values.nbytes:
+                tail = np.zeros(4, np.uint8)
+                tail[: values.nbytes - whole] = data[whole:]
+                self.handle.queue.write_buffer(buffer, whole, tail)
+        except BaseException:
+            buffer.destroy()
+            raise
+        self._unfenced += values.nbytes
+        return GPUTensor(buffer, values.shape, values.dtype, self.handle)
+
+
+def adapters() -> list[wgpu.GPUAdapter]:
+    """The adapters there are: real ones before software ones, each by its best backend only.
+
+    Raises
+    ------
+    NoAdapterError
+        wgpu itself cannot be loaded.
+    """
+    try:
+        import wgpu
+    except (ImportError, OSError) as error:
+        raise NoAdapterError(
+            f"wgpu cannot be loaded: {error}", hint="Install it anew: pip install --force-reinstall wgpu."
+        ) from error
+    found: list[wgpu.GPUAdapter] = []
+    for backend in _BACKENDS:
+        better = [_name(adapter) for adapter in found]
+        found += [
+            adapter
+            for adapter in wgpu.gpu.enumerate_adapters_sync()
+            if adapter.info["backend_type"] == backend and not any(_same_name(_name(adapter), name) for name in better)
+        ]
+    return sorted(found, key=lambda adapter: _ADAPTER_TYPES.index(_type(adapter)))
+
+
+def is_software(adapter: wgpu.GPUAdapter) -> bool:
+    """Whether the adapter is a program on the CPU (lavapipe, SwiftShader, WARP)."""
+    return _type(adapter) == "CPU"
+
+
+def open_gpu(spec: str) -> GpuDevice | None:
+    """Open ``"gpu"``, ``"gpu:N"``, or for ``"auto"`` the first real adapter, if any.
+
+    Raises
+    ------
+    NoAdapterError
+        No such adapter.
+    DeviceError
+        The adapter gives no device.
+    """
+    if spec == "auto":
+        try:
+            found = [adapter for adapter in adapters() if not is_software(adapter)]
+        except NoAdapterError:
+            found = []
+        return _open(found[0]) if found else None
+    found, index = adapters(), int(spec.partition(":")[2] or 0)
+    if index >= len(found):
+        raise NoAdapterError(
+            f"there is no GPU adapter {index}, only {len(found)} (counted from 0)"
+            if found
+            else "there is no GPU adapter",
+            hint=_how_to_get_one() if not found else "ndcache doctor lists them.",
+        )
+    return _open(found[index])
+
+
+def _open(adapter: wgpu.GPUAdapter) -> GpuDevice:
+    features = [feature for feature in ("shader-f16",) if feature in adapter.features]
+    with _device_errors():
+        # Without this, buffers would be held to WebGPU's smallest guaranteed sizes.
+        device = adapter.request_device_sync(
+            label="ndcache", required_features=features, required_limits=dict(adapter.limits)
+        )
+    return GpuDevice(device, is_ours=True)
+
+
+def _how_to_get_one() -> str:
+    if sys.platform == "linux":
+        return (
+            "Install the driver of your GPU with its Vulkan part; a software adapter comes with the package "
+            "mesa-vulkan-drivers. Or load with device='cpu'."
+        )
+    return "Update the GPU's driver, or load with device='cpu'."
+
+
+def _type(adapter: wgpu.GPUAdapter) -> str:
+    kind = adapter.info["adapter_type"]
+    return kind if kind in _ADAPTER_TYPES else "Unknown"
+
+
+def _name(adapter: wgpu.GPUAdapter) -> str:
+    return str(adapter.info["device"])
+
+
+def _same_name(one: str, other: str) -> bool:
+    """OpenGL says "NVIDIA H200/PCIe/SSE2" where Vulkan says "NVIDIA H200"."""
+    first, second = (re.sub(r"\W+", " ", name).strip().casefold() for name in (one, other))
+    return first.startswith(second) or second.startswith(first)
+
+
+def _dtype(record: Record, decode: bool) -> np.dtype[Any]:
+    return DTYPES[record.dtype if decode else record.stored_dtype]
+
+
+def _padded(nbytes: int) -> int:
+    return -(-nbytes // 4) * 4
+
+
+@contextmanager
+def _device_errors() -> Iterator[None]:
+    import wgpu
+
+    try:
+        yield
+    except wgpu.GPUOutOfMemoryError as error:
+        raise OutOfDeviceMemoryError(
+            "the device has no memory left", hint="Free some, or load a part with names=."
+        ) from error
+    except (wgpu.GPUError, RuntimeError) as error:
+        raise DeviceError(f"the device failed: {error}", hint="Load again, or with device='cpu'.") from error

@@ -1,0 +1,557 @@
+"""The pipeline, top to bottom, and the verbs that run it.
+
+::
+
+    source ─ locate ─> manifest ─> fetch (cache hit | download ─> check ─> publish) ─> decode ─> device ─> Weights
+                                   worker threads, bounded look-ahead                 caller's thread, in order
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
+from urllib.parse import quote
+
+import requests
+
+from .cache import ArtifactCache, cache_root
+from .devices import open_device
+from .devices.base import Device
+from .download import Downloader
+from .errors import ManifestError, NotFoundError, OfflineError, UnsafeCacheError
+from .fetch import in_order
+from .locate import Location, hf_endpoint, locate
+from .manifest import Manifest, NameFilter, Shard
+from .progress import Progress, Reporter
+from .source import Model, Obtained, open_model
+from .stats import LoadStats
+from .transport import RetryPolicy, Stop, Transport
+from .weights import Weights
+
+if TYPE_CHECKING:
+    import wgpu
+    from typing_extensions import Unpack
+
+__all__ = [
+    "Loader",
+    "VerifyReport",
+    "delete",
+    "fetch",
+    "is_cached",
+    "load",
+    "read_manifest",
+    "stream",
+    "verify",
+]
+
+logger = logging.getLogger("ndcache")
+
+Source = str | os.PathLike[str]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What `verify` found.
+
+    Attributes
+    ----------
+    checked : dict of str to str
+        The good shards and how each was checked: ``"sha256"``, ``"md5"``, or ``"size"`` where the manifest has no
+        digest.
+    bad : tuple of str
+        Shards with wrong bytes or of the wrong size. In the cache they were set aside, and the next load fetches them.
+    missing : tuple of str
+        Shards that are not there.
+    nbytes : int
+        Bytes of the good ones.
+    """
+
+    checked: dict[str, str]
+    bad: tuple[str, ...]
+    missing: tuple[str, ...]
+    nbytes: int
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is bad."""
+        return not self.bad
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One call of a verb: an opened model, and what its threads share."""
+
+    model: Model
+    stop: Stop
+    stats: LoadStats
+    started: float
+
+
+class Loader:
+    """The verbs of this module as methods, with their options kept and connections reused. A context manager.
+
+    Safe to use from several threads at once.
+
+    Parameters
+    ----------
+    max_workers : int
+        Threads that fetch shards, and so the most bodies under way at once. Default 8.
+    cache_dir : path-like, optional
+        The cache's top directory. Default: NDCACHE_HOME, else the system's place for caches.
+    scope : str
+        A part of the cache of its own, such as one application's. Default ``"default"``.
+    timeout : float or tuple of float
+        Seconds to connect, and to wait for the next bytes. Default ``(10, 30)``.
+    retries : int or RetryPolicy
+        Tries after a failed one, with growing random waits between. Default 6.
+    verify : {"download", "always", "never"}
+        When a shard's digest is computed and compared: when it comes over the network (the default), also each time it
+        is loaded from disk, or not at all. Sizes are compared always.
+    offline : bool
+        Make no request; what is missing is an `OfflineError`. Also with NDCACHE_OFFLINE=1 or HF_HUB_OFFLINE=1.
+    session : requests.Session, optional
+        Used for the requests: proxies, auth, headers. Its secrets go to the source's origin only.
+    mirrors : sequence of str
+        Sources that hold the same files, tried in this order for a shard that the first one does not give.
+    memory_limit : int
+        Bytes of shards that may be under way or waiting for the device at once. Default 512 MiB.
+    cancel : threading.Event, optional
+        Set it from another thread to stop a call with `CancelledError`.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_workers: int = 8,
+        cache_dir: str | os.PathLike[str] | None = None,
+        scope: str = "default",
+        timeout: float | tuple[float, float] = (10.0, 30.0),
+        retries: int | RetryPolicy = 6,
+        verify: Literal["download", "always", "never"] = "download",
+        offline: bool = False,
+        session: requests.Session | None = None,
+        mirrors: Sequence[str] = (),
+        memory_limit: int = 512 << 20,
+        cancel: threading.Event | None = None,
+    ) -> None:
+        if max_workers < 1:
+            raise ValueError(f"max_workers is at least 1, not {max_workers}")
+        if memory_limit < 1:
+            raise ValueError(f"memory_limit is a positive number of bytes, not {memory_limit}")
+        if verify not in ("download", "always", "never"):
+            raise ValueError(f"verify is 'download', 'always' or 'never', not {verify!r}")
+        if not scope or scope.startswith("."):
+            raise ValueError(f"scope is a name that does not begin with a dot, not {scope!r}")
+        environ = os.environ
+        self._max_workers = max_workers
+        self._root = cache_root(cache_dir, environ.get("NDCACHE_HOME"))
+        self._scope = quote(scope, safe="")
+        self._policy = retries if isinstance(retries, RetryPolicy) else RetryPolicy(retries)
+        self._verify = verify
+        self._offline = offline or any(_is_set(environ.get(name)) for name in ("NDCACHE_OFFLINE", "HF_HUB_OFFLINE"))
+        self._mirrors = [mirrors] if isinstance(mirrors, str) else list(mirrors)
+        self._memory_limit = memory_limit
+        self._cancel = cancel
+        token = environ.get("HF_TOKEN")
+        self._transport = Transport(
+            session=session,
+            timeout=timeout if isinstance(timeout, tuple) else (timeout, timeout),
+            max_connections=max_workers,
+            bearer=(hf_endpoint(environ), token) if token else None,
+        )
+
+    # --- the verbs
+
+    def load(
+        self,
+        source: Source,
+        device: str | wgpu.GPUDevice = "cpu",
+        *,
+        names: NameFilter = None,
+        decode: bool = True,
+        progress: Progress = None,
+    ) -> Weights:
+        """See `ndcache.load`."""
+        target = open_device(device)
+        tensors: dict[str, Any] = {}
+        try:
+            run = self._open(source)
+            shards = self._select(run, target, names, decode)
+            with closing(self._tensors(run, target, shards, decode, progress)) as arriving:
+                for name, tensor in arriving:
+                    tensors[name] = tensor
+        except BaseException:
+            target.discard(tensors.values())
+            raise
+        return Weights(tensors, manifest=run.model.manifest, device=target, stats=run.stats)
+
+    def stream(
+        self,
+        source: Source,
+        device: str | wgpu.GPUDevice = "cpu",
+        *,
+        names: NameFilter = None,
+        decode: bool = True,
+        progress: Progress = None,
+    ) -> Iterator[tuple[str, Any]]:
+        """See `ndcache.stream`."""
+        target = open_device(device)
+        run = self._open(source)
+        return self._tensors(run, target, self._select(run, target, names, decode), decode, progress)
+
+    def fetch(self, source: Source, *, names: NameFilter = None, progress: Progress = None) -> Path:
+        """See `ndcache.fetch`."""
+        run = self._open(source)
+        shards = run.model.manifest.shards_with(names)
+
+        def work(shard: Shard) -> tuple[Obtained, None]:
+            return run.model.obtain(shard), None
+
+        # Nothing waits for a device: only the disk is the limit.
+        with closing(self._in_order(run, shards, work, progress, memory_limit=sys.maxsize)) as arriving:
+            for _ in arriving:
+                pass
+        return run.model.directory
+
+    def read_manifest(self, source: Source) -> Manifest:
+        """See `ndcache.read_manifest`."""
+        return self._open(source).model.manifest
+
+    def is_cached(self, source: Source) -> bool:
+        """See `ndcache.is_cached`."""
+        try:
+            model = self._open(source, offline=True).model
+        except (OfflineError, NotFoundError, ManifestError):
+            return False
+        return all(model.has(shard) for shard in model.manifest.shards)
+
+    def verify(self, source: Source) -> VerifyReport:
+        """See `ndcache.verify`."""
+        try:
+            run = self._open(source, offline=True)
+        except OfflineError as error:
+            raise NotFoundError(f"{locate(source)} is not in the cache") from error
+        shards = run.model.manifest.shards
+        present = [shard for shard in shards if (run.model.directory / shard.data_path).exists()]
+        results = in_order(
+            present,
+            run.model.check,
+            max_workers=self._max_workers,
+            memory_limit=sys.maxsize,
+            stop=run.stop,
+            stats=run.stats,
+        )
+        with closing(results):
+            good = [shard for shard, is_good in zip(present, results, strict=True) if is_good]
+        return VerifyReport(
+            checked={shard.data_path: shard.integrity for shard in good},
+            bad=tuple(shard.data_path for shard in present if shard not in good),
+            missing=tuple(shard.data_path for shard in shards if shard not in present),
+            nbytes=sum(shard.nbytes for shard in good),
+        )
+
+    def delete(self, source: Source) -> int:
+        """See `ndcache.delete`."""
+        location = locate(source)
+        if location.directory is None:
+            return self._cache(location).delete()
+        directory = location.directory.resolve()
+        if self._root.resolve() not in directory.parents:
+            raise UnsafeCacheError(
+                f"{directory} does not lie in the cache {self._root}",
+                hint="ndcache deletes only what it fetched; remove the directory yourself.",
+            )
+        return ArtifactCache(directory).delete()
+
+    def close(self) -> None:
+        """Close the kept connections. The loader can still be used; it makes new ones."""
+        self._transport.close()
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- the pipeline
+
+    def _open(self, source: Source, *, offline: bool = False) -> _Run:
+        """Find the model and read its manifest."""
+        location = locate(source)
+        stop, stats = Stop(self._cancel), LoadStats()
+        started = time.perf_counter()
+        downloader = Downloader(
+            self._transport,
+            self._policy,
+            stop,
+            stats,
+            self._cache(location),
+            digests=self._verify != "never",
+        )
+        model = open_model(
+            location,
+            downloader,
+            mirrors=[locate(mirror) for mirror in self._mirrors],
+            verify=self._verify,
+            offline=self._offline or offline,
+        )
+        return _Run(model, stop, stats, started)
+
+    def _select(self, run: _Run, device: Device[Any, Any], names: NameFilter, decode: bool) -> tuple[Shard, ...]:
+        """The shards wanted, every one of which can be decoded and fits the device."""
+        shards = run.model.manifest.select(names)
+        device.check(shards, decode=decode)
+        return shards
+
+    def _tensors(
+        self,
+        run: _Run,
+        device: Device[Any, Any],
+        shards: Sequence[Shard],
+        decode: bool,
+        progress: Progress,
+    ) -> Generator[tuple[str, Any], None, None]:
+        """The whole way: shards are obtained and staged by the workers, tensors made here, in manifest order."""
+
+        def work(shard: Shard) -> tuple[Obtained, Any]:
+            obtained = run.model.obtain(shard)
+            return obtained, device.stage(obtained.path, shard)
+
+        arriving = self._in_order(run, shards, work, progress, self._memory_limit, device.finish)
+        with closing(arriving):
+            for shard, staged in arriving:
+                placed = device.place(staged, shard, decode=decode)
+                for record, tensor in run.stats.timed_iterator("place", placed):
+                    run.stop.check()
+                    run.stats.tensors += 1
+                    yield record.name, tensor
+
+    def _in_order(
+        self,
+        run: _Run,
+        shards: Sequence[Shard],
+        work: Callable[[Shard], tuple[Obtained, T]],
+        progress: Progress,
+        memory_limit: int,
+        finish: Callable[[], None] = lambda: None,
+    ) -> Generator[tuple[Shard, T], None, None]:
+        """Each shard with what `work` made of it; it is done, and reported, when the next one is asked for."""
+        run.model.prepare(shards)
+        reporter = Reporter(
+            progress,
+            [shard.nbytes for shard in shards],
+            cache_only=all(run.model.has(shard) for shard in shards),
+            received=lambda: run.stats.network_bytes,
+        )
+        results = in_order(
+            shards,
+            work,
+            max_workers=self._max_workers,
+            memory_limit=memory_limit,
+            stop=run.stop,
+            stats=run.stats,
+            tick=reporter.tick,
+        )
+        with closing(reporter), closing(results):
+            reporter.start()
+            for done, (shard, (obtained, result)) in enumerate(zip(shards, results, strict=True), 1):
+                yield shard, result
+                if done == len(shards):
+                    with run.stats.timed("finish"):
+                        finish()
+                run.stats.shard_done(shard.nbytes, from_cache=obtained.from_cache, checked=obtained.checked)
+                reporter.shard_done(shard.nbytes)
+        run.stats.seconds["total"] = time.perf_counter() - run.started
+        logger.info("%s: %s", run.model.directory, run.stats)
+
+    def _cache(self, location: Location) -> ArtifactCache:
+        return ArtifactCache(self._root / self._scope / location.cache_key, str(location))
+
+
+def _is_set(value: str | None) -> bool:
+    return value is not None and value.strip().lower() not in ("", "0", "false", "no", "off")
+
+
+# --- the verbs, each with a loader of its own ---------------------------------------------------------
+
+
+class Options(TypedDict, total=False):
+    """The keyword arguments of `Loader`."""
+
+    max_workers: int
+    cache_dir: str | os.PathLike[str] | None
+    scope: str
+    timeout: float | tuple[float, float]
+    retries: int | RetryPolicy
+    verify: Literal["download", "always", "never"]
+    offline: bool
+    session: requests.Session | None
+    mirrors: Sequence[str]
+    memory_limit: int
+    cancel: threading.Event | None
+
+
+def load(
+    source: Source,
+    device: str | wgpu.GPUDevice = "cpu",
+    *,
+    names: NameFilter = None,
+    decode: bool = True,
+    progress: Progress = None,
+    **options: Unpack[Options],
+) -> Weights:
+    """Load a model's weights, downloading what is not cached.
+
+    Parameters
+    ----------
+    source : str or path-like
+        The http(s) URL of a model directory or of its manifest, ``hf://owner/name[@revision]``, a Hugging Face
+        repository's page, ``file://`` or a local path. Local directories are read in place.
+    device : {"cpu", "gpu", "gpu:N", "auto"} or wgpu.GPUDevice
+        ``"gpu:1"`` is the second adapter that ``ndcache doctor`` lists; ``"auto"`` is the first adapter that is real
+        hardware, else the CPU; `Weights.device` tells which.
+    names : str, iterable of str, or callable, optional
+        Names, glob patterns (``"model.layers.0.*"``), or a predicate. Only shards that hold a match are fetched.
+    decode : bool
+        Expand float32 that is stored as bfloat16 (the default). If False, such tensors are bfloat16.
+    progress : True, callable, or iterable of callables, optional
+        True draws a bar on standard error. A callable is given each `ProgressReport`, on this thread.
+    **options
+        Of `Loader`.
+
+    Returns
+    -------
+    Weights
+
+    Raises
+    ------
+    NdcacheError
+        See `ndcache.errors` for the tree. What had been fetched stays in the cache.
+    KeyError
+        A name or pattern matches no tensor.
+    ValueError, TypeError
+        An argument is none of the above.
+
+    Examples
+    --------
+    >>> weights = ndcache.load("https://host/model/", device="gpu", progress=True)
+    >>> weights["model.embed_tokens.q_weight"].buffer
+    """
+    with Loader(**options) as loader:
+        return loader.load(source, device, names=names, decode=decode, progress=progress)
+
+
+def stream(
+    source: Source,
+    device: str | wgpu.GPUDevice = "cpu",
+    *,
+    names: NameFilter = None,
+    decode: bool = True,
+    progress: Progress = None,
+    **options: Unpack[Options],
+) -> Iterator[tuple[str, Any]]:
+    """Like `load`, but give each tensor as soon as it is there, in manifest order.
+
+    Nothing is kept of a tensor that was given, so a model larger than memory can pass through. To stop early, close the
+    iterator or drop it.
+
+    Yields
+    ------
+    name : str
+    tensor : numpy.ndarray or GPUTensor
+
+    Raises
+    ------
+    NdcacheError
+        As `load`: what concerns the manifest and the device at once, the rest on the way.
+    """
+    loader = Loader(**options)
+    try:
+        tensors = loader.stream(source, device, names=names, decode=decode, progress=progress)
+    except BaseException:
+        loader.close()
+        raise
+    return _closing_after(tensors, loader)
+
+
+def fetch(
+    source: Source,
+    *,
+    names: NameFilter = None,
+    progress: Progress = None,
+    **options: Unpack[Options],
+) -> Path:
+    """Bring a model into the cache without decoding it.
+
+    Parameters, errors
+        As `load`.
+
+    Returns
+    -------
+    pathlib.Path
+        A model directory that ndcache, TVM and mlc_llm can read: the one in the cache, or the local source itself.
+    """
+    with Loader(**options) as loader:
+        return loader.fetch(source, names=names, progress=progress)
+
+
+def read_manifest(source: Source, **options: Unpack[Options]) -> Manifest:
+    """The model's manifest, parsed and checked; it is kept in the cache, shards are not asked for.
+
+    Raises
+    ------
+    ManifestError, TransferError, OfflineError
+    """
+    with Loader(**options) as loader:
+        return loader.read_manifest(source)
+
+
+def is_cached(source: Source, **options: Unpack[Options]) -> bool:
+    """Whether the manifest and every shard of the right size are on disk. Makes no request."""
+    with Loader(**options) as loader:
+        return loader.is_cached(source)
+
+
+def verify(source: Source, **options: Unpack[Options]) -> VerifyReport:
+    """Compute the digests of what is cached. Bad shards are set aside, so that the next load fetches them anew.
+
+    A local source is only looked at. Makes no request.
+
+    Raises
+    ------
+    NotFoundError
+        Nothing of the model is cached.
+    """
+    with Loader(**options) as loader:
+        return loader.verify(source)
+
+
+def delete(source: Source, **options: Unpack[Options]) -> int:
+    """Remove a model from the cache.
+
+    Returns
+    -------
+    int
+        Bytes freed; 0 if it was not there.
+
+    Raises
+    ------
+    UnsafeCacheError
+        `source` is a local directory outside the cache, or not one that ndcache made.
+    """
+    with Loader(**options) as loader:
+        return loader.delete(source)
+
+
+def _closing_after(tensors: Iterator[T], loader: Loader) -> Iterator[T]:
+    with loader:
+        yield from tensors

@@ -1,0 +1,232 @@
+"""What the caller is told while a load runs, always on the caller's own thread.
+
+A load makes a fixed series of reports, whose texts are those of web-llm, word for word, because its users
+parse them: ``Start to fetch params``, then ``[0/24]``, ``[1/24]``, … ``[24/24]``, each when that many shards are done.
+The bar that ``progress=True`` draws moves between reports, too.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, TextIO, TypeAlias
+
+from tqdm import tqdm
+
+__all__ = ["Bar", "Progress", "ProgressCallback", "ProgressReport", "Reporter"]
+
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class ProgressReport:
+    """One report of a load's progress.
+
+    Attributes
+    ----------
+    progress : float
+        0 to 1, by bytes.
+    time_elapsed : float
+        Seconds since the start.
+    cache_only : bool
+        Whether every shard was cached at the start.
+    text : str
+        The report in words, as web-llm gives it.
+    phase : str
+        ``"start"``, ``"fetch"`` (something comes over the network) or ``"load"`` (all from cache).
+    shards_done, shards_total : int
+        Shards on the device, and all that are wanted.
+    bytes_done, bytes_total : int
+        The same in bytes of the shards.
+    bytes_per_second : float
+        The mean since the start.
+    """
+
+    progress: float
+    time_elapsed: float
+    cache_only: bool
+    text: str
+    phase: str
+    shards_done: int
+    shards_total: int
+    bytes_done: int
+    bytes_total: int
+    bytes_per_second: float
+
+
+ProgressCallback: TypeAlias = Callable[[ProgressReport], object]
+#: What the ``progress`` option takes.
+Progress: TypeAlias = "bool | ProgressCallback | Iterable[ProgressCallback] | None"
+
+
+class Reporter:
+    """Counts what is done and tells the callbacks.
+
+    Parameters
+    ----------
+    progress
+        The ``progress`` option.
+    shard_sizes : iterable of int
+        Bytes of each shard wanted.
+    cache_only : bool
+        Whether all of them are cached.
+    received : callable
+        Bytes received so far from the network, for the bar's motion within a shard.
+    """
+
+    def __init__(
+        self,
+        progress: Progress,
+        shard_sizes: Iterable[int],
+        *,
+        cache_only: bool,
+        received: Callable[[], int] = lambda: 0,
+    ) -> None:
+        sizes = list(shard_sizes)
+        self._callbacks = _callbacks(progress)
+        self._shards_total, self._bytes_total = len(sizes), sum(sizes)
+        self._shards_done = self._bytes_done = 0
+        self._cache_only = cache_only
+        self._received = received
+        self._started = time.monotonic()
+
+    def start(self) -> None:
+        """The first two reports: the start itself, and no shard done."""
+        self._report("Start to fetch params", phase="start")
+        self._report(self._text())
+
+    def shard_done(self, nbytes: int) -> None:
+        """One more shard of `nbytes` is where it should be."""
+        self._shards_done += 1
+        self._bytes_done += nbytes
+        self._report(self._text())
+
+    def tick(self) -> None:
+        """Some time has passed: let the bars move."""
+        for callback in self._callbacks:
+            if isinstance(callback, Bar):
+                callback.tick(min(max(self._bytes_done, self._received()), self._bytes_total))
+
+    def close(self) -> None:
+        """Take the bars down, whether or not all is done."""
+        for callback in self._callbacks:
+            if isinstance(callback, Bar):
+                callback.close()
+
+    def _elapsed(self) -> float:
+        return time.monotonic() - self._started
+
+    def _text(self) -> str:
+        percent = self._bytes_done * 100 // self._bytes_total if self._bytes_total else 100
+        megabytes = -(-self._bytes_done // _MIB)
+        done = f"{percent}% completed, {math.ceil(self._elapsed())} secs elapsed."
+        position = f"[{self._shards_done}/{self._shards_total}]"
+        if self._cache_only:
+            return f"Loading model from cache{position}: {megabytes}MB loaded. {done}"
+        return (
+            f"Fetching param cache{position}: {megabytes}MB fetched. {done}"
+            " It can take a while when we first visit this page to populate the cache."
+            " Later refreshes will become faster."
+        )
+
+    def _report(self, text: str, phase: str | None = None) -> None:
+        if not self._callbacks:
+            return
+        elapsed = self._elapsed()
+        everything = self._shards_done == self._shards_total
+        report = ProgressReport(
+            progress=1.0 if everything and phase is None else self._bytes_done / max(self._bytes_total, 1),
+            time_elapsed=elapsed,
+            cache_only=self._cache_only,
+            text=text,
+            phase=phase or ("load" if self._cache_only else "fetch"),
+            shards_done=self._shards_done,
+            shards_total=self._shards_total,
+            bytes_done=self._bytes_done,
+            bytes_total=self._bytes_total,
+            bytes_per_second=self._bytes_done / elapsed if elapsed > 0 else 0.0,
+        )
+        for callback in self._callbacks:
+            callback(report)
+
+
+def _callbacks(progress: Progress) -> list[ProgressCallback]:
+    if progress is None or progress is False:
+        return []
+    if progress is True:
+        return [Bar()]
+    if callable(progress):
+        return [progress]
+    callbacks = list(progress)
+    for callback in callbacks:
+        if not callable(callback):
+            raise TypeError(f"progress takes True or callables, not {callback!r}")
+    return callbacks
+
+
+class Bar:
+    """A bar with bytes, rate and time left on a terminal; a plain line now and then elsewhere.
+
+    Parameters
+    ----------
+    file : text file, optional
+        Standard error unless given.
+    """
+
+    #: Without a terminal, a line at least this many percent after the last one.
+    _LINE_EVERY = 10
+
+    def __init__(self, file: TextIO | None = None) -> None:
+        self._file = file or sys.stderr
+        self._bar: tqdm[Any] | None = None
+        self._next_line = 0
+
+    def __call__(self, report: ProgressReport) -> None:
+        if report.phase == "start":
+            return
+        if not self._file.isatty():
+            self._line(report)
+            return
+        if self._bar is None:
+            self._bar = tqdm(
+                total=report.bytes_total,
+                desc="Loading" if report.cache_only else "Fetching",
+                unit="B",
+                unit_scale=True,
+                unit_divisor=1024,
+                dynamic_ncols=True,
+                file=self._file,
+            )
+        self._bar.set_postfix_str(f"{report.shards_done}/{report.shards_total} shards", refresh=False)
+        self.tick(report.bytes_done)
+        if report.shards_done == report.shards_total:
+            self.close()
+
+    def tick(self, bytes_done: int) -> None:
+        """Move the bar; it never goes back."""
+        if self._bar is not None:
+            self._bar.update(max(bytes_done - self._bar.n, 0))
+            self._bar.refresh()
+
+    def close(self) -> None:
+        """Leave the bar as it stands and end its line."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _line(self, report: ProgressReport) -> None:
+        percent = int(report.progress * 100)
+        if percent < self._next_line and report.shards_done < report.shards_total:
+            return
+        self._next_line = percent + self._LINE_EVERY
+        verb = "loaded" if report.cache_only else "fetched"
+        print(
+            f"{verb} {report.shards_done}/{report.shards_total} shards, "
+            f"{report.bytes_done / _MIB:.1f} of {report.bytes_total / _MIB:.1f} MiB, {percent}%, "
+            f"{report.time_elapsed:.1f} s",
+            file=self._file,
+            flush=True,
+        )

@@ -1,0 +1,343 @@
+"""An opened model: its manifest, and a local file for each shard asked for.
+
+A local directory is read in place. Anything else has its files in the cache, where they are brought when they are
+missing, and looked at when they are there.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .cache import Validator, mismatch
+from .download import Downloader, with_retries
+from .errors import (
+    ChecksumError,
+    ManifestError,
+    NdcacheError,
+    NotFoundError,
+    OfflineError,
+    ProtocolError,
+    SizeMismatchError,
+    TransferError,
+    redact,
+)
+from .locate import Location
+from .manifest import MAX_MANIFEST_BYTES, Manifest, Shard
+from .transport import RetryPolicy
+
+__all__ = ["LocalModel", "Model", "Obtained", "RemoteModel", "open_model"]
+
+logger = logging.getLogger("ndcache")
+
+
+@dataclass(frozen=True)
+class Obtained:
+    """A shard's file, whole and checked as far as the options say."""
+
+    path: Path
+    from_cache: bool
+    checked: str  # "sha256", "md5" or "size"
+
+
+class Model(ABC):
+    """A model whose manifest is known.
+
+    Attributes
+    ----------
+    manifest : Manifest
+    directory : pathlib.Path
+        Where its files lie, or will.
+    """
+
+    def __init__(self, manifest: Manifest, directory: Path) -> None:
+        self.manifest = manifest
+        self.directory = directory
+
+    @abstractmethod
+    def has(self, shard: Shard) -> bool:
+        """Whether the shard's file is there and of the right size; looks at no bytes."""
+
+    @abstractmethod
+    def prepare(self, shards: Sequence[Shard]) -> None:
+        """Before anything is fetched: raise if it cannot work out."""
+
+    @abstractmethod
+    def obtain(self, shard: Shard) -> Obtained:
+        """The shard's file. Called from the workers."""
+
+    @abstractmethod
+    def check(self, shard: Shard) -> bool:
+        """Whether the shard's file, which is there, has the right size and digest; its bytes are read."""
+
+
+class LocalModel(Model):
+    """A directory of the user's: read in place, never written to."""
+
+    def __init__(self, location: Location, *, verify: str) -> None:
+        assert location.directory is not None
+        self._verify = verify
+        super().__init__(_read_local(location.directory, location.manifest_names), location.directory)
+
+    def has(self, shard: Shard) -> bool:
+        try:
+            return self._path(shard).stat().st_size == shard.nbytes
+        except OSError:
+            return False
+
+    def prepare(self, shards: Sequence[Shard]) -> None:
+        for shard in shards:
+            path = self._path(shard)
+            if not path.is_file():
+                raise NotFoundError(f"there is no file {path}", shard=shard.data_path)
+            if (size := path.stat().st_size) != shard.nbytes:
+                raise SizeMismatchError(
+                    f"{path} has {size:,} bytes where the manifest says {shard.nbytes:,}",
+                    shard=shard.data_path,
+                    expected=shard.nbytes,
+                    received=size,
+                    hint="The copy is not complete, or of another version than the manifest.",
+                )
+
+    def obtain(self, shard: Shard) -> Obtained:
+        path = self._path(shard)
+        if self._verify != "always":
+            return Obtained(path, from_cache=True, checked="size")
+        if digests := mismatch(path, shard):
+            raise ChecksumError(
+                f"{path} has the digest {digests[1]}, the manifest says {digests[0]}",
+                shard=shard.data_path,
+                expected=digests[0],
+                received=digests[1],
+                hint="The file is damaged: copy it again.",
+            )
+        return Obtained(path, from_cache=True, checked=shard.integrity)
+
+    def check(self, shard: Shard) -> bool:
+        return self.has(shard) and mismatch(self._path(shard), shard) is None
+
+    def _path(self, shard: Shard) -> Path:
+        return self.directory.joinpath(*shard.data_path.split("/"))
+
+
+class RemoteModel(Model):
+    """A model on a server, its files in the cache.
+
+    Parameters
+    ----------
+    location, mirrors : Location
+        Where it is, and where else its shards may be had.
+    downloader : Downloader
+        Brings what is missing into its cache.
+    verify : str
+        The ``verify`` option.
+    offline : bool
+        Use what is cached and nothing else.
+    """
+
+    def __init__(
+        self,
+        location: Location,
+        downloader: Downloader,
+        *,
+        mirrors: Iterable[Location] = (),
+        verify: str,
+        offline: bool,
+    ) -> None:
+        self._bases = (location, *mirrors)
+        self._downloader = downloader
+        self._cache = downloader.cache
+        self._verify = verify
+        self._offline = offline
+        super().__init__(self._open_manifest(), self._cache.directory)
+
+    def has(self, shard: Shard) -> bool:
+        return self._cache.has(shard)
+
+    def prepare(self, shards: Sequence[Shard]) -> None:
+        missing = [shard for shard in shards if not self.has(shard)]
+        if missing and self._offline:
+            raise _offline(self._bases[0], [shard.data_path for shard in missing])
+        if missing:
+            self._cache.ensure_room(sum(shard.nbytes for shard in missing))
+
+    def obtain(self, shard: Shard) -> Obtained:
+        checked = "size" if self._verify == "never" else shard.integrity
+        if self._cache.has(shard):
+            if self._is_good(shard):
+                return Obtained(self._cache.path(shard.data_path), from_cache=True, checked=checked)
+            logger.warning("%s in the cache is not what the manifest says: set aside", shard.data_path)
+            self._cache.set_aside(shard.data_path)
+        if self._offline:
+            raise _offline(self._bases[0], [shard.data_path])
+        urls = [base.url(shard.data_path) for base in self._bases]
+        return Obtained(self._downloader.shard(shard, urls), from_cache=False, checked=checked)
+
+    def check(self, shard: Shard) -> bool:
+        if self._cache.has(shard) and self._has_right_bytes(shard):
+            return True
+        self._cache.set_aside(shard.data_path)
+        return False
+
+    def _is_good(self, shard: Shard) -> bool:
+        if self._verify == "never":
+            return True
+        if self._verify == "download" and self._cache.is_known_good(shard):
+            return True
+        return self._has_right_bytes(shard)
+
+    def _has_right_bytes(self, shard: Shard) -> bool:
+        with self._downloader.stats.timed("hash"):
+            good = mismatch(self._cache.path(shard.data_path), shard) is None
+        if good and not self._cache.is_known_good(shard):
+            self._cache.remember_checked(shard)
+        return good
+
+    # --- the manifest
+
+    def _open_manifest(self) -> Manifest:
+        """The server's manifest if it can be had, else the cached one."""
+        location = self._bases[0]
+        cached = self._cached_manifest()
+        if self._offline:
+            if cached is None:
+                raise _offline(location, [location.manifest_names[0]])
+            return cached
+        if cached is None:
+            return self._first_manifest()
+        try:
+            # One request and no second try: there is something to fall back on.
+            return self._request_manifest(cached.name, RetryPolicy(retries=0), cached)
+        except (TransferError, ManifestError) as error:
+            warnings.warn(f"using the cached manifest of {location}: {error}", RuntimeWarning, stacklevel=2)
+            return cached
+
+    def _cached_manifest(self) -> Manifest | None:
+        for name in self._bases[0].manifest_names:
+            data = self._cache.read(name, MAX_MANIFEST_BYTES)
+            if data is None:
+                continue
+            try:
+                return Manifest.from_bytes(data, name=name, url=str(self._bases[0]))
+            except ManifestError as error:
+                logger.warning("the cached manifest is damaged and will be fetched anew: %s", error)
+        return None
+
+    def _first_manifest(self) -> Manifest:
+        location = self._bases[0]
+        first: NotFoundError | None = None
+        for name in location.manifest_names:
+            try:
+                return self._request_manifest(name, self._downloader.policy, None)
+            except NotFoundError as error:
+                first = first or error
+        assert first is not None
+        raise NotFoundError(
+            f"there is no {' or '.join(location.manifest_names)} at {location} (status {first.status})",
+            url=str(location),
+            status=first.status,
+            hint="Give the URL of the directory that holds the manifest, or of the manifest itself.",
+        ) from first
+
+    def _request_manifest(self, name: str, policy: RetryPolicy, cached: Manifest | None) -> Manifest:
+        url = self._bases[0].url(name)
+        return with_retries(
+            lambda: self._request_once(name, url, cached),
+            policy,
+            self._downloader.stop,
+            self._downloader.stats,
+        )
+
+    def _request_once(self, name: str, url: str, cached: Manifest | None) -> Manifest:
+        known = self._cache.validator(name) if cached is not None else None
+        self._downloader.stats.count(requests=1)
+        with self._downloader.transport.get(url, _conditions(known), self._downloader.stop) as response:
+            if response.status == 304 and cached is not None and known is not None:
+                return cached
+            if response.status != 200:
+                raise ProtocolError(
+                    f"the server answered with status {response.status}", url=url, status=response.status
+                )
+            length = response.content_length
+            data = response.read(MAX_MANIFEST_BYTES)
+            headers = response.headers
+        if length is not None and len(data) < length <= MAX_MANIFEST_BYTES:
+            raise ProtocolError("the manifest came only in part", url=url, shard=name)
+        manifest = Manifest.from_bytes(data, name=name, url=url)
+        self._keep_manifest(name, data, headers.get("ETag"), headers.get("Last-Modified"))
+        return manifest
+
+    def _keep_manifest(self, name: str, data: bytes, etag: str | None, last_modified: str | None) -> None:
+        if self._cache.read(name, MAX_MANIFEST_BYTES) == data:
+            path = self._cache.path(name)
+            try:
+                self._cache.remember(
+                    name,
+                    Validator(len(data), path.stat().st_mtime_ns, etag=etag, last_modified=last_modified),
+                )
+            except OSError:
+                pass  # a read-only cache asks without conditions next time
+            return
+        try:
+            with self._cache.part(name) as part:
+                part.write(memoryview(data))
+                self._cache.publish(part, name, etag=etag, last_modified=last_modified)
+        except NdcacheError as error:
+            # What is cached can still be served; what must be written will say so.
+            logger.warning("the manifest could not be kept: %s", error)
+
+
+def open_model(
+    location: Location,
+    downloader: Downloader,
+    *,
+    mirrors: Iterable[Location] = (),
+    verify: str,
+    offline: bool,
+) -> Model:
+    """Open the model at `location`: read its manifest, or ask for it.
+
+    Raises
+    ------
+    ManifestError, TransferError, OfflineError, CacheError
+    """
+    with downloader.stats.timed("manifest"):
+        if not location.is_remote:
+            return LocalModel(location, verify=verify)
+        return RemoteModel(location, downloader, mirrors=mirrors, verify=verify, offline=offline)
+
+
+def _read_local(directory: Path, names: Sequence[str]) -> Manifest:
+    for name in names:
+        try:
+            with open(directory / name, "rb") as file:
+                data = file.read(MAX_MANIFEST_BYTES + 1)
+        except FileNotFoundError:
+            continue
+        return Manifest.from_bytes(data, name=name, url=str(directory / name))
+    raise NotFoundError(
+        f"there is no {' or '.join(names)} in {directory}",
+        hint="Give the directory that holds the manifest, or the manifest itself.",
+    )
+
+
+def _conditions(known: Validator | None) -> dict[str, str]:
+    if known is None:
+        return {}
+    if known.etag:
+        return {"If-None-Match": known.etag}
+    return {"If-Modified-Since": known.last_modified} if known.last_modified else {}
+
+
+def _offline(location: Location, missing: list[str]) -> OfflineError:
+    shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+    error = OfflineError(
+        f"offline, and not in the cache: {shown} of {redact(str(location))}",
+        hint="Run once with the network (offline=False; NDCACHE_OFFLINE and HF_HUB_OFFLINE unset).",
+    )
+    error.missing = tuple(missing)
+    return error

@@ -1,0 +1,97 @@
+"""What a load cost: bytes, seconds, tries."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+__all__ = ["LoadStats"]
+
+T = TypeVar("T")
+_END = object()
+
+
+@dataclass
+class LoadStats:
+    """The account of one load; complete once the load is.
+
+    Attributes
+    ----------
+    nbytes : int
+        Bytes of the shards that were loaded, from wherever they came.
+    network_bytes : int
+        Bytes of shard bodies received, those thrown away included.
+    cache_bytes : int
+        Bytes of shards that were on disk already.
+    shards, tensors : int
+        How many were loaded.
+    requests, retries : int
+        HTTP requests made, and how many of them were tries after a failure.
+    peak_bytes_in_flight : int
+        The most bytes of shards that were asked for and not yet on the device.
+    seconds : dict of str to float
+        By phase. On the caller's thread, one after another: ``manifest``, ``wait`` (for the next shard),
+        ``place`` (decoding and copies to the device), ``finish`` (waiting for the device); ``total`` is all
+        of it. In the workers, added up over all of them and at the same time as the others:
+        ``network`` (receiving, digests and writing), ``publish`` (fsync and rename), ``hash`` (of files that
+        lay there already).
+    integrity : dict of str to int
+        How many shards were held to which kind of check: ``sha256``, ``md5``, or ``size`` alone (the manifest has no
+        digest for them, or it was not computed: ``verify="never"``, local directories).
+    """
+
+    nbytes: int = 0
+    network_bytes: int = 0
+    cache_bytes: int = 0
+    shards: int = 0
+    tensors: int = 0
+    requests: int = 0
+    retries: int = 0
+    peak_bytes_in_flight: int = 0
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    integrity: Counter[str] = field(default_factory=Counter)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    @property
+    def gb_per_second(self) -> float:
+        """Shard bytes over the whole time, in 10**9 bytes per second."""
+        total = self.seconds.get("total", 0.0)
+        return self.nbytes / total / 1e9 if total else 0.0
+
+    def count(self, **amounts: int) -> None:
+        """Add to fields by name; called by the workers too."""
+        with self._lock:
+            for name, amount in amounts.items():
+                setattr(self, name, getattr(self, name) + amount)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the time the block takes to ``seconds[phase]``."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            elapsed = time.perf_counter() - start
+            with self._lock:
+                self.seconds[phase] += elapsed
+
+    def timed_iterator(self, phase: str, items: Iterator[T]) -> Iterator[T]:
+        """`items`, with the time that they take to come added to ``seconds[phase]``."""
+        while True:
+            with self.timed(phase):
+                item = next(items, _END)
+            if item is _END:
+                return
+            yield item  # type: ignore[misc]
+
+    def shard_done(self, nbytes: int, *, from_cache: bool, checked: str) -> None:
+        """One more shard was loaded, held to the check `checked`."""
+        self.shards += 1
+        self.nbytes += nbytes
+        self.cache_bytes += nbytes if from_cache else 0
+        self.integrity[checked] += 1

@@ -1,0 +1,89 @@
+"""The result of a load."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+from typing import Any
+
+from .devices.base import Device
+from .manifest import Manifest
+from .stats import LoadStats
+
+__all__ = ["Weights"]
+
+
+class Weights(Mapping[str, Any]):
+    """A read-only mapping from tensor names to tensors, in manifest order. Also a context manager.
+
+    On the CPU the values are `numpy.ndarray`: a read-only view of the mapped shard file where the bytes are the value,
+    an array with memory of its own where float32 was stored as bfloat16. On a GPU they are `GPUTensor`.
+
+    Attributes
+    ----------
+    metadata : mapping
+        The manifest's ``metadata``.
+    manifest : Manifest
+    device : "cpu" or wgpu.GPUDevice
+        Where the tensors are.
+    nbytes : int
+        Bytes of all tensors as they are now (expanded, if they were).
+    stats : LoadStats
+        What the load cost.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Any],
+        *,
+        manifest: Manifest,
+        device: Device[Any, Any],
+        stats: LoadStats,
+    ) -> None:
+        self._tensors: dict[str, Any] | None = dict(tensors)
+        self._discard = device.discard
+        self._where = device.name
+        self.manifest = manifest
+        self.metadata = manifest.metadata
+        self.device: Any = device.handle
+        self.stats = stats
+        self.nbytes: int = sum(tensor.nbytes for tensor in self._tensors.values())
+
+    def __getitem__(self, name: str) -> Any:
+        return self._open()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._open())
+
+    def __len__(self) -> int:
+        return len(self._open())
+
+    def close(self) -> None:
+        """Let go of the tensors. On a GPU, their buffers are destroyed, and the device unless it was given.
+
+        Arrays of a CPU load that are still referred to stay valid. A second call does nothing.
+        """
+        if self._tensors is not None:
+            tensors, self._tensors = self._tensors, None
+            self._discard(tensors.values())
+
+    def __enter__(self) -> Weights:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        if self._tensors is None:
+            return "<Weights: closed>"
+        return f"<Weights: {len(self)} tensors, {self.nbytes / 2**20:.1f} MiB, on {self._where}>"
+
+    def _open(self) -> dict[str, Any]:
+        if self._tensors is None:
+            raise ValueError("these weights are closed")
+        return self._tensors

@@ -1,0 +1,81 @@
+"""Fixtures that every test may use."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # servers.py, models.py
+
+from servers import FileServer, ScriptedServer
+
+_VARIABLES = ("NDCACHE_OFFLINE", "HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test sees or touches the user's cache, tokens or proxies."""
+    monkeypatch.setenv("NDCACHE_HOME", str(tmp_path / "home"))
+    for name in _VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name in list(os.environ):
+        if name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True)
+def _no_leaks() -> Iterator[None]:
+    """A test that leaves a thread or a descriptor of ndcache's behind fails."""
+    yield
+    left = [thread.name for thread in threading.enumerate() if thread.name.startswith("ndcache")]
+    assert not left, f"threads left behind: {left}"
+
+
+@pytest.fixture
+def cache_dir(tmp_path: Path) -> Path:
+    """Where the cache is unless a test says otherwise."""
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., FileServer]]:
+    """Start a `FileServer`; it is closed after the test."""
+    started: list[FileServer] = []
+
+    def start(directory: Path, **options: Any) -> FileServer:
+        started.append(FileServer(directory, **options))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.close()
+
+
+@pytest.fixture
+def scripted() -> Iterator[ScriptedServer]:
+    """A `ScriptedServer` with an empty script."""
+    server = ScriptedServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def gpu() -> Any:
+    """A `wgpu.GPUDevice`, software or not. Where there is none the test is skipped; in CI it fails."""
+    import ndcache
+    from ndcache.devices.gpu import open_gpu
+
+    try:
+        device = open_gpu("gpu")
+    except ndcache.NoAdapterError as error:
+        if os.environ.get("NDCACHE_TEST_REQUIRE_ALL"):
+            raise
+        pytest.skip(str(error))
+    assert device is not None
+    return device.handle

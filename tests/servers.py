@@ -1,0 +1,325 @@
+"""Real servers on loopback sockets: one that serves a directory, one that says what a test tells it to."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a server was asked."""
+
+    method: str
+    target: str
+    headers: Mapping[str, str]  # names in lower case
+
+    @property
+    def path(self) -> str:
+        return self.target.partition("?")[0]
+
+
+# --- a directory --------------------------------------------------------------------------------------
+
+
+class _HTTPServer(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+
+
+class FileServer:
+    """Serves a directory as nginx would: ETag, If-None-Match, single ranges, keep-alive.
+
+    Parameters
+    ----------
+    directory : pathlib.Path
+    rate : int, optional
+        Bytes per second of each connection.
+
+    Attributes
+    ----------
+    url : str
+        Ends in a slash.
+    requests : list of Request
+        All so far.
+    peak_bodies : int
+        The most shard bodies that were under way at once.
+    gate : threading.Event
+        While it is clear, no body but the manifest's goes on.
+    """
+
+    def __init__(self, directory: Path, *, rate: int | None = None) -> None:
+        self.directory = Path(directory)
+        self.rate = rate
+        self.requests: list[Request] = []
+        self.peak_bodies = 0
+        self.gate = threading.Event()
+        self.gate.set()
+        self.status: dict[str, int] = {}
+        self._bodies = 0
+        self._lock = threading.Lock()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            wbufsize = 0
+
+            def do_GET(self) -> None:
+                outer._answer(self)
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        self._server = _HTTPServer(("127.0.0.1", 0), Handler)
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        self._thread.start()
+        self.url = f"http://127.0.0.1:{self._server.server_port}/"
+
+    def shard_requests(self) -> list[Request]:
+        """The requests for anything but JSON."""
+        return [request for request in self.requests if not request.path.endswith(".json")]
+
+    def close(self) -> None:
+        self.gate.set()
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def _answer(self, handler: BaseHTTPRequestHandler) -> None:
+        request = Request("GET", handler.path, {k.lower(): v for k, v in handler.headers.items()})
+        with self._lock:
+            self.requests.append(request)
+        status = self.status.get(request.path)
+        path = self.directory / unquote(request.path).lstrip("/")
+        if status is not None or not path.is_file():
+            handler.send_response(status or 404)
+            handler.send_header("Content-Length", "0")
+            handler.end_headers()
+            return
+        body = path.read_bytes()
+        etag = f'"{hashlib.md5(body).hexdigest()}"'
+        if request.headers.get("if-none-match") == etag:
+            handler.send_response(304)
+            handler.send_header("ETag", etag)
+            handler.end_headers()
+            return
+        first, last, status = 0, len(body) - 1, 200
+        match = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("range", ""))
+        if match and request.headers.get("if-range", etag) == etag:
+            first, last, status = int(match[1]), min(int(match[2] or last), last), 206
+        handler.send_response(status)
+        handler.send_header("ETag", etag)
+        handler.send_header("Content-Length", str(last + 1 - first))
+        if status == 206:
+            handler.send_header("Content-Range", f"bytes {first}-{last}/{len(body)}")
+        handler.end_headers()
+        with self._body(request), contextlib.suppress(ConnectionError):
+            self._send(handler, memoryview(body)[first : last + 1])
+
+    @contextlib.contextmanager
+    def _body(self, request: Request) -> Iterator[None]:
+        if request.path.endswith(".json"):
+            yield
+            return
+        with self._lock:
+            self._bodies += 1
+            self.peak_bodies = max(self.peak_bodies, self._bodies)
+        self.gate.wait(60)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._bodies -= 1
+
+    def _send(self, handler: BaseHTTPRequestHandler, body: memoryview) -> None:
+        if self.rate is None:
+            handler.wfile.write(body)
+            return
+        start, piece = time.monotonic(), 1 << 16
+        for offset in range(0, len(body), piece):
+            handler.wfile.write(body[offset : offset + piece])
+            ahead = min(offset + piece, len(body)) / self.rate - (time.monotonic() - start)
+            if ahead > 0:
+                time.sleep(ahead)
+
+
+# --- a script -----------------------------------------------------------------------------------------
+
+
+class Connection:
+    """The server's end of one connection, for the steps of a script."""
+
+    def __init__(self, sock: socket.socket, server: ScriptedServer) -> None:
+        self.sock = sock
+        self.server = server
+        self._unread = b""
+
+    def send(self, data: bytes) -> None:
+        self.sock.sendall(data)
+
+    def reset(self) -> None:
+        """Break the connection with RST."""
+        linger_for_nothing = (1).to_bytes(4, "little") + (0).to_bytes(4, "little")
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger_for_nothing)
+        self.close()
+
+    def stall(self) -> None:
+        """Say nothing until the client goes away or the server is closed."""
+        with contextlib.suppress(OSError):
+            self.sock.settimeout(None)
+            while self.sock.recv(1 << 16):
+                pass
+
+    def close(self) -> None:
+        self.sock.close()
+
+    def read_request(self) -> Request | None:
+        while b"\r\n\r\n" not in self._unread:
+            data = self.sock.recv(1 << 16)
+            if not data:
+                return None
+            self._unread += data
+        head, _, self._unread = self._unread.partition(b"\r\n\r\n")
+        first, *lines = head.decode("latin-1").split("\r\n")
+        method, target, _ = first.split(" ", 2)
+        pairs = (line.partition(":") for line in lines)
+        return Request(method, target, {name.lower(): value.strip() for name, _, value in pairs})
+
+
+Step = Callable[[Connection, Request], None]
+
+
+@dataclass
+class ScriptedServer:
+    """Answers each request for a path with the next step of that path's script; the last one stays.
+
+    A step is bytes to send, or a function of the connection and the request. Build bytes with `reply`.
+    A connection is closed after a step unless it was an exact `reply`.
+
+    Attributes
+    ----------
+    script : dict of str to list
+        By path, ``"/params_shard_0.bin"``.
+    requests : list of Request
+        All so far.
+    """
+
+    script: dict[str, list[bytes | Step]] = field(default_factory=dict)
+    requests: list[Request] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self.port = self._listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}/"
+        self._open: set[socket.socket] = set()
+        self._served: dict[str, int] = {}
+        self._lock = threading.Lock()
+        self._threads = [threading.Thread(target=self._accept, daemon=True)]
+        self._threads[0].start()
+
+    def requests_for(self, path: str) -> list[Request]:
+        return [request for request in self.requests if request.path == path]
+
+    def close(self) -> None:
+        # Closing does not wake a thread that accepts; shutting down does.
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        with self._lock:
+            sockets = list(self._open)
+        for sock in sockets:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join(10)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                return
+            thread = threading.Thread(target=self._serve, args=(sock,), daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _serve(self, sock: socket.socket) -> None:
+        connection = Connection(sock, self)
+        with self._lock:
+            self._open.add(sock)
+        try:
+            with contextlib.suppress(OSError):
+                while (request := connection.read_request()) is not None:
+                    step = self._next_step(request)
+                    if callable(step):
+                        step(connection, request)
+                        return
+                    connection.send(step)
+        finally:
+            with self._lock:
+                self._open.discard(sock)
+            sock.close()
+
+    def _next_step(self, request: Request) -> bytes | Step:
+        with self._lock:
+            self.requests.append(request)
+            steps = self.script.get(request.path)
+            if not steps:
+                return reply(404)
+            index = self._served.get(request.path, 0)
+            self._served[request.path] = index + 1
+            return steps[min(index, len(steps) - 1)]
+
+
+def reply(
+    status: int = 200,
+    body: bytes = b"",
+    headers: Mapping[str, str] | None = None,
+    *,
+    length: int | str | None = ...,  # type: ignore[assignment]
+) -> bytes:
+    """A whole HTTP/1.1 answer. `length` is the Content-Length: the body's own, another one, or None for none."""
+    lines = [f"HTTP/1.1 {status} Status"]
+    length = len(body) if length is ... else length
+    if length is not None:
+        lines.append(f"Content-Length: {length}")
+    lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
+    return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
+
+
+def then_close(data: bytes) -> Step:
+    """Send `data` and end the connection."""
+
+    def step(connection: Connection, request: Request) -> None:
+        connection.send(data)
+
+    return step
+
+
+def then_reset(data: bytes) -> Step:
+    """Send `data` and break the connection."""
+
+    def step(connection: Connection, request: Request) -> None:
+        connection.send(data)
+        connection.reset()
+
+    return step
+
+
+def then_stall(data: bytes) -> Step:
+    """Send `data`, then nothing more."""
+
+    def step(connection: Connection, request: Request) -> None:
+        connection.send(data)
+        connection.stall()
+
+    return step
