@@ -9,6 +9,7 @@ from __future__ import annotations
 from . import errors
 from ._version import __version__
 from .devices.gpu import GPUTensor
+from .dump import dump
 from .errors import *  # noqa: F403 - every error is public
 from .loader import (
     Loader,
@@ -40,6 +41,7 @@ __all__ = [
     "Weights",
     "__version__",
     "delete",
+    "dump",
     "fetch",
     "is_cached",
     "load",
