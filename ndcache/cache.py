@@ -85,9 +85,11 @@ class Part:
     nbytes: int = 0
     digests: dict[str, Any] = field(default_factory=dict)
 
-    def write(self, data: memoryview) -> None:
+    def write(self, data: bytes) -> None:
         """Append `data`."""
-        self.file.write(data)
+        rest = memoryview(data)
+        while rest:
+            rest = rest[self.file.write(rest) :]  # a disk that fills up takes a part first
         for digest in self.digests.values():
             digest.update(data)
         self.nbytes += len(data)
@@ -156,17 +158,22 @@ class ArtifactCache:
         """Whether the shard is there and of the right size."""
         return self.size(shard.data_path) == shard.nbytes
 
-    def is_known_good(self, shard: Shard) -> bool:
-        """Whether the shard is there and was found to have the manifest's digest when it was published."""
+    def is_known(self, shard: Shard) -> bool | None:
+        """Whether the shard's file was found to have the manifest's digest, or another one; None if that is not known.
+
+        What is known holds for a file whose size and time are those it was published with.
+        """
         validator = self.validator(shard.data_path)
-        if validator is None or not self.has(shard):
-            return False
-        return (
-            validator.nbytes == shard.nbytes
-            and validator.mtime_ns == self.path(shard.data_path).stat().st_mtime_ns
-            and shard.sha256sum in (None, validator.sha256)
-            and shard.md5sum in (None, validator.md5)
-        )
+        try:
+            status = os.stat(self.path(shard.data_path))
+        except FileNotFoundError:
+            return None
+        if validator is None or (status.st_size, status.st_mtime_ns) != (validator.nbytes, validator.mtime_ns):
+            return None
+        for known, wanted in ((validator.sha256, shard.sha256sum), (validator.md5, shard.md5sum)):
+            if wanted is not None and known is not None:
+                return known == wanted
+        return True if shard.integrity == "size" else None
 
     def read(self, name: str, limit: int) -> bytes | None:
         """The content of a small published file, up to `limit` bytes."""
@@ -213,7 +220,7 @@ class ArtifactCache:
             status = os.fstat(part.file.fileno())
             part.file.close()
             target = self.path(name)
-            self._make(target.parent)
+            target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(part.path, target)
             _sync_directory(target.parent)
             self.remember(
@@ -231,10 +238,8 @@ class ArtifactCache:
 
     def remember(self, name: str, validator: Validator) -> None:
         """Keep what is known of a published file; losing it in a crash only costs reading the file again."""
-        folder = self._folder("validators")
-        fresh = folder / f"{_flat(name)}.{secrets.token_hex(8)}"
-        fresh.write_text(json.dumps(asdict(validator)), encoding="utf-8")
-        os.replace(fresh, self._validator_path(name))
+        self._folder("validators")
+        self._write_small(self._validator_path(name), asdict(validator))
 
     def remember_checked(self, shard: Shard) -> None:
         """Note that the shard's file was just found to match the manifest."""
@@ -277,15 +282,23 @@ class ArtifactCache:
         return self._state / "validators" / f"{_flat(name)}.json"
 
     def _folder(self, name: str) -> Path:
+        """A folder of ndcache's own state, made if need be; never one that a symlink leads to."""
         folder = self._state / name
+        if self._state.is_symlink() or folder.is_symlink():
+            raise UnsafeCacheError(
+                f"{folder} leads elsewhere through a symbolic link", hint="It was left alone: look who put it there."
+            )
         if not folder.is_dir():
-            self._make(folder)
+            folder.mkdir(parents=True, exist_ok=True)
             if self._source:
-                (self._state / "source.json").write_text(json.dumps({"source": self._source}), encoding="utf-8")
+                self._write_small(self._state / "source.json", {"source": self._source})
         return folder
 
-    def _make(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+    def _write_small(self, path: Path, content: dict[str, Any]) -> None:
+        fresh = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
+        with open(fresh, "x", encoding="utf-8") as file:
+            json.dump(content, file)
+        os.replace(fresh, path)
 
     def _check_ours(self) -> None:
         if self.directory.is_symlink() or not self._state.is_dir() or self._state.is_symlink():

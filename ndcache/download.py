@@ -23,8 +23,8 @@ from .transport import Response, RetryPolicy, Stop, Transport
 
 __all__ = ["Downloader", "with_retries"]
 
-#: One read from the socket. Larger ones fall out of the CPU's cache before they are hashed and written.
-_BUFFER_BYTES = 1 << 20
+#: The most that is read at once: it is still in the CPU's cache when it is hashed and written.
+_READ_BYTES = 1 << 18
 
 T = TypeVar("T")
 
@@ -125,13 +125,12 @@ class Downloader:
 
     def _receive(self, response: Response, part: Part, nbytes: int) -> None:
         """Write the body to `part`; one byte more than `nbytes` is asked for, to notice what is too long."""
-        buffer = memoryview(bytearray(min(_BUFFER_BYTES, nbytes + 1)))
-        while count := response.readinto(buffer[: nbytes + 1 - part.nbytes]):
+        while data := response.read_some(min(_READ_BYTES, nbytes + 1 - part.nbytes)):
             self.stop.check()
-            self.stats.count(network_bytes=count)
-            if part.nbytes + count > nbytes:
+            self.stats.count(network_bytes=len(data))
+            if part.nbytes + len(data) > nbytes:
                 raise SizeMismatchError("the server sends more than there should be", url=response.url, expected=nbytes)
-            part.write(buffer[:count])
+            part.write(data)
 
     def _publish(self, part: Part, name: str, response: Response) -> Path:
         with self.stats.timed("publish"):

@@ -184,16 +184,17 @@ class RemoteModel(Model):
         return False
 
     def _is_good(self, shard: Shard) -> bool:
-        if self._verify == "never":
-            return True
-        if self._verify == "download" and self._cache.is_known_good(shard):
+        known = self._cache.is_known(shard)
+        if known is False:
+            return False
+        if self._verify == "never" or (self._verify == "download" and known):
             return True
         return self._has_right_bytes(shard)
 
     def _has_right_bytes(self, shard: Shard) -> bool:
         with self._downloader.stats.timed("hash"):
             good = mismatch(self._cache.path(shard.data_path), shard) is None
-        if good and not self._cache.is_known_good(shard):
+        if good and not self._cache.is_known(shard):
             self._cache.remember_checked(shard)
         return good
 
@@ -284,7 +285,7 @@ class RemoteModel(Model):
             return
         try:
             with self._cache.part(name) as part:
-                part.write(memoryview(data))
+                part.write(data)
                 self._cache.publish(part, name, etag=etag, last_modified=last_modified)
         except NdcacheError as error:
             # What is cached can still be served; what must be written will say so.

@@ -51,6 +51,14 @@ __all__ = ["Response", "RetryPolicy", "Stop", "Transport"]
 
 _MAX_REDIRECTS = 10
 _DRAIN_BYTES = 1 << 14
+#: What requests, urllib3 and http.client raise when something is wrong with the network or the server.
+_FAILURES = (
+    requests.RequestException,
+    urllib3.exceptions.HTTPError,
+    http.client.HTTPException,
+    OSError,
+    ValueError,
+)
 _USER_AGENT = f"ndcache/{__version__}"
 
 
@@ -161,12 +169,17 @@ class Response:
         Case-insensitive.
     url : str
         Where it came from in the end, after redirects.
+    location : str or None
+        Where it redirects to.
     """
 
-    def __init__(self, raw: requests.Response, stop: Stop, finish: Callable[[], None]) -> None:
+    def __init__(
+        self, raw: requests.Response, stop: Stop, finish: Callable[[], None], location: str | None = None
+    ) -> None:
         self.status: int = raw.status_code
         self.headers: Mapping[str, str] = raw.headers
         self.url: str = raw.url
+        self.location = location
         self._raw = raw
         self._stop = stop
         self._finish = finish
@@ -181,8 +194,8 @@ class Response:
             raise ProtocolError(f"the server sent the Content-Length {text[:40]!r}", url=self.url, status=self.status)
         return int(text)
 
-    def readinto(self, buffer: memoryview) -> int:
-        """Fill `buffer` from the body, or less at its end; 0 means the end.
+    def read_some(self, limit: int) -> bytes:
+        """What has come of the body, 1 to `limit` bytes; waits for it if need be, and is empty at the end.
 
         Raises
         ------
@@ -190,23 +203,19 @@ class Response:
             The body broke off, as the HTTP framing shows it. A body without framing just ends: count its bytes.
         """
         try:
-            count = int(self._raw.raw.readinto(buffer))
-        except Exception as error:
+            data: bytes = self._raw.raw.read1(limit, decode_content=False)
+        except _FAILURES as error:
             self._stop.check()
             _raise_transfer_error(error, self.url)
-        if count == 0:
+        if not data:
             self._stop.check()  # a socket that was shut looks like the end of the body
-        return count
+        return data
 
     def read(self, limit: int) -> bytes:
         """The whole body, which must not be over `limit` bytes; one byte more is read to find out."""
-        buffer = bytearray(min(limit + 1, 1 << 16))
         body = bytearray()
-        while len(body) <= limit:
-            count = self.readinto(memoryview(buffer)[: limit + 1 - len(body)])
-            if count == 0:
-                break
-            body += buffer[:count]
+        while len(body) <= limit and (data := self.read_some(min(limit + 1 - len(body), 1 << 16))):
+            body += data
         return bytes(body)
 
     def __enter__(self) -> Response:
@@ -214,9 +223,9 @@ class Response:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            if kind is None:
+            if kind is None and (self.content_length or 0) <= _DRAIN_BYTES:
                 # A connection is given back for reuse when its body has been read to the end.
-                self.readinto(memoryview(bytearray(_DRAIN_BYTES)))
+                self.read(_DRAIN_BYTES)
         except NdcacheError:
             pass
         finally:
@@ -264,7 +273,7 @@ class Transport:
         headers : mapping
             Sent to every hop.
         stop : Stop
-            Wakes the calling thread, here and in `Response.readinto`.
+            Wakes the calling thread, here and in `Response.read_some`.
 
         Raises
         ------
@@ -278,10 +287,9 @@ class Transport:
         while True:
             seen.add(url)
             response = self._send(url, headers, stop, same_origin=_origin(url) == _origin(first))
-            target = response.headers.get("Location")
-            if response.status in (301, 302, 303, 307, 308) and target:
+            if response.status in (301, 302, 303, 307, 308) and response.location:
                 with response:
-                    url = _follow(url, target, seen)
+                    url = _follow(url, response.location, seen)
                 continue
             try:
                 _raise_for_status(response)
@@ -301,6 +309,13 @@ class Transport:
     def _send(self, url: str, headers: Mapping[str, str], stop: Stop, same_origin: bool) -> Response:
         own, bare = self._sessions()
         session = own if same_origin else bare
+        held: list[str] = []
+
+        def hold_redirect(answer: requests.Response, **_: Any) -> None:
+            # Even when it must not follow, requests reads the whole body of an answer that has a Location.
+            if target := answer.headers.pop("Location", None):
+                held.append(target)
+
         try:
             with _watching(stop) as finish:
                 raw = session.get(
@@ -310,14 +325,15 @@ class Transport:
                     timeout=self._timeout,
                     stream=True,
                     allow_redirects=False,
+                    hooks={"response": [*session.hooks["response"], hold_redirect]},
                 )
-        except Exception as error:
+        except _FAILURES as error:
             stop.check()
             _raise_transfer_error(error, url)
         if session is self._given:
             stop.watch(wake := _waker(raw))
-            return Response(raw, stop, lambda: stop.forget(wake))
-        return Response(raw, stop, finish)
+            return Response(raw, stop, lambda: stop.forget(wake), *held)
+        return Response(raw, stop, finish, *held)
 
     def _auth(self, url: str) -> Callable[[Any], Any] | None:
         if self._bearer is None or _origin(url) != _origin(self._bearer[0]):
@@ -460,8 +476,8 @@ def _origin(url: str) -> tuple[str, str | None, int | None]:
 
 
 def _follow(url: str, target: str, seen: set[str]) -> str:
-    new = urljoin(url, target)
     try:
+        new = urljoin(url, target)
         scheme, host, _ = _origin(new)
     except ValueError as error:
         raise RedirectError("the server redirects to an unreadable address", url=url) from error

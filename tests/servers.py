@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import re
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -223,8 +224,14 @@ class ScriptedServer:
         self._open: set[socket.socket] = set()
         self._served: dict[str, int] = {}
         self._lock = threading.Lock()
+        self._context: ssl.SSLContext | None = None
         self._threads = [threading.Thread(target=self._accept, daemon=True)]
         self._threads[0].start()
+
+    def wrap(self, context: ssl.SSLContext) -> None:
+        """Speak TLS from now on."""
+        self._context = context
+        self.url = self.url.replace("http:", "https:")
 
     def requests_for(self, path: str) -> list[Request]:
         return [request for request in self.requests if request.path == path]
@@ -253,6 +260,12 @@ class ScriptedServer:
             thread.start()
 
     def _serve(self, sock: socket.socket) -> None:
+        if self._context is not None:
+            try:
+                sock = self._context.wrap_socket(sock, server_side=True)
+            except OSError:
+                sock.close()
+                return
         connection = Connection(sock, self)
         with self._lock:
             self._open.add(sock)

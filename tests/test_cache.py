@@ -1,0 +1,190 @@
+"""The cache directory: what is found in it, what may be put there, and what it must not touch."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+import ndcache
+from ndcache.cache import ArtifactCache, cache_root, models
+
+
+def shard(data: bytes, name: str = "params_shard_0.bin", *, md5: bool = True) -> ndcache.Shard:
+    digest = hashlib.md5(data).hexdigest() if md5 else None
+    return ndcache.Shard(name, len(data), digest, None, "raw-shard", ())
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> ArtifactCache:
+    return ArtifactCache(tmp_path / "scope" / "model", "https://host/model/")
+
+
+def publish(cache: ArtifactCache, name: str, data: bytes) -> Path:
+    with cache.part(name, ("md5",)) as part:
+        part.write(data)
+        return cache.publish(part, name)
+
+
+def test_a_part_gets_its_name_when_it_is_published(cache: ArtifactCache) -> None:
+    with cache.part("a/b.bin", ("md5",)) as part:
+        part.write(b"abc")
+        part.write(b"def")
+        assert cache.size("a/b.bin") is None
+        assert cache.publish(part, "a/b.bin") == cache.directory / "a" / "b.bin"
+    assert cache.path("a/b.bin").read_bytes() == b"abcdef"
+    assert cache.has(shard(b"abcdef", "a/b.bin"))
+    assert cache.is_known(shard(b"abcdef", "a/b.bin")) is True
+    assert list((cache.directory / ".ndcache" / "parts").iterdir()) == []
+
+
+def test_a_part_that_is_not_published_leaves_nothing(cache: ArtifactCache) -> None:
+    with pytest.raises(ZeroDivisionError), cache.part("a.bin") as part:
+        part.write(b"abc")
+        1 / 0  # noqa: B018
+    assert cache.size("a.bin") is None
+    assert list((cache.directory / ".ndcache" / "parts").iterdir()) == []
+
+
+def test_two_writers_of_one_file_do_not_meet(cache: ArtifactCache) -> None:
+    with cache.part("a.bin", ("md5",)) as one, cache.part("a.bin", ("md5",)) as two:
+        one.write(b"one")
+        two.write(b"two")
+        assert one.path != two.path
+        cache.publish(one, "a.bin")
+        assert cache.path("a.bin").read_bytes() == b"one"
+        opened = open(cache.path("a.bin"), "rb")  # noqa: SIM115 - a reader that began before
+        cache.publish(two, "a.bin")
+    with opened:
+        assert opened.read() == b"one"
+    assert cache.path("a.bin").read_bytes() == b"two"
+
+
+def test_nothing_is_made_before_something_is_written(cache: ArtifactCache) -> None:
+    assert cache.size("a.bin") is None
+    assert cache.read("a.json", 100) is None
+    assert cache.validator("a.bin") is None
+    assert cache.delete() == 0
+    assert not cache.directory.parent.exists()
+
+
+@pytest.mark.parametrize(
+    ("now", "known"),
+    [
+        (b"abc", True),
+        (b"abd", None),  # other bytes, written later: nothing is known
+        (b"abcd", None),
+    ],
+)
+def test_what_is_known_holds_for_the_file_that_was_published(
+    cache: ArtifactCache, now: bytes, known: bool | None
+) -> None:
+    path = publish(cache, "params_shard_0.bin", b"abc")
+    if now != b"abc":
+        path.write_bytes(now)
+        os.utime(path, ns=(1, 1))
+    assert cache.is_known(shard(b"abc")) is known
+
+
+def test_another_digest_in_the_manifest_is_known_to_be_wrong(cache: ArtifactCache) -> None:
+    publish(cache, "params_shard_0.bin", b"abc")
+    assert cache.is_known(shard(b"abd")) is False
+    assert cache.is_known(shard(b"abd", md5=False)) is True  # size is all there is to go by
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"nbytes": 3}', b'{"odd": 1}', b"\xff"])
+def test_a_damaged_validator_is_none(cache: ArtifactCache, content: bytes) -> None:
+    publish(cache, "params_shard_0.bin", b"abc")
+    (cache.directory / ".ndcache" / "validators" / "params_shard_0.bin.json").write_bytes(content)
+    assert cache.validator("params_shard_0.bin") is None
+    assert cache.is_known(shard(b"abc")) is None
+
+
+def test_names_with_slashes_and_percent_signs_stay_apart(cache: ArtifactCache) -> None:
+    for name, data in (("a/b.bin", b"1"), ("a%2Fb.bin", b"22")):
+        publish(cache, name, data)
+    assert cache.is_known(shard(b"1", "a/b.bin")) is True
+    assert cache.is_known(shard(b"22", "a%2Fb.bin")) is True
+
+
+def test_what_is_bad_is_set_aside(cache: ArtifactCache) -> None:
+    publish(cache, "params_shard_0.bin", b"abc")
+    cache.set_aside("params_shard_0.bin")
+    cache.set_aside("params_shard_0.bin")
+    assert cache.size("params_shard_0.bin") is None
+    assert (cache.directory / ".ndcache" / "aside" / "params_shard_0.bin").read_bytes() == b"abc"
+
+
+@pytest.mark.parametrize("planted", ["a.bin", ".ndcache"])
+def test_row_30_a_planted_symlink_leaves_its_victim_alone(cache: ArtifactCache, tmp_path: Path, planted: str) -> None:
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "file").write_bytes(b"precious")
+    cache.directory.mkdir(parents=True)
+    target = victim / "file" if planted == "a.bin" else victim
+    (cache.directory / planted).symlink_to(target)
+    assert cache.size("a.bin") is None
+    if planted == ".ndcache":
+        with pytest.raises(ndcache.UnsafeCacheError):
+            publish(cache, "a.bin", b"abc")
+        with pytest.raises(ndcache.UnsafeCacheError):
+            cache.delete()
+        assert sorted(path.name for path in victim.iterdir()) == ["file"]
+    else:
+        assert publish(cache, "a.bin", b"abc").read_bytes() == b"abc"
+        assert not cache.path("a.bin").is_symlink()
+    assert (victim / "file").read_bytes() == b"precious"
+
+
+def test_deleting_frees_everything_and_readers_go_on(cache: ArtifactCache) -> None:
+    path = publish(cache, "params_shard_0.bin", b"x" * 1000)
+    with open(path, "rb") as reader:
+        assert cache.delete() >= 1000
+        assert reader.read() == b"x" * 1000
+    assert list(cache.directory.parent.iterdir()) == []
+
+
+def test_a_directory_that_is_not_ours_is_not_deleted(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_bytes(b"abc")
+    with pytest.raises(ndcache.UnsafeCacheError):
+        ArtifactCache(tmp_path / "photos").delete()
+    assert (tmp_path / "photos" / "a.jpg").exists()
+
+
+def test_row_29_no_room_is_noticed_before_the_download(cache: ArtifactCache, tmp_path: Path) -> None:
+    free = shutil.disk_usage(tmp_path).free
+    cache.ensure_room(0)
+    with pytest.raises(ndcache.DiskFullError) as caught:
+        cache.ensure_room(free * 2)
+    assert caught.value.expected == free * 2
+    assert isinstance(caught.value.received, int)
+    assert caught.value.errno == errno.ENOSPC
+
+
+def test_row_30_a_file_where_the_directory_should_be(tmp_path: Path) -> None:
+    (tmp_path / "model").write_bytes(b"abc")
+    cache = ArtifactCache(tmp_path / "model")
+    assert cache.size("a.bin") is None
+    with pytest.raises(ndcache.CacheUnavailableError, match="NDCACHE_HOME"):
+        publish(cache, "a.bin", b"abc")
+
+
+def test_listing(cache: ArtifactCache, tmp_path: Path) -> None:
+    assert list(models(tmp_path)) == []
+    publish(cache, "a.bin", b"x" * 1000)
+    (found,) = models(tmp_path)
+    assert (found.scope, found.source, found.path) == ("scope", "https://host/model/", cache.directory)
+    assert found.nbytes >= 1000
+
+
+def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_root(tmp_path / "a", "b") == tmp_path / "a"
+    assert cache_root("~/a", None) == tmp_path / "a"
+    assert cache_root(None, str(tmp_path / "b")) == tmp_path / "b"
+    assert "ndcache" in cache_root(None, None).parts[-1]

@@ -1,0 +1,504 @@
+"""What a server may answer, and what becomes of it; on real sockets but for the plain table of statuses."""
+
+from __future__ import annotations
+
+import contextlib
+import email.utils
+import os
+import pickle
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import requests
+import responses
+import trustme
+from servers import Connection, Request, ScriptedServer, reply, then_close, then_reset, then_stall
+
+import ndcache
+from ndcache.transport import Response, RetryPolicy, Stop, Transport
+
+SHORT = (5.0, 0.3)
+
+
+@pytest.fixture
+def transport() -> Iterator[Transport]:
+    made = Transport()
+    yield made
+    made.close()
+
+
+def get(transport: Transport, url: str, stop: Stop | None = None, headers: Mapping[str, str] | None = None) -> Response:
+    return transport.get(url, headers or {}, stop or Stop())
+
+
+def body(transport: Transport, url: str, **options: Any) -> bytes:
+    with get(transport, url, **options) as response:
+        return response.read(1 << 20)
+
+
+# --- statuses -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "error"),
+    [
+        (401, {}, ndcache.AuthError),
+        (403, {}, ndcache.AuthError),
+        (404, {}, ndcache.NotFoundError),
+        (410, {}, ndcache.NotFoundError),
+        (408, {}, ndcache.ServerError),
+        (429, {}, ndcache.RateLimitedError),
+        (500, {}, ndcache.ServerError),
+        (502, {}, ndcache.ServerError),
+        (503, {}, ndcache.ServerError),
+        (503, {"Retry-After": "3"}, ndcache.RateLimitedError),
+        (504, {}, ndcache.ServerError),
+        (204, {}, ndcache.ProtocolError),
+        (300, {}, ndcache.ProtocolError),
+        (418, {}, ndcache.ProtocolError),
+        (200, {"Content-Encoding": "gzip"}, ndcache.ProtocolError),
+        (200, {"Content-Encoding": "br"}, ndcache.ProtocolError),
+    ],
+)
+def test_each_status_is_its_error(
+    transport: Transport, status: int, headers: dict[str, str], error: type[ndcache.TransferError]
+) -> None:
+    url = "http://user:secret@host.example/model/a.bin?signature=secret"
+    with responses.RequestsMock() as mock:
+        mock.add(responses.GET, url, status=status, headers=headers)
+        with pytest.raises(error) as caught:
+            get(transport, url)
+    assert type(caught.value) is error
+    assert caught.value.status == status
+    assert "secret" not in str(caught.value) + repr(caught.value) + repr(pickle.dumps(caught.value))
+
+
+def test_a_body_comes_whole_and_its_connection_is_used_again(transport: Transport, scripted: ScriptedServer) -> None:
+    data = bytes(range(256)) * 1000
+    seen: set[tuple[str, int]] = set()
+
+    def remember(connection: Connection, request: Request) -> None:
+        seen.add(connection.sock.getpeername())
+        connection.send(reply(200, data))
+        again = connection.read_request()
+        assert again is not None
+        connection.send(reply(200, b"second"))
+
+    scripted.script["/a"] = [remember]
+    assert body(transport, scripted.url + "a") == data
+    assert body(transport, scripted.url + "b") == b"second"
+    assert len(seen) == 1
+
+
+def test_only_the_identity_encoding_is_asked_for(transport: Transport, scripted: ScriptedServer) -> None:
+    scripted.script["/a"] = [reply(200, b"x")]
+    body(transport, scripted.url + "a")
+    assert scripted.requests[0].headers["accept-encoding"] == "identity"
+    assert scripted.requests[0].headers["user-agent"] == f"ndcache/{ndcache.__version__}"
+
+
+# --- bad answers --------------------------------------------------------------------------------------
+
+LENGTH = "HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\nabc"
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        (LENGTH.format("-3"), ndcache.ProtocolError),
+        (LENGTH.format("3x"), ndcache.ProtocolError),
+        (LENGTH.format("+3"), ndcache.ProtocolError),
+        (LENGTH.format("1_0"), ndcache.ProtocolError),
+        (LENGTH.format("٣").encode().decode("latin-1"), ndcache.ProtocolError),
+        ("HTTP/1.1 200 OK\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\nabc", ndcache.ProtocolError),
+        ("HTTP/1.1 2000 OK\r\n\r\n", ndcache.ProtocolError),
+        ("HTTP/1.1 abc OK\r\n\r\n", ndcache.ProtocolError),
+        ("SSH-2.0-OpenSSH_9.2\r\n\r\n", ndcache.ProtocolError),
+        ("HTTP/1.1 200 OK\r\n" + "X: " + "x" * 70_000 + "\r\n\r\n", ndcache.ProtocolError),
+        ("HTTP/1.1 200 OK\r\n" + "X: x\r\n" * 200 + "\r\n", ndcache.ProtocolError),
+        ("", ndcache.ConnectError),
+    ],
+    ids=lambda value: value[:40] if isinstance(value, str) else value.__name__,
+)
+def test_an_answer_that_is_not_http(
+    transport: Transport, scripted: ScriptedServer, answer: str, error: type[ndcache.TransferError]
+) -> None:
+    scripted.script["/a"] = [then_close(answer.encode("latin-1"))]
+    with pytest.raises(error) as caught, get(transport, scripted.url + "a") as response:
+        assert response.content_length is not None
+    assert type(caught.value) is error
+
+
+@pytest.mark.parametrize(
+    ("step", "error"),
+    [
+        (then_close(reply(200, b"abc", length=10)), ndcache.TruncatedError),
+        (
+            then_close(reply(200, b"5\r\nab", {"Transfer-Encoding": "chunked"}, length=None)),
+            ndcache.TruncatedError,
+        ),
+        (then_reset(reply(200, b"abc", length=1 << 20)), ndcache.ConnectError),
+        (then_stall(reply(200, b"abc", length=10)), ndcache.StallError),
+        (then_stall(b""), ndcache.StallError),
+    ],
+    ids=["cut", "chunked and cut", "reset", "stalled body", "stalled headers"],
+)
+def test_a_body_that_does_not_come(scripted: ScriptedServer, step: Any, error: type[ndcache.TransferError]) -> None:
+    scripted.script["/a"] = [step]
+    transport = Transport(timeout=SHORT)
+    with pytest.raises(error) as caught, get(transport, scripted.url + "a") as response:
+        response.read(1 << 20)
+    transport.close()
+    assert type(caught.value) is error
+    assert caught.value.retryable
+
+
+def test_a_chunked_body_is_put_together(transport: Transport, scripted: ScriptedServer) -> None:
+    chunks = b"3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n"
+    scripted.script["/a"] = [reply(200, chunks, {"Transfer-Encoding": "chunked"}, length=None)]
+    assert body(transport, scripted.url + "a") == b"abcde"
+
+
+def test_a_compressed_body_is_never_decoded(transport: Transport, scripted: ScriptedServer) -> None:
+    scripted.script["/a"] = [reply(200, b"\x1f\x8b" + b"\0" * 1000, {"Content-Encoding": "gzip"})]
+    with pytest.raises(ndcache.ProtocolError, match="gzip"):
+        get(transport, scripted.url + "a")
+
+
+# --- no connection ------------------------------------------------------------------------------------
+
+
+def test_nobody_listens(transport: Transport, scripted: ScriptedServer) -> None:
+    scripted.close()
+    with pytest.raises(ndcache.ConnectError, match="refuses connections"):
+        get(transport, scripted.url)
+
+
+def test_an_unknown_host(transport: Transport) -> None:
+    with pytest.raises(ndcache.ConnectError, match=r"host nowhere\.invalid is not known"):
+        get(transport, "http://nowhere.invalid/")
+
+
+def test_a_proxy_that_is_not_there(transport: Transport, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://user:secret@127.0.0.1:9")
+    with pytest.raises(ndcache.ConnectError, match="proxy") as caught:
+        get(transport, "http://host.example/")
+    assert "secret" not in str(caught.value)
+
+
+def test_the_cause_shows_no_secrets(transport: Transport, scripted: ScriptedServer) -> None:
+    scripted.close()
+    with pytest.raises(ndcache.ConnectError) as caught:
+        get(transport, scripted.url.replace("//", "//user:secret@") + "a?signature=secret")
+    error: BaseException | None = caught.value
+    while error is not None:
+        assert "secret" not in str(error)
+        error = error.__cause__
+
+
+# --- TLS ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+@pytest.fixture
+def secure(scripted: ScriptedServer, authority: trustme.CA) -> ScriptedServer:
+    """The scripted server, speaking TLS with a certificate of `authority`."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    scripted.wrap(context)
+    return scripted
+
+
+def test_an_unknown_certificate_is_refused(transport: Transport, secure: ScriptedServer) -> None:
+    with pytest.raises(ndcache.TLSError, match="certificate") as caught:
+        get(transport, secure.url)
+    assert not caught.value.retryable
+    assert not secure.requests
+
+
+def test_tls_with_a_known_authority(secure: ScriptedServer, authority: trustme.CA) -> None:
+    session = requests.Session()
+    secure.script["/a"] = [reply(200, b"abc")]
+    with authority.cert_pem.tempfile() as path:
+        session.verify = path
+        assert body(Transport(session=session), secure.url + "a") == b"abc"
+    session.close()
+
+
+def test_plain_http_on_a_tls_port(transport: Transport) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+
+        def answer() -> None:
+            sock, _ = listener.accept()
+            with sock, contextlib.suppress(ConnectionError):
+                sock.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+                sock.shutdown(socket.SHUT_WR)
+                while sock.recv(1 << 16):
+                    pass
+
+        done = pool.submit(answer)
+        with pytest.raises(ndcache.TLSError):
+            get(transport, f"https://127.0.0.1:{listener.getsockname()[1]}/")
+        done.result()
+
+
+# --- redirects ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def other() -> Iterator[ScriptedServer]:
+    server = ScriptedServer()
+    server.script["/b"] = [reply(200, b"moved")]
+    yield server
+    server.close()
+
+
+def redirect(target: str, status: int = 302) -> bytes:
+    return reply(status, b"look elsewhere", {"Location": target})
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirect_within_the_origin_keeps_what_the_caller_sends(scripted: ScriptedServer, status: int) -> None:
+    session = requests.Session()
+    session.headers["X-Api-Key"] = "secret"
+    session.auth = ("user", "secret")
+    scripted.script = {"/a": [redirect("/b", status)], "/b": [reply(200, b"moved")]}
+    assert body(Transport(session=session), scripted.url + "a") == b"moved"
+    session.close()
+    second = scripted.requests[1]
+    assert second.headers["x-api-key"] == "secret"
+    assert "authorization" in second.headers
+
+
+def test_row_19_another_origin_is_told_nothing(scripted: ScriptedServer, other: ScriptedServer) -> None:
+    session = requests.Session()
+    session.headers["X-Api-Key"] = "secret"
+    session.cookies.set("id", "secret")
+    scripted.script["/a"] = [redirect(other.url + "b")]
+    transport = Transport(session=session, bearer=(scripted.url, "secret"))
+    assert body(transport, scripted.url.replace("//", "//user:secret@") + "a") == b"moved"
+    transport.close()
+    session.close()
+    assert "secret" in str(scripted.requests[0].headers)
+    assert "secret" not in str(other.requests[0].headers)
+    assert not {"authorization", "cookie", "x-api-key"} & set(other.requests[0].headers)
+
+
+def test_netrc_is_not_used_for_another_origin(
+    scripted: ScriptedServer, other: ScriptedServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login user password secret\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    scripted.script["/a"] = [redirect(other.url + "b")]
+    transport = Transport()
+    assert body(transport, scripted.url + "a") == b"moved"
+    transport.close()
+    assert "authorization" in scripted.requests[0].headers
+    assert "authorization" not in other.requests[0].headers
+
+
+@pytest.mark.parametrize("target", ["/a", "file:///etc/passwd", "ftp://host/a", "http://[bad/", "http:///a", "data:,x"])
+def test_row_18_redirects_that_are_not_followed(transport: Transport, scripted: ScriptedServer, target: str) -> None:
+    scripted.script["/a"] = [redirect(target)]
+    with pytest.raises(ndcache.RedirectError):
+        get(transport, scripted.url + "a")
+    assert len(scripted.requests) == 1
+
+
+def test_row_18_an_endless_chain_of_redirects_ends(transport: Transport, scripted: ScriptedServer) -> None:
+    scripted.script |= {f"/{n}": [redirect(f"/{n + 1}")] for n in range(100)}
+    with pytest.raises(ndcache.RedirectError):
+        get(transport, scripted.url + "0")
+    assert len(scripted.requests) < 20
+
+
+def test_row_18_no_way_back_from_https(secure: ScriptedServer, authority: trustme.CA, other: ScriptedServer) -> None:
+    secure.script["/a"] = [redirect(other.url + "b")]
+    session = requests.Session()
+    with authority.cert_pem.tempfile() as path:
+        session.verify = path
+        with pytest.raises(ndcache.RedirectError, match="from https"):
+            get(Transport(session=session), secure.url + "a")
+    session.close()
+    assert not other.requests
+
+
+def test_the_body_of_a_redirect_is_not_collected(transport: Transport, scripted: ScriptedServer) -> None:
+    announced = 1 << 40
+    scripted.script["/a"] = [then_close(redirect("/b").replace(b"Length: 14", f"Length: {announced}".encode()))]
+    scripted.script["/b"] = [reply(200, b"moved")]
+    assert body(transport, scripted.url + "a") == b"moved"
+
+
+# --- retries ------------------------------------------------------------------------------------------
+
+
+def rate_limited(retry_after: float | None) -> ndcache.RateLimitedError:
+    error = ndcache.RateLimitedError("later")
+    error.retry_after = retry_after
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "failures", "spent", "lowest", "highest"),
+    [
+        (ndcache.ConnectError("x"), 1, 0, 0, 0.5),
+        (ndcache.ConnectError("x"), 3, 0, 0, 2.0),
+        (ndcache.ConnectError("x"), 6, 0, 0, 16.0),
+        (rate_limited(7), 1, 0, 7, 7),
+        (rate_limited(300), 1, 0, 300, 300),
+        (rate_limited(None), 1, 0, 0, 0.5),
+        (ndcache.ChecksumError("x"), 1, 0, 0, 0.5),
+    ],
+)
+def test_what_is_tried_again_and_when(
+    error: ndcache.NdcacheError, failures: int, spent: float, lowest: float, highest: float
+) -> None:
+    for _ in range(100):
+        delay = RetryPolicy().delay(error, failures, spent)
+        assert delay is not None
+        assert lowest <= delay <= highest
+
+
+@pytest.mark.parametrize(
+    ("error", "failures", "spent"),
+    [
+        (ndcache.ConnectError("x"), 7, 0),
+        (ndcache.ConnectError("x"), 1, 301),
+        (ndcache.ChecksumError("x"), 2, 0),
+        (ndcache.NotFoundError("x"), 1, 0),
+        (ndcache.TLSError("x"), 1, 0),
+        (ndcache.DiskFullError("x"), 1, 0),
+        (rate_limited(301), 1, 0),
+        (rate_limited(1e30), 1, 0),
+    ],
+)
+def test_what_is_not_tried_again(error: ndcache.NdcacheError, failures: int, spent: float) -> None:
+    assert RetryPolicy().delay(error, failures, spent) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("0", 0),
+        ("7", 7),
+        ("99999999999", None),
+        ("-1", None),
+        ("soon", None),
+        ("", None),
+        ("1.5", None),
+        (email.utils.formatdate(0, usegmt=True), 0),
+    ],
+)
+def test_row_14_retry_after(transport: Transport, scripted: ScriptedServer, value: str, expected: float | None) -> None:
+    scripted.script["/a"] = [reply(429, b"", {"Retry-After": value})]
+    with pytest.raises(ndcache.RateLimitedError) as caught:
+        get(transport, scripted.url + "a")
+    assert caught.value.retry_after == expected
+
+
+def test_row_14_retry_after_as_a_date(transport: Transport, scripted: ScriptedServer) -> None:
+    date = email.utils.formatdate(time.time() + 1000, usegmt=True)
+    scripted.script["/a"] = [reply(503, b"", {"Retry-After": date})]
+    with pytest.raises(ndcache.RateLimitedError) as caught:
+        get(transport, scripted.url + "a")
+    assert caught.value.retry_after is not None
+    assert 900 < caught.value.retry_after <= 1000
+
+
+# --- stopping -----------------------------------------------------------------------------------------
+
+
+BEGUN = reply(200, b"abc", length=10)
+
+
+@pytest.mark.parametrize(
+    ("sent", "callers_session"),
+    # The connections of a caller's session can be reached from the headers on only.
+    [(b"", False), (BEGUN, False), (BEGUN, True)],
+    ids=["headers", "body", "body of a caller's session"],
+)
+def test_stop_wakes_a_thread_that_waits_for_the_server(
+    scripted: ScriptedServer, sent: bytes, callers_session: bool
+) -> None:
+    reached = threading.Event()
+
+    def step(connection: Connection, request: Request) -> None:
+        connection.send(sent)
+        reached.set()
+        connection.stall()
+
+    scripted.script["/a"] = [step]
+    session = requests.Session() if callers_session else None
+    transport, stop = Transport(session=session, timeout=(60, 60)), Stop()
+    taken = threading.Event()
+
+    def request() -> bytes:
+        with get(transport, scripted.url + "a", stop) as response:
+            taken.set()
+            return response.read(100)
+
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(request)
+        assert reached.wait(30)
+        if sent:
+            assert taken.wait(30)
+        stop.set()
+        with pytest.raises(ndcache.CancelledError):
+            future.result(30)
+    transport.close()
+    if session:
+        session.close()
+
+
+def test_stop_wakes_sleepers_and_refuses_requests(transport: Transport) -> None:
+    stop = Stop()
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(stop.sleep, 1000)
+        stop.set()
+        with pytest.raises(ndcache.CancelledError):
+            future.result(30)
+    with pytest.raises(ndcache.CancelledError):
+        get(transport, "http://127.0.0.1:9/", stop)
+
+
+def test_the_callers_event_stops_too() -> None:
+    cancel = threading.Event()
+    stop = Stop(cancel)
+    stop.check()
+    cancel.set()
+    with pytest.raises(ndcache.CancelledError):
+        stop.sleep(1000)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+def test_a_forked_child_makes_connections_of_its_own(transport: Transport, scripted: ScriptedServer) -> None:
+    peers: list[int] = []
+
+    def step(connection: Connection, request: Request) -> None:
+        peers.append(connection.sock.getpeername()[1])
+        while True:
+            connection.send(reply(200, b"abc"))
+            if connection.read_request() is None:
+                return
+            peers.append(connection.sock.getpeername()[1])
+
+    scripted.script["/a"] = [step]
+    assert body(transport, scripted.url + "a") == b"abc"
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if body(transport, scripted.url + "a") == b"abc" else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert body(transport, scripted.url + "a") == b"abc"
+    assert peers[0] == peers[2] != peers[1]
