@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from . import errors
+from . import tvm as tvm
 from ._version import __version__
 from .devices.gpu import GPUTensor
 from .dump import dump

@@ -289,17 +289,9 @@ class Loader:
         location = locate(source)
         stop, stats = Stop(self._cancel), LoadStats()
         started = time.perf_counter()
-        downloader = Downloader(
-            self._transport,
-            self._policy,
-            stop,
-            stats,
-            self._cache(location),
-            digests=self._verify != "never",
-        )
         model = open_model(
             location,
-            downloader,
+            self._downloader(location, stop, stats),
             mirrors=[locate(mirror) for mirror in self._mirrors],
             verify=self._verify,
             offline=self._offline or offline,
@@ -372,6 +364,16 @@ class Loader:
                 reporter.shard_done(shard.nbytes)
         run.stats.seconds["total"] = time.perf_counter() - run.started
         logger.info("%s: %s", run.model.directory, run.stats)
+
+    def _downloader(self, location: Location, stop: Stop, stats: LoadStats) -> Downloader:
+        return Downloader(
+            self._transport,
+            self._policy,
+            stop,
+            stats,
+            self._cache(location),
+            digests=self._verify != "never",
+        )
 
     def _cache(self, location: Location) -> ArtifactCache:
         return ArtifactCache(self._root / self._scope / location.cache_key, str(location))

@@ -1,0 +1,360 @@
+"""The names of TVM's runtimes, for code that was written against them.
+
+==============================================  =====================================================================
+here                                            there
+==============================================  =====================================================================
+`fetch_ndarray_cache`                           ``fetchNDArrayCache`` (``fetchTensorCache``) of the web runtime
+`register_init_progress_callback`               ``registerInitProgressCallback`` of the web runtime
+`ndarray_cache_get`, `ndarray_cache_update`,    ``ndarrayCacheGet`` and so on of the web runtime,
+`ndarray_cache_remove`, `ndarray_cache_clear`   ``vm.builtin.tensor_cache.get`` and so on in C++
+`get_params`, `get_params_by_name`              ``getParamsFromCache``, ``getParamsFromCacheByName`` of the web runtime,
+                                                ``vm.builtin.param_array_from_cache`` in C++
+`ArtifactCache`                                 ``ArtifactCache`` of the web runtime
+==============================================  =====================================================================
+
+TVM renamed ndarray to tensor; `fetch_tensor_cache`, `tensor_cache_get` and so on are the same functions.
+
+The tensors are in one registry of the whole process, which any thread may use. Nothing here needs TVM.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit, urlunsplit
+
+from .cache import ArtifactCache as _ModelCache
+from .errors import CacheUnavailableError, NotFoundError, OfflineError, UnsafePathError, redact
+from .loader import Loader, Source, load
+from .locate import Location, locate
+from .manifest import check_path
+from .progress import ProgressCallback
+from .stats import LoadStats
+from .transport import Stop
+
+if TYPE_CHECKING:
+    import wgpu
+
+__all__ = [
+    "ArtifactCache",
+    "fetch_ndarray_cache",
+    "fetch_tensor_cache",
+    "get_params",
+    "get_params_by_name",
+    "ndarray_cache_clear",
+    "ndarray_cache_get",
+    "ndarray_cache_remove",
+    "ndarray_cache_update",
+    "register_init_progress_callback",
+    "tensor_cache_clear",
+    "tensor_cache_get",
+    "tensor_cache_remove",
+    "tensor_cache_update",
+]
+
+#: Of one file whose size is not known; it keeps a body without an end from filling the disk.
+_MAX_FILE_BYTES = 64 << 30
+
+_lock = threading.Lock()
+_registry: dict[str, Any] = {}
+_callbacks: list[ProgressCallback] = []
+
+
+# --- the registry -------------------------------------------------------------------------------------
+
+
+def fetch_ndarray_cache(
+    url: Source,
+    device: str | wgpu.GPUDevice = "cpu",
+    scope: str = "default",
+    **options: Any,
+) -> dict[str, Any]:
+    """Load a model and put all its tensors into the registry.
+
+    Tensors of the same names are replaced, as by TVM's C++ loader; its web runtime raises instead. They are replaced
+    together when everything is loaded: if that fails, the registry stays as it was.
+
+    Parameters
+    ----------
+    url, device
+        As for `ndcache.load`. Each call opens a GPU anew; for several models on one, give the `wgpu.GPUDevice`.
+    scope : str
+        The part of the cache to use.
+    **options
+        Of `ndcache.Loader`.
+
+    Returns
+    -------
+    dict
+        The manifest's metadata.
+
+    Raises
+    ------
+    NdcacheError, ValueError, TypeError
+        As `ndcache.load`.
+
+    Examples
+    --------
+    >>> from ndcache import tvm
+    >>> tvm.register_init_progress_callback(lambda report: print(report.text))
+    >>> tvm.fetch_ndarray_cache("https://host/model/", "gpu")
+    {'ParamSize': 2}
+    >>> embedding, projection = tvm.get_params("param", -1)
+    """
+    with _lock:
+        callbacks = list(_callbacks)
+    weights = load(url, device, progress=callbacks, scope=scope, **options)
+    with _lock:
+        _registry.update(weights)
+    return dict(weights.metadata)
+
+
+def register_init_progress_callback(callback: ProgressCallback) -> None:
+    """Have all later calls of `fetch_ndarray_cache` report to `callback`, and to those registered before it.
+
+    Parameters
+    ----------
+    callback : callable
+        Takes a `ndcache.ProgressReport`; called on the thread that fetches.
+    """
+    if not callable(callback):
+        raise TypeError(f"a progress callback is callable, {callback!r} is not")
+    with _lock:
+        _callbacks.append(callback)
+
+
+def ndarray_cache_get(name: str) -> Any | None:
+    """The tensor of that name, or None if there is none."""
+    with _lock:
+        return _registry.get(name)
+
+
+def ndarray_cache_update(name: str, array: Any, override: bool = False) -> None:
+    """Put a tensor into the registry.
+
+    Parameters
+    ----------
+    name : str
+    array : array or GPUTensor
+        Kept as it is, not copied.
+    override : bool
+        Replace a tensor of the same name.
+
+    Raises
+    ------
+    ValueError
+        There is one, and `override` is false.
+    """
+    with _lock:
+        if not override and name in _registry:
+            raise ValueError(f"Name {name} already exists in the cache")
+        _registry[name] = array
+
+
+def ndarray_cache_remove(name: str) -> None:
+    """Take a tensor out of the registry; if there is none of that name, nothing happens."""
+    with _lock:
+        _registry.pop(name, None)
+
+
+def ndarray_cache_clear() -> None:
+    """Take all tensors out of the registry. Buffers of a GPU are freed when nothing else refers to them."""
+    with _lock:
+        _registry.clear()
+
+
+def get_params(prefix: str, count: int) -> list[Any]:
+    """The tensors ``prefix_0``, ``prefix_1``, ... of the registry.
+
+    Parameters
+    ----------
+    prefix : str
+    count : int
+        How many; -1 for as many as follow one another.
+
+    Raises
+    ------
+    KeyError
+        One of them is missing.
+    """
+    params: list[Any] = []
+    with _lock:
+        while count == -1 or len(params) < count:
+            name = f"{prefix}_{len(params)}"
+            if name not in _registry:
+                if count == -1:
+                    break
+                raise KeyError(f"Cannot find {name} in cache")
+            params.append(_registry[name])
+    return params
+
+
+def get_params_by_name(names: Iterable[str]) -> list[Any]:
+    """The tensors of these names, in their order.
+
+    Raises
+    ------
+    KeyError
+        One of them is missing.
+    """
+    params = []
+    with _lock:
+        for name in names:
+            if name not in _registry:
+                raise KeyError(f"Cannot find parameter in cache: {name}")
+            params.append(_registry[name])
+    return params
+
+
+fetch_tensor_cache = fetch_ndarray_cache
+tensor_cache_get = ndarray_cache_get
+tensor_cache_update = ndarray_cache_update
+tensor_cache_remove = ndarray_cache_remove
+tensor_cache_clear = ndarray_cache_clear
+
+
+# --- single files -------------------------------------------------------------------------------------
+
+
+class ArtifactCache:
+    """Single files of models in ndcache's cache, by their URLs: shards, a tokenizer, a configuration.
+
+    A file lies in the cache directory of the model that it belongs to, so what `ndcache.fetch` brought is here, and
+    what is added here need not be fetched by `ndcache.load`, which still checks its digest. The URL's query is part of
+    the request and not of the file's identity. Also a context manager.
+
+    Parameters
+    ----------
+    scope : str
+        The part of the cache to use.
+    **options
+        Of `ndcache.Loader`.
+
+    Examples
+    --------
+    >>> with ndcache.tvm.ArtifactCache() as cache:
+    ...     config = cache.fetch_with_cache("https://host/model/mlc-chat-config.json", "json")
+    """
+
+    def __init__(self, scope: str = "default", **options: Any) -> None:
+        self._loader = Loader(scope=scope, **options)
+
+    def has_all_keys(self, urls: Iterable[str]) -> bool:
+        """Whether all these files are in the cache. Makes no request."""
+        return all(self._found(url) is not None for url in urls)
+
+    def add_to_cache(self, url: str) -> None:
+        """Bring a file into the cache unless it is there.
+
+        Raises
+        ------
+        TransferError, OfflineError, CacheError
+        UnsafePathError, ValueError
+            `url` does not name a file on a server.
+        """
+        self._add(url)
+
+    def fetch_with_cache(self, url: str, storetype: str | None = None) -> Any:
+        """The content of a file, which is brought into the cache unless it is there.
+
+        Parameters
+        ----------
+        url : str
+        storetype : {None, "arraybuffer", "json"}
+            ``"json"`` gives the parsed value, the others the bytes.
+
+        Raises
+        ------
+        TransferError, OfflineError, CacheError
+        UnsafePathError, ValueError
+            `url` does not name a file on a server, `storetype` is none of these, or the file is not JSON.
+        """
+        if storetype not in (None, "arraybuffer", "json"):
+            raise ValueError(f"storetype is None, 'arraybuffer' or 'json', not {storetype!r}")
+        cache, name = self._add(url)
+        data = cache.read(name, _MAX_FILE_BYTES)
+        if data is None:
+            raise NotFoundError("the file was deleted while it was being read", url=url, shard=name)
+        return json.loads(data) if storetype == "json" else data
+
+    def delete_in_cache(self, url: str) -> None:
+        """Remove a file from the cache; if it is not there, nothing happens."""
+        while (found := self._found(url)) is not None:
+            cache, name = found
+            try:
+                cache.path(name).unlink(missing_ok=True)
+            except OSError as error:
+                raise CacheUnavailableError(f"{cache.path(name)} cannot be removed: {error.strerror}") from error
+
+    def close(self) -> None:
+        """Close the kept connections."""
+        self._loader.close()
+
+    def __enter__(self) -> ArtifactCache:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- inside
+
+    def _add(self, url: str) -> tuple[_ModelCache, str]:
+        found = self._found(url)
+        if found is not None:
+            return found
+        loader = self._loader
+        location, name = self._home(url)
+        if loader._offline:
+            error = OfflineError(f"offline, and not in the cache: {redact(url)}")
+            error.missing = (name,)
+            raise error
+        downloader = loader._downloader(location, Stop(loader._cancel), LoadStats())
+        downloader.file(name, _file_url(url), _MAX_FILE_BYTES)
+        return downloader.cache, name
+
+    def _found(self, url: str) -> tuple[_ModelCache, str] | None:
+        """The cache that has the file, and its name there."""
+        for location, name in _places(url):
+            cache = self._loader._cache(location)
+            if cache.size(name) is not None:
+                return cache, name
+        return None
+
+    def _home(self, url: str) -> tuple[Location, str]:
+        """Where a new file belongs: to the nearest model that has a cache directory, else to the URL's directory."""
+        places = list(_places(url))
+        known = (place for place in places if self._loader._cache(place[0]).directory.is_dir())
+        return next(known, places[0])
+
+
+def _file_url(url: str) -> str:
+    """The URL of the file itself, for the spellings that `ndcache.load` knows."""
+    location = locate(url)
+    if not location.is_remote:
+        raise ValueError(f"this is no URL of a file on a server: {url}")
+    # A manifest's URL was taken apart, any other taken for a directory's.
+    base = location.url(location.manifest_names[0]) if len(location.manifest_names) == 1 else location.base[:-1]
+    parts = urlsplit(base)
+    if parts.path.rpartition("/")[2] == "" or urlsplit(url).path.endswith("/"):
+        raise ValueError(f"this URL names a directory, not a file: {redact(url)}")
+    return urlunsplit((parts.scheme, parts.netloc, parts.path, location.query, ""))
+
+
+def _places(url: str) -> Iterator[tuple[Location, str]]:
+    """The directories above a file in which the model may be, the nearest first, and the file's name in each."""
+    parts = urlsplit(_file_url(url))
+    folder, _, name = parts.path.rpartition("/")
+    check_path(unquote(name))
+    while True:
+        base = urlunsplit((parts.scheme, parts.netloc, f"{folder}/", "", ""))
+        yield Location(base, parts.query, None, ()), unquote(name)
+        if not folder:
+            return
+        folder, _, last = folder.rpartition("/")
+        name = f"{last}/{name}"
+        try:
+            check_path(unquote(name))
+        except UnsafePathError:
+            return  # no file of a model can have that path, nor one that ends in it
