@@ -51,7 +51,7 @@ class FileServer:
     url : str
         Ends in a slash.
     requests : list of Request
-        All so far.
+        All so far, each with the client's port as ``x-test-peer``.
     peak_bodies : int
         The most shard bodies that were under way at once.
     gate : threading.Event
@@ -96,7 +96,8 @@ class FileServer:
         self._thread.join()
 
     def _answer(self, handler: BaseHTTPRequestHandler) -> None:
-        request = Request("GET", handler.path, {k.lower(): v for k, v in handler.headers.items()})
+        headers = {name.lower(): value for name, value in handler.headers.items()}
+        request = Request("GET", handler.path, {**headers, "x-test-peer": str(handler.client_address[1])})
         with self._lock:
             self.requests.append(request)
         status = self.status.get(request.path)

@@ -50,7 +50,7 @@ class GPUTensor:
         Where the buffer lives.
     """
 
-    __slots__ = ("buffer", "device", "dtype", "nbytes", "shape")
+    __slots__ = ("_released", "buffer", "device", "dtype", "nbytes", "shape")
 
     def __init__(
         self,
@@ -64,14 +64,28 @@ class GPUTensor:
         self.dtype = dtype
         self.nbytes = math.prod(shape) * dtype.itemsize
         self.device = device
+        self._released = False
 
     def numpy(self) -> npt.NDArray[Any]:
-        """A copy of the tensor in the CPU's memory; waits for the GPU."""
+        """A copy of the tensor in the CPU's memory; waits for the GPU.
+
+        Raises
+        ------
+        ValueError
+            The weights that it belongs to are closed.
+        DeviceError
+        """
+        if self._released:
+            raise ValueError("the weights of this tensor are closed")  # wgpu would end the process
         if self.nbytes == 0:
             return np.empty(self.shape, self.dtype)
         with _device_errors():
             data = self.device.queue.read_buffer(self.buffer, 0, _padded(self.nbytes))
         return np.frombuffer(data, np.uint8)[: self.nbytes].view(self.dtype).reshape(self.shape)
+
+    def _release(self) -> None:
+        self._released = True
+        self.buffer.destroy()
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
         if copy is False:
@@ -142,7 +156,7 @@ class GpuDevice(Device[Bytes, GPUTensor]):
     def discard(self, tensors: Iterable[GPUTensor]) -> None:
         with _device_errors():
             for tensor in tensors:
-                tensor.buffer.destroy()
+                tensor._release()
             if self._fence_buffer is not None:
                 self._fence_buffer.destroy()
                 self._fence_buffer = None

@@ -1,0 +1,326 @@
+"""One suite that every device must pass, and what is particular to each."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import models
+import numpy as np
+import pytest
+
+import ndcache
+from ndcache.devices import cpu as cpu_module
+from ndcache.devices import gpu as gpu_module
+from ndcache.devices import open_device
+from ndcache.dtypes import DTYPES
+
+SHAPES: list[tuple[int, ...]] = [(), (1,), (3,), (4,), (5, 7), (0,), (3, 0, 2), (2, 3, 4, 5), (1025,)]
+
+
+class Conformance:
+    """Inherit and say in `device` what is tested."""
+
+    @pytest.fixture
+    def device(self, request: pytest.FixtureRequest) -> Any:
+        raise AssertionError("a subclass says which device")
+
+    def load(self, device: Any, directory: Path, **options: Any) -> ndcache.Weights:
+        return ndcache.load(directory, device, **options)
+
+    def check(self, weights: ndcache.Weights, arrays: dict[str, np.ndarray[Any, Any]]) -> None:
+        assert list(weights) == list(arrays)
+        for name, array in arrays.items():
+            tensor = weights[name]
+            assert tensor.shape == array.shape, name
+            assert tensor.dtype == array.dtype, name
+            assert tensor.nbytes == array.nbytes, name
+            back = np.asarray(tensor)
+            assert (back.shape, back.dtype) == (array.shape, array.dtype), name
+            assert back.tobytes() == array.tobytes(), name
+
+    @pytest.mark.parametrize("dtype", list(DTYPES))
+    @pytest.mark.parametrize("gap", [b"", b"x"], ids=["packed", "unaligned"])
+    def test_every_dtype_and_shape(self, device: Any, tmp_path: Path, dtype: str, gap: bytes) -> None:
+        arrays = {f"t{n}": models.random_array(shape, dtype, seed=n) for n, shape in enumerate(SHAPES)}
+        models.write_model(tmp_path, [arrays], gap=gap)
+        with self.load(device, tmp_path) as weights:
+            self.check(weights, arrays)
+            assert weights.nbytes == sum(array.nbytes for array in arrays.values())
+
+    @pytest.mark.parametrize("shape", SHAPES)
+    @pytest.mark.parametrize("gap", [b"", b"x", b"xyz"], ids=["packed", "1 off", "3 off"])
+    def test_bfloat16_is_expanded(self, device: Any, tmp_path: Path, shape: tuple[int, ...], gap: bytes) -> None:
+        bits = np.random.default_rng(0).integers(0, 1 << 16, shape, np.uint16)
+        bits.reshape(-1)[:6] = [0x7F80, 0xFF80, 0x7FC1, 0x8000, 0x0001, 0x7F7F][: bits.size]
+        models.write_model(tmp_path, [{"t": bits.view(ml_dtypes.bfloat16)}], gap=gap)
+        relabel(tmp_path, "float32", "f32-to-bf16")
+        with self.load(device, tmp_path) as weights:
+            self.check(weights, {"t": (bits.astype(np.uint32) << 16).view(np.float32)})
+        with self.load(device, tmp_path, decode=False) as weights:
+            self.check(weights, {"t": bits.view(ml_dtypes.bfloat16)})
+
+    @pytest.mark.parametrize("dtype", ["uint32", "float16"])
+    def test_other_dtypes_marked_f32_to_bf16_are_as_stored(self, device: Any, tmp_path: Path, dtype: str) -> None:
+        array = models.random_array((33,), dtype)
+        models.write_model(tmp_path, [{"t": array}], encoding="f32-to-bf16")
+        with self.load(device, tmp_path) as weights:
+            self.check(weights, {"t": array})
+
+    @pytest.mark.parametrize(("alias", "name"), [("e4m3_float8", "float8_e4m3fn"), ("e5m2_float8", "float8_e5m2")])
+    def test_aliases(self, device: Any, tmp_path: Path, alias: str, name: str) -> None:
+        array = models.random_array((7,), name)
+        models.write_model(tmp_path, [{"t": array}])
+        relabel(tmp_path, alias, "raw")
+        with self.load(device, tmp_path) as weights:
+            self.check(weights, {"t": array})
+
+    def test_many_shards_keep_their_order(self, device: Any, tmp_path: Path) -> None:
+        arrays = models.simple_model(tmp_path, shards=20, shard_bytes=4096)
+        with self.load(device, tmp_path) as weights:
+            self.check(weights, arrays)
+
+    def test_an_empty_model(self, device: Any, tmp_path: Path) -> None:
+        models.write_model(tmp_path, [])
+        reports: list[ndcache.ProgressReport] = []
+        with self.load(device, tmp_path, progress=reports.append) as weights:
+            self.check(weights, {})
+        assert [report.text.partition(":")[0] for report in reports] == [
+            "Start to fetch params",
+            "Loading model from cache[0/0]",
+        ]
+        assert reports[-1].progress == 1.0
+
+    def test_a_shard_with_nothing_in_it(self, device: Any, tmp_path: Path) -> None:
+        empty = np.empty((0, 4), np.float32)
+        models.write_model(tmp_path, [{"empty": empty}, {"full": np.ones(3, np.float32)}])
+        with self.load(device, tmp_path) as weights:
+            self.check(weights, {"empty": empty, "full": np.ones(3, np.float32)})
+
+    def test_streaming(self, device: Any, tmp_path: Path) -> None:
+        arrays = models.simple_model(tmp_path, shards=3)
+        seen = dict(ndcache.stream(tmp_path, device))
+        assert {name: np.asarray(tensor).tobytes() for name, tensor in seen.items()} == {
+            name: array.tobytes() for name, array in arrays.items()
+        }
+
+    def test_closed_weights_say_so(self, device: Any, tmp_path: Path) -> None:
+        models.simple_model(tmp_path, shards=1)
+        weights = self.load(device, tmp_path)
+        assert "1 tensors" in repr(weights)
+        weights.close()
+        weights.close()
+        with pytest.raises(ValueError, match="closed"):
+            weights["layer.0"]
+        assert "closed" in repr(weights)
+
+
+def relabel(directory: Path, dtype: str, encoding: str) -> None:
+    """Give every record of a model another dtype and format in the manifest."""
+    import json
+
+    path = directory / "tensor-cache.json"
+    manifest = json.loads(path.read_text())
+    for shard in manifest["records"]:
+        for record in shard["records"]:
+            record.update(dtype=dtype, format=encoding)
+    path.write_text(json.dumps(manifest))
+
+
+class TestCpu(Conformance):
+    @pytest.fixture
+    def device(self) -> str:
+        return "cpu"
+
+    def test_views_and_copies(self, tmp_path: Path) -> None:
+        models.write_model(tmp_path, [{"raw": models.random_array((8,)), "half": models.random_array((8,), "float16")}])
+        models.write_model(tmp_path / "bf16", [{"t": models.random_array((8,))}], encoding="f32-to-bf16")
+        raw = ndcache.load(tmp_path)
+        assert not raw["raw"].flags.writeable
+        assert not raw["raw"].flags.owndata
+        expanded = ndcache.load(tmp_path / "bf16")["t"]
+        assert expanded.flags.writeable
+
+    def test_many_shards_do_not_use_up_descriptors(self, tmp_path: Path) -> None:
+        resource = pytest.importorskip("resource")
+        arrays = models.simple_model(tmp_path, shards=600, shard_bytes=8)
+        script = (
+            "import ndcache, resource, sys\n"
+            "resource.setrlimit(resource.RLIMIT_NOFILE, (400, 400))\n"
+            "weights = ndcache.load(sys.argv[1])\n"
+            "print(len(weights), sum(float(a.sum()) for a in weights.values()))"
+        )
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)
+        output = subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=120, check=True
+        ).stdout
+        count, total = output.split()
+        assert int(count) == 600
+        assert float(total) == sum(float(array.sum()) for array in arrays.values())
+
+    def test_a_file_that_shrinks_before_it_is_mapped(self, tmp_path: Path) -> None:
+        models.simple_model(tmp_path, shards=1)
+        (shard,) = ndcache.read_manifest(tmp_path).shards
+        os.truncate(tmp_path / "params_shard_0.bin", 5)
+        with pytest.raises(ndcache.SizeMismatchError):
+            cpu_module.map_shard(tmp_path / "params_shard_0.bin", shard)
+
+
+class TestGpu(Conformance):
+    @pytest.fixture
+    def device(self, gpu: Any) -> Any:
+        return gpu
+
+    def test_the_name_opens_a_device_of_its_own(self, gpu: Any, tmp_path: Path) -> None:
+        arrays = models.simple_model(tmp_path, shards=2)
+        with ndcache.load(tmp_path, "gpu") as weights:
+            self.check(weights, arrays)
+            assert weights.device is not gpu
+            limits = weights.device.adapter.limits
+            for name in ("max-buffer-size", "max-storage-buffer-binding-size"):
+                assert weights.device.limits[name] == limits[name]
+
+    def test_buffers_can_be_bound_and_copied(self, gpu: Any, tmp_path: Path) -> None:
+        import wgpu
+
+        arrays = {"five": np.arange(5, dtype=np.uint8), "none": np.empty(0, np.float32)}
+        models.write_model(tmp_path, [arrays])
+        weights = ndcache.load(tmp_path, gpu)
+        assert weights.device is gpu
+        usage = wgpu.BufferUsage
+        for tensor in weights.values():
+            assert tensor.buffer.usage == usage.STORAGE | usage.COPY_SRC | usage.COPY_DST
+            assert tensor.device is gpu
+        assert weights["five"].buffer.size == 8
+        assert weights["none"].buffer.size == 4
+        assert bytes(gpu.queue.read_buffer(weights["five"].buffer)) == bytes([0, 1, 2, 3, 4, 0, 0, 0])
+        weights.close()
+        # The device is the caller's and still works.
+        gpu.create_buffer(size=4, usage=usage.STORAGE).destroy()
+
+    def test_arrays_are_made_on_demand(self, gpu: Any, tmp_path: Path) -> None:
+        array = models.random_array((6, 7))
+        models.write_model(tmp_path, [{"t": array}])
+        with ndcache.load(tmp_path, gpu) as weights:
+            tensor = weights["t"]
+            assert np.asarray(tensor, dtype=np.float64).dtype == np.float64
+            assert (tensor.numpy() == array).all()
+            if np.lib.NumpyVersion(np.__version__) >= "2.0.0":
+                with pytest.raises(ValueError, match="without a copy"):
+                    np.asarray(tensor, copy=False)
+            assert repr(tensor) == "GPUTensor(shape=(6, 7), dtype=float32, nbytes=168)"
+
+    def test_row_38_a_tensor_over_the_limits_is_refused_before_anything_is_fetched(
+        self, gpu: Any, tmp_path: Path
+    ) -> None:
+        limit = gpu.limits["max-buffer-size"]
+        models.write_model(tmp_path, [{"t": np.ones(4, np.uint8)}])
+        path = tmp_path / "tensor-cache.json"
+        size = limit + 1
+        path.write_text(
+            path.read_text().replace('"shape": [4]', f'"shape": [{size}]').replace('"nbytes": 4', f'"nbytes": {size}')
+        )
+        with pytest.raises(ndcache.OutOfDeviceMemoryError, match="'t'") as caught:
+            ndcache.load(tmp_path, gpu)
+        assert (caught.value.expected, caught.value.received) == (size, limit)
+
+    def test_row_38_buffers_made_so_far_are_destroyed(
+        self, gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import wgpu
+
+        models.simple_model(tmp_path, shards=4)
+        made: list[Any] = []
+        create = gpu_module.GpuDevice._upload
+
+        def upload(self: Any, values: Any) -> Any:
+            if len(made) == 2:
+                raise wgpu.GPUOutOfMemoryError("no memory")
+            made.append(create(self, values))
+            return made[-1]
+
+        monkeypatch.setattr(gpu_module.GpuDevice, "_upload", upload)
+        with pytest.raises(ndcache.OutOfDeviceMemoryError) as caught:
+            ndcache.load(tmp_path, gpu)
+        assert isinstance(caught.value.__cause__, wgpu.GPUOutOfMemoryError)
+        assert len(made) == 2
+        for tensor in made:
+            with pytest.raises(ValueError, match="closed"):
+                tensor.numpy()
+
+    def test_real_adapters_go_first_and_each_is_counted_once(self, gpu: Any) -> None:
+        found = gpu_module.adapters()
+        assert found
+        names = [adapter.info["device"] for adapter in found]
+        assert len(names) == len(set(names))
+        software = [gpu_module.is_software(adapter) for adapter in found]
+        assert software == sorted(software)
+
+
+class Adapter:
+    """What `adapters` looks at."""
+
+    def __init__(self, device: str, adapter_type: str, backend: str) -> None:
+        self.info = {"device": device, "adapter_type": adapter_type, "backend_type": backend}
+
+
+def test_the_order_of_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
+    import wgpu
+
+    found = [
+        Adapter("llvmpipe (LLVM 15)", "CPU", "Vulkan"),
+        Adapter("NVIDIA H200/PCIe/SSE2", "Unknown", "OpenGL"),
+        Adapter("NVIDIA H200", "DiscreteGPU", "Vulkan"),
+        Adapter("NVIDIA H200", "DiscreteGPU", "Vulkan"),
+        Adapter("Intel(R) UHD", "IntegratedGPU", "D3D12"),
+        Adapter("llvmpipe (LLVM 15)", "CPU", "OpenGL"),
+    ]
+    monkeypatch.setattr(wgpu.gpu, "enumerate_adapters_sync", lambda: found)
+    assert [(a.info["device"], a.info["backend_type"]) for a in gpu_module.adapters()] == [
+        ("NVIDIA H200", "Vulkan"),
+        ("NVIDIA H200", "Vulkan"),
+        ("Intel(R) UHD", "D3D12"),
+        ("llvmpipe (LLVM 15)", "Vulkan"),
+    ]
+
+
+def test_row_38_no_adapter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import wgpu
+
+    monkeypatch.setattr(wgpu.gpu, "enumerate_adapters_sync", list)
+    models.simple_model(tmp_path)
+    with pytest.raises(ndcache.NoAdapterError, match="no GPU adapter") as caught:
+        ndcache.load(tmp_path, "gpu")
+    if sys.platform == "linux":
+        assert "mesa-vulkan-drivers" in str(caught.value)
+    assert ndcache.load(tmp_path, "auto").device == "cpu"
+
+
+def test_an_adapter_index_that_is_too_high(gpu: Any, tmp_path: Path) -> None:
+    models.simple_model(tmp_path)
+    with pytest.raises(ndcache.NoAdapterError, match="no GPU adapter 99"):
+        ndcache.load(tmp_path, "gpu:99")
+
+
+def test_wgpu_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    models.simple_model(tmp_path)
+    monkeypatch.setitem(sys.modules, "wgpu", None)
+    with pytest.raises(ndcache.NoAdapterError, match="wgpu cannot be loaded"):
+        ndcache.load(tmp_path, "gpu")
+    assert ndcache.load(tmp_path, "auto").device == "cpu"
+
+
+@pytest.mark.parametrize("device", ["gpuu", "GPU", "gpu:", "gpu:-1", "cuda", "", "cpu:0"])
+def test_a_device_that_is_none(device: str) -> None:
+    with pytest.raises(ValueError, match="device is 'cpu', 'gpu', 'gpu:N' or 'auto'"):
+        open_device(device)
+
+
+@pytest.mark.parametrize("device", [None, 0, object()])
+def test_a_device_of_another_type(device: object) -> None:
+    with pytest.raises(TypeError, match="device takes"):
+        open_device(device)

@@ -1,0 +1,171 @@
+"""Workers, order and look-ahead, without a network."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from typing import Any
+
+import pytest
+
+import ndcache
+from ndcache.fetch import in_order
+from ndcache.stats import LoadStats
+from ndcache.transport import Stop
+
+
+def shards(*sizes: int) -> list[ndcache.Shard]:
+    return [ndcache.Shard(f"{index}.bin", size, None, None, "raw-shard", ()) for index, size in enumerate(sizes)]
+
+
+def run(items: Sequence[ndcache.Shard], work: Callable[[ndcache.Shard], Any], **options: Any) -> Any:
+    settings = {"max_workers": 4, "memory_limit": 1000, "stop": Stop(), "stats": LoadStats(), **options}
+    return in_order(items, work, **settings)
+
+
+def name(shard: ndcache.Shard) -> str:
+    return shard.data_path
+
+
+def test_results_come_in_order_whatever_finishes_first() -> None:
+    last_is_done = threading.Event()
+
+    def work(shard: ndcache.Shard) -> str:
+        if shard.data_path == "3.bin":
+            last_is_done.set()
+        elif shard.data_path == "0.bin":
+            assert last_is_done.wait(30)
+        return shard.data_path
+
+    assert list(run(shards(1, 1, 1, 1), work)) == ["0.bin", "1.bin", "2.bin", "3.bin"]
+
+
+def test_no_shards() -> None:
+    assert list(run([], name)) == []
+
+
+@pytest.mark.parametrize("max_workers", [1, 3])
+def test_never_more_than_max_workers(max_workers: int) -> None:
+    lock, running, peak = threading.Lock(), 0, 0
+
+    def work(shard: ndcache.Shard) -> None:
+        nonlocal running, peak
+        with lock:
+            running += 1
+            peak = max(peak, running)
+        barrier.wait(30)  # none goes on before max_workers of them are here
+        with lock:
+            running -= 1
+
+    barrier = threading.Barrier(max_workers)
+    list(run(shards(*[1] * 12), work, max_workers=max_workers))
+    assert peak == max_workers
+
+
+@pytest.mark.parametrize(
+    ("sizes", "limit", "begun_before_the_first_is_taken", "peak"),
+    [
+        ([100, 100, 100, 100], 250, 2, 200),
+        ([100, 100, 100, 100], 400, 4, 400),
+        ([900, 100, 100], 250, 1, 900),  # one over the limit goes alone
+        ([100, 900, 100], 250, 1, 900),
+    ],
+)
+def test_the_look_ahead_is_bounded_by_bytes(
+    sizes: list[int], limit: int, begun_before_the_first_is_taken: int, peak: int
+) -> None:
+    begun: list[str] = []
+    stats = LoadStats()
+    with closing(
+        run(shards(*sizes), lambda shard: begun.append(shard.data_path), memory_limit=limit, stats=stats)
+    ) as results:
+        next(results)
+        # The look-ahead was filled before the first result was waited for.
+        assert stats.peak_bytes_in_flight == sum(sizes[:begun_before_the_first_is_taken])
+        list(results)
+    assert len(begun) == len(sizes)
+    assert stats.peak_bytes_in_flight == peak
+
+
+def test_an_error_is_raised_at_once_whoevers_turn_it_is() -> None:
+    stop = Stop()
+
+    def work(shard: ndcache.Shard) -> None:
+        if shard.data_path == "2.bin":
+            raise ndcache.ChecksumError("bad", shard=shard.data_path)
+        stop.sleep(1000)
+
+    with pytest.raises(ndcache.ChecksumError) as caught:
+        list(run(shards(1, 1, 1, 1), work, stop=stop))
+    assert caught.value.shard == "2.bin"
+    assert caught.value.others == ()  # that the rest was stopped is no error of its own
+
+
+def test_errors_of_other_shards_are_attached() -> None:
+    both = threading.Barrier(2)
+
+    def work(shard: ndcache.Shard) -> None:
+        both.wait(30)
+        raise ndcache.ServerError("failed", shard=shard.data_path)
+
+    with pytest.raises(ndcache.ServerError) as caught:
+        list(run(shards(1, 1), work))
+    assert {caught.value.shard, *(other.shard for other in caught.value.others)} == {"0.bin", "1.bin"}
+    assert "1 more failed" in str(caught.value)
+
+
+def test_what_was_not_begun_is_never_begun_after_an_error() -> None:
+    begun: list[str] = []
+
+    def work(shard: ndcache.Shard) -> None:
+        begun.append(shard.data_path)
+        raise ndcache.NotFoundError("gone")
+
+    with pytest.raises(ndcache.NotFoundError):
+        list(run(shards(*[1] * 100), work, max_workers=1))
+    assert len(begun) < 10
+
+
+@pytest.mark.parametrize("how", ["close", "drop", "raise", "cancel"])
+def test_going_away_stops_the_workers(how: str) -> None:
+    cancel = threading.Event()
+    stop = Stop(cancel)
+    reached = threading.Event()
+
+    def work(shard: ndcache.Shard) -> str:
+        if shard.data_path != "0.bin":
+            reached.set()
+            stop.sleep(1000)
+        return shard.data_path
+
+    results = run(shards(1, 1, 1), work, stop=stop)
+    assert next(results) == "0.bin"
+    assert reached.wait(30)
+    if how == "close":
+        results.close()
+    elif how == "drop":
+        del results
+    elif how == "raise":
+        with pytest.raises(KeyboardInterrupt):
+            results.throw(KeyboardInterrupt)
+    else:
+        cancel.set()
+        with pytest.raises(ndcache.CancelledError):
+            next(results)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ndcache")]
+
+
+def test_ticks_come_on_the_callers_thread_while_it_waits() -> None:
+    ticked = threading.Event()
+    threads: set[threading.Thread] = set()
+
+    def tick() -> None:
+        threads.add(threading.current_thread())
+        ticked.set()
+
+    def work(shard: ndcache.Shard) -> None:
+        assert ticked.wait(30)
+
+    list(run(shards(1), work, tick=tick))
+    assert threads == {threading.current_thread()}
