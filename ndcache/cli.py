@@ -411,14 +411,24 @@ def ls(as_json: bool, cache_dir: str | None, scope: str | None) -> None:
 @main.command()
 @click.argument("sources", metavar="SOURCE...", nargs=-1, required=True)
 @_options(*_CACHE_OPTIONS)
-def rm(sources: tuple[str, ...], **options: Any) -> None:
+@click.pass_context
+def rm(ctx: click.Context, /, sources: tuple[str, ...], **options: Any) -> None:
     """Remove models from the cache.
 
-    Nothing is asked. SOURCE may also be a path that `ls` shows."""
+    Nothing is asked. SOURCE may also be a path that ls shows.
+    """
+    failed = False
     with _loader(options) as loader:
         for source in sources:
-            freed = loader.delete(source)
-            click.echo(f"{_shown(str(locate(source)))}: " + (f"{_size(freed)} freed" if freed else "was not cached"))
+            try:
+                freed, shown = loader.delete(source), _shown(str(locate(source)))
+            except NdcacheError as error:
+                _say(f"error: {_message(error)}")
+                failed = True  # and the others are removed all the same
+            else:
+                click.echo(f"{shown}: {_size(freed)} freed" if freed else f"{shown}: was not cached")
+    if failed:
+        ctx.exit(1)
 
 
 @main.command()

@@ -1,0 +1,612 @@
+"""The command line: real processes for exit statuses, signals and streams, click's runner for the rest."""
+
+from __future__ import annotations
+
+import configparser
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click.testing
+import ml_dtypes
+import numpy as np
+import pytest
+from models import random_array, simple_model, write_model
+from servers import FileServer, ScriptedServer, reply
+
+import ndcache
+from ndcache import cli
+
+ROOT = Path(ndcache.__file__).parents[1]
+posix_only = pytest.mark.skipif(sys.platform == "win32", reason="signals and terminals of POSIX")
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))  # so that the commands leave it alone
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # also where the package is not installed
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A process started with SIGINT ignored, as pytest in the background is, has children that ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def invoke(*args: object) -> click.testing.Result:
+    try:
+        runner = click.testing.CliRunner(mix_stderr=False)
+    except TypeError:  # since click 8.2 they are always apart
+        runner = click.testing.CliRunner()
+    result = runner.invoke(cli.main, [str(arg) for arg in args])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def command(*args: object) -> list[str]:
+    return [sys.executable, "-m", "ndcache", *map(str, args)]
+
+
+def run(*args: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*args), capture_output=True, text=True, timeout=120, check=False)
+
+
+def wait_until(happened: Callable[[], Any], process: subprocess.Popen[Any]) -> None:
+    deadline = time.monotonic() + 60
+    while not happened():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.01)
+
+
+def real_files(directory: Path) -> list[str]:
+    """Names of what lies in the cache, ndcache's own state left out."""
+    found = (path for path in directory.rglob("*") if path.is_file() and ".ndcache" not in path.parts)
+    return sorted(path.name for path in found)
+
+
+# --- load, fetch --------------------------------------------------------------------------------------
+
+
+def test_load_says_what_it_did_on_standard_output(tmp_path: Path, serve: Callable[..., FileServer]) -> None:
+    simple_model(tmp_path / "model", shards=4, shard_bytes=1 << 20)
+    server = serve(tmp_path / "model")
+    first, second = run("load", server.url), run("load", server.url)
+    assert first.returncode == second.returncode == 0
+    lines = dict(line.split(None, 1) for line in first.stdout.replace("from ", "from_").splitlines())
+    assert lines["source"] == server.url
+    assert lines["device"] == "cpu"
+    assert lines["tensors"] == "4, 4.0 MiB"
+    assert re.fullmatch(r"[0-9.]+ s, [0-9.]+ GB/s", lines["time"])
+    assert lines["from_network"] == "4.0 MiB in 5 requests"
+    assert lines["from_cache"] == "0 B"
+    assert lines["checked"] == "4 shards: 4 by md5"
+    assert re.search(r"^from network +0 B in 1 request$", second.stdout, re.M)
+    assert re.search(r"^from cache +4.0 MiB$", second.stdout, re.M)
+    assert first.stderr.splitlines()[-1].startswith("fetched 4/4 shards, 4.0 of 4.0 MiB, 100%")
+    assert "\r" not in first.stderr
+
+
+def test_quiet_load_prints_nothing_on_standard_error(tmp_path: Path) -> None:
+    simple_model(tmp_path / "model")
+    result = run("load", tmp_path / "model", "-q", "--device", "auto")
+    assert result.returncode == 0
+    assert result.stderr == ""
+    assert re.search(r"^in place +256.0 KiB$", result.stdout, re.M)
+    assert re.search(r"^checked +4 shards: 4 by size alone$", result.stdout, re.M)
+
+
+def test_secrets_of_the_source_are_not_printed(tmp_path: Path, serve: Callable[..., FileServer]) -> None:
+    simple_model(tmp_path / "model")
+    url = serve(tmp_path / "model").url.replace("http://", "http://user:hunter2@") + "?key=hunter2"
+    for result in (run("load", url), run("ls"), run("load", url + "&more", "--names", "none"), run("rm", url)):
+        assert "hunter2" not in result.stdout + result.stderr
+    assert result.returncode == 0
+
+
+def test_load_of_some_tensors(tmp_path: Path) -> None:
+    simple_model(tmp_path / "model")
+    result = invoke("load", tmp_path / "model", "--names", "layer.0", "--names", "layer.[12]", "-q")
+    assert re.search(r"^tensors +3, 192.0 KiB$", result.stdout, re.M)
+
+
+def test_load_without_decoding(tmp_path: Path) -> None:
+    write_model(tmp_path / "model", [{"a": random_array((512,))}], encoding="f32-to-bf16")
+    assert re.search(r"^tensors +1, 2.0 KiB$", invoke("load", tmp_path / "model").stdout, re.M)
+    assert re.search(r"^tensors +1, 1.0 KiB$", invoke("load", tmp_path / "model", "--no-decode").stdout, re.M)
+
+
+def test_load_to_the_gpu_names_it(tmp_path: Path, gpu: Any) -> None:
+    simple_model(tmp_path / "model")
+    result = run("load", tmp_path / "model", "--device", "gpu", "-q")
+    assert result.returncode == 0, result.stderr
+    assert re.search(rf"^device +{re.escape(gpu.adapter.info['device'])}, \w+, \w+$", result.stdout, re.M)
+
+
+def test_fetch_prints_the_path_only(tmp_path: Path, serve: Callable[..., FileServer], cache_dir: Path) -> None:
+    arrays = simple_model(tmp_path / "model")
+    result = run("fetch", serve(tmp_path / "model").url)
+    assert result.returncode == 0
+    directory = Path(result.stdout.removesuffix("\n"))
+    assert cache_dir in directory.parents
+    assert set(ndcache.load(directory)) == set(arrays)
+
+
+def test_cache_dir_and_scope(tmp_path: Path, serve: Callable[..., FileServer], cache_dir: Path) -> None:
+    simple_model(tmp_path / "model")
+    other = ("--cache-dir", tmp_path / "other", "--scope", "my app")
+    assert invoke("fetch", serve(tmp_path / "model").url, *other, "-q").stdout.startswith(str(tmp_path / "other"))
+    assert not cache_dir.exists()
+    (model,) = json.loads(invoke("ls", *other, "--json").stdout)
+    assert model["scope"] == "my app"
+    assert invoke("ls", "--cache-dir", tmp_path / "other", "--scope", "elsewhere").stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        ([], {"offline": False}),
+        (["--max-workers", "3"], {"max_workers": 3}),
+        (["--timeout", "2.5"], {"timeout": 2.5}),
+        (["--retries", "0"], {"retries": 0}),
+        (["--verify", "always"], {"verify": "always"}),
+        (["--offline"], {"offline": True}),
+        (["--mirror", "http://a/", "--mirror", "hf://b/c"], {"mirrors": ("http://a/", "hf://b/c")}),
+        (["--memory-limit-mib", "64"], {"memory_limit": 64 << 20}),
+    ],
+)
+def test_options_reach_the_loader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, args: list[str], expected: dict[str, object]
+) -> None:
+    simple_model(tmp_path / "model")
+    given: dict[str, object] = {}
+
+    class Spy(ndcache.Loader):
+        def __init__(self, **options: Any) -> None:
+            given.update(options)
+            super().__init__(**options)
+
+    monkeypatch.setattr(cli, "Loader", Spy)
+    assert invoke("fetch", tmp_path / "model", "-q", *args).exit_code == 0
+    assert given == {"offline": False} | expected
+
+
+def test_no_retries(scripted: ScriptedServer) -> None:
+    scripted.script["/tensor-cache.json"] = [reply(500)]
+    result = run("fetch", scripted.url, "--retries", "0")
+    assert result.returncode == 1
+    assert len(scripted.requests) == 1
+
+
+# --- inspect, ls, rm, verify --------------------------------------------------------------------------
+
+
+def mixed_model(directory: Path) -> None:
+    shards = [
+        {"a.q_weight": random_array((8, 4), "uint32"), "a.norm": random_array((6,))},
+        {"scalar": random_array((), "float16")},
+    ]
+    write_model(directory, shards, encoding="f32-to-bf16", metadata={"ParamSize": 3})
+
+
+def test_inspect_shows_shards_tensors_and_totals(tmp_path: Path) -> None:
+    mixed_model(tmp_path / "model")
+    lines = [re.sub(r" {2,}", "|", line.strip()) for line in invoke("inspect", tmp_path / "model").stdout.splitlines()]
+    assert "params_shard_0.bin|140 B|2|md5" in lines
+    assert "a.norm|[6]|float32 as bfloat16|12 B|params_shard_0.bin" in lines
+    assert "scalar|[]|float16|2 B|params_shard_1.bin" in lines
+    assert "uint32|1|128 B" in lines
+    assert lines[-1] == "3 tensors, 142 B, 2 shards"
+
+
+def test_inspect_prints_json(tmp_path: Path) -> None:
+    mixed_model(tmp_path / "model")
+    result = run("inspect", tmp_path / "model", "--json")
+    assert result.stderr == ""
+    value = json.loads(result.stdout)
+    assert value["metadata"] == {"ParamSize": 3}
+    assert (value["tensors"], value["nbytes"], len(value["shards"])) == (3, 142, 2)
+    assert value["dtypes"]["float32 as bfloat16"] == {"tensors": 1, "nbytes": 12}
+    assert value["shards"][0]["tensors"][1] == {
+        "name": "a.norm",
+        "shape": [6],
+        "dtype": "float32",
+        "stored_dtype": "bfloat16",
+        "offset": 128,
+        "nbytes": 12,
+    }
+
+
+def test_inspect_fetches_no_shard(tmp_path: Path, serve: Callable[..., FileServer]) -> None:
+    simple_model(tmp_path / "model")
+    server = serve(tmp_path / "model")
+    assert invoke("inspect", server.url).exit_code == 0
+    assert server.shard_requests() == []
+
+
+def test_names_cannot_play_tricks_on_the_terminal(tmp_path: Path) -> None:
+    name = "[bold]:smile:[/bold][/nothing]\x1b[31m\r\x9b2J\u202e" + "long" * 100
+    write_model(tmp_path / "model", [{name: random_array((1,))}])
+    shown = "[bold]:smile:[/bold][/nothing]\\x1b[31m \\x9b2J\\u202e" + "long" * 100
+    assert shown in invoke("inspect", tmp_path / "model").stdout
+    result = invoke("load", tmp_path / "model", "--names", "\x1b[31m", "-q")
+    assert "\x1b" not in result.stderr
+
+
+def test_ls_and_rm(tmp_path: Path, serve: Callable[..., FileServer], cache_dir: Path) -> None:
+    simple_model(tmp_path / "model")
+    url = serve(tmp_path / "model").url
+    empty = invoke("ls")
+    assert (empty.exit_code, empty.stdout, empty.stderr) == (0, "", f"no model in {cache_dir}\n")
+    assert invoke("ls", "--json").stdout == "[]\n"
+    path = invoke("fetch", url, "-q").stdout.strip()
+    header, row = invoke("ls").stdout.splitlines()
+    assert header.split() == ["scope", "source", "size", "path"]
+    assert row.split()[:2] == ["default", url]
+    assert row.endswith(path)
+    (model,) = json.loads(invoke("ls", "--json").stdout)
+    assert (model["source"], model["path"]) == (url, path)
+    removed = invoke("rm", url)
+    assert re.fullmatch(rf"{re.escape(url)}: 25\d\.\d KiB freed\n", removed.stdout)
+    assert not Path(path).exists()
+    again = invoke("rm", url)
+    assert (again.exit_code, again.stdout) == (0, f"{url}: was not cached\n")
+
+
+def test_rm_takes_paths_of_ls_and_goes_on_after_an_error(tmp_path: Path, serve: Callable[..., FileServer]) -> None:
+    simple_model(tmp_path / "model")
+    path = invoke("fetch", serve(tmp_path / "model").url, "-q").stdout.strip()
+    result = invoke("rm", tmp_path / "model", path)
+    assert result.exit_code == 1
+    assert "does not lie in the cache" in result.stderr
+    assert not Path(path).exists()
+    assert (tmp_path / "model" / "tensor-cache.json").exists()
+
+
+def test_verify_finds_what_is_bad_and_the_next_load_repairs_it(
+    tmp_path: Path, serve: Callable[..., FileServer]
+) -> None:
+    simple_model(tmp_path / "model")
+    url = serve(tmp_path / "model").url
+    directory = Path(invoke("fetch", url, "-q").stdout.strip())
+    good = invoke("verify", url)
+    assert (good.exit_code, good.stdout) == (0, "good  4 shards, 256.0 KiB: 4 by md5\n")
+    (directory / "params_shard_1.bin").write_bytes(b"\0" * (1 << 16))
+    (directory / "params_shard_2.bin").unlink()
+    bad = run("verify", url)
+    assert bad.returncode == 1
+    assert re.search(r"^good +2 shards, 128.0 KiB: 2 by md5$", bad.stdout, re.M)
+    assert re.search(r"^bad +params_shard_1.bin$", bad.stdout, re.M)
+    assert re.search(r"^missing +1 shard, not fetched so far$", bad.stdout, re.M)
+    assert bad.stderr == "error: 1 shard bad; set aside: the next load fetches them anew\n"
+    assert invoke("load", url, "-q").exit_code == 0
+    assert invoke("verify", url).exit_code == 0
+
+
+# --- dump ---------------------------------------------------------------------------------------------
+
+
+def test_dump_of_npz(tmp_path: Path) -> None:
+    arrays = {f"layer.{index}": random_array((300, 1024), seed=index) for index in range(3)}
+    np.savez(tmp_path / "in.npz", **arrays)
+    result = invoke("dump", tmp_path / "in.npz", tmp_path / "out", "--encode", "raw", "--shard-mib", "2")
+    assert result.stdout == f"{tmp_path / 'out'}: 3 tensors, 3.5 MiB, 3 shards\n"
+    for name, array in ndcache.load(tmp_path / "out").items():
+        np.testing.assert_array_equal(array, arrays[name])
+
+
+def test_dump_of_safetensors(tmp_path: Path) -> None:
+    numpy_files = pytest.importorskip("safetensors.numpy")
+    arrays = {"a": random_array((8,)), "b": random_array((3, 3), "bfloat16")}
+    numpy_files.save_file(arrays, tmp_path / "in.safetensors")
+    assert invoke("dump", tmp_path / "in.safetensors", tmp_path / "out").exit_code == 0
+    loaded = ndcache.load(tmp_path / "out")
+    np.testing.assert_array_equal(loaded["a"], arrays["a"].astype(ml_dtypes.bfloat16).astype(np.float32))
+    np.testing.assert_array_equal(loaded["b"], arrays["b"])
+
+
+def test_dump_without_safetensors_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    result = invoke("dump", tmp_path / "in.safetensors", tmp_path / "out")
+    assert result.exit_code == 1
+    assert 'pip install "ndcache[safetensors]"' in result.stderr
+
+
+def test_dump_runs_no_pickle(tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (tmp_path / "sprung",)
+
+    np.savez(tmp_path / "in.npz", trap=np.array([Trap()], dtype=object))
+    result = invoke("dump", tmp_path / "in.npz", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "array 'trap'" in result.stderr
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize("name", ["in.npz", "in.safetensors", "in.bin"])
+@pytest.mark.parametrize("content", [None, b"", b"PK\x03\x04 no", b"\x08\0\0\0\0\0\0\0{}{}{}{}"])
+def test_dump_of_garbage_is_one_line(tmp_path: Path, name: str, content: bytes | None) -> None:
+    if name.endswith("safetensors"):
+        pytest.importorskip("safetensors")
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    result = invoke("dump", tmp_path / name, tmp_path / "out")
+    assert result.exit_code == 1
+    assert re.fullmatch(rf"error: .*{re.escape(name)}.*\n", result.stderr)
+
+
+# --- doctor -------------------------------------------------------------------------------------------
+
+
+def test_doctor_shows_what_is_installed(tmp_path: Path, serve: Callable[..., FileServer]) -> None:
+    simple_model(tmp_path / "model")
+    assert invoke("fetch", serve(tmp_path / "model").url, "-q").exit_code == 0
+    result = run("doctor")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert re.search(rf"^ndcache +{re.escape(ndcache.__version__)}$", result.stdout, re.M)
+    assert re.search(rf"^numpy +{re.escape(np.__version__)}$", result.stdout, re.M)
+    assert re.search(r"^models +1, 2\d\d\.\d KiB$", result.stdout, re.M)
+    assert re.search(r"^disk +[0-9,.]+ \w+ free$", result.stdout, re.M)
+    assert re.search(r"^gpu(:0)? +", result.stdout, re.M)
+
+
+def test_doctor_lists_every_dependency() -> None:
+    if not (ROOT / "setup.cfg").exists():
+        pytest.skip("not a checkout")
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    required = {re.split(r"[^\w-]", line)[0] for line in setup["options"]["install_requires"].split()}
+    assert required == set(cli._PACKAGES)
+
+
+def test_doctor_lists_adapters(gpu: Any) -> None:
+    info = gpu.adapter.info
+    kind = "software" if info["adapter_type"] == "CPU" else info["adapter_type"]
+    line = rf"^gpu:0 +{re.escape(info['device'])}, {kind}, {info['backend_type']}$"
+    assert re.search(line, invoke("doctor").stdout, re.M)
+
+
+def test_doctor_without_wgpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wgpu", None)
+    result = invoke("doctor")
+    assert result.exit_code == 0
+    assert re.search(r"^gpu +none: wgpu cannot be loaded", result.stdout, re.M)
+
+
+@pytest.mark.parametrize(
+    ("found", "words"), [([], "wgpu finds no adapter"), (RuntimeError("driver broken"), "driver broken")]
+)
+def test_doctor_without_a_gpu(monkeypatch: pytest.MonkeyPatch, found: Any, words: str) -> None:
+    def adapters() -> list[Any]:
+        if isinstance(found, Exception):
+            raise found
+        return list(found)
+
+    monkeypatch.setattr("ndcache.devices.gpu.adapters", adapters)
+    result = invoke("doctor")
+    assert result.exit_code == 0
+    assert re.search(rf"^gpu +none: .*{words}", result.stdout, re.M)
+
+
+def test_doctor_shows_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hunter2")
+    monkeypatch.setenv("HF_ENDPOINT", "https://user:hunter2@mirror.example/path?token=hunter2")
+    monkeypatch.setenv("HTTP_PROXY", "http://user:hunter2@proxy.example:3128")
+    monkeypatch.setenv("https_proxy", "user:hunt#er2@proxy.example:3129")
+    monkeypatch.setenv("NDCACHE_OFFLINE", "1")
+    out = invoke("doctor").stdout
+    assert "hunter2" not in out
+    assert "hunt#er2" not in out
+    for words in ("HF_TOKEN +set", "HF_ENDPOINT +https://mirror.example/path", "NDCACHE_OFFLINE +1"):
+        assert re.search(rf"^{words}$", out, re.M)
+    assert re.search(r"^HTTP_PROXY +http://proxy.example:3128$", out, re.M)
+    assert re.search(r"^https_proxy +proxy.example:3129$", out, re.M | re.I)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="libwayland")
+def test_gpu_drivers_print_nothing(monkeypatch: pytest.MonkeyPatch, gpu: Any) -> None:
+    monkeypatch.delenv("XDG_RUNTIME_DIR")
+    result = run("doctor")
+    assert result.stderr == ""
+    assert "gpu:0" in result.stdout
+
+
+# --- errors -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["load", "{model}", "--names", "nothing"], "error: no tensor of tensor-cache.json matches 'nothing'"),
+        (["load", "{model}", "--device", "tpu"], "error: device is 'cpu', 'gpu', 'gpu:N' or 'auto', not 'tpu'"),
+        (["load", "{model}", "--scope", ".x"], "error: scope is a name"),
+        (["load", "ftp://host/"], "error: sources of the kind ftp://"),
+        (["load", "no/where"], "error: there is no such directory or file"),
+        (["fetch", "http://host/", "--offline"], "error: offline, and not in the cache"),
+        (["verify", "http://host/"], "error: http://host/ is not in the cache"),
+        (["dump", "none.npz", "out"], "error: none.npz: No such file or directory"),
+    ],
+)
+def test_an_error_is_one_line(tmp_path: Path, args: list[str], message: str) -> None:
+    simple_model(tmp_path / "model")
+    result = invoke(*(arg.format(model=tmp_path / "model") for arg in args))
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith(message)
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("args", [["--verbose", "load", "no/where"], ["load", "no/where", "--verbose"]])
+def test_verbose_shows_the_traceback(args: list[str]) -> None:
+    result = run(*args)
+    assert result.returncode == 1
+    assert result.stderr.startswith("Traceback")
+    assert result.stderr.splitlines()[-1].startswith("error: there is no such directory")
+
+
+def test_verbose_shows_what_is_logged(tmp_path: Path) -> None:
+    simple_model(tmp_path / "model")
+    assert "info: " not in run("load", tmp_path / "model").stderr
+    assert re.search(r"^info: .*LoadStats", run("load", tmp_path / "model", "--verbose").stderr, re.M)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["lod"], "No such command 'lod'."),
+        (["load"], "Missing argument 'SOURCE'"),
+        (["load", "x", "--devic", "gpu"], "No such option"),
+        (["load", "x", "--max-workers", "0"], "--max-workers"),
+        (["load", "x", "--memory-limit-mib", "0"], "--memory-limit-mib"),
+        (["load", "x", "--timeout", "0"], "--timeout"),
+        (["demo", "--rate-mib", "0"], "--rate-mib"),
+    ],
+)
+def test_wrong_usage(args: list[str], message: str) -> None:
+    result = invoke(*args)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert message in result.stderr
+
+
+def test_a_mistyped_option_is_guessed() -> None:
+    assert "--device" in invoke("load", "x", "--devic", "gpu").stderr
+
+
+def test_version_and_help() -> None:
+    assert invoke("--version").stdout == f"ndcache, version {ndcache.__version__}\n"
+    for name in cli.main.commands:
+        assert invoke(name, "-h").exit_code == 0
+
+
+def test_a_bug_shows_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(cli, "models", fail)
+    with pytest.raises(ZeroDivisionError):
+        invoke("ls")
+
+
+def test_a_warning_is_one_line(tmp_path: Path, serve: Callable[..., FileServer]) -> None:
+    simple_model(tmp_path / "model")
+    server = serve(tmp_path / "model")
+    assert run("fetch", server.url).returncode == 0
+    server.status["/tensor-cache.json"] = 503
+    result = run("load", server.url, "-q")
+    assert result.returncode == 0
+    assert re.fullmatch(r"warning: using the cached manifest of .*\n", result.stderr)
+
+
+def test_importing_the_package_loads_no_face() -> None:
+    code = "import sys, ndcache; print(sorted({'wgpu', 'rich', 'click', 'ndcache.cli'} & set(sys.modules)))"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "[]\n"
+
+
+# --- pipes, terminals, signals ------------------------------------------------------------------------
+
+
+@posix_only
+@pytest.mark.parametrize("args", [["inspect", "{model}"], ["inspect", "{model}", "--json"], ["load", "{model}", "-q"]])
+def test_a_reader_that_goes_away_is_no_error(tmp_path: Path, args: list[str]) -> None:
+    simple_model(tmp_path / "model")
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        arguments = command(*(arg.format(model=tmp_path / "model") for arg in args))
+        result = subprocess.run(arguments, stdout=writer, stderr=subprocess.PIPE, timeout=60, check=False)
+    finally:
+        os.close(writer)
+    assert result.stderr == b""
+    assert result.returncode == 1
+
+
+@posix_only
+def test_a_terminal_that_lacks_characters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_model(tmp_path / "model", [{"模型": random_array((1,))}])
+    monkeypatch.setenv("PYTHONIOENCODING", "cp1252")
+    result = run("inspect", tmp_path / "model")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "\\u6a21\\u578b" in result.stdout
+
+
+@posix_only
+@pytest.mark.parametrize("quiet", [False, True])
+def test_bar_on_a_terminal(tmp_path: Path, serve: Callable[..., FileServer], quiet: bool) -> None:
+    simple_model(tmp_path / "model", shards=4, shard_bytes=1 << 20)
+    arguments = command("load", serve(tmp_path / "model").url, *(["-q"] if quiet else []))
+    terminal, status, out = on_a_terminal(arguments)
+    assert status == 0
+    assert out.startswith(b"source")
+    if quiet:
+        assert terminal == ""
+        return
+    last = terminal.rstrip().splitlines()[-1].rpartition("\r")[2]
+    assert re.search(r"100%.*4\.00M/4\.00M .*B/s.*4/4 shards", last)
+
+
+def on_a_terminal(arguments: list[str]) -> tuple[str, int, bytes]:
+    """Run with standard error on a terminal; what it shows, the exit status, and standard output."""
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=slave) as process:
+        os.close(slave)
+        shown = b""
+        try:
+            while piece := os.read(master, 1 << 16):
+                shown += piece
+        except OSError:
+            pass  # how Linux says that the other end is closed
+        os.close(master)
+        out, _ = process.communicate(timeout=60)
+    return shown.decode(), process.returncode, out
+
+
+@posix_only
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize(
+    ("number", "status", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+@pytest.mark.parametrize("verb", ["load", "fetch"])
+def test_signals_stop_a_load(
+    tmp_path: Path,
+    serve: Callable[..., FileServer],
+    cache_dir: Path,
+    verb: str,
+    number: signal.Signals,
+    status: int,
+    word: str,
+) -> None:
+    simple_model(tmp_path / "model", shards=20)
+    server = serve(tmp_path / "model")
+    server.gate.clear()
+    with subprocess.Popen(
+        command(verb, server.url, "-q"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        wait_until(server.shard_requests, process)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (status, "", f"{word}\n")
+    assert real_files(cache_dir) == ["tensor-cache.json"]
+    assert list(cache_dir.rglob("parts/*")) == []
+
+
+def test_sigterm_is_as_it_was_after_a_command() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    invoke("ls")
+    assert signal.getsignal(signal.SIGTERM) is before
