@@ -32,7 +32,7 @@ from .locate import Location, locate
 from .manifest import check_path
 from .progress import ProgressCallback
 from .stats import LoadStats
-from .transport import Stop
+from .stop import Stop
 
 if TYPE_CHECKING:
     import wgpu
@@ -274,7 +274,7 @@ class ArtifactCache:
         if storetype not in (None, "arraybuffer", "json"):
             raise ValueError(f"storetype is None, 'arraybuffer' or 'json', not {storetype!r}")
         cache, name = self._add(url)
-        data = cache.read(name, _MAX_FILE_BYTES)
+        data = cache.read(name, cache.size(name) or 0)
         if data is None:
             raise NotFoundError("the file was deleted while it was being read", url=url, shard=name)
         return json.loads(data) if storetype == "json" else data
