@@ -9,24 +9,15 @@ from __future__ import annotations
 from . import errors
 from . import tvm as tvm
 from ._version import __version__
+from .api import delete, fetch, is_cached, load, read_manifest, stream, verify
 from .devices.gpu import GPUTensor
 from .dump import dump
 from .errors import *  # noqa: F403 - every error is public
-from .loader import (
-    Loader,
-    VerifyReport,
-    delete,
-    fetch,
-    is_cached,
-    load,
-    read_manifest,
-    stream,
-    verify,
-)
+from .loader import Loader, VerifyReport
 from .manifest import Manifest, Record, Shard
 from .progress import ProgressReport
+from .retry import RetryPolicy
 from .stats import LoadStats
-from .transport import RetryPolicy
 from .weights import Weights
 
 __all__ = [

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from .cache import ArtifactCache, Part
 from .errors import (
@@ -18,15 +16,15 @@ from .errors import (
     TruncatedError,
 )
 from .manifest import Shard
+from .retry import RetryPolicy, with_retries
 from .stats import LoadStats
-from .transport import Response, RetryPolicy, Stop, Transport
+from .stop import Stop
+from .transport import Response, Transport
 
-__all__ = ["Downloader", "with_retries"]
+__all__ = ["Downloader"]
 
 #: The most that is read at once: it is still in the CPU's cache when it is hashed and written.
 _READ_BYTES = 1 << 18
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -140,25 +138,6 @@ class Downloader:
                 etag=response.headers.get("ETag"),
                 last_modified=response.headers.get("Last-Modified"),
             )
-
-
-def with_retries(attempt: Callable[[], T], policy: RetryPolicy, stop: Stop, stats: LoadStats | None = None) -> T:
-    """`attempt()`, tried again as `policy` says. The last error knows how many tries there were."""
-    failures, first_failure = 0, 0.0
-    while True:
-        try:
-            return attempt()
-        except NdcacheError as error:
-            failures += 1
-            now = time.monotonic()
-            first_failure = first_failure or now
-            error.attempts = failures
-            delay = policy.delay(error, failures, now - first_failure)
-            if delay is None:
-                raise
-        stop.sleep(delay)
-        if stats is not None:
-            stats.count(retries=1)
 
 
 def _check_length(response: Response, shard: Shard) -> None:

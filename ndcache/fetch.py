@@ -10,7 +10,7 @@ from typing import TypeVar
 from .errors import CancelledError, NdcacheError
 from .manifest import Shard
 from .stats import LoadStats
-from .transport import Stop
+from .stop import Stop
 
 __all__ = ["in_order"]
 

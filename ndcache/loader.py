@@ -17,7 +17,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from urllib.parse import quote
 
 import requests
@@ -30,27 +30,19 @@ from .errors import ManifestError, NotFoundError, OfflineError, UnsafeCacheError
 from .fetch import in_order
 from .locate import Location, hf_endpoint, locate
 from .manifest import Manifest, NameFilter, Shard
+from .model import LocalModel, Model, Obtained
 from .progress import Progress, Reporter
-from .source import Model, Obtained, open_model
+from .remote import RemoteModel
+from .retry import RetryPolicy
 from .stats import LoadStats
-from .transport import RetryPolicy, Stop, Transport
+from .stop import Stop
+from .transport import Transport
 from .weights import Weights
 
 if TYPE_CHECKING:
     import wgpu
-    from typing_extensions import Unpack
 
-__all__ = [
-    "Loader",
-    "VerifyReport",
-    "delete",
-    "fetch",
-    "is_cached",
-    "load",
-    "read_manifest",
-    "stream",
-    "verify",
-]
+__all__ = ["Loader", "Source", "VerifyReport"]
 
 logger = logging.getLogger("ndcache")
 
@@ -241,7 +233,7 @@ class Loader:
         except OfflineError as error:
             raise NotFoundError(f"{locate(source)} is not in the cache") from error
         shards = run.model.manifest.shards
-        present = [shard for shard in shards if (run.model.directory / shard.data_path).exists()]
+        present = [shard for shard in shards if run.model.has(shard, of_any_size=True)]
         results = in_order(
             present,
             run.model.check,
@@ -251,12 +243,13 @@ class Loader:
             stats=run.stats,
         )
         with closing(results):
-            good = [shard for shard, is_good in zip(present, results, strict=True) if is_good]
+            good = {shard.data_path: shard for shard, is_good in zip(present, results, strict=True) if is_good}
+        found = {shard.data_path for shard in present}
         return VerifyReport(
-            checked={shard.data_path: shard.integrity for shard in good},
-            bad=tuple(shard.data_path for shard in present if shard not in good),
-            missing=tuple(shard.data_path for shard in shards if shard not in present),
-            nbytes=sum(shard.nbytes for shard in good),
+            checked={path: shard.integrity for path, shard in good.items()},
+            bad=tuple(shard.data_path for shard in present if shard.data_path not in good),
+            missing=tuple(shard.data_path for shard in shards if shard.data_path not in found),
+            nbytes=sum(shard.nbytes for shard in good.values()),
         )
 
     def delete(self, source: Source) -> int:
@@ -289,13 +282,18 @@ class Loader:
         location = locate(source)
         stop, stats = Stop(self._cancel), LoadStats()
         started = time.perf_counter()
-        model = open_model(
-            location,
-            self._downloader(location, stop, stats),
-            mirrors=[locate(mirror) for mirror in self._mirrors],
-            verify=self._verify,
-            offline=self._offline or offline,
-        )
+        model: Model
+        with stats.timed("manifest"):
+            if location.directory is not None:
+                model = LocalModel(location.directory, location.manifest_names, verify=self._verify)
+            else:
+                model = RemoteModel(
+                    location,
+                    self._downloader(location, stop, stats),
+                    mirrors=[locate(mirror) for mirror in self._mirrors],
+                    verify=self._verify,
+                    offline=self._offline or offline,
+                )
         return _Run(model, stop, stats, started)
 
     def _select(self, run: _Run, device: Device[Any, Any], names: NameFilter, decode: bool) -> tuple[Shard, ...]:
@@ -381,179 +379,3 @@ class Loader:
 
 def _is_set(value: str | None) -> bool:
     return value is not None and value.strip().lower() not in ("", "0", "false", "no", "off")
-
-
-# --- the verbs, each with a loader of its own ---------------------------------------------------------
-
-
-class Options(TypedDict, total=False):
-    """The keyword arguments of `Loader`."""
-
-    max_workers: int
-    cache_dir: str | os.PathLike[str] | None
-    scope: str
-    timeout: float | tuple[float, float]
-    retries: int | RetryPolicy
-    verify: Literal["download", "always", "never"]
-    offline: bool
-    session: requests.Session | None
-    mirrors: Sequence[str]
-    memory_limit: int
-    cancel: threading.Event | None
-
-
-def load(
-    source: Source,
-    device: str | wgpu.GPUDevice = "cpu",
-    *,
-    names: NameFilter = None,
-    decode: bool = True,
-    progress: Progress = None,
-    **options: Unpack[Options],
-) -> Weights:
-    """Load a model's weights, downloading what is not cached.
-
-    Parameters
-    ----------
-    source : str or path-like
-        The http(s) URL of a model directory or of its manifest, ``hf://owner/name[@revision]``, a Hugging Face
-        repository's page, ``file://`` or a local path. Local directories are read in place.
-    device : {"cpu", "gpu", "gpu:N", "auto"} or wgpu.GPUDevice
-        ``"gpu:1"`` is the second adapter that ``ndcache doctor`` lists; ``"auto"`` is the first adapter that is real
-        hardware, else the CPU; `Weights.device` tells which.
-    names : str, iterable of str, or callable, optional
-        Names, glob patterns (``"model.layers.0.*"``), or a predicate. Only shards that hold a match are fetched.
-    decode : bool
-        Expand float32 that is stored as bfloat16 (the default). If False, such tensors are bfloat16.
-    progress : True, callable, or iterable of callables, optional
-        True draws a bar on standard error. A callable is given each `ProgressReport`, on this thread.
-    **options
-        Of `Loader`.
-
-    Returns
-    -------
-    Weights
-
-    Raises
-    ------
-    NdcacheError
-        See `ndcache.errors` for the tree. What had been fetched stays in the cache.
-    KeyError
-        A name or pattern matches no tensor.
-    ValueError, TypeError
-        An argument is none of the above.
-
-    Examples
-    --------
-    >>> weights = ndcache.load("https://host/model/", device="gpu", progress=True)
-    >>> weights["model.embed_tokens.q_weight"].buffer
-    """
-    with Loader(**options) as loader:
-        return loader.load(source, device, names=names, decode=decode, progress=progress)
-
-
-def stream(
-    source: Source,
-    device: str | wgpu.GPUDevice = "cpu",
-    *,
-    names: NameFilter = None,
-    decode: bool = True,
-    progress: Progress = None,
-    **options: Unpack[Options],
-) -> Iterator[tuple[str, Any]]:
-    """Like `load`, but give each tensor as soon as it is there, in manifest order.
-
-    Nothing is kept of a tensor that was given, so a model larger than memory can pass through. To stop early, close the
-    iterator or drop it.
-
-    Yields
-    ------
-    name : str
-    tensor : numpy.ndarray or GPUTensor
-
-    Raises
-    ------
-    NdcacheError
-        As `load`: what concerns the manifest and the device at once, the rest on the way.
-    """
-    loader = Loader(**options)
-    try:
-        tensors = loader.stream(source, device, names=names, decode=decode, progress=progress)
-    except BaseException:
-        loader.close()
-        raise
-    return _closing_after(tensors, loader)
-
-
-def fetch(
-    source: Source,
-    *,
-    names: NameFilter = None,
-    progress: Progress = None,
-    **options: Unpack[Options],
-) -> Path:
-    """Bring a model into the cache without decoding it.
-
-    Parameters, errors
-        As `load`.
-
-    Returns
-    -------
-    pathlib.Path
-        A model directory that ndcache, TVM and mlc_llm can read: the one in the cache, or the local source itself.
-    """
-    with Loader(**options) as loader:
-        return loader.fetch(source, names=names, progress=progress)
-
-
-def read_manifest(source: Source, **options: Unpack[Options]) -> Manifest:
-    """The model's manifest, parsed and checked; it is kept in the cache, shards are not asked for.
-
-    Raises
-    ------
-    ManifestError, TransferError, OfflineError
-    """
-    with Loader(**options) as loader:
-        return loader.read_manifest(source)
-
-
-def is_cached(source: Source, **options: Unpack[Options]) -> bool:
-    """Whether the manifest and every shard of the right size are on disk. Makes no request."""
-    with Loader(**options) as loader:
-        return loader.is_cached(source)
-
-
-def verify(source: Source, **options: Unpack[Options]) -> VerifyReport:
-    """Compute the digests of what is cached. Bad shards are set aside, so that the next load fetches them anew.
-
-    A local source is only looked at. Makes no request.
-
-    Raises
-    ------
-    NotFoundError
-        Nothing of the model is cached.
-    """
-    with Loader(**options) as loader:
-        return loader.verify(source)
-
-
-def delete(source: Source, **options: Unpack[Options]) -> int:
-    """Remove a model from the cache.
-
-    Returns
-    -------
-    int
-        Bytes freed; 0 if it was not there.
-
-    Raises
-    ------
-    UnsafeCacheError
-        `source` is a local directory outside the cache, or not one that ndcache made.
-    """
-    with Loader(**options) as loader:
-        return loader.delete(source)
-
-
-def _closing_after(tensors: Iterator[T], loader: Loader) -> Iterator[T]:
-    with loader:
-        yield from tensors

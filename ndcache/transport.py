@@ -2,161 +2,31 @@
 
 requests does the work. On top of it come the rules that a loader of other people's files must keep: no
 credentials to another origin, no way back from https, no decoding of bodies, timeouts everywhere, retries in
-one place only, and a way to wake a thread that waits for a socket.
+one place only (not here), and a way to wake a thread that waits for a socket.
 """
 
 from __future__ import annotations
 
-import email.utils
-import functools
-import http.client
 import os
-import random
 import re
-import socket
-import ssl
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from collections.abc import Callable, Mapping
+from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 import requests
-import urllib3
-from requests.adapters import HTTPAdapter
-from urllib3 import HTTPConnectionPool, HTTPSConnectionPool
-from urllib3.connection import HTTPConnection, HTTPSConnection
 
 from ._version import __version__
-from .errors import (
-    AuthError,
-    CancelledError,
-    ConnectError,
-    NdcacheError,
-    NotFoundError,
-    ProtocolError,
-    RateLimitedError,
-    RedirectError,
-    ServerError,
-    StallError,
-    TLSError,
-    TransferError,
-    TruncatedError,
-    redact,
-)
+from .connections import WatchedAdapter, waker, watching
+from .errors import NdcacheError, ProtocolError, RedirectError, redact
+from .failures import FAILURES, raise_for_status, raise_transfer_error
+from .stop import Stop
 
-__all__ = ["Response", "RetryPolicy", "Stop", "Transport"]
+__all__ = ["Response", "Transport"]
 
 _MAX_REDIRECTS = 10
 _DRAIN_BYTES = 1 << 14
-#: What requests, urllib3 and http.client raise when something is wrong with the network or the server.
-_FAILURES = (
-    requests.RequestException,
-    urllib3.exceptions.HTTPError,
-    http.client.HTTPException,
-    OSError,
-    ValueError,
-)
 _USER_AGENT = f"ndcache/{__version__}"
-
-
-@dataclass(frozen=True)
-class RetryPolicy:
-    """How often and how patiently a failed request is tried again.
-
-    Parameters
-    ----------
-    retries : int
-        Tries after the first one.
-    budget : float
-        Seconds after the first failure in which a next try may begin.
-    backoff, max_backoff : float
-        The wait before try *n* + 1 is drawn evenly from 0 to ``min(max_backoff, backoff * 2**n)`` seconds
-        ("full jitter").
-    """
-
-    retries: int = 6
-    budget: float = 300.0
-    backoff: float = 0.5
-    max_backoff: float = 30.0
-
-    def delay(self, error: NdcacheError, failures: int, spent: float) -> float | None:
-        """Seconds to wait before the next try, or None if there must be none.
-
-        Parameters
-        ----------
-        error : NdcacheError
-            What the last try ended with.
-        failures : int
-            Tries that have failed so far, this one included.
-        spent : float
-            Seconds since the first failure.
-        """
-        allowed = min(self.retries, 1) if error.retry_once else self.retries
-        if not error.retryable or failures > allowed:
-            return None
-        asked = error.retry_after if isinstance(error, RateLimitedError) else None
-        if asked is not None:
-            return asked if spent + asked <= self.budget else None
-        wait = random.uniform(0, min(self.max_backoff, self.backoff * 2.0 ** (failures - 1)))
-        return wait if spent + wait <= self.budget else None
-
-
-@dataclass
-class Stop:
-    """The order to stop, for all threads of one load.
-
-    The caller's thread sets it; the workers look at it, sleep on it, and have their sockets shut under them by it, so
-    that none waits for a server that does not answer.
-
-    Parameters
-    ----------
-    cancel : threading.Event, optional
-        The caller's own event, looked at wherever this one is.
-    """
-
-    cancel: threading.Event | None = None
-    _event: threading.Event = field(default_factory=threading.Event, init=False)
-    _wakers: set[Callable[[], None]] = field(default_factory=set, init=False)
-    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
-
-    def set(self) -> None:
-        """Stop everything: wake the sleepers, shut the sockets."""
-        with self._lock:
-            self._event.set()
-            wakers = list(self._wakers)
-        for wake in wakers:
-            wake()
-
-    def check(self) -> None:
-        """Raise `CancelledError` if the order has been given."""
-        if self.cancel is not None and self.cancel.is_set():
-            self.set()
-        if self._event.is_set():
-            raise CancelledError("the load was cancelled", hint="The shards that had come are kept.")
-
-    def sleep(self, seconds: float) -> None:
-        """Wait, or raise `CancelledError` as soon as the order is given."""
-        end = time.monotonic() + seconds
-        while (left := end - time.monotonic()) > 0:
-            self.check()
-            self._event.wait(left if self.cancel is None else min(left, 0.1))
-        self.check()
-
-    def watch(self, wake: Callable[[], None]) -> None:
-        """Call `wake` when the order is given (at once, if it has been)."""
-        with self._lock:
-            self._wakers.add(wake)
-            given = self._event.is_set()
-        if given:
-            wake()
-
-    def forget(self, wake: Callable[[], None]) -> None:
-        """Do not call `wake` any more."""
-        with self._lock:
-            self._wakers.discard(wake)
 
 
 class Response:
@@ -204,9 +74,9 @@ class Response:
         """
         try:
             data: bytes = self._raw.raw.read1(limit, decode_content=False)
-        except _FAILURES as error:
+        except FAILURES as error:
             self._stop.check()
-            _raise_transfer_error(error, self.url)
+            raise_transfer_error(error, self.url)
         if not data:
             self._stop.check()  # a socket that was shut looks like the end of the body
         return data
@@ -292,7 +162,7 @@ class Transport:
                     url = _follow(url, response.location, seen)
                 continue
             try:
-                _raise_for_status(response)
+                raise_for_status(response.status, response.headers, response.url)
             except BaseException:
                 response.__exit__(Exception)
                 raise
@@ -317,7 +187,7 @@ class Transport:
                 held.append(target)
 
         try:
-            with _watching(stop) as finish:
+            with watching(stop) as finish:
                 raw = session.get(
                     url,
                     headers={"Accept-Encoding": "identity", **headers},
@@ -327,11 +197,11 @@ class Transport:
                     allow_redirects=False,
                     hooks={"response": [*session.hooks["response"], hold_redirect]},
                 )
-        except _FAILURES as error:
+        except FAILURES as error:
             stop.check()
-            _raise_transfer_error(error, url)
+            raise_transfer_error(error, url)
         if session is self._given:
-            stop.watch(wake := _waker(raw))
+            stop.watch(wake := waker(raw))
             return Response(raw, stop, lambda: stop.forget(wake), *held)
         return Response(raw, stop, finish, *held)
 
@@ -358,7 +228,7 @@ class Transport:
         session = requests.Session()
         session.headers.clear()
         session.headers["User-Agent"] = _USER_AGENT
-        adapter = _Adapter(pool_maxsize=self._max_connections, max_retries=0)
+        adapter = WatchedAdapter(pool_maxsize=self._max_connections, max_retries=0)
         session.mount("http://", adapter)
         session.mount("https://", adapter)
         return session
@@ -376,97 +246,6 @@ class _Bearer(requests.auth.AuthBase):
 def _no_auth(request: requests.PreparedRequest) -> requests.PreparedRequest:
     """Given as ``auth``, it also keeps requests from looking into netrc."""
     return request
-
-
-# --- waking threads -----------------------------------------------------------------------------------
-
-_current = threading.local()
-
-
-def _shut(sock: socket.socket) -> None:
-    try:
-        # Not sock.shutdown(): SSLSocket's would pull its state away from the thread that reads.
-        socket.socket.shutdown(sock, socket.SHUT_RDWR)
-    except OSError:
-        pass  # not connected any more
-
-
-def _waker(raw: requests.Response) -> Callable[[], None]:
-    """For a session of the caller's, whose connections cannot be watched: from the headers on."""
-
-    def wake() -> None:
-        try:
-            raw.raw.shutdown()
-        except (AttributeError, OSError, RuntimeError, ValueError):
-            pass  # over, or not a socket at all
-
-    return wake
-
-
-@contextmanager
-def _watching(stop: Stop) -> Iterator[Callable[[], None]]:
-    """Have `stop` shut the socket that this thread's next request uses, until the yielded function is called."""
-    wakers: list[Callable[[], None]] = []
-
-    def watch(sock: socket.socket) -> None:
-        wakers.append(functools.partial(_shut, sock))
-        stop.watch(wakers[-1])
-
-    def finish() -> None:
-        for wake in wakers:
-            stop.forget(wake)
-
-    _current.watch = watch
-    try:
-        yield finish
-    except BaseException:
-        finish()
-        raise
-    finally:
-        _current.watch = None
-
-
-class _Watched(HTTPConnection):
-    """A connection that shows its socket to whoever watches this thread."""
-
-    def connect(self) -> None:
-        super().connect()
-        self._show()
-
-    def request(self, *args: Any, **kwargs: Any) -> None:
-        self._show()
-        super().request(*args, **kwargs)
-
-    def _show(self) -> None:
-        watch = getattr(_current, "watch", None)
-        if watch is not None and self.sock is not None:
-            watch(self.sock)
-
-
-class _WatchedTLS(_Watched, HTTPSConnection):
-    pass
-
-
-class _Pool(HTTPConnectionPool):
-    ConnectionCls = _Watched
-
-
-class _TLSPool(HTTPSConnectionPool):
-    ConnectionCls = _WatchedTLS
-
-
-class _Adapter(HTTPAdapter):
-    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        super().init_poolmanager(*args, **kwargs)
-        self.poolmanager.pool_classes_by_scheme = {"http": _Pool, "https": _TLSPool}
-
-    def proxy_manager_for(self, *args: Any, **kwargs: Any) -> urllib3.ProxyManager:
-        manager: urllib3.ProxyManager = super().proxy_manager_for(*args, **kwargs)
-        manager.pool_classes_by_scheme = {"http": _Pool, "https": _TLSPool}
-        return manager
-
-
-# --- redirects and statuses ---------------------------------------------------------------------------
 
 
 def _origin(url: str) -> tuple[str, str | None, int | None]:
@@ -488,112 +267,3 @@ def _follow(url: str, target: str, seen: set[str]) -> str:
     if new in seen or len(seen) > _MAX_REDIRECTS:
         raise RedirectError("the server redirects in a circle, or too often", url=url)
     return new
-
-
-def _raise_for_status(response: Response) -> None:
-    status, url = response.status, response.url
-    if status in (200, 206, 304, 416):
-        encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
-        if encoding not in ("identity", ""):
-            raise ProtocolError(
-                f"the server sent a body encoded as {encoding[:40]!r} although none was asked for",
-                url=url,
-                status=status,
-            )
-        return
-    wait = response.headers.get("Retry-After")
-    if status == 429 or (status == 503 and wait is not None):
-        error = RateLimitedError("the server asks to come back later", url=url, status=status)
-        error.retry_after = _seconds(wait)
-        raise error
-    if status in (401, 403):
-        raise AuthError(f"the server refuses access (status {status})", url=url, status=status, hint=_login(url))
-    if status in (404, 410):
-        raise NotFoundError(f"the server has no such file (status {status})", url=url, status=status)
-    if status == 408 or status >= 500:
-        raise ServerError(f"the server failed (status {status})", url=url, status=status, hint="Try again later.")
-    raise ProtocolError(f"the server answered with status {status}", url=url, status=status)
-
-
-def _login(url: str) -> str:
-    if (urlsplit(url).hostname or "").endswith("huggingface.co"):
-        return "For a gated or private repository, accept its terms on its page and set HF_TOKEN."
-    return "Give credentials through the session option, or check the URL."
-
-
-def _seconds(value: str | None) -> float | None:
-    """Retry-After, as seconds from now; None for garbage."""
-    if value is None:
-        return None
-    if re.fullmatch(r"[0-9]{1,10}", value.strip()):
-        return float(value)
-    try:
-        return max(email.utils.parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
-    except (TypeError, ValueError, OverflowError):
-        return None
-
-
-# --- failures -----------------------------------------------------------------------------------------
-
-
-def _raise_transfer_error(error: Exception, url: str) -> NoReturn:
-    """Raise `error`, of whatever library, as ours."""
-    chain = list(_causes(error))
-    # Their own text may hold the whole URL, signature and all; the cause at the bottom does not.
-    cause = next((e for e in reversed(chain) if not isinstance(e, _MAY_SHOW_URLS)), None)
-    raise _transfer_error(chain, url) from cause
-
-
-_MAY_SHOW_URLS = (requests.RequestException, urllib3.exceptions.PoolError)
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The exception and what lies below it, wherever requests and urllib3 have put it."""
-    seen: set[int] = set()
-    waiting: list[BaseException] = [error]
-    while waiting:
-        current = waiting.pop(0)
-        if id(current) in seen:
-            continue
-        seen.add(id(current))
-        yield current
-        below = (getattr(current, "reason", None), *current.args, current.__cause__, current.__context__)
-        waiting += [item for item in below if isinstance(item, BaseException)]
-
-
-def _transfer_error(chain: list[BaseException], url: str) -> TransferError:
-    def has(*kinds: type[BaseException]) -> BaseException | None:
-        return next((e for e in chain if isinstance(e, kinds)), None)
-
-    host = urlsplit(url).hostname or "the host"
-    if has(requests.exceptions.ProxyError, urllib3.exceptions.ProxyError):
-        return ConnectError("the proxy could not be used", url=url, hint="Check HTTPS_PROXY, HTTP_PROXY and NO_PROXY.")
-    if has(requests.exceptions.SSLError, urllib3.exceptions.SSLError, ssl.SSLCertVerificationError):
-        detail = has(ssl.SSLError) or chain[-1]
-        return TLSError(
-            f"no secure connection to {host}: {_reason(detail)}",
-            url=url,
-            hint="For a private certificate authority, set REQUESTS_CA_BUNDLE to its file.",
-        )
-    if has(socket.gaierror, urllib3.exceptions.NameResolutionError):
-        return ConnectError(f"the host {host} is not known", url=url, hint="Check its spelling and the network.")
-    if has(ConnectionRefusedError):
-        return ConnectError(f"{host} refuses connections", url=url, hint="Is the server running?")
-    if has(urllib3.exceptions.NewConnectionError) and not has(TimeoutError):
-        return ConnectError(f"{host} cannot be reached: {_reason(chain[-1])}", url=url, hint="Check the network.")
-    if has(requests.exceptions.ConnectTimeout, urllib3.exceptions.ConnectTimeoutError):
-        return ConnectError(f"{host} did not answer in time", url=url, hint="Check the network.")
-    if has(urllib3.exceptions.ReadTimeoutError, requests.exceptions.ReadTimeout, TimeoutError):
-        return StallError("the server stopped sending", url=url, hint="Try again later.")
-    if has(http.client.IncompleteRead, urllib3.exceptions.IncompleteRead):
-        return TruncatedError("the body ended early", url=url)
-    if has(http.client.RemoteDisconnected, ConnectionError) or isinstance(chain[-1], ssl.SSLError):
-        return ConnectError(f"the connection to {host} broke", url=url, hint="Try again.")
-    if has(http.client.HTTPException, urllib3.exceptions.HTTPError, ValueError):
-        return ProtocolError(f"the answer is not proper HTTP: {_reason(chain[-1])}", url=url)
-    return ConnectError(f"{host} cannot be reached: {_reason(chain[-1])}", url=url)
-
-
-def _reason(error: BaseException) -> str:
-    text = str(error.strerror if isinstance(error, OSError) and error.strerror else error)
-    return text[:160] or type(error).__name__

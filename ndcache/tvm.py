@@ -25,9 +25,10 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
+from .api import load
 from .cache import ArtifactCache as _ModelCache
 from .errors import CacheUnavailableError, NotFoundError, OfflineError, UnsafePathError, redact
-from .loader import Loader, Source, load
+from .loader import Loader, Source
 from .locate import Location, locate
 from .manifest import check_path
 from .progress import ProgressCallback

@@ -16,8 +16,10 @@ from servers import Connection, Request, ScriptedServer, reply, then_close, then
 import ndcache
 from ndcache.cache import ArtifactCache
 from ndcache.download import Downloader
+from ndcache.retry import RetryPolicy
 from ndcache.stats import LoadStats
-from ndcache.transport import RetryPolicy, Stop, Transport
+from ndcache.stop import Stop
+from ndcache.transport import Transport
 
 DATA = os.urandom(100_000)
 PATH = "/params_shard_0.bin"

@@ -12,7 +12,7 @@ import pytest
 import ndcache
 from ndcache.fetch import in_order
 from ndcache.stats import LoadStats
-from ndcache.transport import Stop
+from ndcache.stop import Stop
 
 
 def shards(*sizes: int) -> list[ndcache.Shard]:

@@ -21,7 +21,8 @@ import trustme
 from servers import Connection, Request, ScriptedServer, reply, then_close, then_reset, then_stall
 
 import ndcache
-from ndcache.transport import Response, RetryPolicy, Stop, Transport
+from ndcache.stop import Stop
+from ndcache.transport import Response, Transport
 
 SHORT = (5.0, 0.3)
 
@@ -340,51 +341,7 @@ def test_the_body_of_a_redirect_is_not_collected(transport: Transport, scripted:
     assert body(transport, scripted.url + "a") == b"moved"
 
 
-# --- retries ------------------------------------------------------------------------------------------
-
-
-def rate_limited(retry_after: float | None) -> ndcache.RateLimitedError:
-    error = ndcache.RateLimitedError("later")
-    error.retry_after = retry_after
-    return error
-
-
-@pytest.mark.parametrize(
-    ("error", "failures", "spent", "lowest", "highest"),
-    [
-        (ndcache.ConnectError("x"), 1, 0, 0, 0.5),
-        (ndcache.ConnectError("x"), 3, 0, 0, 2.0),
-        (ndcache.ConnectError("x"), 6, 0, 0, 16.0),
-        (rate_limited(7), 1, 0, 7, 7),
-        (rate_limited(300), 1, 0, 300, 300),
-        (rate_limited(None), 1, 0, 0, 0.5),
-        (ndcache.ChecksumError("x"), 1, 0, 0, 0.5),
-    ],
-)
-def test_what_is_tried_again_and_when(
-    error: ndcache.NdcacheError, failures: int, spent: float, lowest: float, highest: float
-) -> None:
-    for _ in range(100):
-        delay = RetryPolicy().delay(error, failures, spent)
-        assert delay is not None
-        assert lowest <= delay <= highest
-
-
-@pytest.mark.parametrize(
-    ("error", "failures", "spent"),
-    [
-        (ndcache.ConnectError("x"), 7, 0),
-        (ndcache.ConnectError("x"), 1, 301),
-        (ndcache.ChecksumError("x"), 2, 0),
-        (ndcache.NotFoundError("x"), 1, 0),
-        (ndcache.TLSError("x"), 1, 0),
-        (ndcache.DiskFullError("x"), 1, 0),
-        (rate_limited(301), 1, 0),
-        (rate_limited(1e30), 1, 0),
-    ],
-)
-def test_what_is_not_tried_again(error: ndcache.NdcacheError, failures: int, spent: float) -> None:
-    assert RetryPolicy().delay(error, failures, spent) is None
+# --- Retry-After --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -470,15 +427,6 @@ def test_stop_wakes_sleepers_and_refuses_requests(transport: Transport) -> None:
             future.result(30)
     with pytest.raises(ndcache.CancelledError):
         get(transport, "http://127.0.0.1:9/", stop)
-
-
-def test_the_callers_event_stops_too() -> None:
-    cancel = threading.Event()
-    stop = Stop(cancel)
-    stop.check()
-    cancel.set()
-    with pytest.raises(ndcache.CancelledError):
-        stop.sleep(1000)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")

@@ -1,127 +1,29 @@
-"""An opened model: its manifest, and a local file for each shard asked for.
-
-A local directory is read in place. Anything else has its files in the cache, where they are brought when they are
-missing, and looked at when they are there.
-"""
+"""A model on a server: its files are in the cache, or are brought there when they are asked for."""
 
 from __future__ import annotations
 
 import logging
 import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 from .cache import Validator, mismatch
-from .download import Downloader, with_retries
+from .download import Downloader
 from .errors import (
-    ChecksumError,
     ManifestError,
     NdcacheError,
     NotFoundError,
     OfflineError,
     ProtocolError,
-    SizeMismatchError,
     TransferError,
-    redact,
 )
 from .locate import Location
 from .manifest import MAX_MANIFEST_BYTES, Manifest, Shard
-from .transport import RetryPolicy
+from .model import Model, Obtained
+from .retry import RetryPolicy, with_retries
 
-__all__ = ["LocalModel", "Model", "Obtained", "RemoteModel", "open_model"]
+__all__ = ["RemoteModel"]
 
 logger = logging.getLogger("ndcache")
-
-
-@dataclass(frozen=True)
-class Obtained:
-    """A shard's file, whole and checked as far as the options say."""
-
-    path: Path
-    from_cache: bool
-    checked: str  # "sha256", "md5" or "size"
-
-
-class Model(ABC):
-    """A model whose manifest is known.
-
-    Attributes
-    ----------
-    manifest : Manifest
-    directory : pathlib.Path
-        Where its files lie, or will.
-    """
-
-    def __init__(self, manifest: Manifest, directory: Path) -> None:
-        self.manifest = manifest
-        self.directory = directory
-
-    @abstractmethod
-    def has(self, shard: Shard) -> bool:
-        """Whether the shard's file is there and of the right size; looks at no bytes."""
-
-    @abstractmethod
-    def prepare(self, shards: Sequence[Shard]) -> None:
-        """Before anything is fetched: raise if it cannot work out."""
-
-    @abstractmethod
-    def obtain(self, shard: Shard) -> Obtained:
-        """The shard's file. Called from the workers."""
-
-    @abstractmethod
-    def check(self, shard: Shard) -> bool:
-        """Whether the shard's file, which is there, has the right size and digest; its bytes are read."""
-
-
-class LocalModel(Model):
-    """A directory of the user's: read in place, never written to."""
-
-    def __init__(self, location: Location, *, verify: str) -> None:
-        assert location.directory is not None
-        self._verify = verify
-        super().__init__(_read_local(location.directory, location.manifest_names), location.directory)
-
-    def has(self, shard: Shard) -> bool:
-        try:
-            return self._path(shard).stat().st_size == shard.nbytes
-        except OSError:
-            return False
-
-    def prepare(self, shards: Sequence[Shard]) -> None:
-        for shard in shards:
-            path = self._path(shard)
-            if not path.is_file():
-                raise NotFoundError(f"there is no file {path}", shard=shard.data_path)
-            if (size := path.stat().st_size) != shard.nbytes:
-                raise SizeMismatchError(
-                    f"{path} has {size:,} bytes where the manifest says {shard.nbytes:,}",
-                    shard=shard.data_path,
-                    expected=shard.nbytes,
-                    received=size,
-                    hint="The copy is not complete, or of another version than the manifest.",
-                )
-
-    def obtain(self, shard: Shard) -> Obtained:
-        path = self._path(shard)
-        if self._verify != "always":
-            return Obtained(path, from_cache=True, checked="size")
-        if digests := mismatch(path, shard):
-            raise ChecksumError(
-                f"{path} has the digest {digests[1]}, the manifest says {digests[0]}",
-                shard=shard.data_path,
-                expected=digests[0],
-                received=digests[1],
-                hint="The file is damaged: copy it again.",
-            )
-        return Obtained(path, from_cache=True, checked=shard.integrity)
-
-    def check(self, shard: Shard) -> bool:
-        return self.has(shard) and mismatch(self._path(shard), shard) is None
-
-    def _path(self, shard: Shard) -> Path:
-        return self.directory.joinpath(*shard.data_path.split("/"))
 
 
 class RemoteModel(Model):
@@ -155,8 +57,9 @@ class RemoteModel(Model):
         self._offline = offline
         super().__init__(self._open_manifest(), self._cache.directory)
 
-    def has(self, shard: Shard) -> bool:
-        return self._cache.has(shard)
+    def has(self, shard: Shard, *, of_any_size: bool = False) -> bool:
+        size = self._cache.size(shard.data_path)
+        return size is not None and (of_any_size or size == shard.nbytes)
 
     def prepare(self, shards: Sequence[Shard]) -> None:
         missing = [shard for shard in shards if not self.has(shard)]
@@ -292,40 +195,6 @@ class RemoteModel(Model):
             logger.warning("the manifest could not be kept: %s", error)
 
 
-def open_model(
-    location: Location,
-    downloader: Downloader,
-    *,
-    mirrors: Iterable[Location] = (),
-    verify: str,
-    offline: bool,
-) -> Model:
-    """Open the model at `location`: read its manifest, or ask for it.
-
-    Raises
-    ------
-    ManifestError, TransferError, OfflineError, CacheError
-    """
-    with downloader.stats.timed("manifest"):
-        if not location.is_remote:
-            return LocalModel(location, verify=verify)
-        return RemoteModel(location, downloader, mirrors=mirrors, verify=verify, offline=offline)
-
-
-def _read_local(directory: Path, names: Sequence[str]) -> Manifest:
-    for name in names:
-        try:
-            with open(directory / name, "rb") as file:
-                data = file.read(MAX_MANIFEST_BYTES + 1)
-        except FileNotFoundError:
-            continue
-        return Manifest.from_bytes(data, name=name, url=str(directory / name))
-    raise NotFoundError(
-        f"there is no {' or '.join(names)} in {directory}",
-        hint="Give the directory that holds the manifest, or the manifest itself.",
-    )
-
-
 def _conditions(known: Validator | None) -> dict[str, str]:
     if known is None:
         return {}
@@ -337,7 +206,7 @@ def _conditions(known: Validator | None) -> dict[str, str]:
 def _offline(location: Location, missing: list[str]) -> OfflineError:
     shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
     error = OfflineError(
-        f"offline, and not in the cache: {shown} of {redact(str(location))}",
+        f"offline, and not in the cache: {shown} of {location}",
         hint="Run once with the network (offline=False; NDCACHE_OFFLINE and HF_HUB_OFFLINE unset).",
     )
     error.missing = tuple(missing)

@@ -1,0 +1,198 @@
+"""The verbs as functions, each with a `Loader` of its own. Everything here is exported from `ndcache`."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
+
+import requests
+
+from .loader import Loader, Source, VerifyReport
+from .manifest import Manifest, NameFilter
+from .progress import Progress
+from .retry import RetryPolicy
+from .weights import Weights
+
+if TYPE_CHECKING:
+    import wgpu
+    from typing_extensions import Unpack
+
+__all__ = ["delete", "fetch", "is_cached", "load", "read_manifest", "stream", "verify"]
+
+T = TypeVar("T")
+
+
+class Options(TypedDict, total=False):
+    """The keyword arguments of `Loader`."""
+
+    max_workers: int
+    cache_dir: str | os.PathLike[str] | None
+    scope: str
+    timeout: float | tuple[float, float]
+    retries: int | RetryPolicy
+    verify: Literal["download", "always", "never"]
+    offline: bool
+    session: requests.Session | None
+    mirrors: Sequence[str]
+    memory_limit: int
+    cancel: threading.Event | None
+
+
+def load(
+    source: Source,
+    device: str | wgpu.GPUDevice = "cpu",
+    *,
+    names: NameFilter = None,
+    decode: bool = True,
+    progress: Progress = None,
+    **options: Unpack[Options],
+) -> Weights:
+    """Load a model's weights, downloading what is not cached.
+
+    Parameters
+    ----------
+    source : str or path-like
+        The http(s) URL of a model directory or of its manifest, ``hf://owner/name[@revision]``, a Hugging Face
+        repository's page, ``file://`` or a local path. Local directories are read in place.
+    device : {"cpu", "gpu", "gpu:N", "auto"} or wgpu.GPUDevice
+        ``"gpu:1"`` is the second adapter that ``ndcache doctor`` lists; ``"auto"`` is the first adapter that is real
+        hardware, else the CPU; `Weights.device` tells which.
+    names : str, iterable of str, or callable, optional
+        Names, glob patterns (``"model.layers.0.*"``), or a predicate. Only shards that hold a match are fetched.
+    decode : bool
+        Expand float32 that is stored as bfloat16 (the default). If False, such tensors are bfloat16.
+    progress : True, callable, or iterable of callables, optional
+        True draws a bar on standard error. A callable is given each `ProgressReport`, on this thread.
+    **options
+        Of `Loader`.
+
+    Returns
+    -------
+    Weights
+
+    Raises
+    ------
+    NdcacheError
+        See `ndcache.errors` for the tree. What had been fetched stays in the cache.
+    KeyError
+        A name or pattern matches no tensor.
+    ValueError, TypeError
+        An argument is none of the above.
+
+    Examples
+    --------
+    >>> weights = ndcache.load("https://host/model/", device="gpu", progress=True)
+    >>> weights["model.embed_tokens.q_weight"].buffer
+    """
+    with Loader(**options) as loader:
+        return loader.load(source, device, names=names, decode=decode, progress=progress)
+
+
+def stream(
+    source: Source,
+    device: str | wgpu.GPUDevice = "cpu",
+    *,
+    names: NameFilter = None,
+    decode: bool = True,
+    progress: Progress = None,
+    **options: Unpack[Options],
+) -> Iterator[tuple[str, Any]]:
+    """Like `load`, but give each tensor as soon as it is there, in manifest order.
+
+    Nothing is kept of a tensor that was given, so a model larger than memory can pass through. To stop early, close the
+    iterator or drop it.
+
+    Yields
+    ------
+    name : str
+    tensor : numpy.ndarray or GPUTensor
+
+    Raises
+    ------
+    NdcacheError
+        As `load`: what concerns the manifest and the device at once, the rest on the way.
+    """
+    loader = Loader(**options)
+    try:
+        tensors = loader.stream(source, device, names=names, decode=decode, progress=progress)
+    except BaseException:
+        loader.close()
+        raise
+    return _closing_after(tensors, loader)
+
+
+def fetch(
+    source: Source,
+    *,
+    names: NameFilter = None,
+    progress: Progress = None,
+    **options: Unpack[Options],
+) -> Path:
+    """Bring a model into the cache without decoding it.
+
+    Parameters, errors
+        As `load`.
+
+    Returns
+    -------
+    pathlib.Path
+        A model directory that ndcache, TVM and mlc_llm can read: the one in the cache, or the local source itself.
+    """
+    with Loader(**options) as loader:
+        return loader.fetch(source, names=names, progress=progress)
+
+
+def read_manifest(source: Source, **options: Unpack[Options]) -> Manifest:
+    """The model's manifest, parsed and checked; it is kept in the cache, shards are not asked for.
+
+    Raises
+    ------
+    ManifestError, TransferError, OfflineError
+    """
+    with Loader(**options) as loader:
+        return loader.read_manifest(source)
+
+
+def is_cached(source: Source, **options: Unpack[Options]) -> bool:
+    """Whether the manifest and every shard of the right size are on disk. Makes no request."""
+    with Loader(**options) as loader:
+        return loader.is_cached(source)
+
+
+def verify(source: Source, **options: Unpack[Options]) -> VerifyReport:
+    """Compute the digests of what is cached. Bad shards are set aside, so that the next load fetches them anew.
+
+    A local source is only looked at. Makes no request.
+
+    Raises
+    ------
+    NotFoundError
+        Nothing of the model is cached.
+    """
+    with Loader(**options) as loader:
+        return loader.verify(source)
+
+
+def delete(source: Source, **options: Unpack[Options]) -> int:
+    """Remove a model from the cache.
+
+    Returns
+    -------
+    int
+        Bytes freed; 0 if it was not there.
+
+    Raises
+    ------
+    UnsafeCacheError
+        `source` is a local directory outside the cache, or not one that ndcache made.
+    """
+    with Loader(**options) as loader:
+        return loader.delete(source)
+
+
+def _closing_after(tensors: Iterator[T], loader: Loader) -> Iterator[T]:
+    with loader:
+        yield from tensors

@@ -1,0 +1,105 @@
+"""urllib3 connections that show their sockets, so that a thread which waits for one can be woken."""
+
+from __future__ import annotations
+
+import functools
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import requests
+import urllib3
+from requests.adapters import HTTPAdapter
+from urllib3 import HTTPConnectionPool, HTTPSConnectionPool
+from urllib3.connection import HTTPConnection, HTTPSConnection
+
+from .stop import Stop
+
+__all__ = ["WatchedAdapter", "waker", "watching"]
+
+_current = threading.local()
+
+
+def _shut(sock: socket.socket) -> None:
+    try:
+        # Not sock.shutdown(): SSLSocket's would pull its state away from the thread that reads.
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
+    except OSError:
+        pass  # not connected any more
+
+
+def waker(raw: requests.Response) -> Callable[[], None]:
+    """For a session of the caller's, whose connections cannot be watched: from the headers on."""
+
+    def wake() -> None:
+        try:
+            raw.raw.shutdown()
+        except (AttributeError, OSError, RuntimeError, ValueError):
+            pass  # over, or not a socket at all
+
+    return wake
+
+
+@contextmanager
+def watching(stop: Stop) -> Iterator[Callable[[], None]]:
+    """Have `stop` shut the socket that this thread's next request uses, until the yielded function is called."""
+    wakers: list[Callable[[], None]] = []
+
+    def watch(sock: socket.socket) -> None:
+        wakers.append(functools.partial(_shut, sock))
+        stop.watch(wakers[-1])
+
+    def finish() -> None:
+        for wake in wakers:
+            stop.forget(wake)
+
+    _current.watch = watch
+    try:
+        yield finish
+    except BaseException:
+        finish()
+        raise
+    finally:
+        _current.watch = None
+
+
+class _Watched(HTTPConnection):
+    """A connection that shows its socket to whoever watches this thread."""
+
+    def connect(self) -> None:
+        super().connect()
+        self._show()
+
+    def request(self, *args: Any, **kwargs: Any) -> None:
+        self._show()
+        super().request(*args, **kwargs)
+
+    def _show(self) -> None:
+        watch = getattr(_current, "watch", None)
+        if watch is not None and self.sock is not None:
+            watch(self.sock)
+
+
+class _WatchedTLS(_Watched, HTTPSConnection):
+    pass
+
+
+class _Pool(HTTPConnectionPool):
+    ConnectionCls = _Watched
+
+
+class _TLSPool(HTTPSConnectionPool):
+    ConnectionCls = _WatchedTLS
+
+
+class WatchedAdapter(HTTPAdapter):
+    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        super().init_poolmanager(*args, **kwargs)
+        self.poolmanager.pool_classes_by_scheme = {"http": _Pool, "https": _TLSPool}
+
+    def proxy_manager_for(self, *args: Any, **kwargs: Any) -> urllib3.ProxyManager:
+        manager: urllib3.ProxyManager = super().proxy_manager_for(*args, **kwargs)
+        manager.pool_classes_by_scheme = {"http": _Pool, "https": _TLSPool}
+        return manager

@@ -1,0 +1,146 @@
+"""What servers answer and libraries raise → the errors of `ndcache.errors`."""
+
+from __future__ import annotations
+
+import email.utils
+import http.client
+import re
+import socket
+import ssl
+import time
+from collections.abc import Iterator, Mapping
+from typing import NoReturn
+from urllib.parse import urlsplit
+
+import requests
+import urllib3
+
+from .errors import (
+    AuthError,
+    ConnectError,
+    NotFoundError,
+    ProtocolError,
+    RateLimitedError,
+    ServerError,
+    StallError,
+    TLSError,
+    TransferError,
+    TruncatedError,
+)
+
+__all__ = ["FAILURES", "raise_for_status", "raise_transfer_error"]
+
+#: What requests, urllib3 and http.client raise when something is wrong with the network or the server.
+FAILURES = (
+    requests.RequestException,
+    urllib3.exceptions.HTTPError,
+    http.client.HTTPException,
+    OSError,
+    ValueError,
+)
+
+
+def raise_for_status(status: int, headers: Mapping[str, str], url: str) -> None:
+    """Raise the error that an answer's status means; 200, 206, 304 and 416 mean none."""
+    if status in (200, 206, 304, 416):
+        encoding = headers.get("Content-Encoding", "identity").strip().lower()
+        if encoding not in ("identity", ""):
+            raise ProtocolError(
+                f"the server sent a body encoded as {encoding[:40]!r} although none was asked for",
+                url=url,
+                status=status,
+            )
+        return
+    wait = headers.get("Retry-After")
+    if status == 429 or (status == 503 and wait is not None):
+        error = RateLimitedError("the server asks to come back later", url=url, status=status)
+        error.retry_after = _seconds(wait)
+        raise error
+    if status in (401, 403):
+        raise AuthError(f"the server refuses access (status {status})", url=url, status=status, hint=_login(url))
+    if status in (404, 410):
+        raise NotFoundError(f"the server has no such file (status {status})", url=url, status=status)
+    if status == 408 or status >= 500:
+        raise ServerError(f"the server failed (status {status})", url=url, status=status, hint="Try again later.")
+    raise ProtocolError(f"the server answered with status {status}", url=url, status=status)
+
+
+def _login(url: str) -> str:
+    if (urlsplit(url).hostname or "").endswith("huggingface.co"):
+        return "For a gated or private repository, accept its terms on its page and set HF_TOKEN."
+    return "Give credentials through the session option, or check the URL."
+
+
+def _seconds(value: str | None) -> float | None:
+    """Retry-After, as seconds from now; None for garbage."""
+    if value is None:
+        return None
+    if re.fullmatch(r"[0-9]{1,10}", value.strip()):
+        return float(value)
+    try:
+        return max(email.utils.parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def raise_transfer_error(error: Exception, url: str) -> NoReturn:
+    """Raise `error`, of whatever library, as ours."""
+    chain = list(_causes(error))
+    # Their own text may hold the whole URL, signature and all; the cause at the bottom does not.
+    cause = next((e for e in reversed(chain) if not isinstance(e, _MAY_SHOW_URLS)), None)
+    raise _transfer_error(chain, url) from cause
+
+
+_MAY_SHOW_URLS = (requests.RequestException, urllib3.exceptions.PoolError)
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The exception and what lies below it, wherever requests and urllib3 have put it."""
+    seen: set[int] = set()
+    waiting: list[BaseException] = [error]
+    while waiting:
+        current = waiting.pop(0)
+        if id(current) in seen:
+            continue
+        seen.add(id(current))
+        yield current
+        below = (getattr(current, "reason", None), *current.args, current.__cause__, current.__context__)
+        waiting += [item for item in below if isinstance(item, BaseException)]
+
+
+def _transfer_error(chain: list[BaseException], url: str) -> TransferError:
+    def has(*kinds: type[BaseException]) -> BaseException | None:
+        return next((e for e in chain if isinstance(e, kinds)), None)
+
+    host = urlsplit(url).hostname or "the host"
+    if has(requests.exceptions.ProxyError, urllib3.exceptions.ProxyError):
+        return ConnectError("the proxy could not be used", url=url, hint="Check HTTPS_PROXY, HTTP_PROXY and NO_PROXY.")
+    if has(requests.exceptions.SSLError, urllib3.exceptions.SSLError, ssl.SSLCertVerificationError):
+        detail = has(ssl.SSLError) or chain[-1]
+        return TLSError(
+            f"no secure connection to {host}: {_reason(detail)}",
+            url=url,
+            hint="For a private certificate authority, set REQUESTS_CA_BUNDLE to its file.",
+        )
+    if has(socket.gaierror, urllib3.exceptions.NameResolutionError):
+        return ConnectError(f"the host {host} is not known", url=url, hint="Check its spelling and the network.")
+    if has(ConnectionRefusedError):
+        return ConnectError(f"{host} refuses connections", url=url, hint="Is the server running?")
+    if has(urllib3.exceptions.NewConnectionError) and not has(TimeoutError):
+        return ConnectError(f"{host} cannot be reached: {_reason(chain[-1])}", url=url, hint="Check the network.")
+    if has(requests.exceptions.ConnectTimeout, urllib3.exceptions.ConnectTimeoutError):
+        return ConnectError(f"{host} did not answer in time", url=url, hint="Check the network.")
+    if has(urllib3.exceptions.ReadTimeoutError, requests.exceptions.ReadTimeout, TimeoutError):
+        return StallError("the server stopped sending", url=url, hint="Try again later.")
+    if has(http.client.IncompleteRead, urllib3.exceptions.IncompleteRead):
+        return TruncatedError("the body ended early", url=url)
+    if has(http.client.RemoteDisconnected, ConnectionError) or isinstance(chain[-1], ssl.SSLError):
+        return ConnectError(f"the connection to {host} broke", url=url, hint="Try again.")
+    if has(http.client.HTTPException, urllib3.exceptions.HTTPError, ValueError):
+        return ProtocolError(f"the answer is not proper HTTP: {_reason(chain[-1])}", url=url)
+    return ConnectError(f"{host} cannot be reached: {_reason(chain[-1])}", url=url)
+
+
+def _reason(error: BaseException) -> str:
+    text = str(error.strerror if isinstance(error, OSError) and error.strerror else error)
+    return text[:160] or type(error).__name__

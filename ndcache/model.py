@@ -1,0 +1,117 @@
+"""An opened model: its manifest, and a local file for each shard asked for. Here: one that is read in place."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .cache import mismatch
+from .errors import ChecksumError, NotFoundError, SizeMismatchError
+from .manifest import MAX_MANIFEST_BYTES, Manifest, Shard
+
+__all__ = ["LocalModel", "Model", "Obtained"]
+
+
+@dataclass(frozen=True)
+class Obtained:
+    """A shard's file, whole and checked as far as the options say."""
+
+    path: Path
+    from_cache: bool
+    checked: str  # "sha256", "md5" or "size"
+
+
+class Model(ABC):
+    """A model whose manifest is known.
+
+    Attributes
+    ----------
+    manifest : Manifest
+    directory : pathlib.Path
+        Where its files lie, or will.
+    """
+
+    def __init__(self, manifest: Manifest, directory: Path) -> None:
+        self.manifest = manifest
+        self.directory = directory
+
+    @abstractmethod
+    def has(self, shard: Shard, *, of_any_size: bool = False) -> bool:
+        """Whether the shard's file is there, and of the right size unless any will do; looks at no bytes."""
+
+    @abstractmethod
+    def prepare(self, shards: Sequence[Shard]) -> None:
+        """Before anything is fetched: raise if it cannot work out."""
+
+    @abstractmethod
+    def obtain(self, shard: Shard) -> Obtained:
+        """The shard's file. Called from the workers."""
+
+    @abstractmethod
+    def check(self, shard: Shard) -> bool:
+        """Whether the shard's file, which is there, has the right size and digest; its bytes are read."""
+
+
+class LocalModel(Model):
+    """A directory of the user's: read in place, never written to."""
+
+    def __init__(self, directory: Path, manifest_names: Sequence[str], *, verify: str) -> None:
+        self._verify = verify
+        super().__init__(_read_manifest(directory, manifest_names), directory)
+
+    def has(self, shard: Shard, *, of_any_size: bool = False) -> bool:
+        try:
+            size = self._path(shard).stat().st_size
+        except OSError:
+            return False
+        return of_any_size or size == shard.nbytes
+
+    def prepare(self, shards: Sequence[Shard]) -> None:
+        for shard in shards:
+            path = self._path(shard)
+            if not path.is_file():
+                raise NotFoundError(f"there is no file {path}", shard=shard.data_path)
+            if (size := path.stat().st_size) != shard.nbytes:
+                raise SizeMismatchError(
+                    f"{path} has {size:,} bytes where the manifest says {shard.nbytes:,}",
+                    shard=shard.data_path,
+                    expected=shard.nbytes,
+                    received=size,
+                    hint="The copy is not complete, or of another version than the manifest.",
+                )
+
+    def obtain(self, shard: Shard) -> Obtained:
+        path = self._path(shard)
+        if self._verify != "always":
+            return Obtained(path, from_cache=True, checked="size")
+        if digests := mismatch(path, shard):
+            raise ChecksumError(
+                f"{path} has the digest {digests[1]}, the manifest says {digests[0]}",
+                shard=shard.data_path,
+                expected=digests[0],
+                received=digests[1],
+                hint="The file is damaged: copy it again.",
+            )
+        return Obtained(path, from_cache=True, checked=shard.integrity)
+
+    def check(self, shard: Shard) -> bool:
+        return self.has(shard) and mismatch(self._path(shard), shard) is None
+
+    def _path(self, shard: Shard) -> Path:
+        return self.directory.joinpath(*shard.data_path.split("/"))
+
+
+def _read_manifest(directory: Path, names: Sequence[str]) -> Manifest:
+    for name in names:
+        try:
+            with open(directory / name, "rb") as file:
+                data = file.read(MAX_MANIFEST_BYTES + 1)
+        except FileNotFoundError:
+            continue
+        return Manifest.from_bytes(data, name=name, url=str(directory / name))
+    raise NotFoundError(
+        f"there is no {' or '.join(names)} in {directory}",
+        hint="Give the directory that holds the manifest, or the manifest itself.",
+    )

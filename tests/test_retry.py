@@ -1,0 +1,109 @@
+"""What is tried again, and when."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+import ndcache
+from ndcache.retry import RetryPolicy, with_retries
+from ndcache.stats import LoadStats
+from ndcache.stop import Stop
+
+
+def rate_limited(retry_after: float | None) -> ndcache.RateLimitedError:
+    error = ndcache.RateLimitedError("later")
+    error.retry_after = retry_after
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "failures", "spent", "lowest", "highest"),
+    [
+        (ndcache.ConnectError("x"), 1, 0, 0, 0.5),
+        (ndcache.ConnectError("x"), 3, 0, 0, 2.0),
+        (ndcache.ConnectError("x"), 6, 0, 0, 16.0),
+        (rate_limited(7), 1, 0, 7, 7),
+        (rate_limited(300), 1, 0, 300, 300),
+        (rate_limited(None), 1, 0, 0, 0.5),
+        (ndcache.ChecksumError("x"), 1, 0, 0, 0.5),
+    ],
+)
+def test_what_is_tried_again_and_when(
+    error: ndcache.NdcacheError, failures: int, spent: float, lowest: float, highest: float
+) -> None:
+    for _ in range(100):
+        delay = RetryPolicy().delay(error, failures, spent)
+        assert delay is not None
+        assert lowest <= delay <= highest
+
+
+@pytest.mark.parametrize(
+    ("error", "failures", "spent"),
+    [
+        (ndcache.ConnectError("x"), 7, 0),
+        (ndcache.ConnectError("x"), 1, 301),
+        (ndcache.ChecksumError("x"), 2, 0),
+        (ndcache.NotFoundError("x"), 1, 0),
+        (ndcache.TLSError("x"), 1, 0),
+        (ndcache.DiskFullError("x"), 1, 0),
+        (rate_limited(301), 1, 0),
+        (rate_limited(1e30), 1, 0),
+    ],
+)
+def test_what_is_not_tried_again(error: ndcache.NdcacheError, failures: int, spent: float) -> None:
+    assert RetryPolicy().delay(error, failures, spent) is None
+
+
+class Flaky:
+    """Fails some times, then gives a value."""
+
+    def __init__(self, *errors: ndcache.NdcacheError) -> None:
+        self.errors = list(errors)
+        self.calls = 0
+
+    def __call__(self) -> str:
+        self.calls += 1
+        if self.errors:
+            raise self.errors.pop(0)
+        return "value"
+
+
+QUICK = RetryPolicy(retries=3, backoff=0.0001)
+
+
+def test_a_value_after_some_failures() -> None:
+    flaky, stats = Flaky(ndcache.ServerError("1"), ndcache.ConnectError("2")), LoadStats()
+    assert with_retries(flaky, QUICK, Stop(), stats) == "value"
+    assert (flaky.calls, stats.retries) == (3, 2)
+
+
+def test_the_last_error_says_how_often_it_was_tried() -> None:
+    flaky = Flaky(*[ndcache.ServerError("failed") for _ in range(9)])
+    with pytest.raises(ndcache.ServerError, match="after 4 tries") as caught:
+        with_retries(flaky, QUICK, Stop())
+    assert (flaky.calls, caught.value.attempts) == (4, 4)
+
+
+def test_an_error_that_is_not_ours_is_not_tried_again() -> None:
+    calls = []
+
+    def attempt() -> None:
+        calls.append(1)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        with_retries(attempt, QUICK, Stop())
+    assert len(calls) == 1
+
+
+def test_stopping_ends_the_wait_for_the_next_try() -> None:
+    cancel = threading.Event()
+
+    def attempt() -> None:
+        cancel.set()
+        raise rate_limited(200)
+
+    with pytest.raises(ndcache.CancelledError):
+        with_retries(attempt, QUICK, Stop(cancel))
