@@ -86,6 +86,19 @@ def random_array(shape: tuple[int, ...], dtype: str = "float32", seed: int = 0) 
     return rng.integers(0, 256, (math.prod(shape) * kind.itemsize,), np.uint8).view(kind).reshape(shape)
 
 
+def through_bf16(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """float32 as it comes back from bfloat16, by the integers: to nearest even, cut off beyond the largest bfloat16.
+
+    Other dtypes come back as they are.
+    """
+    if array.dtype != np.float32:
+        return array
+    bits = array.view(np.uint32).astype(np.uint64)
+    largest = np.uint32(0x7F7F0000).view(np.float32)
+    rounded = np.where(np.abs(array) < largest, bits + 0x7FFF + ((bits >> 16) & 1), bits) & 0xFFFF0000
+    return rounded.astype(np.uint32).view(np.float32)
+
+
 def simple_model(directory: Path, shards: int = 4, shard_bytes: int = 1 << 16) -> dict[str, np.ndarray[Any, Any]]:
     """A model of `shards` shards with one raw float32 tensor each.
 

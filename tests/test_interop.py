@@ -7,12 +7,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import random_array
+from models import random_array, through_bf16
 from requirements_for_tests import need_module
 from servers import FileServer
 
@@ -211,7 +210,7 @@ def test_tvm_reads_our_files(tmp_path: Path, apache: _TVM, encode: Any) -> None:
     params = parameters()
     ndcache.dump(params, tmp_path, encode=encode, shard_bytes=1 << 20)
     if encode == "f32-to-bf16":
-        params = {name: _rounded(array) for name, array in params.items()}
+        params = {name: through_bf16(array) for name, array in params.items()}
     assert apache.load(tmp_path) == all_bits(params)
 
 
@@ -244,14 +243,3 @@ def test_tensors_of_tvm_are_taken(tmp_path: Path, apache: _TVM, tvm: Any) -> Non
     ndcache.dump(tensors, tmp_path / "ours", encode="raw", shard_bytes=1 << 20)
     assert contents(tmp_path / "ours") == contents(tmp_path / "tvm")
     assert all_bits(ndcache.load(tmp_path / "ours")) == all_bits(params)
-
-
-def _rounded(array: Array) -> Array:
-    """float32 as it comes back from bfloat16, by the integers: to nearest even, cut off beyond the largest."""
-    if array.dtype != np.float32:
-        return array
-    data = array.view(np.uint32).astype(np.uint64)
-    finite_limit = np.float32(ml_dtypes.finfo(ml_dtypes.bfloat16).max)
-    rounded = data + 0x7FFF + ((data >> 16) & 1)
-    kept = np.where(np.abs(array) < finite_limit, rounded, data) & 0xFFFF0000
-    return kept.astype(np.uint32).view(np.float32)
