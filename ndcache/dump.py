@@ -103,6 +103,10 @@ def dump(
 
     Notes
     -----
+    The bytes differ from TVM's where TVM would lose something: empty tensors at the end that have no other in their
+    shard, and a NaN whose payload lies in the lower half of its bits, which TVM turns into an infinity. When it
+    updates, TVM also leaves the old shape and dtype of a replaced tensor in the manifest.
+
     Of a killed process a folder ``.dump-*`` may stay in the directory; nothing reads it.
 
     Examples

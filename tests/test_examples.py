@@ -1,0 +1,80 @@
+"""The examples run as they are, without arguments and without a network."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from models import random_array
+from requirements_for_tests import need_module
+
+import ndcache
+
+_EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run(name: str, *arguments: str) -> str:
+    """The example's standard output."""
+    paths = [str(Path(ndcache.__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(_EXAMPLES / name), *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_all_examples_are_tested_and_short() -> None:
+    tests = Path(__file__).read_text("utf-8")
+    examples = sorted(_EXAMPLES.glob("*.py"))
+    assert examples
+    for path in examples:
+        assert f'run("{path.name}"' in tests
+        assert len(path.read_text("utf-8").splitlines()) <= 60
+
+
+def test_plain_load() -> None:
+    lines = run("plain_load.py").splitlines()
+    assert lines[0].startswith("<Weights: 3 tensors")
+    assert lines[1].split(maxsplit=2) == ["embedding", "float32", "(1000, 64)"]
+
+
+def test_plain_load_of_a_url(tmp_path: Path, serve: Any) -> None:
+    ndcache.dump({"x": random_array((3, 4), "int8")}, tmp_path)
+    assert run("plain_load.py", serve(tmp_path).url).splitlines()[1].split(maxsplit=2) == ["x", "int8", "(3, 4)"]
+
+
+@pytest.mark.usefixtures("gpu")  # to skip where there is none
+def test_compute_pass() -> None:
+    assert run("compute_pass.py").splitlines()[-1] == "the GPU and NumPy agree"
+
+
+def test_stream_into_safetensors() -> None:
+    need_module("safetensors")
+    assert sorted(run("stream_into_safetensors.py").splitlines()) == [
+        "a float32 (3, 4)",
+        "b int64 (5,)",
+        "c float16 (2,)",
+    ]
+
+
+def test_stream_every_dtype_into_safetensors(tmp_path: Path) -> None:
+    """Read back by the safetensors library, whose names of dtypes these are."""
+    safetensors = need_module("safetensors")
+    params = {dtype: random_array((3, 2), dtype) for dtype in ndcache.dtypes.DTYPES}
+    ndcache.dump(params, tmp_path / "model", encode="raw")
+    run("stream_into_safetensors.py", str(tmp_path / "model"), str(tmp_path / "model.safetensors"))
+    tensors = dict(safetensors.deserialize((tmp_path / "model.safetensors").read_bytes()))
+    assert {name: bytes(tensor["data"]) for name, tensor in tensors.items()} == {
+        name: array.tobytes() for name, array in params.items()
+    }
+    assert np.all([tensor["shape"] == [3, 2] for tensor in tensors.values()])
