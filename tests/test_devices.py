@@ -55,12 +55,13 @@ class Conformance:
     @pytest.mark.parametrize("shape", SHAPES)
     @pytest.mark.parametrize("gap", [b"", b"x", b"xyz"], ids=["packed", "1 off", "3 off"])
     def test_bfloat16_is_expanded(self, device: Any, tmp_path: Path, shape: tuple[int, ...], gap: bytes) -> None:
-        bits = np.random.default_rng(0).integers(0, 1 << 16, shape, np.uint16)
+        bits = np.array(np.random.default_rng(0).integers(0, 1 << 16, shape, np.uint16))
         bits.reshape(-1)[:6] = [0x7F80, 0xFF80, 0x7FC1, 0x8000, 0x0001, 0x7F7F][: bits.size]
         models.write_model(tmp_path, [{"t": bits.view(ml_dtypes.bfloat16)}], gap=gap)
         relabel(tmp_path, "float32", "f32-to-bf16")
         with self.load(device, tmp_path) as weights:
-            self.check(weights, {"t": (bits.astype(np.uint32) << 16).view(np.float32)})
+            expanded = (bits.reshape(-1).astype(np.uint32) << 16).view(np.float32).reshape(shape)
+            self.check(weights, {"t": expanded})
         with self.load(device, tmp_path, decode=False) as weights:
             self.check(weights, {"t": bits.view(ml_dtypes.bfloat16)})
 
