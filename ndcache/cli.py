@@ -88,7 +88,7 @@ class _Commands(click.Group):
 
 
 class _Lines(logging.Handler):
-    """A line on standard error for each record, above the bar if there is one."""
+    """A line on standard error for each record."""
 
     def emit(self, record: logging.LogRecord) -> None:
         _say(f"{record.levelname.lower()}: {_shown(record.getMessage())}")
@@ -156,7 +156,8 @@ def _shown(text: str) -> str:
 
 
 def _say(line: str) -> None:
-    tqdm.write(line, file=sys.stderr)
+    tqdm.write(line, file=sys.stderr)  # above the bar, if there is one
+    sys.stderr.flush()
 
 
 # --- options ------------------------------------------------------------------------------------------
