@@ -41,6 +41,7 @@
 from __future__ import annotations
 
 import copyreg
+import re
 from typing import Any, ClassVar
 from urllib.parse import urlsplit, urlunsplit
 
@@ -86,10 +87,12 @@ def redact(url: str) -> str:
     """`url` without what may be secret: user, password, query and fragment."""
     try:
         parts = urlsplit(url)
+        parts.port  # noqa: B018 - "user:pass/word@host" has its password at the place of a port
     except ValueError:
-        return "(unreadable URL)"
+        return "(unreadable URL)" if "@" in url else re.split("[?#]", url)[0]
     if not parts.netloc:
-        return url.partition("?")[0]
+        # A local path, or a URL with a typing mistake: "https:/user:password@host/", "user:password@host/".
+        return re.sub(r"^([A-Za-z][A-Za-z0-9+.-]*:)?(/*)[^/@]*:[^/@]*@", r"\1\2", url.partition("?")[0])
     host = parts.netloc.rpartition("@")[2]
     return urlunsplit((parts.scheme, host, parts.path, "", ""))
 

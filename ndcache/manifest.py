@@ -22,6 +22,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, NoReturn, TypeAlias
 from urllib.parse import unquote
@@ -35,6 +36,7 @@ from .errors import (
     UnsafePathError,
     UnsupportedDtypeError,
     UnsupportedFormatError,
+    redact,
 )
 
 __all__ = [
@@ -55,9 +57,15 @@ MAX_RECORDS = 1 << 20
 MAX_SHARDS = 1 << 16
 #: Objects or arrays in one manifest: one each a record, one each a shard, the rest for metadata.
 _MAX_NODES = MAX_RECORDS + MAX_SHARDS + (1 << 16)
+#: Commas in one manifest: six each a record are needed.
+_MAX_COMMAS = 6 * _MAX_NODES
+_MAX_DEPTH = 64  # of nesting in metadata; shallow enough that it can be pickled, copied and compared everywhere
 _MAX_INT = (1 << 63) - 1
 _MAX_DIMENSIONS = 32  # what every supported NumPy can hold
 _MAX_DIGITS = 400  # of one number; float64 has no use for more
+#: Bytes of a shard's path. The cache makes one file name of it, adds to that, and most file systems end at 255.
+_MAX_PATH = 200
+_FORMATS = ("raw", "f32-to-bf16")
 
 #: What ``names=`` takes: a name or glob pattern, several of them, or a predicate.
 NameFilter: TypeAlias = "str | Iterable[str] | Callable[[str], bool] | None"
@@ -147,7 +155,7 @@ class Manifest:
         The manifest's file name.
     """
 
-    metadata: Mapping[str, Any]
+    metadata: Mapping[str, Any] = field(hash=False)
     shards: tuple[Shard, ...]
     name: str = "tensor-cache.json"
     _by_name: dict[str, Record] = field(init=False, repr=False, compare=False)
@@ -172,6 +180,10 @@ class Manifest:
     def __len__(self) -> int:
         """The number of tensors."""
         return len(self._by_name)
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of the tensors, in manifest order."""
+        return iter(self._by_name)
 
     def __contains__(self, name: object) -> bool:
         return name in self._by_name
@@ -200,7 +212,7 @@ class Manifest:
         try:
             return _manifest(_parse_json(data), name)
         except ManifestError as error:
-            error.shard, error.url = name, url
+            error.shard, error.url = name, None if url is None else redact(url)
             raise
 
     def select(self, names: NameFilter = None) -> tuple[Shard, ...]:
@@ -244,12 +256,13 @@ class Manifest:
         if callable(names):
             return names
         patterns = [names] if isinstance(names, str) else list(names or ())
-        exact = {pattern for pattern in patterns if pattern in self._by_name}
-        matching = set(exact)
+        matching = set()
         for pattern in patterns:
-            if pattern in exact:
+            if pattern in self._by_name:  # to the letter, also where it could be a pattern: ``layers[0].weight``
+                matching.add(pattern)
                 continue
-            found = fnmatch.filter(self._by_name, pattern)
+            # Not `fnmatch.filter`, which on Windows takes no notice of letter case and slashes.
+            found = list(filter(re.compile(fnmatch.translate(pattern)).match, self._by_name))
             if not found:
                 raise KeyError(f"no tensor of {self.name} matches {pattern!r}")
             matching.update(found)
@@ -268,11 +281,11 @@ def _check_supported(shard: Shard) -> None:
                 shard=shard.data_path,
                 hint=f"Known are {', '.join(DTYPES)}.",
             )
-        if record.format not in ("raw", "f32-to-bf16"):
+        if record.format not in _FORMATS:
             raise UnsupportedFormatError(
                 f"tensor {record.name!r} is stored in the unknown format {record.format!r}",
                 shard=shard.data_path,
-                hint="Known are raw and f32-to-bf16.",
+                hint=f"Known are {' and '.join(_FORMATS)}.",
             )
 
 
@@ -283,7 +296,7 @@ def _parse_json(data: bytes) -> Any:
     if len(data) > MAX_MANIFEST_BYTES:
         raise ManifestLimitError(f"the manifest is larger than {MAX_MANIFEST_BYTES >> 20} MiB")
     # A parsed node takes some 20 times the memory of the two bytes it can be written in.
-    if data.count(b"{") > _MAX_NODES or data.count(b"[") > _MAX_NODES:
+    if data.count(b"{") > _MAX_NODES or data.count(b"[") > _MAX_NODES or data.count(b",") > _MAX_COMMAS:
         raise ManifestLimitError(f"the manifest has more than {MAX_RECORDS} records, or as much of something else")
     try:
         return json.loads(
@@ -314,7 +327,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):
         key = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise ManifestSyntaxError(f"the manifest has the key {key!r} twice in one object")
+        raise ManifestSyntaxError(f"the manifest has the key {_shown(key)} twice in one object")
     return value
 
 
@@ -329,7 +342,7 @@ def _number(text: str) -> float:
         raise ManifestSyntaxError(f"the manifest has a number of {len(text)} digits")
     value = float(text)
     if math.isinf(value):
-        raise ManifestSyntaxError(f"the manifest has the number {text}, which is too large")
+        raise ManifestSyntaxError(f"the manifest has the number {_shown(text)}, which is too large")
     return value
 
 
@@ -371,10 +384,35 @@ def _has_surrogate(text: str) -> bool:
     return not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text)
 
 
+def _shown(text: str) -> str:
+    """`text` for a message: quoted, escaped, and not of any length."""
+    return repr(text if len(text) <= 80 else text[:77] + "...")
+
+
+def _check_metadata(metadata: Mapping[str, Any]) -> None:
+    """Whatever it says, it can be printed, pickled and compared."""
+    level: list[Any] = [metadata]
+    for _ in range(_MAX_DEPTH):
+        below: list[Any] = []
+        for value in level:
+            if type(value) is dict:
+                below += value
+                below += value.values()
+            elif type(value) is list:
+                below += value
+            elif type(value) is str and _has_surrogate(value):
+                raise ManifestSyntaxError("the manifest's metadata has text that is not Unicode")
+        if not below:
+            return
+        level = below
+    raise ManifestSyntaxError("the manifest's metadata is nested too deeply")
+
+
 def _manifest(value: Any, name: str) -> Manifest:
     if type(value) is not dict:
         raise ManifestSyntaxError(f"the manifest is {_json_type(value)}, not an object")
     metadata = _field(value, "metadata", dict, "the manifest", None) or {}
+    _check_metadata(metadata)
     items = _field(value, "records", list, "the manifest")
     if len(items) > MAX_SHARDS:
         raise ManifestLimitError(f"the manifest has more than {MAX_SHARDS} shards")
@@ -387,7 +425,7 @@ def _manifest(value: Any, name: str) -> Manifest:
             raise ManifestLimitError(f"the manifest has more than {MAX_RECORDS} records")
         for record in shard.records:
             if record.name in seen:
-                raise ManifestSyntaxError(f"the manifest has the tensor {record.name!r} twice")
+                raise ManifestSyntaxError(f"the manifest has the tensor {_shown(record.name)} twice")
             seen.add(record.name)
     _check_paths(shards)
     if sum(shard.nbytes for shard in shards) > _MAX_INT:
@@ -436,7 +474,7 @@ def _record(value: Any, where: str, shard_nbytes: int) -> Record:
     if type(value) is not dict:
         raise ManifestSyntaxError(f"{where} is {_json_type(value)}, not an object")
     name = _field(value, "name", str, where)
-    where = f"tensor {name!r}"
+    where = f"tensor {_shown(name)}"
     shape = _field(value, "shape", list, where)
     for size in shape:
         if type(size) is not int:
@@ -463,8 +501,8 @@ def _check_layout(record: Record, where: str, shard_nbytes: int) -> None:
     if start < 0 or record.nbytes < 0 or end > shard_nbytes:
         raise ManifestLayoutError(f"{where} lies at bytes {start} to {end} of a shard of {shard_nbytes} bytes")
     stored = DTYPES.get(record.stored_dtype)
-    if stored is None:
-        return
+    if stored is None or record.format not in _FORMATS:
+        return  # nobody knows how many bytes it takes
     # An empty tensor too must have strides that fit, or NumPy cannot hold it.
     if math.prod(size for size in record.shape if size) * 8 > _MAX_INT:
         raise ManifestLayoutError(f"{where} has the impossible shape {_short(record.shape)}")
@@ -484,7 +522,7 @@ def _check_overlap(records: Sequence[Record], where: str) -> None:
     end, before = 0, ""
     for record in sorted((record for record in records if record.nbytes), key=lambda record: record.byte_offset):
         if record.byte_offset < end:
-            raise ManifestLayoutError(f"the tensors {before!r} and {record.name!r} of {where} overlap")
+            raise ManifestLayoutError(f"the tensors {_shown(before)} and {_shown(record.name)} of {where} overlap")
         end, before = record.byte_offset + record.nbytes, record.name
 
 
@@ -522,9 +560,20 @@ def _percent_decodings(path: str) -> Iterator[str]:
     yield "\0"  # eight layers of encoding are nobody's file name
 
 
+#: What Windows calls a file with a longer name, too: PARAMS~1.BIN.
+_SHORT_NAME = re.compile(r"[^.]{1,6}~\d{1,6}(\.[^.]{0,3})?")
+
+
 def _unsafe(path: str) -> str | None:
-    if _has_surrogate(path) or any(unicodedata.category(c) == "Cc" for c in path):
-        return "has control or surrogate characters"
+    """Why `path` is not safe as it stands, or None if it is."""
+    # Slashes and percent signs become three characters each in the cache.
+    if (
+        len(path) > _MAX_PATH
+        or len(path.encode("utf-8", "surrogatepass")) + 2 * (path.count("/") + path.count("%")) > _MAX_PATH
+    ):
+        return f"is longer than {_MAX_PATH} bytes"
+    if _has_surrogate(path) or any(unicodedata.category(c) in ("Cc", "Cf") for c in path):
+        return "has control, invisible or surrogate characters"
     if any(c in '\\:*?"<>|' for c in path):
         return "has a character that not every file system can hold"
     if path.startswith("/"):
@@ -534,12 +583,10 @@ def _unsafe(path: str) -> str | None:
             return "has an empty, '.' or '..' component"
         if part.endswith((" ", ".")) or part.startswith(" "):
             return "has a component that begins with a space or ends in a space or dot"
-        if part.casefold() == STATE_DIRECTORY:
+        if _file_key(part) == STATE_DIRECTORY:
             return "lies in ndcache's own folder"
-        if part.partition(".")[0].rstrip(" ").casefold() in _WINDOWS_NAMES:
+        if _file_key(part.partition(".")[0].rstrip(" ")) in _WINDOWS_NAMES or _SHORT_NAME.fullmatch(part):
             return "has a name that Windows reserves"
-        if len(part.encode("utf-8")) > 255:
-            return "has a component of more than 255 bytes"
     return None
 
 
@@ -553,13 +600,15 @@ def _check_paths(shards: Sequence[Shard]) -> None:
         if key in files:
             raise ManifestSyntaxError(f"the shards {files[key]!r} and {shard.data_path!r} are one file")
         files[key] = shard.data_path
-    for key, path in files.items():
-        parent = key.rpartition("/")[0]
-        while parent:
-            if parent in files:
-                raise UnsafePathError(f"the shard path {path!r} lies below another shard")
-            parent = parent.rpartition("/")[0]
+    # NUL sorts before all that a path may hold: what lies below a file follows it at once.
+    keys = sorted(key.replace("/", "\0") for key in files)
+    for above, below in pairwise(keys):
+        if below.startswith(above + "\0"):
+            path = files[below.replace("\0", "/")]
+            raise UnsafePathError(f"the shard path {path!r} lies below another shard")
 
 
 def _file_key(path: str) -> str:
-    return unicodedata.normalize("NFC", path).casefold()
+    """One text for all spellings that some file system takes for the same name."""
+    # Unicode's canonical caseless matching; case folding alone can undo a normal form.
+    return unicodedata.normalize("NFD", unicodedata.normalize("NFD", path).casefold())
