@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
+from urllib.parse import unquote
 
 import platformdirs
 
@@ -177,11 +178,12 @@ class ArtifactCache:
 
     def read(self, name: str, limit: int) -> bytes | None:
         """The content of a small published file, up to `limit` bytes."""
-        if self.size(name) is None:
+        size = self.size(name)
+        if size is None:
             return None
         try:
             with open(self.path(name), "rb") as file:
-                return file.read(limit + 1)
+                return file.read(min(size, limit) + 1)  # more than `limit` if the file is larger
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -354,7 +356,7 @@ def models(root: Path) -> Iterator[CachedModel]:
             source = json.loads((state / "source.json").read_text("utf-8"))["source"]
         except (OSError, ValueError, KeyError, TypeError):
             source = directory.name
-        yield CachedModel(directory.parent.name, source, directory, _disk_bytes(directory))
+        yield CachedModel(unquote(directory.parent.name), source, directory, _disk_bytes(directory))
 
 
 def _flat(name: str) -> str:

@@ -15,7 +15,10 @@ sys.path.insert(0, str(Path(__file__).parent))  # servers.py, models.py
 
 from servers import FileServer, ScriptedServer
 
-_VARIABLES = ("NDCACHE_OFFLINE", "HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "NETRC")
+_VARIABLES = (
+    *("NDCACHE_OFFLINE", "HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE"),
+    *("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "NETRC"),
+)
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,7 @@ from models import random_array, simple_model, write_model
 from servers import FileServer, ScriptedServer, reply
 
 import ndcache
-from ndcache import cli
+from ndcache import cli, doctor
 
 ROOT = Path(ndcache.__file__).parents[1]
 posix_only = pytest.mark.skipif(sys.platform == "win32", reason="signals and terminals of POSIX")
@@ -368,7 +368,7 @@ def test_doctor_lists_every_dependency() -> None:
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     required = {re.split(r"[^\w-]", line)[0] for line in setup["options"]["install_requires"].split()}
-    assert required == set(cli._PACKAGES)
+    assert required == set(doctor._PACKAGES)
 
 
 def test_doctor_lists_adapters(gpu: Any) -> None:
@@ -394,7 +394,7 @@ def test_doctor_without_a_gpu(monkeypatch: pytest.MonkeyPatch, found: Any, words
             raise found
         return list(found)
 
-    monkeypatch.setattr("ndcache.devices.gpu.adapters", adapters)
+    monkeypatch.setattr(doctor, "adapters", adapters)
     result = invoke("doctor")
     assert result.exit_code == 0
     assert re.search(rf"^gpu +none: .*{words}", result.stdout, re.M)

@@ -211,7 +211,7 @@ def test_names_choose_tensors_and_shards(model: Path, serve: Serve) -> None:
     ]
     assert not ndcache.is_cached(server.url)
     assert list(ndcache.load(server.url, names=lambda name: name.endswith("7"))) == ["layer.7"]
-    with pytest.raises(KeyError, match="matches 'layer.99'"):
+    with pytest.raises(KeyError, match=r"matches 'layer\.99'"):
         ndcache.load(server.url, names="layer.99")
     assert_same(ndcache.load(server.url), arrays)
     assert len(server.shard_requests()) == 12

@@ -1,0 +1,97 @@
+"""What ``ndcache doctor`` finds out: versions, adapters, the cache, the environment."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ._version import __version__
+from .cache import models
+from .devices.gpu import adapters, is_software
+from .errors import NoAdapterError, redact
+from .terminal import format_size
+
+__all__ = ["adapter_words", "facts", "quiet_gpu_drivers"]
+
+_PACKAGES = ("requests", "urllib3", "numpy", "ml_dtypes", "wgpu", "platformdirs", "tqdm", "click", "rich")
+_OPTIONAL_PACKAGES = ("safetensors",)
+_PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
+
+
+def facts(root: Path) -> Iterator[tuple[str, str]]:
+    """Labels and values, with a pair of empty ones between the groups; `root` is the cache's directory."""
+    yield "ndcache", __version__
+    yield "Python", f"{platform.python_version()}, {platform.platform()}"
+    for name in (*_PACKAGES, *_OPTIONAL_PACKAGES):
+        yield name, _version(name)
+    for group in (_adapter_facts(), _cache_facts(root), _environment_facts()):
+        yield "", ""
+        yield from group
+
+
+def adapter_words(adapter: Any) -> tuple[str, str, str]:
+    """An adapter's name, kind and backend."""
+    info = adapter.info
+    return info["device"], "software" if is_software(adapter) else info["adapter_type"], info["backend_type"]
+
+
+def quiet_gpu_drivers() -> None:
+    """Before wgpu is loaded: libwayland, asked for a display while adapters are enumerated, prints a line each time
+    that XDG_RUNTIME_DIR is not set. It takes any absolute path, and in this one nobody can have put a socket.
+    """
+    if sys.platform == "linux":
+        os.environ.setdefault("XDG_RUNTIME_DIR", os.devnull)
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _adapter_facts() -> list[tuple[str, str]]:
+    try:
+        found = adapters()
+    except NoAdapterError as error:
+        return [("gpu", f"none: {error}")]
+    except Exception as error:  # of wgpu or a driver: to tell it is what this command is for
+        return [("gpu", f"none: the adapters cannot be listed: {type(error).__name__}: {error}")]
+    facts = [(f"gpu:{index}", ", ".join(adapter_words(adapter))) for index, adapter in enumerate(found)]
+    return facts or [("gpu", "none: wgpu finds no adapter; device='cpu' works")]
+
+
+def _cache_facts(root: Path) -> list[tuple[str, str]]:
+    existing = next(folder for folder in (root, *root.parents) if folder.exists())
+    found = list(models(root))
+    return [
+        ("cache", str(root) if existing == root else f"{root} (not made yet)"),
+        ("models", f"{len(found):,}, {format_size(sum(model.nbytes for model in found))}"),
+        ("disk", f"{format_size(shutil.disk_usage(existing).free)} free"),
+    ]
+
+
+def _environment_facts() -> list[tuple[str, str]]:
+    environ = os.environ
+    facts = [(name, environ[name]) for name in ("NDCACHE_HOME", "NDCACHE_OFFLINE", "HF_HUB_OFFLINE") if name in environ]
+    if environ.get("HF_TOKEN"):
+        facts.append(("HF_TOKEN", "set"))
+    if "HF_ENDPOINT" in environ:
+        facts.append(("HF_ENDPOINT", redact(environ["HF_ENDPOINT"])))
+    # On Windows the two spellings are one variable.
+    proxies = {name: environ[name] for upper in _PROXIES for name in (upper, upper.lower()) if name in environ}
+    facts += [(name, value if name.upper() == "NO_PROXY" else _proxy(value)) for name, value in proxies.items()]
+    return facts or [("environment", "none of the variables that ndcache looks at is set")]
+
+
+def _proxy(value: str) -> str:
+    """A proxy's address without its user and password, however badly they are written."""
+    scheme, _, rest = value.rpartition("://")
+    address = redact("//" + rest.rpartition("@")[2]).removeprefix("//")
+    return f"{scheme}://{address}" if scheme else address

@@ -1,0 +1,205 @@
+"""How the command line speaks: results on standard output, one line for anything else on standard error.
+
+Also what is true of every command: what an error looks like, and how a signal ends it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from tqdm import tqdm
+
+from .errors import NdcacheError
+
+__all__ = [
+    "VERBOSE",
+    "Commands",
+    "format_checks",
+    "format_count",
+    "format_size",
+    "message",
+    "print_facts",
+    "print_json",
+    "print_table",
+    "say",
+    "shown",
+]
+
+logger = logging.getLogger("ndcache")
+
+#: What happens to users; anything else is a bug, and shows its traceback.
+_EXPECTED = (NdcacheError, KeyError, ValueError, TypeError, OSError, ImportError, MemoryError)
+#: Where a command's context says that ``--verbose`` was given.
+VERBOSE = "ndcache.verbose"
+
+
+# --- errors, warnings, signals ------------------------------------------------------------------------
+
+
+class _Terminated(BaseException):
+    """SIGTERM came. Like KeyboardInterrupt, so that everything is stopped and removed on its way up."""
+
+
+class Commands(click.Group):
+    """The commands, with what is true of them all: how they fail and how they are stopped."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _messages(), _sigterm():
+            try:
+                try:
+                    return super().invoke(ctx)
+                finally:
+                    sys.stdout.flush()  # here, where a broken pipe is caught
+            except BrokenPipeError:  # whoever reads has enough, as `head` does
+                _drop_stdout()
+                ctx.exit(1)
+            except KeyboardInterrupt:
+                say("interrupted")
+                ctx.exit(130)
+            except _Terminated:
+                say("terminated")
+                ctx.exit(143)
+            except _EXPECTED as error:
+                if ctx.meta.get(VERBOSE):
+                    traceback.print_exception(error)
+                say(f"error: {message(error)}")
+                ctx.exit(1)
+
+
+class _Lines(logging.Handler):
+    """A line on standard error for each record."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(f"{record.levelname.lower()}: {shown(record.getMessage())}")
+
+
+@contextmanager
+def _messages() -> Iterator[None]:
+    """Warnings and logs as plain lines, and no character that the terminal's encoding lacks ends a command."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            is_utf8 = stream.encoding.lower().replace("-", "") == "utf8"
+            stream.reconfigure(errors="surrogateescape" if is_utf8 else "backslashreplace")
+    handler = _Lines()
+    logger.addHandler(handler)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: say(f"warning: {shown(str(message))}")
+            yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(logging.NOTSET)
+
+
+@contextmanager
+def _sigterm() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers
+        return
+
+    def terminate(*_: object) -> NoReturn:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+
+
+def _drop_stdout() -> None:
+    """What is still buffered must not fail again when the interpreter ends."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError:
+        pass  # not a real file
+
+
+def message(error: BaseException) -> str:
+    """The error in one line."""
+    if isinstance(error, KeyError) and error.args:
+        text = str(error.args[0])  # its str() has quotes around it
+    elif isinstance(error, OSError) and not isinstance(error, NdcacheError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    elif isinstance(error, MemoryError):
+        text = "not enough memory. Load a part with --names, or lower --memory-limit-mib."
+    else:
+        text = str(error) or type(error).__name__
+    return shown(text)
+
+
+def shown(text: str) -> str:
+    """`text` in one line and without characters that do something to a terminal: names come from anywhere."""
+    line = " ".join(text.splitlines())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+
+
+def say(line: str) -> None:
+    tqdm.write(line, file=sys.stderr)  # above the bar, if there is one
+    sys.stderr.flush()
+
+
+# --- output -------------------------------------------------------------------------------------------
+
+
+def print_facts(facts: Iterable[tuple[str, str]]) -> None:
+    """Print labels and values in two columns; a pair of empty ones is an empty line."""
+    facts = list(facts)
+    width = max((len(label) for label, _ in facts), default=0)
+    for label, value in facts:
+        click.echo(f"{label:<{width}}  {shown(value)}".rstrip())
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table. Columns whose names end in a space are numbers, and set to the right."""
+    # Without a terminal a row is a line, whatever its length.
+    is_terminal = sys.stdout.isatty()
+    console = Console(file=sys.stdout, highlight=False, width=None if is_terminal else 1 << 20)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        justify: Any = "right" if column.endswith(" ") else "left"
+        table.add_column(column.strip(), justify=justify, overflow="fold", no_wrap=not is_terminal)
+    for row in rows:
+        table.add_row(*(Text(shown(cell)) for cell in row))
+    if is_terminal:
+        console.print(table)
+        return
+    with console.capture() as capture:
+        console.print(table)
+    for line in capture.get().splitlines():
+        click.echo(line.rstrip())
+
+
+def print_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=2))
+
+
+def format_size(nbytes: int) -> str:
+    if nbytes < 1 << 10:
+        return f"{nbytes} B"
+    unit, name = next((unit, name) for unit, name in ((30, "GiB"), (20, "MiB"), (10, "KiB")) if nbytes >= 1 << unit)
+    return f"{nbytes / (1 << unit):,.1f} {name}"
+
+
+def format_count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def format_checks(integrity: Iterable[tuple[str, int]]) -> str:
+    """How many shards were held to which check, in words."""
+    words = [f"{number:,} by {'size alone' if check == 'size' else check}" for check, number in integrity]
+    return ", ".join(words) or "nothing"
