@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .dtypes import DTYPES
-from .errors import DecodeError
+from .errors import DecodeError, UnsupportedDtypeError
 from .manifest import Record
 
 __all__ = ["decode", "encode_bf16", "stored"]
@@ -29,11 +29,19 @@ def stored(record: Record, shard: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
     -------
     array of the record's shape and `Record.stored_dtype`
         Read-only if `shard` is.
+
+    Raises
+    ------
+    DecodeError
+        The shard is too short, or the dtype is unknown.
     """
     if record.byte_offset + record.nbytes > shard.size:
         raise DecodeError(f"the shard's {shard.size} bytes do not reach tensor {record.name!r}")
+    dtype = DTYPES.get(record.stored_dtype)
+    if dtype is None:
+        raise UnsupportedDtypeError(f"tensor {record.name!r} has the unknown dtype {record.dtype!r}")
     data = shard[record.byte_offset : record.byte_offset + record.nbytes]
-    return np.ndarray(record.shape, DTYPES[record.stored_dtype], buffer=data)
+    return np.ndarray(record.shape, dtype, buffer=data)
 
 
 def decode(record: Record, shard: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
@@ -56,8 +64,13 @@ def encode_bf16(values: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
     Rounded to nearest even, but values beyond the largest bfloat16 are cut off to it instead of becoming infinite.
     Infinities and NaN stay what they are, the upper half of a NaN's payload included.
 
+    Returns
+    -------
+    array of bfloat16, of the same shape
+
     Source: ``_convert_f32_to_bf16`` in apache-tvm's ``tvm/contrib/tvmjs.py``.
     """
+    values = np.asarray(values, np.float32)  # in this machine's byte order
     with np.errstate(invalid="ignore"):  # signalling NaN
         encoded = values.astype(ml_dtypes.bfloat16)
         special = ~(np.abs(values) < _BF16_MAX)

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, TextIO, TypeAlias
+from typing import TextIO, TypeAlias
 
 from tqdm import tqdm
 
@@ -95,14 +95,14 @@ class Reporter:
 
     def start(self) -> None:
         """The first two reports: the start itself, and no shard done."""
-        self._report("Start to fetch params", phase="start")
-        self._report(self._text())
+        self._report("start", "Start to fetch params")
+        self._report()
 
     def shard_done(self, nbytes: int) -> None:
         """One more shard of `nbytes` is where it should be."""
         self._shards_done += 1
         self._bytes_done += nbytes
-        self._report(self._text())
+        self._report()
 
     def tick(self) -> None:
         """Some time has passed: let the bars move."""
@@ -116,32 +116,37 @@ class Reporter:
             if isinstance(callback, Bar):
                 callback.close()
 
-    def _elapsed(self) -> float:
-        return time.monotonic() - self._started
+    def _done(self) -> tuple[int, int]:
+        """How much is done of how much: bytes, or shards where all of them are empty."""
+        if self._shards_done == self._shards_total:
+            return 1, 1
+        if self._bytes_total:
+            return self._bytes_done, self._bytes_total
+        return self._shards_done, self._shards_total
 
-    def _text(self) -> str:
-        percent = self._bytes_done * 100 // self._bytes_total if self._bytes_total else 100
+    def _text(self, elapsed: float) -> str:
+        done, total = self._done()
         megabytes = -(-self._bytes_done // _MIB)
-        done = f"{percent}% completed, {math.ceil(self._elapsed())} secs elapsed."
+        state = f"{done * 100 // total}% completed, {math.ceil(elapsed)} secs elapsed."
         position = f"[{self._shards_done}/{self._shards_total}]"
         if self._cache_only:
-            return f"Loading model from cache{position}: {megabytes}MB loaded. {done}"
+            return f"Loading model from cache{position}: {megabytes}MB loaded. {state}"
         return (
-            f"Fetching param cache{position}: {megabytes}MB fetched. {done}"
+            f"Fetching param cache{position}: {megabytes}MB fetched. {state}"
             " It can take a while when we first visit this page to populate the cache."
             " Later refreshes will become faster."
         )
 
-    def _report(self, text: str, phase: str | None = None) -> None:
+    def _report(self, phase: str | None = None, text: str | None = None) -> None:
         if not self._callbacks:
             return
-        elapsed = self._elapsed()
-        everything = self._shards_done == self._shards_total
+        elapsed = time.monotonic() - self._started
+        done, total = self._done()
         report = ProgressReport(
-            progress=1.0 if everything and phase is None else self._bytes_done / max(self._bytes_total, 1),
+            progress=0.0 if phase == "start" else done / total,
             time_elapsed=elapsed,
             cache_only=self._cache_only,
-            text=text,
+            text=text or self._text(elapsed),
             phase=phase or ("load" if self._cache_only else "fetch"),
             shards_done=self._shards_done,
             shards_total=self._shards_total,
@@ -160,11 +165,15 @@ def _callbacks(progress: Progress) -> list[ProgressCallback]:
         return [Bar()]
     if callable(progress):
         return [progress]
-    callbacks = list(progress)
+    callbacks = list(progress) if isinstance(progress, Iterable) else [progress]
     for callback in callbacks:
         if not callable(callback):
             raise TypeError(f"progress takes True or callables, not {callback!r}")
     return callbacks
+
+
+class _Tqdm(tqdm):  # type: ignore[type-arg]
+    monitor_interval = 0  # no thread that watches the bars: ndcache leaves none behind
 
 
 class Bar:
@@ -173,25 +182,29 @@ class Bar:
     Parameters
     ----------
     file : text file, optional
-        Standard error unless given.
+        Standard error unless given; a process that has none (``pythonw``) shows no bar.
     """
 
     #: Without a terminal, a line at least this many percent after the last one.
     _LINE_EVERY = 10
 
     def __init__(self, file: TextIO | None = None) -> None:
-        self._file = file or sys.stderr
-        self._bar: tqdm[Any] | None = None
+        self._file: TextIO | None = sys.stderr if file is None else file
+        self._bar: _Tqdm | None = None
         self._next_line = 0
 
     def __call__(self, report: ProgressReport) -> None:
+        if self._file is None:
+            return
         if report.phase == "start":
+            self.close()
+            self._next_line = 0
             return
         if not self._file.isatty():
-            self._line(report)
+            self._line(report, self._file)
             return
         if self._bar is None:
-            self._bar = tqdm(
+            self._bar = _Tqdm(
                 total=report.bytes_total,
                 desc="Loading" if report.cache_only else "Fetching",
                 unit="B",
@@ -217,8 +230,9 @@ class Bar:
             self._bar.close()
             self._bar = None
 
-    def _line(self, report: ProgressReport) -> None:
-        percent = int(report.progress * 100)
+    def _line(self, report: ProgressReport, file: TextIO) -> None:
+        # Not from `progress`, of which 0.29 is less than 29 hundredths.
+        percent = report.bytes_done * 100 // report.bytes_total if report.bytes_total else int(report.progress * 100)
         if percent < self._next_line and report.shards_done < report.shards_total:
             return
         self._next_line = percent + self._LINE_EVERY
@@ -227,6 +241,6 @@ class Bar:
             f"{verb} {report.shards_done}/{report.shards_total} shards, "
             f"{report.bytes_done / _MIB:.1f} of {report.bytes_total / _MIB:.1f} MiB, {percent}%, "
             f"{report.time_elapsed:.1f} s",
-            file=self._file,
+            file=file,
             flush=True,
         )

@@ -1,0 +1,135 @@
+"""What a load cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from ndcache import stats as module
+from ndcache.stats import LoadStats
+
+
+class Clock:
+    """In place of `time`: goes on by what the test says."""
+
+    now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    found = Clock()
+    monkeypatch.setattr(module, "time", found)
+    return found
+
+
+def test_nothing_yet() -> None:
+    stats = LoadStats()
+    assert (stats.nbytes, stats.network_bytes, stats.cache_bytes, stats.shards, stats.tensors) == (0,) * 5
+    assert (stats.requests, stats.retries, stats.peak_bytes_in_flight) == (0,) * 3
+    assert stats.gb_per_second == 0.0
+    assert dict(stats.seconds) == {}
+    assert dict(stats.integrity) == {}
+
+
+def test_accounts_are_their_own() -> None:
+    one, other = LoadStats(), LoadStats()
+    one.shard_done(1, from_cache=True, checked="md5")
+    one.seconds["wait"] += 1
+    assert other == LoadStats()
+    assert one != other
+
+
+def test_count() -> None:
+    stats = LoadStats()
+    stats.count(requests=1)
+    stats.count(requests=2, retries=1, network_bytes=10)
+    assert (stats.requests, stats.retries, stats.network_bytes) == (3, 1, 10)
+
+
+def test_count_of_what_is_not_counted() -> None:
+    with pytest.raises(AttributeError):
+        LoadStats().count(requets=1)
+
+
+def test_count_from_many_threads() -> None:
+    stats = LoadStats()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: [stats.count(requests=1, network_bytes=3) for _ in range(2000)], range(8)))
+    assert (stats.requests, stats.network_bytes) == (16_000, 48_000)
+
+
+def test_shards() -> None:
+    stats = LoadStats()
+    stats.shard_done(10, from_cache=False, checked="md5")
+    stats.shard_done(5, from_cache=True, checked="size")
+    stats.shard_done(0, from_cache=True, checked="size")
+    assert (stats.shards, stats.nbytes, stats.cache_bytes) == (3, 15, 5)
+    assert stats.integrity == {"md5": 1, "size": 2}
+
+
+def test_timed(clock: Clock) -> None:
+    stats = LoadStats()
+    for seconds in (1.0, 0.5):
+        with stats.timed("place"):
+            clock.now += seconds
+    assert stats.seconds == {"place": 1.5}
+
+
+def test_time_of_what_fails_counts(clock: Clock) -> None:
+    stats = LoadStats()
+    with pytest.raises(ZeroDivisionError), stats.timed("place"):
+        clock.now += 2.0
+        raise ZeroDivisionError
+    assert stats.seconds == {"place": 2.0}
+
+
+def test_timed_iterator(clock: Clock) -> None:
+    def slow() -> Iterator[int]:
+        for index in range(3):
+            clock.now += 1.0
+            yield index
+        clock.now += 0.5  # to find out that there is no more
+
+    stats = LoadStats()
+    seen = []
+    for item in stats.timed_iterator("wait", slow()):
+        clock.now += 10.0  # what is done with the items is not waiting
+        seen.append(item)
+    assert seen == [0, 1, 2]
+    assert stats.seconds == {"wait": 3.5}
+
+
+def test_timed_iterator_takes_any_item() -> None:
+    assert list(LoadStats().timed_iterator("wait", iter([None, 0, ()]))) == [None, 0, ()]
+
+
+def test_timed_iterator_passes_errors_on(clock: Clock) -> None:
+    def broken() -> Iterator[int]:
+        yield 1
+        clock.now += 4.0
+        raise ZeroDivisionError
+
+    stats = LoadStats()
+    items = stats.timed_iterator("wait", broken())
+    assert next(items) == 1
+    with pytest.raises(ZeroDivisionError):
+        next(items)
+    assert stats.seconds == {"wait": 4.0}
+
+
+@pytest.mark.parametrize(("nbytes", "seconds", "rate"), [(2 * 10**9, 4.0, 0.5), (0, 1.0, 0.0), (5, 0.0, 0.0)])
+def test_rate(nbytes: int, seconds: float, rate: float) -> None:
+    stats = LoadStats(nbytes=nbytes)
+    stats.seconds["total"] = seconds
+    assert stats.gb_per_second == rate
+
+
+def test_asking_for_the_rate_changes_nothing() -> None:
+    stats = LoadStats()
+    assert stats.gb_per_second == 0.0
+    assert dict(stats.seconds) == {}
