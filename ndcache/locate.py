@@ -52,6 +52,7 @@ class Location:
 
     @property
     def is_remote(self) -> bool:
+        """Whether it is on a server."""
         return self.directory is None
 
     def url(self, path: str) -> str:

@@ -1,0 +1,128 @@
+"""What `import ndcache` gives, and what it does not cost."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import pkgutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import ndcache
+from ndcache import api, dump, errors, tvm
+
+API = [
+    *("load", "stream", "fetch", "read_manifest", "is_cached", "verify", "delete", "dump", "Loader"),
+    *("Weights", "GPUTensor", "Manifest", "Shard", "Record"),
+    *("ProgressReport", "VerifyReport", "LoadStats", "RetryPolicy"),
+    "__version__",
+]
+
+MODULES = sorted(
+    found.name for found in pkgutil.walk_packages(ndcache.__path__, "ndcache.") if found.name != "ndcache.__main__"
+)
+
+
+def test_all_is_complete() -> None:
+    assert set(ndcache.__all__) == {*API, *errors.__all__}
+    assert set(api.__all__) <= set(ndcache.__all__)
+    public = {name for name, value in vars(ndcache).items() if not name.startswith("_")}
+    others = {name for name in public if not isinstance(getattr(ndcache, name), ModuleType)} - set(ndcache.__all__)
+    assert others <= {"annotations"}
+
+
+def test_all_is_sorted_and_without_repetition() -> None:
+    own = [name for name in ndcache.__all__ if name not in errors.__all__]
+    assert own == sorted(own)
+    assert ndcache.__all__ == own + sorted(errors.__all__)
+    assert len(set(ndcache.__all__)) == len(ndcache.__all__)
+
+
+@pytest.mark.parametrize("name", ndcache.__all__)
+def test_every_name_is_there(name: str) -> None:
+    assert getattr(ndcache, name) is not None
+
+
+def test_dump_is_the_function() -> None:
+    # The submodule has the function's name, and importing it must not hide the function.
+    importlib.import_module("ndcache.dump")
+    assert callable(ndcache.dump)
+    assert dump is ndcache.dump
+
+
+def test_import_is_light() -> None:
+    code = "import sys, json, ndcache; print(json.dumps([name.partition('.')[0] for name in sys.modules]))"
+    command = [sys.executable, "-c", code]
+    loaded = set(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    assert {"ndcache", "numpy", "requests"} <= loaded
+    assert not loaded & {"wgpu", "rich", "click", "safetensors", "tvm"}
+
+
+@pytest.mark.parametrize("name", ["wgpu", "rich", "click", "safetensors"])
+def test_imports_without(name: str) -> None:
+    code = f"import sys; sys.modules[{name!r}] = None; import ndcache; ndcache.Loader().close()"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --- words --------------------------------------------------------------------------------------------
+
+
+def documented(value: Any, where: str) -> Iterator[tuple[str, str | None]]:
+    """The docstrings of a class or function, and of the public members that a class defines itself."""
+    yield where, value.__doc__
+    if not inspect.isclass(value):
+        return
+    for name, member in vars(value).items():
+        if name.startswith("_"):
+            continue
+        if isinstance(member, (property, staticmethod, classmethod)) or inspect.isfunction(member):
+            # From the class that first had it, if it is an overridden one.
+            yield f"{where}.{name}", inspect.getdoc(getattr(value, name))
+
+
+@pytest.mark.parametrize("module", [ndcache, tvm])
+def test_docstrings(module: ModuleType) -> None:
+    found = {module.__name__: module.__doc__}
+    for name in module.__all__:
+        value = getattr(module, name)
+        if inspect.isclass(value) or inspect.isfunction(value):
+            found.update(documented(value, name))
+    assert [where for where, text in found.items() if not (text or "").strip()] == []
+    assert len(found) > len(module.__all__)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_module_says_what_it_is(name: str) -> None:
+    assert name == "ndcache._version" or (importlib.import_module(name).__doc__ or "").strip()
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_all_of_every_module(name: str) -> None:
+    if name == "ndcache._version":
+        return
+    module = importlib.import_module(name)
+    assert module.__all__ == sorted(module.__all__, key=_as_ruff_sorts)
+    for public in module.__all__:
+        assert hasattr(module, public)
+
+
+def _as_ruff_sorts(name: str) -> tuple[int, str]:
+    """Constants, then classes, then the rest."""
+    return (0 if name.isupper() else 1 if name[0].isupper() else 2), name
+
+
+def test_there_are_modules() -> None:
+    assert {"ndcache.manifest", "ndcache.devices.gpu", "ndcache.tvm"} <= set(MODULES)
+
+
+def test_version() -> None:
+    from ndcache._version import __version__
+
+    assert ndcache.__version__ == __version__
+    assert __version__[0].isdigit()
