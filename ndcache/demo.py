@@ -30,7 +30,7 @@ from .progress import Progress
 from .stats import LoadStats
 from .weights import Weights
 
-__all__ = ["DemoLoad", "DemoReport", "run_demo"]
+__all__ = ["DemoLoad", "DemoReport", "run_demo", "serving"]
 
 _SEED = 20240229
 _HIDDEN, _INTERMEDIATE, _VOCABULARY = 512, 1536, 1024
@@ -142,7 +142,7 @@ def run_demo(
         say(f"made {len(manifest)} tensors, {manifest.nbytes / 2**20:.1f} MiB in {len(manifest.shards)} shards")
         expected = {name: _as_loaded(array) for name, array in params.items()}
         loads: list[DemoLoad] = []
-        with _serving(top / "model", rate_mib * 2**20) as url:
+        with serving(top / "model", rate_mib * 2**20) as url:
             say(f"serving them at {url}, {rate_mib:g} MiB/s over each connection")
             for title, workers, cache in _plan(top):
                 say(f"loading {title}, {workers} worker{'s' if workers > 1 else ''}")
@@ -274,7 +274,7 @@ class _Handler(SimpleHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def _serving(directory: Path, rate: float) -> Iterator[str]:
+def serving(directory: Path, rate: float) -> Iterator[str]:
     """Serve `directory` on loopback at `rate` bytes per second and connection; gives the URL."""
     with _Server(("127.0.0.1", 0), partial(_Handler, directory=str(directory), rate=rate)) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
