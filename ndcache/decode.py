@@ -41,7 +41,8 @@ def stored(record: Record, shard: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
     if dtype is None:
         raise UnsupportedDtypeError(f"tensor {record.name!r} has the unknown dtype {record.dtype!r}")
     data = shard[record.byte_offset : record.byte_offset + record.nbytes]
-    return np.ndarray(record.shape, dtype, buffer=data)
+    values: npt.NDArray[Any] = np.ndarray(record.shape, dtype, buffer=data)
+    return values
 
 
 def decode(record: Record, shard: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:

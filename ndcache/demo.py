@@ -215,7 +215,8 @@ def _as_loaded(array: Array) -> Array:
         return array
     bits = array.view(np.uint32)
     odd = (bits >> np.uint32(16)) & np.uint32(1)
-    return ((bits + np.uint32(0x7FFF) + odd) & np.uint32(0xFFFF0000)).view(np.float32)
+    rounded: Array = ((bits + np.uint32(0x7FFF) + odd) & np.uint32(0xFFFF0000)).view(np.float32)
+    return rounded
 
 
 def _differences(weights: Weights, expected: Mapping[str, Array]) -> tuple[str, ...]:

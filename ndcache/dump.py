@@ -215,8 +215,8 @@ class _File:
         # Opened anew for each tensor, so that no exception leaves it open.
         with open(self.path, "ab") as file:
             for piece in pieces:
-                file.write(piece)
-                self._md5.update(piece)
+                file.write(piece.data)
+                self._md5.update(piece.data)
                 self.nbytes += piece.size
 
     def sync(self) -> None:

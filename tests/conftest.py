@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,16 @@ _VARIABLES = (
     *("NDCACHE_OFFLINE", "HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE"),
     *("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "NETRC"),
 )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Where everything must run, what would be skipped fails."""
+    report = yield
+    if report.skipped and os.environ.get("NDCACHE_TEST_REQUIRE_ALL") and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped, and NDCACHE_TEST_REQUIRE_ALL is set: {report.longrepr}"
+    return report
 
 
 @pytest.fixture(autouse=True)
