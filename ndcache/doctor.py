@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import platform
 import shutil
@@ -48,8 +47,6 @@ def quiet_gpu_drivers() -> None:
     """
     if sys.platform == "linux":
         os.environ.setdefault("XDG_RUNTIME_DIR", os.devnull)
-    # Where nobody takes them, Python prints wgpu's records of what the drivers lack.
-    logging.getLogger("wgpu").addHandler(logging.NullHandler())
 
 
 def _version(name: str) -> str:

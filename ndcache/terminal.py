@@ -96,11 +96,14 @@ def _messages() -> Iterator[None]:
             stream.reconfigure(errors="surrogateescape" if is_utf8 else "backslashreplace")
     handler = _Lines()
     logger.addHandler(handler)
+    # Of other libraries' records, Python would print the warnings: wgpu has some on what drivers lack.
+    last_resort, logging.lastResort = logging.lastResort, logging.NullHandler()
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: say(f"warning: {shown(str(message))}")
             yield
     finally:
+        logging.lastResort = last_resort
         logger.removeHandler(handler)
         logger.setLevel(logging.NOTSET)
 
