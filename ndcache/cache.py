@@ -36,7 +36,8 @@ from urllib.parse import unquote
 import platformdirs
 
 from .errors import CacheError, CacheUnavailableError, DiskFullError, NdcacheError, UnsafeCacheError
-from .manifest import STATE_DIRECTORY, Shard
+from .manifest import Shard
+from .paths import STATE_DIRECTORY
 
 __all__ = ["ArtifactCache", "CachedModel", "Part", "Validator", "cache_root", "mismatch", "models"]
 

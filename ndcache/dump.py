@@ -36,6 +36,7 @@ from .dtypes import DTYPES, dtype_name
 from .errors import SizeMismatchError, UnsupportedDtypeError
 from .locate import MANIFEST_NAMES
 from .manifest import Manifest
+from .parse import parse_manifest
 
 __all__ = ["dump"]
 
@@ -133,7 +134,7 @@ def dump(
             metadata = (old.get("metadata") if old else None) or {}
         content = {"metadata": dict(metadata() if callable(metadata) else metadata), "records": writer.shards}
         manifests = _manifests(content, name)
-        manifest = Manifest.from_bytes(manifests[name], name=name)
+        manifest = parse_manifest(manifests[name], name=name)
         for path, data in manifests.items():  # last, so that they name no file that is not there
             file = _File(Path(folder) / path)
             file.append([np.frombuffer(data, np.uint8)])
@@ -397,7 +398,7 @@ def _old_manifest(directory: Path) -> tuple[str, dict[str, Any] | None]:
             data = (directory / name).read_bytes()
         except FileNotFoundError:
             continue
-        Manifest.from_bytes(data, name=name, url=str(directory / name))
+        parse_manifest(data, name=name, url=str(directory / name))
         return name, json.loads(data)
     return MANIFEST_NAMES[0], None
 

@@ -9,7 +9,9 @@ from pathlib import Path
 
 from .cache import mismatch
 from .errors import ChecksumError, NotFoundError, SizeMismatchError
-from .manifest import MAX_MANIFEST_BYTES, Manifest, Shard
+from .manifest import Manifest, Shard
+from .parse import parse_manifest
+from .strict_json import MAX_MANIFEST_BYTES
 
 __all__ = ["LocalModel", "Model", "Obtained"]
 
@@ -110,7 +112,7 @@ def _read_manifest(directory: Path, names: Sequence[str]) -> Manifest:
                 data = file.read(MAX_MANIFEST_BYTES + 1)
         except FileNotFoundError:
             continue
-        return Manifest.from_bytes(data, name=name, url=str(directory / name))
+        return parse_manifest(data, name=name, url=str(directory / name))
     raise NotFoundError(
         f"there is no {' or '.join(names)} in {directory}",
         hint="Give the directory that holds the manifest, or the manifest itself.",

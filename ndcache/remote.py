@@ -17,9 +17,11 @@ from .errors import (
     TransferError,
 )
 from .locate import Location
-from .manifest import MAX_MANIFEST_BYTES, Manifest, Shard
+from .manifest import Manifest, Shard
 from .model import Model, Obtained
+from .parse import parse_manifest
 from .retry import RetryPolicy, with_retries
+from .strict_json import MAX_MANIFEST_BYTES
 
 __all__ = ["RemoteModel"]
 
@@ -126,7 +128,7 @@ class RemoteModel(Model):
             if data is None:
                 continue
             try:
-                return Manifest.from_bytes(data, name=name, url=str(self._bases[0]))
+                return parse_manifest(data, name=name, url=str(self._bases[0]))
             except ManifestError as error:
                 logger.warning("the cached manifest is damaged and will be fetched anew: %s", error)
         return None
@@ -171,7 +173,7 @@ class RemoteModel(Model):
             headers = response.headers
         if length is not None and len(data) < length <= MAX_MANIFEST_BYTES:
             raise ProtocolError("the manifest came only in part", url=url, shard=name)
-        manifest = Manifest.from_bytes(data, name=name, url=url)
+        manifest = parse_manifest(data, name=name, url=url)
         self._keep_manifest(name, data, headers.get("ETag"), headers.get("Last-Modified"))
         return manifest
 

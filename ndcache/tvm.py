@@ -30,7 +30,7 @@ from .cache import ArtifactCache as _ModelCache
 from .errors import CacheUnavailableError, NotFoundError, OfflineError, UnsafePathError, redact
 from .loader import Loader, Source
 from .locate import Location, locate
-from .manifest import check_path
+from .paths import check_path
 from .progress import ProgressCallback
 from .stats import LoadStats
 from .stop import Stop

@@ -18,9 +18,9 @@ LAYERS: list[list[str]] = [
     # 0: names and words
     ["_version", "dtypes", "errors", "progress", "stats"],
     # 1: values from outside, checked
-    ["locate", "manifest", "stop"],
+    ["locate", "manifest", "paths", "stop", "strict_json"],
     # 2: one concern each
-    ["cache", "connections", "decode", "failures", "retry"],
+    ["cache", "connections", "decode", "failures", "parse", "retry"],
     # 3: devices, each above the one that it is built on; HTTP; a model in a directory
     ["devices.base", "model", "transport"],
     ["devices.cpu"],

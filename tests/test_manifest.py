@@ -21,7 +21,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ndcache import manifest as limits
+from ndcache import parse as limits
 from ndcache.dtypes import DTYPES
 from ndcache.errors import (
     ManifestError,
@@ -32,7 +32,9 @@ from ndcache.errors import (
     UnsupportedDtypeError,
     UnsupportedFormatError,
 )
-from ndcache.manifest import STATE_DIRECTORY, Manifest, Record, Shard, check_path
+from ndcache.manifest import Manifest, Record, Shard
+from ndcache.parse import parse_manifest
+from ndcache.paths import STATE_DIRECTORY, check_path
 
 
 def thorough(ci: int, default: int = 300) -> settings:
@@ -67,7 +69,7 @@ def document(*shards: dict[str, Any], **fields: Any) -> dict[str, Any]:
 
 
 def parse(value: Any) -> Manifest:
-    return Manifest.from_bytes(value if isinstance(value, bytes) else json.dumps(value).encode())
+    return parse_manifest(value if isinstance(value, bytes) else json.dumps(value).encode())
 
 
 def parse_one(**fields: Any) -> Record:
@@ -921,7 +923,7 @@ def test_metadata_is_a_copy() -> None:
 def test_errors_say_where() -> None:
     url = "https://user:secret@host/model/tensor-cache-b16.json?token=secret#secret"
     with pytest.raises(ManifestSyntaxError) as caught:
-        Manifest.from_bytes(b"{}", name="tensor-cache-b16.json", url=url)
+        parse_manifest(b"{}", name="tensor-cache-b16.json", url=url)
     assert caught.value.shard == "tensor-cache-b16.json"
     assert caught.value.url == "https://host/model/tensor-cache-b16.json"
     assert "secret" not in str(caught.value) + repr(pickle.loads(pickle.dumps(caught.value)).__dict__)
@@ -934,7 +936,7 @@ def test_errors_have_their_cause() -> None:
 
 
 def test_name() -> None:
-    assert Manifest.from_bytes(b'{"records": []}', name="x.json").name == "x.json"
+    assert parse_manifest(b'{"records": []}', name="x.json").name == "x.json"
 
 
 # --- anything at all ----------------------------------------------------------------------------------
@@ -978,7 +980,7 @@ def parse_or_refuse(data: bytes) -> None:
     """Whatever `data` is: a good manifest, or one of the four errors."""
     kinds = (ManifestSyntaxError, ManifestLayoutError, ManifestLimitError, UnsafePathError)
     try:
-        manifest = Manifest.from_bytes(data)
+        manifest = parse_manifest(data)
     except kinds as error:
         str(error).encode()
     else:

@@ -1,0 +1,197 @@
+"""A manifest file's bytes → `Manifest`. Every check is here, before memory is allocated or a shard is asked for."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from .dtypes import DTYPES, canonical_name
+from .errors import ManifestError, ManifestLayoutError, ManifestLimitError, ManifestSyntaxError, UnsafePathError, redact
+from .manifest import FORMATS, Manifest, Record, Shard
+from .paths import check_path, file_key
+from .strict_json import MAX_RECORDS, MAX_SHARDS, get_field, has_surrogate, json_type, parse_json, shown
+
+__all__ = ["parse_manifest"]
+
+_MAX_DEPTH = 64  # of nesting in metadata; shallow enough that it can be pickled, copied and compared everywhere
+_MAX_INT = (1 << 63) - 1
+_MAX_DIMENSIONS = 32  # what every supported NumPy can hold
+
+
+def parse_manifest(data: bytes, *, name: str = "tensor-cache.json", url: str | None = None) -> Manifest:
+    """Parse and check a manifest.
+
+    Parameters
+    ----------
+    data : bytes
+        The file's content, UTF-8.
+    name : str
+        The file's name, kept as `Manifest.name` and used in messages.
+    url : str, optional
+        Where it came from, for messages.
+
+    Raises
+    ------
+    ManifestError
+        Whatever is wrong, as one of its four subclasses.
+    """
+    try:
+        return _manifest(parse_json(data), name)
+    except ManifestError as error:
+        error.shard, error.url = name, None if url is None else redact(url)
+        raise
+
+
+def _check_metadata(metadata: Mapping[str, Any]) -> None:
+    """Whatever it says, it can be printed, pickled and compared."""
+    level: list[Any] = [metadata]
+    for _ in range(_MAX_DEPTH):
+        below: list[Any] = []
+        for value in level:
+            if type(value) is dict:
+                below += value
+                below += value.values()
+            elif type(value) is list:
+                below += value
+            elif type(value) is str and has_surrogate(value):
+                raise ManifestSyntaxError("the manifest's metadata has text that is not Unicode")
+        if not below:
+            return
+        level = below
+    raise ManifestSyntaxError("the manifest's metadata is nested too deeply")
+
+
+def _manifest(value: Any, name: str) -> Manifest:
+    if type(value) is not dict:
+        raise ManifestSyntaxError(f"the manifest is {json_type(value)}, not an object")
+    metadata = get_field(value, "metadata", dict, "the manifest", None) or {}
+    _check_metadata(metadata)
+    items = get_field(value, "records", list, "the manifest")
+    if len(items) > MAX_SHARDS:
+        raise ManifestLimitError(f"the manifest has more than {MAX_SHARDS} shards")
+    shards, seen, total = [], set[str](), 0
+    for index, item in enumerate(items):
+        shard = _shard(item, index)
+        shards.append(shard)
+        total += len(shard.records)
+        if total > MAX_RECORDS:
+            raise ManifestLimitError(f"the manifest has more than {MAX_RECORDS} records")
+        for record in shard.records:
+            if record.name in seen:
+                raise ManifestSyntaxError(f"the manifest has the tensor {shown(record.name)} twice")
+            seen.add(record.name)
+    _check_paths(shards)
+    if sum(shard.nbytes for shard in shards) > _MAX_INT:
+        raise ManifestLayoutError("the shards' sizes add up to more than 2**63 bytes")
+    return Manifest(metadata, tuple(shards), name)
+
+
+def _shard(value: Any, index: int) -> Shard:
+    where = f"shard {index}"
+    if type(value) is not dict:
+        raise ManifestSyntaxError(f"{where} is {json_type(value)}, not an object")
+    # The path is text of any kind until check_path has judged it.
+    data_path = value.get("dataPath", ...)
+    if type(data_path) is not str:
+        raise ManifestSyntaxError(f"{where} has no 'dataPath', or one that is not a string")
+    check_path(data_path)
+    where = f"shard {data_path!r}"
+    nbytes = get_field(value, "nbytes", int, where)
+    if not 0 <= nbytes <= _MAX_INT:
+        raise ManifestLayoutError(f"{where} has a size of {nbytes} bytes")
+    records = tuple(
+        _record(item, f"record {number} of {where}", nbytes)
+        for number, item in enumerate(get_field(value, "records", list, where))
+    )
+    _check_overlap(records, where)
+    return Shard(
+        data_path=data_path,
+        nbytes=nbytes,
+        md5sum=_digest(value, "md5sum", 32, where),
+        sha256sum=_digest(value, "sha256sum", 64, where),
+        format=get_field(value, "format", str, where, "raw-shard"),
+        records=records,
+    )
+
+
+def _digest(value: Mapping[str, Any], key: str, length: int, where: str) -> str | None:
+    digest = get_field(value, key, str, where, None)
+    if digest is None:
+        return None
+    if not re.fullmatch(f"[0-9a-fA-F]{{{length}}}", digest):
+        raise ManifestSyntaxError(f"{key!r} of {where} is not {length} hexadecimal digits")
+    return str(digest.lower())
+
+
+def _record(value: Any, where: str, shard_nbytes: int) -> Record:
+    if type(value) is not dict:
+        raise ManifestSyntaxError(f"{where} is {json_type(value)}, not an object")
+    name = get_field(value, "name", str, where)
+    where = f"tensor {shown(name)}"
+    shape = get_field(value, "shape", list, where)
+    for size in shape:
+        if type(size) is not int:
+            raise ManifestSyntaxError(f"the shape of {where} has {json_type(size)} in it")
+    record = Record(
+        name=name,
+        shape=tuple(shape),
+        dtype=canonical_name(get_field(value, "dtype", str, where)),
+        format=get_field(value, "format", str, where),
+        byte_offset=get_field(value, "byteOffset", int, where),
+        nbytes=get_field(value, "nbytes", int, where),
+    )
+    _check_layout(record, where, shard_nbytes)
+    return record
+
+
+def _check_layout(record: Record, where: str, shard_nbytes: int) -> None:
+    if len(record.shape) > _MAX_DIMENSIONS or any(not 0 <= size <= _MAX_INT for size in record.shape):
+        raise ManifestLayoutError(f"{where} has the impossible shape {_short(record.shape)}")
+    start, end = record.byte_offset, record.byte_offset + record.nbytes
+    if start < 0 or record.nbytes < 0 or end > shard_nbytes:
+        raise ManifestLayoutError(f"{where} lies at bytes {start} to {end} of a shard of {shard_nbytes} bytes")
+    stored = DTYPES.get(record.stored_dtype)
+    if stored is None or record.format not in FORMATS:
+        return  # nobody knows how many bytes it takes
+    # An empty tensor too must have strides that fit, or NumPy cannot hold it.
+    if math.prod(size for size in record.shape if size) * 8 > _MAX_INT:
+        raise ManifestLayoutError(f"{where} has the impossible shape {_short(record.shape)}")
+    expected = math.prod(record.shape) * stored.itemsize
+    if expected != record.nbytes:
+        raise ManifestLayoutError(
+            f"{where} has {record.nbytes} bytes, but {record.dtype} of shape "
+            f"{_short(record.shape)} stored as {record.stored_dtype} takes {expected}"
+        )
+
+
+def _short(shape: Sequence[int]) -> str:
+    return str(list(shape)) if len(shape) <= 8 else f"of {len(shape)} dimensions"
+
+
+def _check_overlap(records: Sequence[Record], where: str) -> None:
+    end, before = 0, ""
+    for record in sorted((record for record in records if record.nbytes), key=lambda record: record.byte_offset):
+        if record.byte_offset < end:
+            raise ManifestLayoutError(f"the tensors {shown(before)} and {shown(record.name)} of {where} overlap")
+        end, before = record.byte_offset + record.nbytes, record.name
+
+
+def _check_paths(shards: Sequence[Shard]) -> None:
+    """No two shards, and no shard and manifest, may be one file on any file system."""
+    files: dict[str, str] = {}
+    for shard in shards:
+        key = file_key(shard.data_path)
+        if "/" not in key and key.endswith(".json"):
+            raise UnsafePathError(f"the shard path {shard.data_path!r} is a manifest's")
+        if key in files:
+            raise ManifestSyntaxError(f"the shards {files[key]!r} and {shard.data_path!r} are one file")
+        files[key] = shard.data_path
+    # NUL sorts before all that a path may hold: what lies below a file follows it at once.
+    keys = sorted(key.replace("/", "\0") for key in files)
+    for above, below in pairwise(keys):
+        if below.startswith(above + "\0"):
+            path = files[below.replace("\0", "/")]
+            raise UnsafePathError(f"the shard path {path!r} lies below another shard")
