@@ -8,6 +8,7 @@ The bar that ``progress=True`` draws moves between reports, too.
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -176,6 +177,14 @@ class _Tqdm(tqdm):  # type: ignore[type-arg]
     monitor_interval = 0  # no thread that watches the bars: ndcache leaves none behind
 
 
+def _has_width(file: TextIO) -> bool:
+    """Whether the terminal knows how wide it is. In one that says 0 columns, tqdm would fit the bar into none."""
+    try:
+        return os.get_terminal_size(file.fileno()).columns > 0
+    except (OSError, ValueError):
+        return False
+
+
 class Bar:
     """A bar with bytes, rate and time left on a terminal; a plain line now and then elsewhere.
 
@@ -210,7 +219,7 @@ class Bar:
                 unit="B",
                 unit_scale=True,
                 unit_divisor=1024,
-                dynamic_ncols=True,
+                dynamic_ncols=_has_width(self._file),
                 file=self._file,
             )
         self._bar.set_postfix_str(f"{report.shards_done}/{report.shards_total} shards", refresh=False)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 __all__ = ["LoadStats"]
 
 T = TypeVar("T")
 _END = object()
+_PHASES = ("manifest", "wait", "place", "finish", "total", "network", "publish", "hash")
 
 
 @dataclass
@@ -53,15 +54,21 @@ class LoadStats:
     requests: int = 0
     retries: int = 0
     peak_bytes_in_flight: int = 0
-    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_PHASES, 0.0))
     integrity: Counter[str] = field(default_factory=Counter)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @property
     def gb_per_second(self) -> float:
         """Shard bytes over the whole time, in 10**9 bytes per second."""
-        total = self.seconds.get("total", 0.0)
+        total = self.seconds["total"]
         return self.nbytes / total / 1e9 if total else 0.0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
 
     def count(self, **amounts: int) -> None:
         """Add to fields by name; called by the workers too."""

@@ -152,6 +152,7 @@ def shown(text: str) -> str:
 
 
 def say(line: str) -> None:
+    """Print a line on standard error."""
     tqdm.write(line, file=sys.stderr)  # above the bar, if there is one
     sys.stderr.flush()
 
@@ -188,10 +189,12 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 
 def print_json(value: Any) -> None:
+    """Print JSON, and nothing else."""
     click.echo(json.dumps(value, indent=2))
 
 
 def format_size(nbytes: int) -> str:
+    """Bytes in words: ``"1.5 MiB"``."""
     if nbytes < 1 << 10:
         return f"{nbytes} B"
     unit, name = next((unit, name) for unit, name in ((30, "GiB"), (20, "MiB"), (10, "KiB")) if nbytes >= 1 << unit)
@@ -199,6 +202,7 @@ def format_size(nbytes: int) -> str:
 
 
 def format_count(number: int, noun: str) -> str:
+    """A number of things in words: ``"1 shard"``, ``"2 shards"``."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 

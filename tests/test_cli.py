@@ -539,11 +539,11 @@ def test_a_terminal_that_lacks_characters(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @posix_only
-@pytest.mark.parametrize("quiet", [False, True])
-def test_bar_on_a_terminal(tmp_path: Path, serve: Callable[..., FileServer], quiet: bool) -> None:
+@pytest.mark.parametrize(("quiet", "columns"), [(False, 120), (False, 0), (True, 120)])
+def test_bar_on_a_terminal(tmp_path: Path, serve: Callable[..., FileServer], quiet: bool, columns: int) -> None:
     simple_model(tmp_path / "model", shards=4, shard_bytes=1 << 20)
     arguments = command("load", serve(tmp_path / "model").url, *(["-q"] if quiet else []))
-    terminal, status, out = on_a_terminal(arguments)
+    terminal, status, out = on_a_terminal(arguments, columns)
     assert status == 0
     assert out.startswith(b"source")
     if quiet:
@@ -553,7 +553,7 @@ def test_bar_on_a_terminal(tmp_path: Path, serve: Callable[..., FileServer], qui
     assert re.search(r"100%.*4\.00M/4\.00M .*B/s.*4/4 shards", last)
 
 
-def on_a_terminal(arguments: list[str]) -> tuple[str, int, bytes]:
+def on_a_terminal(arguments: list[str], columns: int = 120) -> tuple[str, int, bytes]:
     """Run with standard error on a terminal; what it shows, the exit status, and standard output."""
     import fcntl
     import pty
@@ -561,7 +561,7 @@ def on_a_terminal(arguments: list[str]) -> tuple[str, int, bytes]:
     import termios
 
     master, slave = pty.openpty()
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=slave) as process:
         os.close(slave)
         shown = b""

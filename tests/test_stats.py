@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -132,4 +134,12 @@ def test_rate(nbytes: int, seconds: float, rate: float) -> None:
 def test_asking_for_the_rate_changes_nothing() -> None:
     stats = LoadStats()
     assert stats.gb_per_second == 0.0
-    assert dict(stats.seconds) == {}
+    assert set(stats.seconds.values()) == {0.0}
+
+
+def test_it_can_be_pickled_and_copied() -> None:
+    stats = LoadStats(nbytes=3, seconds={"total": 1.5})
+    for again in (pickle.loads(pickle.dumps(stats)), copy.deepcopy(stats)):
+        assert again == stats
+        again.count(nbytes=1)
+        assert (again.nbytes, stats.nbytes) == (4, 3)
