@@ -79,7 +79,7 @@ def test_timed(clock: Clock) -> None:
     for seconds in (1.0, 0.5):
         with stats.timed("place"):
             clock.now += seconds
-    assert stats.seconds == {"place": 1.5}
+    assert {phase: spent for phase, spent in stats.seconds.items() if spent} == {"place": 1.5}
 
 
 def test_time_of_what_fails_counts(clock: Clock) -> None:
@@ -87,7 +87,7 @@ def test_time_of_what_fails_counts(clock: Clock) -> None:
     with pytest.raises(ZeroDivisionError), stats.timed("place"):
         clock.now += 2.0
         raise ZeroDivisionError
-    assert stats.seconds == {"place": 2.0}
+    assert {phase: spent for phase, spent in stats.seconds.items() if spent} == {"place": 2.0}
 
 
 def test_timed_iterator(clock: Clock) -> None:
@@ -103,7 +103,7 @@ def test_timed_iterator(clock: Clock) -> None:
         clock.now += 10.0  # what is done with the items is not waiting
         seen.append(item)
     assert seen == [0, 1, 2]
-    assert stats.seconds == {"wait": 3.5}
+    assert {phase: spent for phase, spent in stats.seconds.items() if spent} == {"wait": 3.5}
 
 
 def test_timed_iterator_takes_any_item() -> None:
@@ -121,7 +121,7 @@ def test_timed_iterator_passes_errors_on(clock: Clock) -> None:
     assert next(items) == 1
     with pytest.raises(ZeroDivisionError):
         next(items)
-    assert stats.seconds == {"wait": 4.0}
+    assert {phase: spent for phase, spent in stats.seconds.items() if spent} == {"wait": 4.0}
 
 
 @pytest.mark.parametrize(("nbytes", "seconds", "rate"), [(2 * 10**9, 4.0, 0.5), (0, 1.0, 0.0), (5, 0.0, 0.0)])
