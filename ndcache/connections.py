@@ -15,7 +15,7 @@ from requests.adapters import HTTPAdapter
 from urllib3 import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.connection import HTTPConnection, HTTPSConnection
 
-from .stop import Stop
+from .stop import Watch
 
 __all__ = ["WatchedAdapter", "waker", "watching"]
 
@@ -43,24 +43,11 @@ def waker(raw: requests.Response) -> Callable[[], None]:
 
 
 @contextmanager
-def watching(stop: Stop) -> Iterator[Callable[[], None]]:
-    """Have `stop` shut the socket that this thread's next request uses, until the yielded function is called."""
-    wakers: list[Callable[[], None]] = []
-
-    def watch(sock: socket.socket) -> None:
-        wakers.append(functools.partial(_shut, sock))
-        stop.watch(wakers[-1])
-
-    def finish() -> None:
-        for wake in wakers:
-            stop.forget(wake)
-
+def watching(watch: Watch) -> Iterator[None]:
+    """Have `watch` know how to wake this thread while it makes a request in the block, and afterwards."""
     _current.watch = watch
     try:
-        yield finish
-    except BaseException:
-        finish()
-        raise
+        yield
     finally:
         _current.watch = None
 
@@ -77,9 +64,10 @@ class _Watched(HTTPConnection):
         super().request(*args, **kwargs)
 
     def _show(self) -> None:
-        watch = getattr(_current, "watch", None)
+        watch: Watch | None = getattr(_current, "watch", None)
         if watch is not None and self.sock is not None:
-            watch(self.sock)
+            watch.wakers.append(functools.partial(_shut, self.sock))
+            watch.restart()  # for the handshake that was, and the answer that is to come
 
 
 class _WatchedTLS(_Watched, HTTPSConnection):

@@ -12,7 +12,7 @@ from .manifest import Shard
 from .stats import LoadStats
 from .stop import Stop
 
-__all__ = ["in_order"]
+__all__ = ["in_order", "in_worker"]
 
 #: Seconds between looks at ``cancel`` and movements of the bar while nothing else happens. Also what lets Ctrl-C
 #: through on Windows, where a wait without an end cannot be interrupted.
@@ -81,6 +81,19 @@ def in_order(
         executor.shutdown(wait=True, cancel_futures=True)
 
 
+def in_worker(work: Callable[[], T], stop: Stop) -> T:
+    """``work()`` in a worker thread, while the caller's thread looks after `stop`."""
+    executor = ThreadPoolExecutor(1, thread_name_prefix="ndcache")
+    future = executor.submit(work)
+    try:
+        _wait_for_first([future], stop, lambda: None)
+        return future.result()
+    finally:
+        if not future.done():
+            stop.set()
+        executor.shutdown(wait=True)
+
+
 def _may_begin(
     shard: Shard,
     pending: Sequence[object],
@@ -103,7 +116,7 @@ def _wait_for_first(futures: Sequence[Future[T]], stop: Stop, tick: Callable[[],
         if futures[0].done():
             return
         wait([f for f in futures if not f.done()], _TICK, FIRST_COMPLETED)
-        stop.check()
+        stop.look()
         tick()
 
 

@@ -16,6 +16,7 @@ from .errors import (
     ProtocolError,
     TransferError,
 )
+from .fetch import in_worker
 from .locate import Location
 from .manifest import Manifest, Shard
 from .model import Model, Obtained
@@ -151,12 +152,9 @@ class RemoteModel(Model):
 
     def _request_manifest(self, name: str, policy: RetryPolicy, cached: Manifest | None) -> Manifest:
         url = self._bases[0].url(name)
-        return with_retries(
-            lambda: self._request_once(name, url, cached),
-            policy,
-            self._downloader.stop,
-            self._downloader.stats,
-        )
+        stop, stats = self._downloader.stop, self._downloader.stats
+        # In a worker, so that this thread can cancel it, and end it if the server drips.
+        return in_worker(lambda: with_retries(lambda: self._request_once(name, url, cached), policy, stop, stats), stop)
 
     def _request_once(self, name: str, url: str, cached: Manifest | None) -> Manifest:
         known = self._cache.validator(name) if cached is not None else None

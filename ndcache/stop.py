@@ -1,4 +1,4 @@
-"""How all threads of one load are stopped at once, those that wait for a server included."""
+"""How all threads of one load are stopped at once, and how one is that waits for a server in vain."""
 
 from __future__ import annotations
 
@@ -9,7 +9,57 @@ from dataclasses import dataclass, field
 
 from .errors import CancelledError
 
-__all__ = ["Stop"]
+__all__ = ["Stop", "Watch"]
+
+#: Bytes per second below which a server does not send but drips.
+_MIN_RATE = 1024
+
+
+@dataclass(eq=False)
+class Watch:
+    """One request's wait for its server, as the thread sees it that may have to end it.
+
+    Attributes
+    ----------
+    patience : float
+        Seconds after which the wait is in vain, if fewer than 1 KiB for each of them came.
+    wakers : list of callables
+        Called to end the wait.
+    waiting : bool
+        Whether the request's thread waits now. What it takes to write and hash is not the server's fault.
+    overdue : bool
+        Whether the wait was ended because it was in vain.
+    """
+
+    patience: float
+    wakers: list[Callable[[], None]] = field(default_factory=list)
+    waiting: bool = True
+    overdue: bool = False
+    _since: float = field(default_factory=time.monotonic)
+    _nbytes: int = 0
+
+    def restart(self) -> None:
+        """Be patient anew from now on."""
+        self._since, self._nbytes = time.monotonic(), 0
+
+    def received(self, nbytes: int) -> None:
+        """Something came."""
+        self._nbytes += nbytes
+
+    def wake(self) -> None:
+        """End the wait."""
+        for waker in list(self.wakers):
+            waker()
+
+    def look(self) -> None:
+        """End the wait if it is in vain."""
+        if not self.waiting:
+            self.restart()
+        elif time.monotonic() - self._since > self.patience:
+            if self._nbytes < _MIN_RATE * self.patience:
+                self.overdue = True
+                self.wake()
+            self.restart()
 
 
 @dataclass
@@ -27,16 +77,24 @@ class Stop:
 
     cancel: threading.Event | None = None
     _event: threading.Event = field(default_factory=threading.Event, init=False)
-    _wakers: set[Callable[[], None]] = field(default_factory=set, init=False)
+    _watches: set[Watch] = field(default_factory=set, init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     def set(self) -> None:
         """Stop everything: wake the sleepers, shut the sockets."""
         with self._lock:
             self._event.set()
-            wakers = list(self._wakers)
-        for wake in wakers:
-            wake()
+            watches = list(self._watches)
+        for watch in watches:
+            watch.wake()
+
+    def look(self) -> None:
+        """What the caller's thread does now and then while it waits: end what is cancelled, or waits in vain."""
+        self.check()
+        with self._lock:
+            watches = list(self._watches)
+        for watch in watches:
+            watch.look()
 
     def check(self) -> None:
         """Raise `CancelledError` if the order has been given."""
@@ -53,15 +111,15 @@ class Stop:
             self._event.wait(left if self.cancel is None else min(left, 0.1))
         self.check()
 
-    def watch(self, wake: Callable[[], None]) -> None:
-        """Call `wake` when the order is given (at once, if it has been)."""
+    def add(self, watch: Watch) -> None:
+        """End the wait of `watch` when the order is given (at once, if it has been), or when it is in vain."""
         with self._lock:
-            self._wakers.add(wake)
+            self._watches.add(watch)
             given = self._event.is_set()
         if given:
-            wake()
+            watch.wake()
 
-    def forget(self, wake: Callable[[], None]) -> None:
-        """Do not call `wake` any more."""
+    def remove(self, watch: Watch) -> None:
+        """`watch` has ended."""
         with self._lock:
-            self._wakers.discard(wake)
+            self._watches.discard(watch)

@@ -18,9 +18,9 @@ import requests
 
 from ._version import __version__
 from .connections import WatchedAdapter, waker, watching
-from .errors import NdcacheError, ProtocolError, RedirectError, redact
+from .errors import NdcacheError, ProtocolError, RedirectError, StallError, redact
 from .failures import FAILURES, raise_for_status, raise_transfer_error
-from .stop import Stop
+from .stop import Stop, Watch
 
 __all__ = ["Response", "Transport"]
 
@@ -43,16 +43,14 @@ class Response:
         Where it redirects to.
     """
 
-    def __init__(
-        self, raw: requests.Response, stop: Stop, finish: Callable[[], None], location: str | None = None
-    ) -> None:
+    def __init__(self, raw: requests.Response, stop: Stop, watch: Watch, location: str | None = None) -> None:
         self.status: int = raw.status_code
         self.headers: Mapping[str, str] = raw.headers
         self.url: str = raw.url
         self.location = location
         self._raw = raw
         self._stop = stop
-        self._finish = finish
+        self._watch = watch
 
     @property
     def content_length(self) -> int | None:
@@ -72,13 +70,17 @@ class Response:
         TransferError
             The body broke off, as the HTTP framing shows it. A body without framing just ends: count its bytes.
         """
+        self._watch.waiting = True
         try:
             data: bytes = self._raw.raw.read1(limit, decode_content=False)
         except FAILURES as error:
-            self._stop.check()
+            _check(self._stop, self._watch, self.url)
             raise_transfer_error(error, self.url)
+        finally:
+            self._watch.waiting = False
         if not data:
-            self._stop.check()  # a socket that was shut looks like the end of the body
+            _check(self._stop, self._watch, self.url)  # a socket that was shut looks like the end of the body
+        self._watch.received(len(data))
         return data
 
     def read(self, limit: int) -> bytes:
@@ -100,7 +102,7 @@ class Response:
             pass
         finally:
             self._raw.close()
-            self._finish()
+            self._stop.remove(self._watch)
 
 
 class Transport:
@@ -186,8 +188,10 @@ class Transport:
             if target := answer.headers.pop("Location", None):
                 held.append(target)
 
+        watch = Watch(patience=self._timeout[1])
+        stop.add(watch)
         try:
-            with watching(stop) as finish:
+            with watching(watch):
                 raw = session.get(
                     url,
                     headers={"Accept-Encoding": "identity", **headers},
@@ -198,12 +202,16 @@ class Transport:
                     hooks={"response": [*session.hooks["response"], hold_redirect]},
                 )
         except FAILURES as error:
-            stop.check()
+            stop.remove(watch)
+            _check(stop, watch, url)
             raise_transfer_error(error, url)
+        except BaseException:
+            stop.remove(watch)
+            raise
         if session is self._given:
-            stop.watch(wake := waker(raw))
-            return Response(raw, stop, lambda: stop.forget(wake), *held)
-        return Response(raw, stop, finish, *held)
+            watch.wakers.append(waker(raw))
+        watch.waiting = False
+        return Response(raw, stop, watch, *held)
 
     def _auth(self, url: str) -> Callable[[Any], Any] | None:
         if self._bearer is None or _origin(url) != _origin(self._bearer[0]):
@@ -232,6 +240,13 @@ class Transport:
         session.mount("http://", adapter)
         session.mount("https://", adapter)
         return session
+
+
+def _check(stop: Stop, watch: Watch, url: str) -> None:
+    """Raise if the wait that just ended was ended from outside."""
+    stop.check()
+    if watch.overdue:
+        raise StallError("the server sends next to nothing", url=url, hint="Try again later.")
 
 
 class _Bearer(requests.auth.AuthBase):

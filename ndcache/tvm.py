@@ -28,6 +28,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 from .api import load
 from .cache import ArtifactCache as _ModelCache
 from .errors import CacheUnavailableError, NotFoundError, OfflineError, UnsafePathError, redact
+from .fetch import in_worker
 from .loader import Loader, Source
 from .locate import Location, locate
 from .paths import check_path
@@ -311,8 +312,9 @@ class ArtifactCache:
             error = OfflineError(f"offline, and not in the cache: {redact(url)}")
             error.missing = (name,)
             raise error
-        downloader = loader._downloader(location, Stop(loader._cancel), LoadStats())
-        downloader.file(name, _file_url(url), _MAX_FILE_BYTES)
+        stop = Stop(loader._cancel)
+        downloader = loader._downloader(location, stop, LoadStats())
+        in_worker(lambda: downloader.file(name, _file_url(url), _MAX_FILE_BYTES), stop)
         return downloader.cache, name
 
     def _found(self, url: str) -> tuple[_ModelCache, str] | None:

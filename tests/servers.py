@@ -55,7 +55,7 @@ class FileServer:
     peak_bodies : int
         The most shard bodies that were under way at once.
     gate : threading.Event
-        While it is clear, no body but the manifest's goes on.
+        While it is clear, no body goes on, but the manifest's unless `gated_manifest`.
     """
 
     def __init__(self, directory: Path, *, rate: int | None = None) -> None:
@@ -65,6 +65,7 @@ class FileServer:
         self.peak_bodies = 0
         self.gate = threading.Event()
         self.gate.set()
+        self.gated_manifest = False
         self.status: dict[str, int] = {}
         self._bodies = 0
         self._lock = threading.Lock()
@@ -130,6 +131,8 @@ class FileServer:
     @contextlib.contextmanager
     def _body(self, request: Request) -> Iterator[None]:
         if request.path.endswith(".json"):
+            if self.gated_manifest:
+                self.gate.wait(60)
             yield
             return
         with self._lock:

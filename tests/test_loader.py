@@ -547,7 +547,28 @@ def test_a_failing_origin_and_a_mirror(tmp_path: Path, serve: Serve) -> None:
     assert [request.path for request in mirror.requests] == ["/params_shard_2.bin"]
 
 
-@pytest.mark.parametrize("phase", ["manifest", "shards", "stall"])
+HEADERS = b"HTTP/1.1 200 OK\r\n"
+
+
+@pytest.mark.parametrize("where", ["/tensor-cache.json", "/params_shard_0.bin"])
+@pytest.mark.parametrize("begun", [b"", HEADERS, reply(200, length=1 << 16)], ids=["status", "headers", "body"])
+def test_row_13_a_server_that_drips(model: Path, scripted: ScriptedServer, where: str, begun: bytes) -> None:
+    manifest = models.simple_model(model, shards=1) and (model / "tensor-cache.json").read_bytes()
+    scripted.script["/tensor-cache.json"] = [reply(200, manifest)]
+
+    def drip(connection: Any, request: Any) -> None:
+        connection.send(begun)
+        while True:  # more often than any timeout between two bytes could notice
+            connection.send(b"x")
+            time.sleep(0.05)
+
+    scripted.script[where] = [drip]
+    with pytest.raises(ndcache.StallError) as caught:
+        ndcache.load(scripted.url, retries=0, timeout=(5, 0.5))
+    assert caught.value.retryable
+
+
+@pytest.mark.parametrize("phase", ["manifest", "silence", "shards"])
 def test_row_36_cancel(model: Path, serve: Serve, cache_dir: Path, phase: str) -> None:
     models.simple_model(model, shards=12)
     server = serve(model)
@@ -555,10 +576,16 @@ def test_row_36_cancel(model: Path, serve: Serve, cache_dir: Path, phase: str) -
     if phase == "manifest":
         cancel.set()
     server.gate.clear()
+    server.gated_manifest = phase == "silence"
     with ThreadPoolExecutor(1) as pool:
         loading = pool.submit(ndcache.load, server.url, max_workers=3, cancel=cancel)
         if phase != "manifest":
-            wait_until(lambda: len(server.shard_requests()) == 3)
+            wait_until(
+                lambda: (
+                    len(server.requests if phase == "silence" else server.shard_requests())
+                    == (1 if phase == "silence" else 3)
+                )
+            )
             cancel.set()
         with pytest.raises(ndcache.CancelledError):
             loading.result(60)

@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 import ndcache
-from ndcache.stop import Stop
+from ndcache import stop as stop_module
+from ndcache.stop import Stop, Watch
 
 
 def test_the_callers_event_stops_too() -> None:
@@ -29,15 +30,67 @@ def test_sleepers_wake() -> None:
             future.result(30)
 
 
-def test_what_is_watched_is_called_once_it_is_set_and_at_once_afterwards() -> None:
+def test_waits_are_ended_when_it_is_set_and_at_once_afterwards() -> None:
     stop = Stop()
-    called: list[str] = []
-    forgotten = lambda: called.append("forgotten")  # noqa: E731 - it must be the same object twice
-    stop.watch(lambda: called.append("before"))
-    stop.watch(forgotten)
-    stop.forget(forgotten)
-    assert called == []
+    ended: list[str] = []
+    before, forgotten, after = (
+        Watch(60, [lambda name=name: ended.append(name)]) for name in ("before", "forgotten", "after")
+    )
+    stop.add(before)
+    stop.add(forgotten)
+    stop.remove(forgotten)
+    assert ended == []
     stop.set()
-    assert called == ["before"]
-    stop.watch(lambda: called.append("after"))
-    assert called == ["before", "after"]
+    assert ended == ["before"]
+    stop.add(after)
+    assert ended == ["before", "after"]
+    assert not any(watch.overdue for watch in (before, forgotten, after))
+
+
+class Clock:
+    now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize(
+    ("arrivals", "overdue"),
+    [
+        # Seconds, and bytes that came in them; one look after each.
+        ([(9, 0)], False),
+        ([(11, 0)], True),
+        ([(11, 10 * 1024 - 1)], True),
+        ([(11, 10 * 1024)], False),
+        ([(5, 10 * 1024), (6, 0), (9, 0)], False),
+        ([(5, 10 * 1024), (6, 0), (11, 0)], True),
+    ],
+)
+def test_row_13_a_drip_is_a_wait_in_vain(
+    monkeypatch: pytest.MonkeyPatch, arrivals: list[tuple[float, int]], overdue: bool
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(stop_module, "time", clock)
+    ended: list[bool] = []
+    watch = Watch(10, [lambda: ended.append(True)], _since=clock.now)
+    for seconds, nbytes in arrivals:
+        clock.now += seconds
+        watch.received(nbytes)
+        watch.look()
+    assert watch.overdue == overdue == bool(ended)
+
+
+def test_time_in_which_the_thread_does_something_else_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(stop_module, "time", clock)
+    watch = Watch(10, _since=clock.now)
+    watch.waiting = False
+    clock.now += 60
+    watch.look()
+    watch.waiting = True
+    clock.now += 9
+    watch.look()
+    assert not watch.overdue
+    clock.now += 2
+    watch.look()
+    assert watch.overdue
