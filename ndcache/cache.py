@@ -27,21 +27,16 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
-from urllib.parse import unquote
-
-import platformdirs
 
 from .errors import CacheError, CacheUnavailableError, DiskFullError, NdcacheError, UnsafeCacheError
 from .manifest import Shard
 from .paths import STATE_DIRECTORY
 
-__all__ = ["ArtifactCache", "CachedModel", "Part", "Validator", "cache_root", "mismatch", "models"]
-
-_BUFFER_BYTES = 1 << 20
+__all__ = ["ArtifactCache", "Part", "Validator", "disk_bytes"]
 
 
 @dataclass(frozen=True)
@@ -99,27 +94,6 @@ class Part:
     def digest(self, algorithm: str) -> str | None:
         """The hex digest of what was written, if it was asked for at the start."""
         return self.digests[algorithm].hexdigest() if algorithm in self.digests else None
-
-
-@dataclass(frozen=True)
-class CachedModel:
-    """A model found in the cache by `models`.
-
-    Attributes
-    ----------
-    scope : str
-    source : str
-        Its URL, without secrets.
-    path : pathlib.Path
-        Its directory.
-    nbytes : int
-        Bytes on disk.
-    """
-
-    scope: str
-    source: str
-    path: Path
-    nbytes: int
 
 
 class ArtifactCache:
@@ -208,7 +182,7 @@ class ArtifactCache:
             path = folder / f"{_flat(name)}.{secrets.token_hex(8)}"
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
             handle = os.open(path, flags | getattr(os, "O_CLOEXEC", 0), 0o644)
-            digests = {name: hashlib.new(name, usedforsecurity=False) for name in algorithms}
+            digests = {algorithm: hashlib.new(algorithm, usedforsecurity=False) for algorithm in algorithms}
             with os.fdopen(handle, "wb", buffering=0) as file:
                 try:
                     yield Part(file, path, digests=digests)
@@ -270,7 +244,7 @@ class ArtifactCache:
         if not self.directory.exists():
             return 0
         self._check_ours()
-        nbytes = _disk_bytes(self.directory)
+        nbytes = disk_bytes(self.directory)
         grave = self.directory.with_name(f"{self.directory.name}.{secrets.token_hex(4)}.deleted")
         try:
             os.replace(self.directory, grave)  # at once for whoever looks, however long the rest takes
@@ -320,52 +294,12 @@ class ArtifactCache:
             raise _unavailable(self.directory, error) from error
 
 
-def mismatch(path: Path, shard: Shard) -> tuple[str, str] | None:
-    """The expected and the actual digest of a file, if they differ. Without a digest in the manifest they cannot."""
-    for algorithm, expected in (("sha256", shard.sha256sum), ("md5", shard.md5sum)):
-        if expected is not None:
-            actual = digest_of(path, algorithm)
-            return None if actual == expected else (expected, actual)
-    return None
-
-
-def digest_of(path: Path, algorithm: str, check: Callable[[], None] = lambda: None) -> str:
-    """The hex digest of a file; `check` is called now and then and may raise."""
-    digest = hashlib.new(algorithm, usedforsecurity=False)
-    buffer = memoryview(bytearray(_BUFFER_BYTES))
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            check()
-            digest.update(buffer[:count])
-    return digest.hexdigest()
-
-
-def cache_root(cache_dir: str | os.PathLike[str] | None, home: str | None) -> Path:
-    """The cache's top directory: the option, else NDCACHE_HOME, else the system's place for caches."""
-    if cache_dir is not None:
-        return Path(cache_dir).expanduser().absolute()
-    return Path(home).expanduser().absolute() if home else Path(platformdirs.user_cache_dir("ndcache"))
-
-
-def models(root: Path) -> Iterator[CachedModel]:
-    """The models in the cache, of all scopes, by name."""
-    for state in sorted(root.glob(f"*/*/{STATE_DIRECTORY}")):
-        directory = state.parent
-        if directory.name.endswith(".deleted"):
-            continue
-        try:
-            source = json.loads((state / "source.json").read_text("utf-8"))["source"]
-        except (OSError, ValueError, KeyError, TypeError):
-            source = directory.name
-        yield CachedModel(unquote(directory.parent.name), source, directory, _disk_bytes(directory))
-
-
 def _flat(name: str) -> str:
     """A file name for a path: a slash cannot be part of one, and neither can `%` of what check_path lets in."""
     return name.replace("%", "%25").replace("/", "%2F")
 
 
-def _disk_bytes(directory: Path) -> int:
+def disk_bytes(directory: Path) -> int:
     total = 0
     for folder, _, names in os.walk(directory):
         for name in names:

@@ -16,9 +16,9 @@ from typing import Any, TypeVar
 import click
 
 from ._version import __version__
-from .cache import CachedModel, cache_root, models
 from .doctor import adapter_words, facts, quiet_gpu_drivers
 from .errors import NdcacheError
+from .inventory import CachedModel, cache_root, models
 from .loader import Loader
 from .locate import locate
 from .manifest import Manifest, Record

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ._version import __version__
-from .cache import models
 from .devices.gpu import adapters, is_software
 from .errors import NoAdapterError, redact
+from .inventory import models
 from .terminal import format_size
 
 __all__ = ["adapter_words", "facts", "quiet_gpu_drivers"]

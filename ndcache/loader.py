@@ -22,12 +22,13 @@ from urllib.parse import quote
 
 import requests
 
-from .cache import ArtifactCache, cache_root
+from .cache import ArtifactCache
 from .devices import open_device
 from .devices.base import Device
 from .download import Downloader
 from .errors import ManifestError, NotFoundError, OfflineError, UnsafeCacheError
 from .fetch import in_order
+from .inventory import cache_root
 from .locate import Location, hf_endpoint, locate
 from .manifest import Manifest, NameFilter, Shard
 from .model import LocalModel, Model, Obtained
@@ -285,7 +286,7 @@ class Loader:
         model: Model
         with stats.timed("manifest"):
             if location.directory is not None:
-                model = LocalModel(location.directory, location.manifest_names, verify=self._verify)
+                model = LocalModel(location.directory, location.manifest_names, verify=self._verify, stop=stop)
             else:
                 model = RemoteModel(
                     location,

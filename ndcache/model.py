@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .cache import mismatch
+from .digests import mismatch
 from .errors import ChecksumError, NotFoundError, SizeMismatchError
 from .manifest import Manifest, Shard
 from .parse import parse_manifest
+from .stop import Stop
 from .strict_json import MAX_MANIFEST_BYTES
 
 __all__ = ["LocalModel", "Model", "Obtained"]
@@ -59,8 +60,9 @@ class Model(ABC):
 class LocalModel(Model):
     """A directory of the user's: read in place, never written to."""
 
-    def __init__(self, directory: Path, manifest_names: Sequence[str], *, verify: str) -> None:
+    def __init__(self, directory: Path, manifest_names: Sequence[str], *, verify: str, stop: Stop) -> None:
         self._verify = verify
+        self._stop = stop
         super().__init__(_read_manifest(directory, manifest_names), directory)
 
     def has(self, shard: Shard, *, of_any_size: bool = False) -> bool:
@@ -88,7 +90,7 @@ class LocalModel(Model):
         path = self._path(shard)
         if self._verify != "always":
             return Obtained(path, from_cache=True, checked="size")
-        if digests := mismatch(path, shard):
+        if digests := mismatch(path, shard, self._stop.check):
             raise ChecksumError(
                 f"{path} has the digest {digests[1]}, the manifest says {digests[0]}",
                 shard=shard.data_path,
@@ -99,7 +101,7 @@ class LocalModel(Model):
         return Obtained(path, from_cache=True, checked=shard.integrity)
 
     def check(self, shard: Shard) -> bool:
-        return self.has(shard) and mismatch(self._path(shard), shard) is None
+        return self.has(shard) and mismatch(self._path(shard), shard, self._stop.check) is None
 
     def _path(self, shard: Shard) -> Path:
         return self.directory.joinpath(*shard.data_path.split("/"))

@@ -6,7 +6,8 @@ import logging
 import warnings
 from collections.abc import Iterable, Sequence
 
-from .cache import Validator, mismatch
+from .cache import Validator
+from .digests import mismatch
 from .download import Downloader
 from .errors import (
     ManifestError,
@@ -99,7 +100,7 @@ class RemoteModel(Model):
 
     def _has_right_bytes(self, shard: Shard) -> bool:
         with self._downloader.stats.timed("hash"):
-            good = mismatch(self._cache.path(shard.data_path), shard) is None
+            good = mismatch(self._cache.path(shard.data_path), shard, self._downloader.stop.check) is None
         if good and not self._cache.is_known(shard):
             self._cache.remember_checked(shard)
         return good

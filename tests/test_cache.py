@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import ndcache
-from ndcache.cache import ArtifactCache, cache_root, models
+from ndcache.cache import ArtifactCache
+from ndcache.inventory import cache_root, models
 
 
 def shard(data: bytes, name: str = "params_shard_0.bin", *, md5: bool = True) -> ndcache.Shard:

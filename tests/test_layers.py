@@ -20,9 +20,9 @@ LAYERS: list[list[str]] = [
     # 1: values from outside, checked
     ["locate", "manifest", "paths", "stop", "strict_json"],
     # 2: one concern each
-    ["cache", "connections", "decode", "failures", "parse", "retry"],
+    ["cache", "connections", "decode", "digests", "failures", "parse", "retry"],
     # 3: devices, each above the one that it is built on; HTTP; a model in a directory
-    ["devices.base", "model", "transport"],
+    ["devices.base", "inventory", "model", "transport"],
     ["devices.cpu"],
     ["devices.gpu"],
     ["devices"],

@@ -86,7 +86,7 @@ def with_path(path: str) -> bytes:
     return json.dumps(document(shard(record(), dataPath=path))).encode()
 
 
-def refuse(value: Any, error: type[ManifestError]) -> ManifestError:
+def check_refused(value: Any, error: type[ManifestError]) -> ManifestError:
     """Check that `value` is refused with exactly `error`, in words that fit a screen."""
     with pytest.raises(ManifestError) as caught:
         parse(value)
@@ -228,7 +228,7 @@ UNSAFE_PATHS = [
 
 @pytest.mark.parametrize("path", UNSAFE_PATHS, ids=lambda path: ascii(path)[:40])
 def test_row_20_unsafe_paths(path: str) -> None:
-    error = refuse(with_path(path), UnsafePathError)
+    error = check_refused(with_path(path), UnsafePathError)
     assert "\n" not in str(error)
     assert str(error).isprintable()
 
@@ -273,7 +273,7 @@ def test_safe_paths(path: str) -> None:
 
 @pytest.mark.parametrize("path", [0, None, True, ["x"], {"x": 1}, 1.5])
 def test_path_that_is_no_text(path: Any) -> None:
-    refuse(document(shard(record(), dataPath=path)), ManifestSyntaxError)
+    check_refused(document(shard(record(), dataPath=path)), ManifestSyntaxError)
 
 
 @pytest.mark.parametrize(
@@ -287,7 +287,7 @@ def test_path_that_is_no_text(path: Any) -> None:
     ],
 )
 def test_row_20_shard_below_a_shard(one: str, other: str) -> None:
-    refuse(document(shard(dataPath=one), shard(dataPath=other)), UnsafePathError)
+    check_refused(document(shard(dataPath=one), shard(dataPath=other)), UnsafePathError)
 
 
 def test_neighbours_that_only_look_like_one_below_the_other() -> None:
@@ -397,7 +397,7 @@ BAD_SYNTAX: dict[str, bytes] = {
 
 @pytest.mark.parametrize("data", BAD_SYNTAX.values(), ids=BAD_SYNTAX)
 def test_row_21_syntax(data: bytes) -> None:
-    refuse(data, ManifestSyntaxError)
+    check_refused(data, ManifestSyntaxError)
 
 
 SYNTAX_OF_FIELDS: dict[str, Any] = {
@@ -449,7 +449,7 @@ SYNTAX_OF_FIELDS: dict[str, Any] = {
 
 @pytest.mark.parametrize("value", SYNTAX_OF_FIELDS.values(), ids=SYNTAX_OF_FIELDS)
 def test_row_21_fields(value: Any) -> None:
-    refuse(value, ManifestSyntaxError)
+    check_refused(value, ManifestSyntaxError)
 
 
 def test_names_that_differ_by_case_are_two_tensors() -> None:
@@ -465,9 +465,9 @@ def test_any_text_is_a_tensor_name(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["\x1b[2J", "a\nb", "x" * 1_000_000])
 def test_messages_escape_and_shorten_names(name: str) -> None:
-    error = refuse(document(shard(record(name, nbytes=23))), ManifestLayoutError)
+    error = check_refused(document(shard(record(name, nbytes=23))), ManifestLayoutError)
     assert str(error).isprintable()
-    error = refuse(document(shard(record(name), record(name, byteOffset=8))), ManifestLayoutError)
+    error = check_refused(document(shard(record(name), record(name, byteOffset=8))), ManifestLayoutError)
     assert str(error).isprintable()
 
 
@@ -480,7 +480,7 @@ def test_messages_escape_and_shorten_names(name: str) -> None:
     ],
 )
 def test_what_else_a_server_sends_is_told_apart(data: bytes, words: str) -> None:
-    assert words in str(refuse(data, ManifestSyntaxError))
+    assert words in str(check_refused(data, ManifestSyntaxError))
 
 
 # --- row 22: limits -----------------------------------------------------------------------------------
@@ -490,7 +490,7 @@ def peak_of(data: bytes) -> int:
     """Bytes that are allocated at most while `data` is refused for its size."""
     tracemalloc.start()
     try:
-        refuse(data, ManifestLimitError)
+        check_refused(data, ManifestLimitError)
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -515,7 +515,7 @@ def test_row_22_memory_flat(make: Callable[[], bytes]) -> None:
 def test_row_22_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     items = [b'{"dataPath":"%d","nbytes":0,"records":[]}' % index for index in range(65_537)]
     assert limits.MAX_SHARDS == 65_536
-    refuse(b'{"records":[' + b",".join(items) + b"]}", ManifestLimitError)
+    check_refused(b'{"records":[' + b",".join(items) + b"]}", ManifestLimitError)
     assert len(parse(b'{"records":[' + b",".join(items[1:]) + b"]}").shards) == 65_536
 
 
@@ -533,7 +533,7 @@ def test_row_22_records(monkeypatch: pytest.MonkeyPatch, shards: list[int], acce
     if accepted:
         assert len(parse(value)) == 3
     else:
-        refuse(value, ManifestLimitError)
+        check_refused(value, ManifestLimitError)
 
 
 def test_a_manifest_of_the_largest_size_is_read() -> None:
@@ -592,7 +592,7 @@ BAD_LAYOUT: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("item", BAD_LAYOUT.values(), ids=BAD_LAYOUT)
 def test_row_23_layout(item: dict[str, Any]) -> None:
-    refuse(document(shard(item)), ManifestLayoutError)
+    check_refused(document(shard(item)), ManifestLayoutError)
 
 
 def byte_record(name: str, offset: int, nbytes: int) -> dict[str, Any]:
@@ -612,7 +612,7 @@ def byte_record(name: str, offset: int, nbytes: int) -> dict[str, Any]:
 )
 def test_row_23_overlap(places: list[tuple[int, int]]) -> None:
     records = [byte_record(str(index), *place) for index, place in enumerate(places)]
-    error = refuse(document(shard(*records)), ManifestLayoutError)
+    error = check_refused(document(shard(*records)), ManifestLayoutError)
     assert "overlap" in str(error)
 
 
@@ -635,18 +635,18 @@ def test_no_overlap(places: list[tuple[int, int]]) -> None:
 
 def test_row_23_overlap_counts_unknown_dtypes_too() -> None:
     records = [byte_record("a", 0, 8), byte_record("b", 4, 8) | {"dtype": "int4"}]
-    refuse(document(shard(*records)), ManifestLayoutError)
+    check_refused(document(shard(*records)), ManifestLayoutError)
 
 
 @pytest.mark.parametrize("nbytes", [-1, 1 << 63, 10**399])
 def test_row_23_shard_size(nbytes: int) -> None:
-    refuse(document(shard(nbytes=nbytes)), ManifestLayoutError)
+    check_refused(document(shard(nbytes=nbytes)), ManifestLayoutError)
 
 
 def test_row_23_sizes_of_all_shards() -> None:
     one = (1 << 63) - 1
     assert parse(document(shard(nbytes=one))).nbytes == one
-    refuse(document(shard(nbytes=one), shard(nbytes=1, dataPath="b")), ManifestLayoutError)
+    check_refused(document(shard(nbytes=one), shard(nbytes=1, dataPath="b")), ManifestLayoutError)
 
 
 def test_row_23_before_any_allocation() -> None:
@@ -710,7 +710,7 @@ def test_row_24_only_if_asked_for(
 def test_every_known_dtype(dtype: str) -> None:
     nbytes = 6 * DTYPES[dtype].itemsize
     assert parse_one(dtype=dtype, nbytes=nbytes).stored_dtype == dtype
-    refuse(document(shard(record(dtype=dtype, nbytes=nbytes + 1))), ManifestLayoutError)
+    check_refused(document(shard(record(dtype=dtype, nbytes=nbytes + 1))), ManifestLayoutError)
 
 
 # --- what is seen in the wild -------------------------------------------------------------------------
@@ -930,9 +930,9 @@ def test_errors_say_where() -> None:
 
 
 def test_errors_have_their_cause() -> None:
-    assert isinstance(refuse(b"{", ManifestSyntaxError).__cause__, json.JSONDecodeError)
-    assert isinstance(refuse(b"\xff", ManifestSyntaxError).__cause__, UnicodeDecodeError)
-    assert isinstance(refuse(b"[" * DEEP, ManifestSyntaxError).__cause__, RecursionError)
+    assert isinstance(check_refused(b"{", ManifestSyntaxError).__cause__, json.JSONDecodeError)
+    assert isinstance(check_refused(b"\xff", ManifestSyntaxError).__cause__, UnicodeDecodeError)
+    assert isinstance(check_refused(b"[" * DEEP, ManifestSyntaxError).__cause__, RecursionError)
 
 
 def test_name() -> None:
@@ -976,7 +976,7 @@ def check_invariants(manifest: Manifest) -> None:
         str(error).encode()
 
 
-def parse_or_refuse(data: bytes) -> None:
+def check_parsed_or_refused(data: bytes) -> None:
     """Whatever `data` is: a good manifest, or one of the four errors."""
     kinds = (ManifestSyntaxError, ManifestLayoutError, ManifestLimitError, UnsafePathError)
     try:
@@ -1046,19 +1046,19 @@ def encode(value: Any) -> bytes:
 @thorough(9000)
 @given(st.binary(max_size=200))
 def test_free_bytes(data: bytes) -> None:
-    parse_or_refuse(data)
+    check_parsed_or_refused(data)
 
 
 @thorough(600, default=100)
 @given(st.one_of(values, st.fixed_dictionaries({"records": st.lists(st.dictionaries(keys, values, max_size=5))})))
 def test_free_json(value: Any) -> None:
-    parse_or_refuse(encode(value))
+    check_parsed_or_refused(encode(value))
 
 
 @thorough(2000)
 @given(real_documents)
 def test_likely_manifests(value: Any) -> None:
-    parse_or_refuse(encode(value))
+    check_parsed_or_refused(encode(value))
 
 
 @thorough(3000)
@@ -1080,7 +1080,7 @@ def test_one_field_changed(data: st.DataObject) -> None:
                 holder[key] = odd
             else:
                 holder[:1] = [odd]
-    parse_or_refuse(encode(value))
+    check_parsed_or_refused(encode(value))
 
 
 @thorough(6000)
@@ -1105,7 +1105,7 @@ def test_bytes_spliced(cuts: list[tuple[int, int, bytes]]) -> None:
     for place, length, new in cuts:
         start = place % (len(data) + 1)
         data = data[:start] + new + data[start + length :]
-    parse_or_refuse(data)
+    check_parsed_or_refused(data)
 
 
 @thorough(3000)
