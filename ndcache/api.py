@@ -2,43 +2,24 @@
 
 from __future__ import annotations
 
-import os
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
-
-import requests
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .loader import Loader, Source, VerifyReport
 from .manifest import Manifest, NameFilter
 from .progress import Progress
-from .retry import RetryPolicy
 from .weights import Weights
 
 if TYPE_CHECKING:
     import wgpu
     from typing_extensions import Unpack
 
+    from .options import Options
+
 __all__ = ["delete", "fetch", "is_cached", "load", "read_manifest", "stream", "verify"]
 
 T = TypeVar("T")
-
-
-class Options(TypedDict, total=False):
-    """The keyword arguments of `Loader`."""
-
-    max_workers: int
-    cache_dir: str | os.PathLike[str] | None
-    scope: str
-    timeout: float | tuple[float, float]
-    retries: int | RetryPolicy
-    verify: Literal["download", "always", "never"]
-    offline: bool
-    session: requests.Session | None
-    mirrors: Sequence[str]
-    memory_limit: int
-    cancel: threading.Event | None
 
 
 def load(
@@ -55,13 +36,15 @@ def load(
     Parameters
     ----------
     source : str or path-like
-        The http(s) URL of a model directory or of its manifest, ``hf://owner/name[@revision]``, a Hugging Face
-        repository's page, ``file://`` or a local path. Local directories are read in place.
+        The http(s) URL of a model directory or of its manifest, ``hf://owner/name[@revision][/folder]``, a Hugging Face
+        repository's page, ``file://`` or a local path. A local directory is read in place: its files must not be
+        overwritten or cut while arrays of a load are in use, only replaced by renaming others over them.
     device : {"cpu", "gpu", "gpu:N", "auto"} or wgpu.GPUDevice
         ``"gpu:1"`` is the second adapter that ``ndcache doctor`` lists; ``"auto"`` is the first adapter that is real
         hardware, else the CPU; `Weights.device` tells which.
     names : str, iterable of str, or callable, optional
-        Names, glob patterns (``"model.layers.0.*"``), or a predicate. Only shards that hold a match are fetched.
+        Names, glob patterns (``"model.layers.0.*"``), or a predicate that is given each name. Only shards that hold a
+        match are fetched.
     decode : bool
         Expand float32 that is stored as bfloat16 (the default). If False, such tensors are bfloat16.
     progress : True, callable, or iterable of callables, optional
@@ -72,6 +55,11 @@ def load(
     Returns
     -------
     Weights
+
+    Warns
+    -----
+    RuntimeWarning
+        The server gave no valid manifest, for whatever reason, and the cached one is used.
 
     Raises
     ------
@@ -114,6 +102,8 @@ def stream(
     ------
     NdcacheError
         As `load`: what concerns the manifest and the device at once, the rest on the way.
+    KeyError, ValueError, TypeError
+        As `load`, at once.
     """
     loader = Loader(**options)
     try:

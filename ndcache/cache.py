@@ -321,7 +321,7 @@ def _sync_directory(directory: Path) -> None:
 def _unavailable(directory: Path, error: OSError) -> CacheError:
     return CacheUnavailableError(
         f"the cache directory {directory} cannot be used: {error.strerror or error}",
-        hint="Choose another one with the cache_dir option or NDCACHE_HOME.",
+        hint="Choose another one: cache_dir, --cache-dir, or NDCACHE_HOME.",
     )
 
 
@@ -332,7 +332,7 @@ def _disk_full(directory: Path, needed: int | None, free: int | None, name: str 
         shard=name,
         expected=needed,
         received=free,
-        hint="Free some space (ndcache ls, ndcache rm) or choose another disk with cache_dir or NDCACHE_HOME.",
+        hint="Free some space (ndcache ls, ndcache rm), or choose another disk: cache_dir, --cache-dir, NDCACHE_HOME.",
     )
     error.errno = errno.ENOSPC
     return error

@@ -6,6 +6,7 @@ SIGTERM. An error is one line; ``--verbose`` adds its traceback.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections import Counter
@@ -16,7 +17,8 @@ from typing import Any, TypeVar
 import click
 
 from ._version import __version__
-from .doctor import adapter_words, facts, quiet_gpu_drivers
+from .devices import is_device_name
+from .doctor import adapter_words, facts
 from .errors import NdcacheError
 from .inventory import CachedModel, cache_root, models
 from .loader import Loader
@@ -53,6 +55,12 @@ def _set_verbose(ctx: click.Context, _: click.Parameter, value: bool) -> None:
         logger.setLevel(logging.INFO)
 
 
+def _check_device(_: click.Context, __: click.Parameter, value: str) -> str:
+    if not is_device_name(value):
+        raise click.BadParameter("it is cpu, gpu, gpu:N or auto.")
+    return value
+
+
 def _bytes_of_mib(_: click.Context, __: click.Parameter, value: int | None) -> int | None:
     return None if value is None else value << 20
 
@@ -63,6 +71,14 @@ _verbose = click.option(
     expose_value=False,
     callback=_set_verbose,
     help="Show what is logged, and the traceback of an error.",
+)
+_device = functools.partial(
+    click.option,
+    "--device",
+    metavar="cpu|gpu|gpu:N|auto",
+    callback=_check_device,
+    show_default=True,
+    help="Where tensors go.",
 )
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else.")
 _names = click.option(
@@ -134,22 +150,20 @@ def _loader(options: dict[str, Any]) -> Loader:
 def main() -> None:
     """Load model weights in the MLC / TVM NDArray cache format.
 
-    SOURCE is an http(s) URL of a model directory or of its manifest, hf://owner/name[@revision], file:// or a local
-    directory.
+    SOURCE is an http(s) URL of a model directory or of its manifest, hf://owner/name[@revision][/folder], file:// or a
+    local path.
     """
 
 
 @main.command()
 @click.argument("source")
-@click.option("--device", default="cpu", show_default=True, metavar="cpu|gpu|gpu:N|auto", help="Where tensors go.")
+@_device(default="cpu")
 @_names
 @click.option("--no-decode", is_flag=True, help="Leave float32 that is stored as bfloat16 as it is stored.")
 @_quiet
 @_options()
 def load(source: str, device: str, names: tuple[str, ...], no_decode: bool, quiet: bool, **options: Any) -> None:
     """Load a model, say what that took, and let go of it."""
-    if device != "cpu":
-        quiet_gpu_drivers()
     with (
         _loader(options) as loader,
         loader.load(source, device, names=names or None, decode=not no_decode, progress=not quiet) as weights,
@@ -232,7 +246,7 @@ def ls(as_json: bool, cache_dir: str | None, scope: str | None) -> None:
 def rm(ctx: click.Context, /, sources: tuple[str, ...], **options: Any) -> None:
     """Remove models from the cache.
 
-    Nothing is asked. SOURCE may also be a path that ls shows.
+    They are removed without a question. SOURCE may also be a path that ls shows.
     """
     failed = False
     with _loader(options) as loader:
@@ -263,12 +277,16 @@ def verify(ctx: click.Context, /, source: str, **options: Any) -> None:
     good = f"{format_count(len(report.checked), 'shard')}, {format_size(report.nbytes)}"
     found = [("good", f"{good}: {format_checks(checked.items())}")]
     found += [("bad", name) for name in report.bad]
-    if report.missing:
+    is_remote = locate(source).is_remote
+    if report.missing and is_remote:
         found.append(("missing", f"{format_count(len(report.missing), 'shard')}, not fetched so far"))
+    elif report.missing:
+        found += [("missing", name) for name in report.missing]
     print_facts(found)
-    if not report.ok:
-        remedy = "set aside: the next load fetches them anew" if locate(source).is_remote else "copy them again"
-        say(f"error: {format_count(len(report.bad), 'shard')} bad; {remedy}")
+    if not report.ok or (report.missing and not is_remote):
+        wrong = format_count(len(report.bad) + (0 if is_remote else len(report.missing)), "shard")
+        remedy = "set aside: the next load fetches them anew" if is_remote else "copy them again"
+        say(f"error: {wrong} bad; {remedy}")
         ctx.exit(1)
 
 
@@ -280,7 +298,7 @@ def verify(ctx: click.Context, /, source: str, **options: Any) -> None:
     type=click.Choice(["raw", "f32-to-bf16"]),
     default="f32-to-bf16",
     show_default=True,
-    help="How float32 is stored.",
+    help="How float32 is stored. f32-to-bf16 halves the size and loses precision, raw keeps every bit.",
 )
 @click.option("--shard-mib", type=click.IntRange(1), default=32, show_default=True, help="Size of the shards.")
 @_verbose
@@ -304,12 +322,11 @@ def dump(input_: Path, directory: Path, encode: Any, shard_mib: int) -> None:
 @_verbose
 def doctor(cache_dir: str | None) -> None:
     """Show versions, GPUs, the cache and the environment."""
-    quiet_gpu_drivers()
     print_facts(facts(_root(cache_dir)))
 
 
 @main.command()
-@click.option("--device", default="auto", show_default=True, metavar="cpu|gpu|gpu:N|auto", help="Where tensors go.")
+@_device(default="auto")
 @click.option("--size-mib", type=click.IntRange(1), default=40, show_default=True, help="Size of the model.")
 @click.option(
     "--rate-mib",
@@ -329,7 +346,6 @@ def demo(ctx: click.Context, /, device: str, size_mib: int, rate_mib: float, qui
     """
     from .demo import run_demo
 
-    quiet_gpu_drivers()
     report = run_demo(
         device,
         size_mib=size_mib,
@@ -337,7 +353,7 @@ def demo(ctx: click.Context, /, device: str, size_mib: int, rate_mib: float, qui
         progress=not quiet,
         say=say if not quiet else lambda line: None,
         describe=lambda found: (
-            "the CPU: there is no GPU that is hardware" if (device, found) == ("auto", "cpu") else _device_words(found)
+            "the CPU: there is no hardware GPU" if (device, found) == ("auto", "cpu") else _device_words(found)
         ),
     )
     nbytes, first = report.manifest.nbytes, report.loads[0].seconds
@@ -369,14 +385,18 @@ def demo(ctx: click.Context, /, device: str, size_mib: int, rate_mib: float, qui
 def _load_facts(source: str, device: str, weights: Weights) -> Iterator[tuple[str, str]]:
     stats, where, location = weights.stats, _device_words(weights.device), locate(source)
     yield "source", str(location)
-    yield "device", f"{where} (there is no GPU that is hardware)" if (device, where) == ("auto", "cpu") else where
+    yield "device", f"{where} (there is no hardware GPU)" if (device, where) == ("auto", "cpu") else where
     yield "tensors", f"{len(weights):,}, {format_size(weights.nbytes)}"
-    yield "time", f"{stats.seconds['total']:.2f} s, {stats.gb_per_second:.2f} GB/s"
+    rate = stats.gb_per_second * 1e9 / 2**20
+    yield "time", f"{stats.seconds['total']:.2f} s, {rate:,.1f} MiB/s"
     if location.is_remote:
         again = f", {stats.retries:,} of them again" if stats.retries else ""
         yield "from network", f"{format_size(stats.network_bytes)} in {format_count(stats.requests, 'request')}{again}"
     yield "from cache" if location.is_remote else "in place", format_size(stats.cache_bytes)
-    yield "checked", f"{format_count(stats.shards, 'shard')}: {format_checks(stats.integrity.most_common())}"
+    checks = f"{format_count(stats.shards, 'shard')}: {format_checks(stats.integrity.most_common())}"
+    # A file that is as it was when it was checked is not read again for that.
+    was_checked_before = location.is_remote and stats.cache_bytes and not stats.seconds["hash"]
+    yield "checked", f"{checks}, those from the cache when they were fetched" if was_checked_before else checks
 
 
 def _device_words(device: Any) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import sys
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -17,7 +16,7 @@ from .errors import NoAdapterError, redact
 from .inventory import models
 from .terminal import format_size
 
-__all__ = ["adapter_words", "facts", "quiet_gpu_drivers"]
+__all__ = ["adapter_words", "facts"]
 
 _PACKAGES = ("requests", "urllib3", "numpy", "ml_dtypes", "wgpu", "platformdirs", "tqdm", "click", "rich")
 _OPTIONAL_PACKAGES = ("safetensors",)
@@ -41,14 +40,6 @@ def adapter_words(adapter: Any) -> tuple[str, str, str]:
     return info["device"], "software" if is_software(adapter) else info["adapter_type"], info["backend_type"]
 
 
-def quiet_gpu_drivers() -> None:
-    """Before wgpu is loaded: libwayland, asked for a display while adapters are enumerated, prints a line each time
-    that XDG_RUNTIME_DIR is not set. It takes any absolute path, and in this one nobody can have put a socket.
-    """
-    if sys.platform == "linux":
-        os.environ.setdefault("XDG_RUNTIME_DIR", os.devnull)
-
-
 def _version(name: str) -> str:
     try:
         return metadata.version(name)
@@ -69,12 +60,23 @@ def _adapter_facts() -> list[tuple[str, str]]:
 
 def _cache_facts(root: Path) -> list[tuple[str, str]]:
     existing = next(folder for folder in (root, *root.parents) if folder.exists())
+    if not existing.is_dir():
+        return [("cache", f"{root}: not usable, {existing} is not a directory")]
     found = list(models(root))
     return [
-        ("cache", str(root) if existing == root else f"{root} (not made yet)"),
+        ("cache", f"{root}{_condition(root, existing)}"),
         ("models", f"{len(found):,}, {format_size(sum(model.nbytes for model in found))}"),
         ("disk", f"{format_size(shutil.disk_usage(existing).free)} free"),
     ]
+
+
+def _condition(root: Path, existing: Path) -> str:
+    """What is to be said of the cache's directory, or of the one that it would be made in."""
+    if not os.access(existing, os.R_OK | os.X_OK):
+        return f" (not usable: {existing} may not be read)"
+    if not os.access(existing, os.W_OK):
+        return f" (only what is there can be used: {existing} may not be written)"
+    return "" if existing == root else " (not made yet)"
 
 
 def _environment_facts() -> list[tuple[str, str]]:

@@ -33,8 +33,10 @@ class Downloader:
 
     Attributes
     ----------
-    transport, policy, stop, stats
-        See there.
+    transport : Transport
+    policy : RetryPolicy
+    stop : Stop
+    stats : LoadStats
     cache : ArtifactCache
         Where files go.
     digests : bool

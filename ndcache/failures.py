@@ -53,7 +53,9 @@ def raise_for_status(status: int, headers: Mapping[str, str], url: str) -> None:
         return
     wait = headers.get("Retry-After")
     if status == 429 or (status == 503 and wait is not None):
-        error = RateLimitedError("the server asks to come back later", url=url, status=status)
+        error = RateLimitedError(
+            f"the server asks to come back later (status {status})", url=url, status=status, hint="Try again later."
+        )
         error.retry_after = _seconds(wait)
         raise error
     if status in (401, 403):
@@ -68,7 +70,7 @@ def raise_for_status(status: int, headers: Mapping[str, str], url: str) -> None:
 def _login(url: str) -> str:
     if (urlsplit(url).hostname or "").endswith("huggingface.co"):
         return "For a gated or private repository, accept its terms on its page and set HF_TOKEN."
-    return "Give credentials through the session option, or check the URL."
+    return "Check the URL, or give credentials: https://user:password@host/, netrc, or a session of your own."
 
 
 def _seconds(value: str | None) -> float | None:
@@ -120,7 +122,9 @@ def _transfer_error(chain: list[BaseException], url: str) -> TransferError:
         return TLSError(
             f"no secure connection to {host}: {_reason(detail)}",
             url=url,
-            hint="For a private certificate authority, set REQUESTS_CA_BUNDLE to its file.",
+            hint="Does the server speak plain http://?"
+            if "WRONG_VERSION_NUMBER" in str(detail)
+            else "For a private certificate authority, set REQUESTS_CA_BUNDLE to its file.",
         )
     if has(socket.gaierror, urllib3.exceptions.NameResolutionError):
         return ConnectError(f"the host {host} is not known", url=url, hint="Check its spelling and the network.")

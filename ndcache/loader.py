@@ -32,6 +32,7 @@ from .inventory import cache_root
 from .locate import Location, hf_endpoint, locate
 from .manifest import Manifest, NameFilter, Shard
 from .model import LocalModel, Model, Obtained
+from .options import check_options
 from .progress import Progress, Reporter
 from .remote import RemoteModel
 from .retry import RetryPolicy
@@ -136,14 +137,7 @@ class Loader:
         memory_limit: int = 512 << 20,
         cancel: threading.Event | None = None,
     ) -> None:
-        if max_workers < 1:
-            raise ValueError(f"max_workers is at least 1, not {max_workers}")
-        if memory_limit < 1:
-            raise ValueError(f"memory_limit is a positive number of bytes, not {memory_limit}")
-        if verify not in ("download", "always", "never"):
-            raise ValueError(f"verify is 'download', 'always' or 'never', not {verify!r}")
-        if not scope or scope.startswith("."):
-            raise ValueError(f"scope is a name that does not begin with a dot, not {scope!r}")
+        check_options({name: value for name, value in locals().items() if name != "self"})
         environ = os.environ
         self._max_workers = max_workers
         self._root = cache_root(cache_dir, environ.get("NDCACHE_HOME"))
@@ -173,7 +167,7 @@ class Loader:
         decode: bool = True,
         progress: Progress = None,
     ) -> Weights:
-        """See `ndcache.load`."""
+        """Load a model's weights, downloading what is not cached: see `ndcache.load`."""
         target = open_device(device)
         tensors: dict[str, Any] = {}
         try:
@@ -196,13 +190,13 @@ class Loader:
         decode: bool = True,
         progress: Progress = None,
     ) -> Iterator[tuple[str, Any]]:
-        """See `ndcache.stream`."""
+        """Like `load`, but give each tensor as soon as it is there: see `ndcache.stream`."""
         target = open_device(device)
         run = self._open(source)
         return self._tensors(run, target, self._select(run, target, names, decode), decode, progress)
 
     def fetch(self, source: Source, *, names: NameFilter = None, progress: Progress = None) -> Path:
-        """See `ndcache.fetch`."""
+        """Bring a model into the cache without decoding it: see `ndcache.fetch`."""
         run = self._open(source)
         shards = run.model.manifest.shards_with(names)
 
@@ -216,11 +210,11 @@ class Loader:
         return run.model.directory
 
     def read_manifest(self, source: Source) -> Manifest:
-        """See `ndcache.read_manifest`."""
+        """The model's manifest, parsed and checked: see `ndcache.read_manifest`."""
         return self._open(source).model.manifest
 
     def is_cached(self, source: Source) -> bool:
-        """See `ndcache.is_cached`."""
+        """Whether the manifest and every shard of the right size are on disk: see `ndcache.is_cached`."""
         try:
             model = self._open(source, offline=True).model
         except (OfflineError, NotFoundError, ManifestError):
@@ -228,7 +222,7 @@ class Loader:
         return all(model.has(shard) for shard in model.manifest.shards)
 
     def verify(self, source: Source) -> VerifyReport:
-        """See `ndcache.verify`."""
+        """Compute the digests of what is cached, and set aside what is bad: see `ndcache.verify`."""
         try:
             run = self._open(source, offline=True)
         except OfflineError as error:
@@ -254,7 +248,7 @@ class Loader:
         )
 
     def delete(self, source: Source) -> int:
-        """See `ndcache.delete`."""
+        """Remove a model from the cache; the bytes freed: see `ndcache.delete`."""
         location = locate(source)
         if location.directory is None:
             return self._cache(location).delete()
@@ -291,7 +285,7 @@ class Loader:
                 model = RemoteModel(
                     location,
                     self._downloader(location, stop, stats),
-                    mirrors=[locate(mirror) for mirror in self._mirrors],
+                    mirrors=[_mirror(mirror) for mirror in self._mirrors],
                     verify=self._verify,
                     offline=self._offline or offline,
                 )
@@ -376,6 +370,13 @@ class Loader:
 
     def _cache(self, location: Location) -> ArtifactCache:
         return ArtifactCache(self._root / self._scope / location.cache_key, str(location))
+
+
+def _mirror(source: str) -> Location:
+    location = locate(source)
+    if not location.is_remote:
+        raise ValueError(f"a mirror is an http(s) URL or hf://owner/name, not a local path: {location}")
+    return location
 
 
 def _is_set(value: str | None) -> bool:

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import os
 import re
@@ -212,20 +213,24 @@ def _local(path: Path) -> Location:
     raise NotFoundError(f"there is no such directory or file: {_shown(path)}", hint=hint)
 
 
-def _meant(path: Path) -> str:
+def _meant(path: Path) -> str | None:
     """What the user may have meant by a local path that is not there."""
     text = path.as_posix()
     if match := re.match(r"(?i)(https?|hf):/?(?!/)", text):
         return f"A URL has two slashes after the colon: {match[1].lower()}://."
-    if re.match(r"(?i)(localhost|[a-z0-9-]+(\.[a-z0-9-]+)*\.[a-z]{2,})(:\d+)?/", text):
-        return "If a URL is meant, it begins with https:// (or hf://owner/name, for a Hugging Face repository)."
-    if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", text):
-        return f"If a Hugging Face repository is meant, write hf://{text}."
+    if re.match(r"(?i)((localhost|[\d.]+|[a-z0-9-]+(\.[a-z0-9-]+)*\.[a-z]{2,})(:\d+)?|[a-z0-9-]+:\d+)/", text):
+        return "If a URL is meant, it begins with https:// or http:// (or hf://, for a Hugging Face repository)."
     if path.suffix == ".json" and path.parent.is_dir():
         names = sorted(p.name for p in path.parent.glob("*.json"))
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         return f"Its directory has {', '.join(names[:5]) or 'no JSON file'}{more}."
-    return "A URL begins with https://."
+    if path.parent.is_dir() and (
+        close := difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1)
+    ):
+        return f"Did you mean {path.with_name(close[0])}?"
+    if re.fullmatch(r"\w[\w.-]*/[\w.-]+(@[\w.-]+)?", text):
+        return f"If a Hugging Face repository is meant, write hf://{text}."
+    return None
 
 
 def _shown(path: Path) -> str:

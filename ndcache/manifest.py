@@ -14,6 +14,7 @@ those asked for.
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -202,7 +203,9 @@ class Manifest:
             # Not `fnmatch.filter`, which on Windows takes no notice of letter case and slashes.
             found = list(filter(re.compile(fnmatch.translate(pattern)).match, self._by_name))
             if not found:
-                raise KeyError(f"no tensor of {self.name} matches {pattern!r}")
+                close = difflib.get_close_matches(str(pattern), self._by_name, n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise KeyError(f"no tensor of {self.name} matches {pattern!r}{hint}")
             matching.update(found)
         return matching.__contains__
 

@@ -46,7 +46,7 @@ class Model(ABC):
 
     @abstractmethod
     def prepare(self, shards: Sequence[Shard]) -> None:
-        """Before anything is fetched: raise if it cannot work out."""
+        """Before anything is fetched: raise if these shards cannot all be had."""
 
     @abstractmethod
     def obtain(self, shard: Shard) -> Obtained:

@@ -60,7 +60,7 @@ class ProgressReport:
 
 ProgressCallback: TypeAlias = Callable[[ProgressReport], object]
 #: What the ``progress`` option takes.
-Progress: TypeAlias = "bool | ProgressCallback | Iterable[ProgressCallback] | None"
+Progress: TypeAlias = "bool | ProgressCallback | Iterable[bool | ProgressCallback] | None"
 
 
 class Reporter:
@@ -166,15 +166,21 @@ def _callbacks(progress: Progress) -> list[ProgressCallback]:
         return [Bar()]
     if callable(progress):
         return [progress]
-    callbacks = list(progress) if isinstance(progress, Iterable) else [progress]
-    for callback in callbacks:
-        if not callable(callback):
-            raise TypeError(f"progress takes True or callables, not {callback!r}")
+    items = list(progress) if isinstance(progress, Iterable) and not isinstance(progress, str) else [progress]
+    callbacks: list[ProgressCallback] = []
+    for item in items:
+        if item is not True and not callable(item):
+            raise TypeError(f"progress takes True or callables, not {item!r}")
+        callbacks.append(Bar() if item is True else item)
     return callbacks
 
 
 class _Tqdm(tqdm):  # type: ignore[type-arg]
     monitor_interval = 0  # no thread that watches the bars: ndcache leaves none behind
+
+
+def _is_terminal(file: TextIO) -> bool:
+    return bool(getattr(file, "isatty", bool)())  # what stands in for standard error may have no such method
 
 
 def _has_width(file: TextIO) -> bool:
@@ -209,14 +215,14 @@ class Bar:
             self.close()
             self._next_line = 0
             return
-        if not self._file.isatty():
+        if not _is_terminal(self._file):
             self._line(report, self._file)
             return
         if self._bar is None:
             self._bar = _Tqdm(
                 total=report.bytes_total,
                 desc="Loading" if report.cache_only else "Fetching",
-                unit="B",
+                unit="iB",
                 unit_scale=True,
                 unit_divisor=1024,
                 dynamic_ncols=_has_width(self._file),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from collections.abc import Iterable, Sequence
 
@@ -121,7 +122,9 @@ class RemoteModel(Model):
             # One request and no second try: there is something to fall back on.
             return self._request_manifest(cached.name, RetryPolicy(retries=0), cached)
         except (TransferError, ManifestError) as error:
-            warnings.warn(f"using the cached manifest of {location}: {error}", RuntimeWarning, stacklevel=2)
+            warnings.warn(
+                f"using the cached manifest of {location}: {error}", RuntimeWarning, stacklevel=_depth_below_caller()
+            )
             return cached
 
     def _cached_manifest(self) -> Manifest | None:
@@ -196,6 +199,14 @@ class RemoteModel(Model):
             logger.warning("the manifest could not be kept: %s", error)
 
 
+def _depth_below_caller() -> int:
+    """The ``stacklevel`` that makes a warning name the line that called ndcache."""
+    depth, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__package__", "") in ("ndcache", "ndcache.devices"):
+        depth, frame = depth + 1, frame.f_back
+    return depth
+
+
 def _conditions(known: Validator | None) -> dict[str, str]:
     if known is None:
         return {}
@@ -208,7 +219,7 @@ def _offline(location: Location, missing: list[str]) -> OfflineError:
     shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
     error = OfflineError(
         f"offline, and not in the cache: {shown} of {location}",
-        hint="Run once with the network (offline=False; NDCACHE_OFFLINE and HF_HUB_OFFLINE unset).",
+        hint="Run once with the network: not offline, and NDCACHE_OFFLINE and HF_HUB_OFFLINE unset.",
     )
     error.missing = tuple(missing)
     return error

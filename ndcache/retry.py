@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from collections.abc import Callable
@@ -13,6 +14,8 @@ from .stats import LoadStats
 from .stop import Stop
 
 __all__ = ["RetryPolicy", "with_retries"]
+
+logger = logging.getLogger("ndcache")
 
 T = TypeVar("T")
 
@@ -28,7 +31,7 @@ class RetryPolicy:
     budget : float
         Seconds after the first failure in which a next try may begin.
     backoff, max_backoff : float
-        The wait before try *n* + 1 is drawn evenly from 0 to ``min(max_backoff, backoff * 2**n)`` seconds
+        The wait after the *n*-th failure is drawn evenly from 0 to ``min(max_backoff, backoff * 2**(n - 1))`` seconds
         ("full jitter").
     """
 
@@ -73,6 +76,7 @@ def with_retries(attempt: Callable[[], T], policy: RetryPolicy, stop: Stop, stat
             delay = policy.delay(error, failures, now - first_failure)
             if delay is None:
                 raise
+            logger.warning("trying again in %.1f s (try %d): %s", delay, failures + 1, error)
         stop.sleep(delay)
         if stats is not None:
             stats.count(retries=1)

@@ -42,8 +42,8 @@ class LoadStats:
         ``network`` (receiving, digests and writing), ``publish`` (fsync and rename), ``hash`` (of files that
         lay there already).
     integrity : dict of str to int
-        How many shards were held to which kind of check: ``sha256``, ``md5``, or ``size`` alone (the manifest has no
-        digest for them, or it was not computed: ``verify="never"``, local directories).
+        How many shards were checked by what, now or when they were fetched: ``sha256``, ``md5``, or ``size`` alone
+        (the manifest has no digest for them, or it was not computed: ``verify="never"``, local directories).
     """
 
     nbytes: int = 0
@@ -56,7 +56,9 @@ class LoadStats:
     peak_bytes_in_flight: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_PHASES, 0.0))
     integrity: Counter[str] = field(default_factory=Counter)
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self._lock = threading.Lock()  # no field, so that dataclasses.asdict passes it by
 
     @property
     def gb_per_second(self) -> float:

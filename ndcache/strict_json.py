@@ -49,7 +49,9 @@ def parse_json(data: bytes) -> Any:
             parse_constant=_constant,
         )
     except UnicodeDecodeError as error:
-        raise ManifestSyntaxError("the manifest is not UTF-8") from error
+        raise ManifestSyntaxError(
+            "the manifest is not UTF-8", hint="Give the model's directory or its JSON manifest, not a shard."
+        ) from error
     except json.JSONDecodeError as error:
         raise ManifestSyntaxError(f"the manifest is not JSON: {error}", hint=_what_it_is(data)) from error
     except RecursionError as error:

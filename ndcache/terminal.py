@@ -42,7 +42,7 @@ __all__ = [
 logger = logging.getLogger("ndcache")
 
 #: What happens to users; anything else is a bug, and shows its traceback.
-_EXPECTED = (NdcacheError, KeyError, ValueError, TypeError, OSError, ImportError, MemoryError)
+_EXPECTED = (NdcacheError, KeyError, ValueError, TypeError, OSError, ImportError, MemoryError, Warning)
 #: Where a command's context says that ``--verbose`` was given.
 VERBOSE = "ndcache.verbose"
 
@@ -170,22 +170,18 @@ def print_facts(facts: Iterable[tuple[str, str]]) -> None:
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print a table. Columns whose names end in a space are numbers, and set to the right."""
-    # Without a terminal a row is a line, whatever its length.
-    is_terminal = sys.stdout.isatty()
-    console = Console(file=sys.stdout, highlight=False, width=None if is_terminal else 1 << 20)
+    # A row is a line, whatever its length: what a terminal folds by itself can still be copied.
+    console = Console(file=sys.stdout, highlight=False, width=1 << 20)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         justify: Any = "right" if column.endswith(" ") else "left"
-        table.add_column(column.strip(), justify=justify, overflow="fold", no_wrap=not is_terminal)
+        table.add_column(column.strip(), justify=justify, no_wrap=True)
     for row in rows:
         table.add_row(*(Text(shown(cell)) for cell in row))
-    if is_terminal:
-        console.print(table)
-        return
     with console.capture() as capture:
         console.print(table)
     for line in capture.get().splitlines():
-        click.echo(line.rstrip())
+        click.echo(line.rstrip(), color=True)
 
 
 def print_json(value: Any) -> None:

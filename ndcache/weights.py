@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from .devices.base import Device
 from .manifest import Manifest
@@ -81,7 +81,15 @@ class Weights(Mapping[str, Any]):
     def __repr__(self) -> str:
         if self._tensors is None:
             return "<Weights: closed>"
-        return f"<Weights: {len(self)} tensors, {self.nbytes / 2**20:.1f} MiB, on {self._where}>"
+        number = f"{len(self)} tensor{'' if len(self) == 1 else 's'}"
+        return f"<Weights: {number}, {self.nbytes / 2**20:.1f} MiB, on {self._where}>"
+
+    # Not Mapping's, which would compare arrays and has no hash.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("weights are not pickled: load them in each process, which reads the cached files in place")
 
     def _open(self) -> dict[str, Any]:
         if self._tensors is None:

@@ -112,7 +112,7 @@ class Conformance:
     def test_closed_weights_say_so(self, device: Any, tmp_path: Path) -> None:
         models.simple_model(tmp_path, shards=1)
         weights = self.load(device, tmp_path)
-        assert "1 tensors" in repr(weights)
+        assert "1 tensor," in repr(weights)
         weights.close()
         weights.close()
         with pytest.raises(ValueError, match="closed"):

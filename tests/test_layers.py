@@ -21,6 +21,7 @@ LAYERS: list[list[str]] = [
     ["locate", "manifest", "paths", "stop", "strict_json"],
     # 2: one concern each
     ["cache", "connections", "decode", "digests", "failures", "parse", "retry"],
+    ["options"],
     # 3: devices, each above the one that it is built on; HTTP; a model in a directory
     ["devices.base", "inventory", "model", "transport"],
     ["devices.cpu"],

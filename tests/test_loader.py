@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -613,11 +614,74 @@ def test_row_36_ctrl_c_in_a_script(model: Path, serve: Serve, cache_dir: Path) -
         ({"verify": "sometimes"}, "verify"),
         ({"scope": ""}, "scope"),
         ({"scope": "../x"}, "scope"),
+        ({"timeout": 0}, "timeout"),
+        ({"timeout": (1, 2, 3)}, "timeout"),
+        ({"timeout": (1, "2")}, "timeout"),
+        ({"timeout": float("inf")}, "timeout"),
+        ({"retries": -1}, "retries"),
+        ({"cache_dir": ""}, "cache_dir"),
     ],
 )
-def test_options_are_checked(options: dict[str, Any], message: str) -> None:
+def test_options_have_values_that_make_sense(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ndcache.Loader(**options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_workers": "3"},
+        {"max_workers": True},
+        {"memory_limit": "1G"},
+        {"verify": None},
+        {"scope": 3},
+        {"timeout": "3"},
+        {"timeout": None},
+        {"retries": "3"},
+        {"retries": 1.5},
+        {"offline": "no"},
+        {"session": "x"},
+        {"cancel": True},
+        {"cache_dir": 3},
+    ],
+    ids=str,
+)
+def test_options_have_types(options: dict[str, Any]) -> None:
+    with pytest.raises((TypeError, ValueError), match=next(iter(options))):
+        ndcache.Loader(**options)
+
+
+def test_a_mirror_is_a_server(model: Path, serve: Serve) -> None:
+    models.simple_model(model)
+    with pytest.raises(ValueError, match="mirror"):
+        ndcache.load(serve(model).url, mirrors=[str(model)])
+
+
+def test_names_that_are_nearly_right(model: Path) -> None:
+    models.simple_model(model)
+    with pytest.raises(KeyError, match=r"did you mean 'layer\.1'"):
+        ndcache.load(model, names="layers.1")
+
+
+def test_weights_are_compared_by_identity_and_not_pickled(model: Path) -> None:
+    models.simple_model(model)
+    one, other = ndcache.load(model), ndcache.load(model)
+    assert one == one
+    assert one != other
+    assert len({one, other}) == 2
+    with pytest.raises(TypeError, match="load them in each process"):
+        pickle.dumps(one)
+
+
+def test_warnings_name_the_callers_line(model: Path, serve: Serve) -> None:
+    models.simple_model(model)
+    server = serve(model)
+    ndcache.load(server.url)
+    server.close()
+    for load in (ndcache.load, ndcache.Loader().load):
+        with pytest.warns(RuntimeWarning) as caught:
+            load(server.url)
+        assert [warning.filename for warning in caught] == [__file__]
 
 
 def test_an_unknown_option_is_a_type_error() -> None:

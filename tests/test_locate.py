@@ -162,7 +162,7 @@ def test_a_directory_goes_before_what_it_looks_like(tmp_path: Path, monkeypatch:
         ("hf:owner/name", "hf://"),
         ("https:/host/model", "https://"),
         ("http:host/model", "http://"),
-        ("no-such-directory", "https://"),
+        ("no-such-directory", "no such directory"),
         ("C:\\models\\x", "no such directory"),
         ("C:/models/x", "no such directory"),
         ("\\\\server\\share\\x", "no such directory"),

@@ -174,10 +174,20 @@ def test_nobody_to_tell(nothing: Any, capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("wrong", [1, 0, 1.5, "bar", [None], [print, 1], [True], {"a": print}, object()])
+@pytest.mark.parametrize("wrong", [1, 0, 1.5, "bar", [None], [print, 1], [False], {"a": print}, object()])
 def test_what_cannot_be_called(wrong: Any) -> None:
     with pytest.raises(TypeError, match="progress takes True or callables"):
         Reporter(wrong, [1], cache_only=False)
+
+
+def test_true_among_callables_is_a_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    seen: list[str] = []
+    reporter = Reporter([True, lambda report: seen.append(report.text)], [1], cache_only=False)
+    reporter.start()
+    reporter.shard_done(1)
+    reporter.close()
+    assert len(seen) == 3
+    assert "1/1 shards" in capsys.readouterr().err
 
 
 def test_a_callbacks_exception_comes_through() -> None:

@@ -10,9 +10,14 @@ from .base import Device
 from .cpu import CpuDevice
 from .gpu import GpuDevice, open_gpu
 
-__all__ = ["open_device"]
+__all__ = ["is_device_name", "open_device"]
 
 logger = logging.getLogger("ndcache")
+
+
+def is_device_name(text: str) -> bool:
+    """Whether it is one of the strings that `open_device` takes."""
+    return re.fullmatch(r"cpu|auto|gpu(:[0-9]{1,4})?", text) is not None
 
 
 def open_device(device: Any) -> Device[Any, Any]:
@@ -30,10 +35,10 @@ def open_device(device: Any) -> Device[Any, Any]:
         if not hasattr(device, "create_buffer"):
             raise TypeError(f"device takes a string or a wgpu.GPUDevice, not {device!r}")
         return GpuDevice(device, is_ours=False)
+    if not is_device_name(device):
+        raise ValueError(f"device is 'cpu', 'gpu', 'gpu:N' or 'auto', not {device!r}")
     if device == "cpu":
         return CpuDevice()
-    if not re.fullmatch(r"auto|gpu(:[0-9]{1,4})?", device):
-        raise ValueError(f"device is 'cpu', 'gpu', 'gpu:N' or 'auto', not {device!r}")
     opened = open_gpu(device) or CpuDevice()
     if device == "auto":
         logger.info("device 'auto' is %s", opened.name)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +21,8 @@ from .base import Device
 
 __all__ = ["CpuDevice", "map_shard"]
 
-#: Shards of one load that may stay mapped before Python 3.13, where each map holds a file descriptor (of 1,024 that
-#: a process usually has). Further ones are read into memory.
+#: Shards of one load that may stay mapped before Python 3.13, where each map holds a file descriptor of the 1,024 that
+#: a process usually has. A model with more shards is read into memory.
 _MAX_MAPS = 256
 
 Array = npt.NDArray[Any]
@@ -66,14 +67,23 @@ def map_shard(path: Path, shard: Shard) -> Bytes:
         if sys.version_info >= (3, 13):
             pages = mmap.mmap(file.fileno(), shard.nbytes, access=mmap.ACCESS_READ, trackfd=False)
         else:
-            pages = mmap.mmap(file.fileno(), shard.nbytes, access=mmap.ACCESS_READ)
+            try:
+                pages = mmap.mmap(file.fileno(), shard.nbytes, access=mmap.ACCESS_READ)
+            except OSError as error:
+                if error.errno != errno.EMFILE:
+                    raise
+                return _read(file, shard)  # no descriptor is left to map with, but this one to read from
         return np.frombuffer(pages, np.uint8)
 
 
 def _read_shard(path: Path, shard: Shard) -> Bytes:
     with open(path, "rb") as file:
         _check_size(file.fileno(), path, shard)
-        data = np.fromfile(file, np.uint8, shard.nbytes)
+        return _read(file, shard)
+
+
+def _read(file: BinaryIO, shard: Shard) -> Bytes:
+    data = np.fromfile(file, np.uint8, shard.nbytes)
     data.flags.writeable = False
     return data
 

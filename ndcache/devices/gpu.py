@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -196,15 +197,32 @@ def adapters() -> list[wgpu.GPUAdapter]:
         raise NoAdapterError(
             f"wgpu cannot be loaded: {error}", hint="Install it anew: pip install --force-reinstall wgpu."
         ) from error
+    with _quiet_drivers():
+        every = wgpu.gpu.enumerate_adapters_sync()
     found: list[wgpu.GPUAdapter] = []
     for backend in _BACKENDS:
         better = [_name(adapter) for adapter in found]
         found += [
             adapter
-            for adapter in wgpu.gpu.enumerate_adapters_sync()
+            for adapter in every
             if adapter.info["backend_type"] == backend and not any(_same_name(_name(adapter), name) for name in better)
         ]
     return sorted(found, key=lambda adapter: _ADAPTER_TYPES.index(_type(adapter)))
+
+
+@contextmanager
+def _quiet_drivers() -> Iterator[None]:
+    """libwayland, asked for a display while adapters are listed, prints a line each time that it finds no
+    XDG_RUNTIME_DIR. It takes any absolute path, and nobody can have put a socket in this one.
+    """
+    if sys.platform != "linux" or "XDG_RUNTIME_DIR" in os.environ:
+        yield
+        return
+    os.environ["XDG_RUNTIME_DIR"] = os.devnull
+    try:
+        yield
+    finally:
+        os.environ.pop("XDG_RUNTIME_DIR", None)
 
 
 def is_software(adapter: wgpu.GPUAdapter) -> bool:
