@@ -51,6 +51,8 @@ class Validator:
         Digests that were computed from its bytes.
     etag, last_modified : str or None
         What the server called this version.
+    claim : str or None
+        What the manifest said of it; see `ArtifactCache.is_known`.
     """
 
     nbytes: int
@@ -59,6 +61,11 @@ class Validator:
     sha256: str | None = None
     etag: str | None = None
     last_modified: str | None = None
+    claim: str | None = None
+
+    def is_of(self, status: os.stat_result) -> bool:
+        """Whether a file is still the one that was published, by size and time."""
+        return (status.st_size, status.st_mtime_ns) == (self.nbytes, self.mtime_ns)
 
 
 @dataclass
@@ -134,22 +141,47 @@ class ArtifactCache:
         """Whether the shard is there and of the right size."""
         return self.size(shard.data_path) == shard.nbytes
 
-    def is_known(self, shard: Shard) -> bool | None:
-        """Whether the shard's file was found to have the manifest's digest, or another one; None if that is not known.
+    def open_shard(self, shard: Shard) -> BinaryIO | None:
+        """The shard's file, open for reading, if it is there and of the right size."""
+        try:
+            if self.size(shard.data_path) != shard.nbytes:
+                return None
+            return open(self.path(shard.data_path), "rb")
+        except FileNotFoundError:
+            return None  # just now
+        except OSError as error:
+            raise _unavailable(self.directory, error) from error
 
-        What is known holds for a file whose size and time are those it was published with.
+    def is_known(self, shard: Shard, claim: str, file: BinaryIO | None = None) -> bool | None:
+        """Whether the shard's file is what the manifest says, as far as is remembered; None if that is not known.
+
+        What is remembered holds for a file whose size and time are those it was published with.
+
+        Parameters
+        ----------
+        shard : Shard
+        claim : str
+            What the manifest says of the shard's content: a digest, or else the manifest's name and own digest.
+        file : binary file, optional
+            The open file, if it need not be the one that has the name now.
         """
         validator = self.validator(shard.data_path)
         try:
-            status = os.stat(self.path(shard.data_path))
+            status = os.stat(self.path(shard.data_path) if file is None else file.fileno())
         except FileNotFoundError:
             return None
-        if validator is None or (status.st_size, status.st_mtime_ns) != (validator.nbytes, validator.mtime_ns):
+        if validator is None or not validator.is_of(status):
             return None
         for known, wanted in ((validator.sha256, shard.sha256sum), (validator.md5, shard.md5sum)):
             if wanted is not None and known is not None:
                 return known == wanted
-        return True if shard.integrity == "size" else None
+        if validator.claim is None:
+            return True if shard.integrity == "size" else None
+        if shard.integrity != "size":
+            return None if validator.claim == claim else False
+        # Without a digest, any change of the manifest may be one of the shard; that of another manifest is not.
+        name, _, was_named = validator.claim.partition(" ")
+        return validator.claim == claim or (bool(was_named) and name != claim.partition(" ")[0])
 
     def read(self, name: str, limit: int) -> bytes | None:
         """The content of a small published file, up to `limit` bytes."""
@@ -190,8 +222,23 @@ class ArtifactCache:
                     with contextlib.suppress(FileNotFoundError):
                         os.unlink(path)
 
-    def publish(self, part: Part, name: str, *, etag: str | None = None, last_modified: str | None = None) -> Path:
-        """Give a complete and checked part its name."""
+    def publish(
+        self,
+        part: Part,
+        name: str,
+        *,
+        etag: str | None = None,
+        last_modified: str | None = None,
+        claim: str | None = None,
+    ) -> BinaryIO:
+        """Give a complete and checked part its name; the published file comes back open for reading.
+
+        Raises
+        ------
+        CacheUnavailableError
+            From FileNotFoundError, if another process deleted the directory or published another file just then.
+        CacheError
+        """
         with self._writing(name):
             os.fsync(part.file.fileno())
             status = os.fstat(part.file.fileno())
@@ -200,37 +247,45 @@ class ArtifactCache:
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(part.path, target)
             _sync_directory(target.parent)
-            self.remember(
-                name,
-                Validator(
-                    nbytes=status.st_size,
-                    mtime_ns=status.st_mtime_ns,
-                    md5=part.digest("md5"),
-                    sha256=part.digest("sha256"),
-                    etag=etag,
-                    last_modified=last_modified,
-                ),
+            validator = Validator(
+                nbytes=status.st_size,
+                mtime_ns=status.st_mtime_ns,
+                md5=part.digest("md5"),
+                sha256=part.digest("sha256"),
+                etag=etag,
+                last_modified=last_modified,
+                claim=claim,
             )
-        return target
+            self.try_to_remember(name, validator)
+            file = open(target, "rb")  # noqa: SIM115 - for who asked
+            if not os.path.samestat(os.fstat(file.fileno()), status):
+                file.close()
+                raise FileNotFoundError(errno.ENOENT, "another process put a file of its own in its place")
+            return file
 
     def remember(self, name: str, validator: Validator) -> None:
         """Keep what is known of a published file; losing it in a crash only costs reading the file again."""
         self._folder("validators")
         self._write_small(self._validator_path(name), asdict(validator))
 
-    def remember_checked(self, shard: Shard) -> None:
-        """Note that the shard's file was just found to match the manifest."""
-        with contextlib.suppress(OSError, NdcacheError):  # a read-only cache forgets, and checks again
-            status = os.stat(self.path(shard.data_path))
-            self.remember(
-                shard.data_path,
-                Validator(status.st_size, status.st_mtime_ns, shard.md5sum, shard.sha256sum),
-            )
+    def try_to_remember(self, name: str, validator: Validator) -> None:
+        """The same where it does not matter: a cache that is full or read-only forgets, and checks again."""
+        try:
+            self.remember(name, validator)
+        except UnsafeCacheError:
+            raise
+        except OSError:
+            pass
 
-    def set_aside(self, name: str) -> None:
-        """Take a bad file out of the way, without destroying the evidence."""
+    def set_aside(self, name: str, file: BinaryIO | None = None) -> None:
+        """Take a bad file out of the way, without destroying the evidence.
+
+        `file` is the open bad one, which may have lost its name to a good one in the meantime.
+        """
         with self._writing(name), contextlib.suppress(FileNotFoundError):
-            os.replace(self.path(name), self._folder("aside") / _flat(name))
+            path = self.path(name)
+            if file is None or os.path.samestat(os.lstat(path), os.fstat(file.fileno())):
+                os.replace(path, self._folder("aside") / _flat(name))
 
     def ensure_room(self, nbytes: int) -> None:
         """Raise `DiskFullError` unless the disk has room for `nbytes` more."""
@@ -273,9 +328,14 @@ class ArtifactCache:
 
     def _write_small(self, path: Path, content: dict[str, Any]) -> None:
         fresh = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
-        with open(fresh, "x", encoding="utf-8") as file:
-            json.dump(content, file)
-        os.replace(fresh, path)
+        try:
+            with open(fresh, "x", encoding="utf-8") as file:
+                json.dump(content, file)
+            os.replace(fresh, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(fresh)
+            raise
 
     def _check_ours(self) -> None:
         if self.directory.is_symlink() or not self._state.is_dir() or self._state.is_symlink():

@@ -55,13 +55,20 @@ def watching(watch: Watch) -> Iterator[None]:
 class _Watched(HTTPConnection):
     """A connection that shows its socket to whoever watches this thread."""
 
+    _is_used = False
+
     def connect(self) -> None:
         super().connect()
+        self._is_used = False
         self._show()
 
     def request(self, *args: Any, **kwargs: Any) -> None:
+        watch: Watch | None = getattr(_current, "watch", None)
+        if watch is not None:
+            watch.reused = self.sock is not None and self._is_used
         self._show()
         super().request(*args, **kwargs)
+        self._is_used = True
 
     def _show(self) -> None:
         watch: Watch | None = getattr(_current, "watch", None)
@@ -89,5 +96,6 @@ class WatchedAdapter(HTTPAdapter):
 
     def proxy_manager_for(self, *args: Any, **kwargs: Any) -> urllib3.ProxyManager:
         manager: urllib3.ProxyManager = super().proxy_manager_for(*args, **kwargs)
-        manager.pool_classes_by_scheme = {"http": _Pool, "https": _TLSPool}
+        if type(manager) is urllib3.ProxyManager:  # a SOCKS manager has connections of its own
+            manager.pool_classes_by_scheme = {"http": _Pool, "https": _TLSPool}
         return manager

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from .cache import ArtifactCache, Part
 from .errors import (
@@ -50,8 +51,16 @@ class Downloader:
     cache: ArtifactCache
     digests: bool = True
 
-    def shard(self, shard: Shard, urls: Sequence[str]) -> Path:
-        """Bring one shard into the cache, from the first of `urls` that gives the right bytes.
+    def shard(self, shard: Shard, urls: Sequence[str], claim: str) -> BinaryIO:
+        """Bring one shard into the cache, from the first of `urls` that gives the right bytes; its file comes open.
+
+        Parameters
+        ----------
+        shard : Shard
+        urls : sequence of str
+            Of the source, which the caller's session is for, and of mirrors.
+        claim : str
+            What the manifest says of its content; see `ArtifactCache.is_known`.
 
         Raises
         ------
@@ -63,7 +72,7 @@ class Downloader:
         for url in urls:
             try:
                 return with_retries(
-                    lambda url=url: self._shard_once(shard, url),  # type: ignore[misc]
+                    lambda url=url: self._shard_once(shard, url, urls[0], claim),  # type: ignore[misc]
                     self.policy,
                     self.stop,
                     self.stats,
@@ -78,7 +87,7 @@ class Downloader:
         """Bring a file of unknown size, up to `limit` bytes, into the cache."""
 
         def once() -> Path:
-            with self._get(url) as response, self.cache.part(name, ("md5",)) as part:
+            with self._get(url, url) as response, self.cache.part(name, ("md5",)) as part:
                 length = response.content_length
                 if length is not None and length > limit:
                     raise SizeMismatchError(
@@ -97,23 +106,24 @@ class Downloader:
                         expected=length,
                         received=part.nbytes,
                     )
-                return self._publish(part, name, response)
+                self._publish(part, name, response).close()
+                return self.cache.path(name)
 
         return with_retries(once, self.policy, self.stop, self.stats)
 
-    def _shard_once(self, shard: Shard, url: str) -> Path:
+    def _shard_once(self, shard: Shard, url: str, owner: str, claim: str) -> BinaryIO:
         algorithms = (shard.integrity,) if self.digests and shard.integrity != "size" else ()
-        with self._get(url) as response:
+        with self._get(url, owner) as response:
             _check_length(response, shard)
             with self.cache.part(shard.data_path, algorithms) as part:
                 with self.stats.timed("network"):
                     self._receive(response, part, shard.nbytes)
                 _check_part(part, shard, url)
-                return self._publish(part, shard.data_path, response)
+                return self._publish(part, shard.data_path, response, claim)
 
-    def _get(self, url: str) -> Response:
+    def _get(self, url: str, owner: str) -> Response:
         self.stats.count(requests=1)
-        response = self.transport.get(url, {}, self.stop)
+        response = self.transport.get(url, {}, self.stop, owner=owner)
         if response.status != 200:
             with response:
                 raise ProtocolError(
@@ -132,13 +142,14 @@ class Downloader:
                 raise SizeMismatchError("the server sends more than there should be", url=response.url, expected=nbytes)
             part.write(data)
 
-    def _publish(self, part: Part, name: str, response: Response) -> Path:
+    def _publish(self, part: Part, name: str, response: Response, claim: str | None = None) -> BinaryIO:
         with self.stats.timed("publish"):
             return self.cache.publish(
                 part,
                 name,
                 etag=response.headers.get("ETag"),
                 last_modified=response.headers.get("Last-Modified"),
+                claim=claim,
             )
 
 

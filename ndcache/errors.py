@@ -167,10 +167,14 @@ class NdcacheError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Not BaseException's way, which would call __init__ with the message alone.
-        return copyreg.__newobj__, (type(self), self.message), self.__dict__  # type: ignore[attr-defined]
+        state = dict(self.__dict__)
+        if isinstance(self, OSError) and self.errno is not None:
+            state["errno"] = self.errno  # which is not in __dict__
+        return copyreg.__newobj__, (type(self), self.message), state  # type: ignore[attr-defined]
 
     def __setstate__(self, state: dict[str, Any] | None) -> None:
-        self.__dict__.update(state or {})
+        for name, value in (state or {}).items():
+            setattr(self, name, value)
         self.args = (self.message,)
 
 

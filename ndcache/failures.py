@@ -28,7 +28,7 @@ from .errors import (
     TruncatedError,
 )
 
-__all__ = ["FAILURES", "raise_for_status", "raise_transfer_error"]
+__all__ = ["FAILURES", "is_broken_connection", "raise_for_status", "raise_transfer_error"]
 
 #: What requests, urllib3 and http.client raise when something is wrong with the network or the server.
 FAILURES = (
@@ -77,8 +77,8 @@ def _seconds(value: str | None) -> float | None:
     """Retry-After, as seconds from now; None for garbage."""
     if value is None:
         return None
-    if re.fullmatch(r"[0-9]{1,10}", value.strip()):
-        return float(value)
+    if re.fullmatch(r"[0-9]{1,400}", value.strip()):
+        return min(float(value), 1e10)
     try:
         return max(email.utils.parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
     except (TypeError, ValueError, OverflowError):
@@ -88,12 +88,34 @@ def _seconds(value: str | None) -> float | None:
 def raise_transfer_error(error: Exception, url: str) -> NoReturn:
     """Raise `error`, of whatever library, as ours."""
     chain = list(_causes(error))
-    # Their own text may hold the whole URL, signature and all; the cause at the bottom does not.
-    cause = next((e for e in reversed(chain) if not isinstance(e, _MAY_SHOW_URLS)), None)
+    for item in chain:
+        # A hook of the caller's session that calls raise_for_status().
+        if isinstance(item, requests.HTTPError) and item.response is not None:
+            raise_for_status(item.response.status_code, item.response.headers, url)
+    # Their own text may hold the whole URL, or a header with a token in it; that of the system's errors does not.
+    cause = next((e for e in reversed(chain) if _shows_no_secrets(e)), None)
     raise _transfer_error(chain, url) from cause
 
 
-_MAY_SHOW_URLS = (requests.RequestException, urllib3.exceptions.PoolError)
+def _shows_no_secrets(error: BaseException) -> bool:
+    return type(error) is OSError or isinstance(error, _SYSTEM_ERRORS)
+
+
+_SYSTEM_ERRORS = (
+    ConnectionError,
+    TimeoutError,
+    socket.gaierror,
+    ssl.SSLError,
+    http.client.BadStatusLine,
+    http.client.IncompleteRead,
+    http.client.LineTooLong,
+)
+
+
+def is_broken_connection(error: BaseException) -> bool:
+    """Whether the connection ended before an answer came."""
+    kinds = (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError)
+    return any(isinstance(item, kinds) for item in _causes(error))
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -126,6 +148,8 @@ def _transfer_error(chain: list[BaseException], url: str) -> TransferError:
             if "WRONG_VERSION_NUMBER" in str(detail)
             else "For a private certificate authority, set REQUESTS_CA_BUNDLE to its file.",
         )
+    if has(requests.exceptions.RetryError, urllib3.exceptions.ResponseError):
+        return ServerError("the server failed, again and again", url=url, hint="Try again later.")
     if has(socket.gaierror, urllib3.exceptions.NameResolutionError):
         return ConnectError(f"the host {host} is not known", url=url, hint="Check its spelling and the network.")
     if has(ConnectionRefusedError):
@@ -146,5 +170,7 @@ def _transfer_error(chain: list[BaseException], url: str) -> TransferError:
 
 
 def _reason(error: BaseException) -> str:
-    text = str(error.strerror if isinstance(error, OSError) and error.strerror else error)
-    return text[:160] or type(error).__name__
+    """Why, in words that hold neither URLs nor headers."""
+    if not _shows_no_secrets(error):
+        return type(error).__name__
+    return str((isinstance(error, OSError) and error.strerror) or error)[:160] or type(error).__name__

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from typing import TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from typing import Any, Generic, TypeVar
 
 from .errors import CancelledError, NdcacheError
 from .manifest import Shard
@@ -56,26 +57,28 @@ def in_order(
     NdcacheError
         The first error of any shard, at once, whichever's turn it is; those of other shards attached.
     """
-    waiting, pending = deque(shards), deque[tuple[Shard, "Future[T]"]]()
-    in_flight = 0
+    results: dict[int, T] = {}
+    done: SimpleQueue[_Done[T]] = SimpleQueue()
+    begun = taken = in_flight = 0
     executor = ThreadPoolExecutor(max_workers, thread_name_prefix="ndcache")
     try:
-        while waiting or pending:
-            while waiting and _may_begin(waiting[0], pending, in_flight, memory_limit, max_workers):
-                shard = waiting.popleft()
-                pending.append((shard, executor.submit(work, shard)))
-                in_flight += shard.nbytes
+        while taken < len(shards):
+            while begun < len(shards) and _may_begin(
+                shards[begun], begun - taken, in_flight, memory_limit, max_workers
+            ):
+                executor.submit(_run, work, shards[begun], begun, done)
+                in_flight += shards[begun].nbytes
                 stats.peak_bytes_in_flight = max(stats.peak_bytes_in_flight, in_flight)
+                begun += 1
             with stats.timed("wait"):
-                _wait_for_first([future for _, future in pending], stop, tick)
-            shard, future = pending[0]
-            yield future.result()
-            pending.popleft()
-            in_flight -= shard.nbytes
+                _collect(done, results, taken, stop, tick)
+            yield results.pop(taken)
+            in_flight -= shards[taken].nbytes
+            taken += 1
     except BaseException as error:
         stop.set()
         executor.shutdown(wait=True, cancel_futures=True)
-        _attach_others(error, [future for _, future in pending])
+        _attach_others(error, done)
         raise
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
@@ -83,50 +86,67 @@ def in_order(
 
 def in_worker(work: Callable[[], T], stop: Stop) -> T:
     """``work()`` in a worker thread, while the caller's thread looks after `stop`."""
+    done: SimpleQueue[_Done[T]] = SimpleQueue()
+    results: dict[int, T] = {}
     executor = ThreadPoolExecutor(1, thread_name_prefix="ndcache")
-    future = executor.submit(work)
     try:
-        _wait_for_first([future], stop, lambda: None)
-        return future.result()
+        executor.submit(_run, lambda _: work(), None, 0, done)
+        _collect(done, results, 0, stop, lambda: None)
+    except NdcacheError:
+        raise  # of the work, which is over
+    except BaseException:
+        stop.set()
+        raise
     finally:
-        if not future.done():
-            stop.set()
         executor.shutdown(wait=True)
+    return results[0]
 
 
-def _may_begin(
-    shard: Shard,
-    pending: Sequence[object],
-    in_flight: int,
-    memory_limit: int,
-    max_workers: int,
-) -> bool:
-    if not pending:
-        return True
-    # Enough tasks to keep the workers busy; more would only make each wait longer to set up.
-    return in_flight + shard.nbytes <= memory_limit and len(pending) < 4 * max_workers
+@dataclass(frozen=True)
+class _Done(Generic[T]):
+    """What became of one task. One of the two is None."""
+
+    index: int
+    result: T | None
+    error: BaseException | None
 
 
-def _wait_for_first(futures: Sequence[Future[T]], stop: Stop, tick: Callable[[], None]) -> None:
-    """Until the first of `futures` is done, or any has failed: then raise its error."""
-    while True:
-        for future in futures:
-            if future.done() and (error := future.exception()) is not None:
-                raise error
-        if futures[0].done():
-            return
-        wait([f for f in futures if not f.done()], _TICK, FIRST_COMPLETED)
-        stop.look()
-        tick()
+def _run(work: Callable[[Any], T], item: Any, index: int, done: SimpleQueue[_Done[T]]) -> None:
+    # Through a queue, and not the future that the executor makes: to wait for futures, the caller's thread would have
+    # to take locks that the workers need, and Ctrl-C could leave one of them locked for ever.
+    try:
+        done.put(_Done(index, work(item), None))
+    except BaseException as error:
+        done.put(_Done(index, None, error))
 
 
-def _attach_others(error: BaseException, futures: Sequence[Future[T]]) -> None:
+def _may_begin(shard: Shard, pending: int, in_flight: int, memory_limit: int, max_workers: int) -> bool:
+    # Enough tasks to keep the workers busy; more would only fill the queue.
+    return pending == 0 or (in_flight + shard.nbytes <= memory_limit and pending < 4 * max_workers)
+
+
+def _collect(
+    done: SimpleQueue[_Done[T]], results: dict[int, T], wanted: int, stop: Stop, tick: Callable[[], None]
+) -> None:
+    """Take what is done until `wanted` is there, and all that is there already; raise the first error."""
+    while wanted not in results or not done.empty():
+        try:
+            item = done.get(timeout=_TICK)
+        except Empty:
+            stop.look()
+            tick()
+            continue
+        if item.error is not None:
+            try:
+                raise item.error
+            finally:
+                del item  # or the error would hold itself, and with it the maps of all shards
+        results[item.index] = item.result  # type: ignore[assignment]
+
+
+def _attach_others(error: BaseException, done: SimpleQueue[_Done[T]]) -> None:
     """Give the error that is raised those of the other shards, but not what stopping them made of them."""
-    if not isinstance(error, NdcacheError):
-        return
-    others = [future.exception() for future in futures if future.done() and not future.cancelled()]
-    error.others += tuple(
-        other
-        for other in others
-        if isinstance(other, NdcacheError) and not isinstance(other, CancelledError) and other is not error
-    )
+    while isinstance(error, NdcacheError) and not done.empty():
+        other = done.get().error
+        if isinstance(other, NdcacheError) and not isinstance(other, CancelledError):
+            error.others += (other,)

@@ -148,7 +148,7 @@ class Loader:
         self._mirrors = [mirrors] if isinstance(mirrors, str) else list(mirrors)
         self._memory_limit = memory_limit
         self._cancel = cancel
-        token = environ.get("HF_TOKEN")
+        token = (environ.get("HF_TOKEN") or "").strip()
         self._transport = Transport(
             session=session,
             timeout=timeout if isinstance(timeout, tuple) else (timeout, timeout),
@@ -192,8 +192,13 @@ class Loader:
     ) -> Iterator[tuple[str, Any]]:
         """Like `load`, but give each tensor as soon as it is there: see `ndcache.stream`."""
         target = open_device(device)
-        run = self._open(source)
-        return self._tensors(run, target, self._select(run, target, names, decode), decode, progress)
+        try:
+            run = self._open(source)
+            shards = self._select(run, target, names, decode)
+        except BaseException:
+            target.discard(())
+            raise
+        return self._tensors(run, target, shards, decode, progress)
 
     def fetch(self, source: Source, *, names: NameFilter = None, progress: Progress = None) -> Path:
         """Bring a model into the cache without decoding it: see `ndcache.fetch`."""
@@ -201,7 +206,9 @@ class Loader:
         shards = run.model.manifest.shards_with(names)
 
         def work(shard: Shard) -> tuple[Obtained, None]:
-            return run.model.obtain(shard), None
+            obtained = run.model.obtain(shard)
+            obtained.file.close()
+            return obtained, None
 
         # Nothing waits for a device: only the disk is the limit.
         with closing(self._in_order(run, shards, work, progress, memory_limit=sys.maxsize)) as arriving:
@@ -309,7 +316,8 @@ class Loader:
 
         def work(shard: Shard) -> tuple[Obtained, Any]:
             obtained = run.model.obtain(shard)
-            return obtained, device.stage(obtained.path, shard)
+            with obtained.file:
+                return obtained, device.stage(obtained.file, shard)
 
         arriving = self._in_order(run, shards, work, progress, self._memory_limit, device.finish)
         with closing(arriving):
@@ -334,7 +342,7 @@ class Loader:
         reporter = Reporter(
             progress,
             [shard.nbytes for shard in shards],
-            cache_only=all(run.model.has(shard) for shard in shards),
+            cache_only=all(run.model.is_ready(shard) for shard in shards),
             received=lambda: run.stats.network_bytes,
         )
         results = in_order(

@@ -89,7 +89,12 @@ def _quoted(path: str) -> str:
 
 def hf_endpoint(environ: Mapping[str, str]) -> str:
     """The Hugging Face endpoint in force, without a slash at its end."""
-    return (environ.get("HF_ENDPOINT") or HF_ENDPOINT).rstrip("/")
+    endpoint = (environ.get("HF_ENDPOINT") or HF_ENDPOINT).rstrip("/")
+    try:
+        urlsplit(endpoint).port  # noqa: B018 - reading it checks it
+    except ValueError:
+        raise ValueError(f"HF_ENDPOINT is not a URL: {redact(endpoint)}") from None
+    return endpoint
 
 
 def locate(source: str | os.PathLike[str], environ: Mapping[str, str] = os.environ) -> Location:

@@ -194,7 +194,7 @@ class Manifest:
     def _predicate(self, names: NameFilter) -> Callable[[str], bool]:
         if callable(names):
             return names
-        patterns = [names] if isinstance(names, str) else list(names or ())
+        patterns = [names] if isinstance(names, str) else [] if names is None else list(names)
         matching = set()
         for pattern in patterns:
             if pattern in self._by_name:  # to the letter, also where it could be a pattern: ``layers[0].weight``

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from .digests import mismatch
 from .errors import ChecksumError, NotFoundError, SizeMismatchError
@@ -19,9 +20,12 @@ __all__ = ["LocalModel", "Model", "Obtained"]
 
 @dataclass(frozen=True)
 class Obtained:
-    """A shard's file, whole and checked as far as the options say."""
+    """A shard's file, whole and checked as far as the options say.
 
-    path: Path
+    It is open, so that what was checked is what will be read, whatever becomes of its name. Whoever gets it closes it.
+    """
+
+    file: BinaryIO
     from_cache: bool
     checked: str  # "sha256", "md5" or "size"
 
@@ -43,6 +47,10 @@ class Model(ABC):
     @abstractmethod
     def has(self, shard: Shard, *, of_any_size: bool = False) -> bool:
         """Whether the shard's file is there, and of the right size unless any will do; looks at no bytes."""
+
+    def is_ready(self, shard: Shard) -> bool:
+        """Whether `obtain` will need no network, as far as can be told without reading the file."""
+        return self.has(shard)
 
     @abstractmethod
     def prepare(self, shards: Sequence[Shard]) -> None:
@@ -87,21 +95,31 @@ class LocalModel(Model):
                 )
 
     def obtain(self, shard: Shard) -> Obtained:
-        path = self._path(shard)
-        if self._verify != "always":
-            return Obtained(path, from_cache=True, checked="size")
-        if digests := mismatch(path, shard, self._stop.check):
-            raise ChecksumError(
-                f"{path} has the digest {digests[1]}, the manifest says {digests[0]}",
-                shard=shard.data_path,
-                expected=digests[0],
-                received=digests[1],
-                hint="The file is damaged: copy it again.",
-            )
-        return Obtained(path, from_cache=True, checked=shard.integrity)
+        file = self._open(shard)
+        try:
+            if self._verify == "always" and (digests := mismatch(file, shard, self._stop.check)):
+                raise ChecksumError(
+                    f"{self._path(shard)} has the digest {digests[1]}, the manifest says {digests[0]}",
+                    shard=shard.data_path,
+                    expected=digests[0],
+                    received=digests[1],
+                    hint="The file is damaged: copy it again.",
+                )
+        except BaseException:
+            file.close()
+            raise
+        return Obtained(file, from_cache=True, checked=shard.integrity if self._verify == "always" else "size")
 
     def check(self, shard: Shard) -> bool:
-        return self.has(shard) and mismatch(self._path(shard), shard, self._stop.check) is None
+        with self._open(shard) as file:
+            return self.has(shard) and mismatch(file, shard, self._stop.check) is None
+
+    def _open(self, shard: Shard) -> BinaryIO:
+        path = self._path(shard)
+        try:
+            return open(path, "rb")
+        except OSError as error:
+            raise NotFoundError(f"{path} cannot be read: {error.strerror}", shard=shard.data_path) from error
 
     def _path(self, shard: Shard) -> Path:
         return self.directory.joinpath(*shard.data_path.split("/"))

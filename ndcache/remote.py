@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
+from typing import BinaryIO
 
 from .cache import Validator
 from .digests import mismatch
 from .download import Downloader
 from .errors import (
+    CacheUnavailableError,
     ManifestError,
     NdcacheError,
     NotFoundError,
@@ -27,6 +32,9 @@ from .retry import RetryPolicy, with_retries
 from .strict_json import MAX_MANIFEST_BYTES
 
 __all__ = ["RemoteModel"]
+
+#: How often a shard is obtained before other processes that take it away count as an error.
+_TRIES = 5
 
 logger = logging.getLogger("ndcache")
 
@@ -60,51 +68,84 @@ class RemoteModel(Model):
         self._cache = downloader.cache
         self._verify = verify
         self._offline = offline
+        self._manifest_digest = ""
         super().__init__(self._open_manifest(), self._cache.directory)
 
     def has(self, shard: Shard, *, of_any_size: bool = False) -> bool:
         size = self._cache.size(shard.data_path)
         return size is not None and (of_any_size or size == shard.nbytes)
 
+    def is_ready(self, shard: Shard) -> bool:
+        return self.has(shard) and self._cache.is_known(shard, self._claim(shard)) is not False
+
     def prepare(self, shards: Sequence[Shard]) -> None:
-        missing = [shard for shard in shards if not self.has(shard)]
+        missing = [shard for shard in shards if not self.is_ready(shard)]
         if missing and self._offline:
             raise _offline(self._bases[0], [shard.data_path for shard in missing])
         if missing:
             self._cache.ensure_room(sum(shard.nbytes for shard in missing))
 
     def obtain(self, shard: Shard) -> Obtained:
-        checked = "size" if self._verify == "never" else shard.integrity
-        if self._cache.has(shard):
-            if self._is_good(shard):
-                return Obtained(self._cache.path(shard.data_path), from_cache=True, checked=checked)
-            logger.warning("%s in the cache is not what the manifest says: set aside", shard.data_path)
+        tries = 0
+        while True:
+            try:
+                return self._obtain_once(shard)
+            except CacheUnavailableError as error:
+                tries += 1
+                # Somebody else deleted the model, or published the shard of another version, just then.
+                if tries == _TRIES or not isinstance(error.__cause__, FileNotFoundError):
+                    raise
+
+    def check(self, shard: Shard) -> bool:
+        file = self._cache.open_shard(shard)
+        if file is None:
             self._cache.set_aside(shard.data_path)
+            return False
+        with file:
+            return self._has_right_bytes(shard, file)
+
+    def _obtain_once(self, shard: Shard) -> Obtained:
+        checked = "size" if self._verify == "never" else shard.integrity
+        file = self._cache.open_shard(shard)
+        if file is not None:
+            try:
+                if self._is_good(shard, file):
+                    return Obtained(file, from_cache=True, checked=checked)
+            except BaseException:
+                file.close()
+                raise
+            file.close()
         if self._offline:
             raise _offline(self._bases[0], [shard.data_path])
         urls = [base.url(shard.data_path) for base in self._bases]
-        return Obtained(self._downloader.shard(shard, urls), from_cache=False, checked=checked)
+        return Obtained(self._downloader.shard(shard, urls, self._claim(shard)), from_cache=False, checked=checked)
 
-    def check(self, shard: Shard) -> bool:
-        if self._cache.has(shard) and self._has_right_bytes(shard):
-            return True
-        self._cache.set_aside(shard.data_path)
-        return False
-
-    def _is_good(self, shard: Shard) -> bool:
-        known = self._cache.is_known(shard)
+    def _is_good(self, shard: Shard, file: BinaryIO) -> bool:
+        known = self._cache.is_known(shard, self._claim(shard), file)
         if known is False:
-            return False
+            return False  # of another version; the new one takes its name
         if self._verify == "never" or (self._verify == "download" and known):
             return True
-        return self._has_right_bytes(shard)
+        if self._has_right_bytes(shard, file):
+            return True
+        logger.warning("%s in the cache is not what the manifest says: set aside", shard.data_path)
+        return False
 
-    def _has_right_bytes(self, shard: Shard) -> bool:
+    def _has_right_bytes(self, shard: Shard, file: BinaryIO) -> bool:
+        name, claim = shard.data_path, self._claim(shard)
         with self._downloader.stats.timed("hash"):
-            good = mismatch(self._cache.path(shard.data_path), shard, self._downloader.stop.check) is None
-        if good and not self._cache.is_known(shard):
-            self._cache.remember_checked(shard)
+            good = mismatch(file, shard, self._downloader.stop.check) is None
+        if not good:
+            self._cache.set_aside(name, file)
+        elif not self._cache.is_known(shard, claim, file):
+            status = os.fstat(file.fileno())
+            known = Validator(status.st_size, status.st_mtime_ns, shard.md5sum, shard.sha256sum, claim=claim)
+            self._cache.try_to_remember(name, known)
         return good
+
+    def _claim(self, shard: Shard) -> str:
+        """What the manifest says of the shard's content; without a digest, that it is of this manifest."""
+        return shard.sha256sum or shard.md5sum or f"{self.manifest.name} {self._manifest_digest}"
 
     # --- the manifest
 
@@ -122,6 +163,8 @@ class RemoteModel(Model):
             # One request and no second try: there is something to fall back on.
             return self._request_manifest(cached.name, RetryPolicy(retries=0), cached)
         except (TransferError, ManifestError) as error:
+            if isinstance(error, NotFoundError) and (renamed := self._under_another_name(cached.name)):
+                return renamed
             warnings.warn(
                 f"using the cached manifest of {location}: {error}", RuntimeWarning, stacklevel=_depth_below_caller()
             )
@@ -133,9 +176,22 @@ class RemoteModel(Model):
             if data is None:
                 continue
             try:
-                return parse_manifest(data, name=name, url=str(self._bases[0]))
+                manifest = parse_manifest(data, name=name, url=str(self._bases[0]))
             except ManifestError as error:
                 logger.warning("the cached manifest is damaged and will be fetched anew: %s", error)
+                continue
+            self._manifest_digest = hashlib.sha256(data).hexdigest()
+            return manifest
+        return None
+
+    def _under_another_name(self, old: str) -> Manifest | None:
+        """The manifest under its other usual name, if the server has it there now."""
+        for name in self._bases[0].manifest_names:
+            with contextlib.suppress(TransferError, ManifestError):
+                if name != old:
+                    manifest = self._request_manifest(name, RetryPolicy(retries=0), None)
+                    self._cache.set_aside(old)
+                    return manifest
         return None
 
     def _first_manifest(self) -> Manifest:
@@ -162,6 +218,8 @@ class RemoteModel(Model):
 
     def _request_once(self, name: str, url: str, cached: Manifest | None) -> Manifest:
         known = self._cache.validator(name) if cached is not None else None
+        if known is not None and not known.is_of(os.stat(self._cache.path(name))):
+            known = None  # it was changed here: a 304 would not be about this file
         self._downloader.stats.count(requests=1)
         with self._downloader.transport.get(url, _conditions(known), self._downloader.stop) as response:
             if response.status == 304 and cached is not None and known is not None:
@@ -177,23 +235,19 @@ class RemoteModel(Model):
             raise ProtocolError("the manifest came only in part", url=url, shard=name)
         manifest = parse_manifest(data, name=name, url=url)
         self._keep_manifest(name, data, headers.get("ETag"), headers.get("Last-Modified"))
+        self._manifest_digest = hashlib.sha256(data).hexdigest()
         return manifest
 
     def _keep_manifest(self, name: str, data: bytes, etag: str | None, last_modified: str | None) -> None:
         if self._cache.read(name, MAX_MANIFEST_BYTES) == data:
-            path = self._cache.path(name)
-            try:
-                self._cache.remember(
-                    name,
-                    Validator(len(data), path.stat().st_mtime_ns, etag=etag, last_modified=last_modified),
-                )
-            except OSError:
-                pass  # a read-only cache asks without conditions next time
+            mtime_ns = self._cache.path(name).stat().st_mtime_ns
+            known = Validator(len(data), mtime_ns, etag=etag, last_modified=last_modified)
+            self._cache.try_to_remember(name, known)
             return
         try:
             with self._cache.part(name) as part:
                 part.write(data)
-                self._cache.publish(part, name, etag=etag, last_modified=last_modified)
+                self._cache.publish(part, name, etag=etag, last_modified=last_modified).close()
         except NdcacheError as error:
             # What is cached can still be served; what must be written will say so.
             logger.warning("the manifest could not be kept: %s", error)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import concurrent.futures.thread  # noqa: F401 - registers its hook first
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -29,12 +31,15 @@ class Watch:
         Whether the request's thread waits now. What it takes to write and hash is not the server's fault.
     overdue : bool
         Whether the wait was ended because it was in vain.
+    reused : bool
+        Whether the request went out on a connection that had been used before.
     """
 
     patience: float
     wakers: list[Callable[[], None]] = field(default_factory=list)
     waiting: bool = True
     overdue: bool = False
+    reused: bool = False
     _since: float = field(default_factory=time.monotonic)
     _nbytes: int = 0
 
@@ -62,7 +67,21 @@ class Watch:
             self.restart()
 
 
-@dataclass
+#: What is to be stopped when the interpreter ends, so that a stream left open does not hold it up.
+_live: weakref.WeakSet[Stop] = weakref.WeakSet()
+
+
+def _stop_all() -> None:
+    for stop in list(_live):
+        stop.set()
+
+
+# Before concurrent.futures, whose own hook joins the workers: the last to register is the first to be called.
+if hasattr(threading, "_register_atexit"):
+    threading._register_atexit(_stop_all)
+
+
+@dataclass(eq=False)
 class Stop:
     """The order to stop, for all threads of one load.
 
@@ -79,6 +98,9 @@ class Stop:
     _event: threading.Event = field(default_factory=threading.Event, init=False)
     _watches: set[Watch] = field(default_factory=set, init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
+
+    def __post_init__(self) -> None:
+        _live.add(self)
 
     def set(self) -> None:
         """Stop everything: wake the sleepers, shut the sockets."""

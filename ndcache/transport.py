@@ -7,6 +7,7 @@ one place only (not here), and a way to wake a thread that waits for a socket.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import threading
@@ -19,7 +20,7 @@ import requests
 from ._version import __version__
 from .connections import WatchedAdapter, waker, watching
 from .errors import NdcacheError, ProtocolError, RedirectError, StallError, redact
-from .failures import FAILURES, raise_for_status, raise_transfer_error
+from .failures import FAILURES, is_broken_connection, raise_for_status, raise_transfer_error
 from .stop import Stop, Watch
 
 __all__ = ["Response", "Transport"]
@@ -95,7 +96,8 @@ class Response:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            if kind is None and (self.content_length or 0) <= _DRAIN_BYTES:
+            length = 0 if self.status == 304 else self.content_length
+            if kind is None and length is not None and length <= _DRAIN_BYTES:
                 # A connection is given back for reuse when its body has been read to the end.
                 self.read(_DRAIN_BYTES)
         except NdcacheError:
@@ -135,7 +137,7 @@ class Transport:
         self._made: dict[int, tuple[requests.Session, requests.Session]] = {}
         self._lock = threading.Lock()
 
-    def get(self, url: str, headers: Mapping[str, str], stop: Stop) -> Response:
+    def get(self, url: str, headers: Mapping[str, str], stop: Stop, *, owner: str | None = None) -> Response:
         """Ask for `url`; the answer is 200, 206, 304 or 416, anything else is raised.
 
         Parameters
@@ -146,6 +148,8 @@ class Transport:
             Sent to every hop.
         stop : Stop
             Wakes the calling thread, here and in `Response.read_some`.
+        owner : str, optional
+            A URL of the origin that the caller's session is for, if that is not `url` itself (a mirror).
 
         Raises
         ------
@@ -155,10 +159,19 @@ class Transport:
             `stop` was set.
         """
         stop.check()
-        first, seen = url, set[str]()
+        home, seen, is_home = _origin(url), set[str](), True
+        is_owners = owner is None or _origin(owner) == home
+        auth = self._auth(url) or (None if is_owners else _no_auth)
         while True:
             seen.add(url)
-            response = self._send(url, headers, stop, same_origin=_origin(url) == _origin(first))
+            is_home = is_home and _origin(url) == home  # who has been elsewhere does not come back as himself
+            response = self._send(
+                url,
+                headers,
+                stop,
+                self._sessions()[0 if is_owners and is_home else 1],
+                auth if is_home else _no_auth,
+            )
             if response.status in (301, 302, 303, 307, 308) and response.location:
                 with response:
                     url = _follow(url, response.location, seen)
@@ -178,9 +191,16 @@ class Transport:
                     session.close()
             self._made.clear()
 
-    def _send(self, url: str, headers: Mapping[str, str], stop: Stop, same_origin: bool) -> Response:
-        own, bare = self._sessions()
-        session = own if same_origin else bare
+    def _send(
+        self,
+        url: str,
+        headers: Mapping[str, str],
+        stop: Stop,
+        session: requests.Session,
+        auth: Callable[[Any], Any] | None,
+        *,
+        is_second: bool = False,
+    ) -> Response:
         held: list[str] = []
 
         def hold_redirect(answer: requests.Response, **_: Any) -> None:
@@ -188,6 +208,7 @@ class Transport:
             if target := answer.headers.pop("Location", None):
                 held.append(target)
 
+        given = session.hooks.get("response") or []
         watch = Watch(patience=self._timeout[1])
         stop.add(watch)
         try:
@@ -195,28 +216,33 @@ class Transport:
                 raw = session.get(
                     url,
                     headers={"Accept-Encoding": "identity", **headers},
-                    auth=self._auth(url) if same_origin else _no_auth,
+                    auth=auth,
                     timeout=self._timeout,
                     stream=True,
                     allow_redirects=False,
-                    hooks={"response": [*session.hooks["response"], hold_redirect]},
+                    hooks={"response": [*([given] if callable(given) else given), hold_redirect]},
                 )
         except FAILURES as error:
             stop.remove(watch)
             _check(stop, watch, url)
+            if watch.reused and not is_second and is_broken_connection(error):
+                # The server had closed the kept connection just then, which is nobody's failure (RFC 9112, 9.3.1).
+                return self._send(url, headers, stop, session, auth, is_second=True)
             raise_transfer_error(error, url)
         except BaseException:
             stop.remove(watch)
             raise
-        if session is self._given:
+        if not watch.wakers:  # a connection that is not ours: a session of the caller's, a SOCKS proxy
             watch.wakers.append(waker(raw))
         watch.waiting = False
         return Response(raw, stop, watch, *held)
 
     def _auth(self, url: str) -> Callable[[Any], Any] | None:
-        if self._bearer is None or _origin(url) != _origin(self._bearer[0]):
-            return None
-        return _Bearer(self._bearer[1])
+        """What the user gave for this URL: the token of its origin, or a user and password in it."""
+        if self._bearer is not None and _origin(url) == _origin(self._bearer[0]):
+            return _Bearer(self._bearer[1])
+        user, password = requests.utils.get_auth_from_url(url)
+        return requests.auth.HTTPBasicAuth(user, password) if user or password else None
 
     def _sessions(self) -> tuple[requests.Session, requests.Session]:
         """The session for the origin asked for, and one without secrets for where it redirects."""
@@ -227,6 +253,9 @@ class Transport:
                 if self._given is None:
                     self._made[pid] = (bare, bare)
                 else:
+                    if self._made:  # by the parent of a fork, with whom no socket must be shared
+                        for adapter in self._given.adapters.values():
+                            adapter.close()
                     bare.proxies, bare.verify = dict(self._given.proxies), self._given.verify
                     bare.trust_env = self._given.trust_env
                     self._made[pid] = (self._given, bare)
@@ -270,6 +299,8 @@ def _origin(url: str) -> tuple[str, str | None, int | None]:
 
 
 def _follow(url: str, target: str, seen: set[str]) -> str:
+    with contextlib.suppress(UnicodeError):
+        target = target.encode("latin-1").decode("utf-8")  # as browsers read the header
     try:
         new = urljoin(url, target)
         scheme, host, _ = _origin(new)

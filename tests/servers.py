@@ -54,6 +54,8 @@ class FileServer:
         All so far, each with the client's port as ``x-test-peer``.
     peak_bodies : int
         The most shard bodies that were under way at once.
+    stalled : set of str
+        Paths whose bodies never go on.
     gate : threading.Event
         While it is clear, no body goes on, but the manifest's unless `gated_manifest`.
     """
@@ -66,6 +68,8 @@ class FileServer:
         self.gate = threading.Event()
         self.gate.set()
         self.gated_manifest = False
+        self.stalled: set[str] = set()
+        self._closed = threading.Event()
         self.status: dict[str, int] = {}
         self._bodies = 0
         self._lock = threading.Lock()
@@ -92,6 +96,7 @@ class FileServer:
 
     def close(self) -> None:
         self.gate.set()
+        self._closed.set()
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -138,6 +143,8 @@ class FileServer:
         with self._lock:
             self._bodies += 1
             self.peak_bodies = max(self.peak_bodies, self._bodies)
+        if request.path in self.stalled:
+            self._closed.wait(60)
         self.gate.wait(60)
         try:
             yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import shutil
 from pathlib import Path
@@ -13,6 +14,9 @@ import pytest
 import ndcache
 from ndcache.cache import ArtifactCache
 from ndcache.inventory import cache_root, models
+
+#: Of a manifest that was published with nothing to remember of it.
+CLAIM = "tensor-cache.json 0"
 
 
 def shard(data: bytes, name: str = "params_shard_0.bin", *, md5: bool = True) -> ndcache.Shard:
@@ -28,7 +32,8 @@ def cache(tmp_path: Path) -> ArtifactCache:
 def publish(cache: ArtifactCache, name: str, data: bytes) -> Path:
     with cache.part(name, ("md5",)) as part:
         part.write(data)
-        return cache.publish(part, name)
+        cache.publish(part, name).close()
+    return cache.path(name)
 
 
 def test_a_part_gets_its_name_when_it_is_published(cache: ArtifactCache) -> None:
@@ -36,10 +41,12 @@ def test_a_part_gets_its_name_when_it_is_published(cache: ArtifactCache) -> None
         part.write(b"abc")
         part.write(b"def")
         assert cache.size("a/b.bin") is None
-        assert cache.publish(part, "a/b.bin") == cache.directory / "a" / "b.bin"
+        with cache.publish(part, "a/b.bin") as file:
+            assert file.read() == b"abcdef"
+            assert Path(file.name) == cache.directory / "a" / "b.bin"
     assert cache.path("a/b.bin").read_bytes() == b"abcdef"
     assert cache.has(shard(b"abcdef", "a/b.bin"))
-    assert cache.is_known(shard(b"abcdef", "a/b.bin")) is True
+    assert cache.is_known(shard(b"abcdef", "a/b.bin"), CLAIM) is True
     assert list((cache.directory / ".ndcache" / "parts").iterdir()) == []
 
 
@@ -56,10 +63,10 @@ def test_two_writers_of_one_file_do_not_meet(cache: ArtifactCache) -> None:
         one.write(b"one")
         two.write(b"two")
         assert one.path != two.path
-        cache.publish(one, "a.bin")
+        cache.publish(one, "a.bin").close()
         assert cache.path("a.bin").read_bytes() == b"one"
         opened = open(cache.path("a.bin"), "rb")  # noqa: SIM115 - a reader that began before
-        cache.publish(two, "a.bin")
+        cache.publish(two, "a.bin").close()
     with opened:
         assert opened.read() == b"one"
     assert cache.path("a.bin").read_bytes() == b"two"
@@ -88,13 +95,82 @@ def test_what_is_known_holds_for_the_file_that_was_published(
     if now != b"abc":
         path.write_bytes(now)
         os.utime(path, ns=(1, 1))
-    assert cache.is_known(shard(b"abc")) is known
+    assert cache.is_known(shard(b"abc"), CLAIM) is known
+
+
+MANIFEST_1, MANIFEST_2, OTHER_MANIFEST = "tensor-cache.json 1", "tensor-cache.json 2", "tensor-cache-b16.json 3"
+
+
+@pytest.mark.parametrize(
+    ("algorithms", "then", "now", "has_md5", "known"),
+    [
+        # Nothing was hashed (verify="never"): what the manifest said is remembered.
+        ((), "1234", "1234", True, None),
+        ((), "1234", "5678", True, False),
+        # Without digests, a changed manifest may mean changed shards; another manifest beside it does not.
+        ((), MANIFEST_1, MANIFEST_1, False, True),
+        ((), MANIFEST_1, MANIFEST_2, False, False),
+        ((), MANIFEST_1, OTHER_MANIFEST, False, True),
+        ((), "1234", MANIFEST_2, False, False),
+        # What was hashed needs no claim.
+        (("md5",), "anything", "another thing", True, True),
+    ],
+)
+def test_row_11_what_the_manifest_claimed_is_remembered(
+    cache: ArtifactCache, algorithms: tuple[str, ...], then: str, now: str, has_md5: bool, known: bool | None
+) -> None:
+    with cache.part("params_shard_0.bin", algorithms) as part:
+        part.write(b"abc")
+        cache.publish(part, "params_shard_0.bin", claim=then).close()
+    assert cache.is_known(shard(b"abc", md5=has_md5), now) is known
+
+
+def test_a_file_that_was_replaced_is_judged_by_itself(cache: ArtifactCache) -> None:
+    publish(cache, "params_shard_0.bin", b"abc")
+    with open(cache.path("params_shard_0.bin"), "rb") as old:
+        publish(cache, "params_shard_0.bin", b"abd")
+        assert cache.is_known(shard(b"abc"), CLAIM) is False
+        assert cache.is_known(shard(b"abc"), CLAIM, old) in (None, False)  # the validator is the new file's
+        cache.set_aside("params_shard_0.bin", old)
+    assert cache.path("params_shard_0.bin").read_bytes() == b"abd"
+
+
+def test_a_full_disk_costs_the_memory_of_a_file_and_not_the_file(
+    cache: ArtifactCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with cache.part("params_shard_0.bin", ("md5",)) as part:
+        part.write(b"abc")
+        monkeypatch.setattr(json, "dump", full)
+        cache.publish(part, "params_shard_0.bin").close()
+    assert cache.has(shard(b"abc"))
+    assert cache.is_known(shard(b"abc"), CLAIM) is None
+    assert list((cache.directory / ".ndcache" / "validators").iterdir()) == []
+
+
+def test_another_process_publishes_at_the_same_moment(cache: ArtifactCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace = os.replace
+
+    def overtaken(source: Path, target: Path) -> None:
+        replace(source, target)
+        if target.name == "params_shard_0.bin":
+            monkeypatch.setattr(os, "replace", replace)
+            publish(cache, "params_shard_0.bin", b"another version")
+
+    with cache.part("params_shard_0.bin") as part:
+        part.write(b"abc")
+        monkeypatch.setattr(os, "replace", overtaken)
+        with pytest.raises(ndcache.CacheUnavailableError) as caught:
+            cache.publish(part, "params_shard_0.bin")
+    assert isinstance(caught.value.__cause__, FileNotFoundError)
 
 
 def test_another_digest_in_the_manifest_is_known_to_be_wrong(cache: ArtifactCache) -> None:
     publish(cache, "params_shard_0.bin", b"abc")
-    assert cache.is_known(shard(b"abd")) is False
-    assert cache.is_known(shard(b"abd", md5=False)) is True  # size is all there is to go by
+    assert cache.is_known(shard(b"abd"), CLAIM) is False
+    assert cache.is_known(shard(b"abd", md5=False), CLAIM) is True  # size is all there is to go by
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"nbytes": 3}', b'{"odd": 1}', b"\xff"])
@@ -102,14 +178,14 @@ def test_a_damaged_validator_is_none(cache: ArtifactCache, content: bytes) -> No
     publish(cache, "params_shard_0.bin", b"abc")
     (cache.directory / ".ndcache" / "validators" / "params_shard_0.bin.json").write_bytes(content)
     assert cache.validator("params_shard_0.bin") is None
-    assert cache.is_known(shard(b"abc")) is None
+    assert cache.is_known(shard(b"abc"), CLAIM) is None
 
 
 def test_names_with_slashes_and_percent_signs_stay_apart(cache: ArtifactCache) -> None:
     for name, data in (("a/b.bin", b"1"), ("a%2Fb.bin", b"22")):
         publish(cache, name, data)
-    assert cache.is_known(shard(b"1", "a/b.bin")) is True
-    assert cache.is_known(shard(b"22", "a%2Fb.bin")) is True
+    assert cache.is_known(shard(b"1", "a/b.bin"), CLAIM) is True
+    assert cache.is_known(shard(b"22", "a%2Fb.bin"), CLAIM) is True
 
 
 def test_what_is_bad_is_set_aside(cache: ArtifactCache) -> None:

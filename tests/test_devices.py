@@ -167,8 +167,8 @@ class TestCpu(Conformance):
         models.simple_model(tmp_path, shards=1)
         (shard,) = ndcache.read_manifest(tmp_path).shards
         os.truncate(tmp_path / "params_shard_0.bin", 5)
-        with pytest.raises(ndcache.SizeMismatchError):
-            cpu_module.map_shard(tmp_path / "params_shard_0.bin", shard)
+        with open(tmp_path / "params_shard_0.bin", "rb") as file, pytest.raises(ndcache.SizeMismatchError):
+            cpu_module.map_shard(file, shard)
 
 
 class TestGpu(Conformance):

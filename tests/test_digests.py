@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
+import io
+from typing import BinaryIO
 
 import pytest
 
@@ -15,9 +16,8 @@ DATA = bytes(range(256)) * (5 << 12)  # more than one read
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
-    (tmp_path / "file").write_bytes(DATA)
-    return tmp_path / "file"
+def file() -> BinaryIO:
+    return io.BytesIO(DATA)
 
 
 def shard(*, md5: str | None = None, sha256: str | None = None) -> ndcache.Shard:
@@ -25,8 +25,8 @@ def shard(*, md5: str | None = None, sha256: str | None = None) -> ndcache.Shard
 
 
 @pytest.mark.parametrize("algorithm", ["md5", "sha256"])
-def test_the_digest_of_a_file(path: Path, algorithm: str) -> None:
-    assert digest_of(path, algorithm, lambda: None) == hashlib.new(algorithm, DATA).hexdigest()
+def test_the_digest_of_a_file(file: BinaryIO, algorithm: str) -> None:
+    assert digest_of(file, algorithm, lambda: None) == hashlib.new(algorithm, DATA).hexdigest()
 
 
 MD5, SHA256 = hashlib.md5(DATA).hexdigest(), hashlib.sha256(DATA).hexdigest()
@@ -44,12 +44,12 @@ MD5, SHA256 = hashlib.md5(DATA).hexdigest(), hashlib.sha256(DATA).hexdigest()
         (MD5, "0" * 64, ("0" * 64, SHA256)),
     ],
 )
-def test_what_differs(path: Path, md5: str | None, sha256: str | None, expected: tuple[str, str] | None) -> None:
-    assert mismatch(path, shard(md5=md5, sha256=sha256), lambda: None) == expected
+def test_what_differs(file: BinaryIO, md5: str | None, sha256: str | None, expected: tuple[str, str] | None) -> None:
+    assert mismatch(file, shard(md5=md5, sha256=sha256), lambda: None) == expected
 
 
-def test_row_36_it_can_be_ended(path: Path) -> None:
+def test_row_36_it_can_be_ended(file: BinaryIO) -> None:
     stop = Stop()
     stop.set()
     with pytest.raises(ndcache.CancelledError):
-        mismatch(path, shard(md5=MD5), stop.check)
+        mismatch(file, shard(md5=MD5), stop.check)

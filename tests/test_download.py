@@ -46,6 +46,11 @@ def downloader(tmp_path: Path) -> Iterator[Downloader]:
     transport.close()
 
 
+def fetched(downloader: Downloader, urls: list[str], shard: ndcache.Shard = SHARD) -> bytes:
+    with downloader.shard(shard, urls, "claim") as file:
+        return file.read()
+
+
 def files(directory: Path) -> list[str]:
     """Everything that a reader of the directory could take for a shard, and every part."""
     found = [path for path in directory.rglob("*") if path.is_file()]
@@ -58,19 +63,18 @@ def files(directory: Path) -> list[str]:
 
 def test_the_right_bytes_are_published(downloader: Downloader, scripted: ScriptedServer) -> None:
     scripted.script[PATH] = [reply(200, DATA, {"ETag": '"1"'})]
-    path = downloader.shard(SHARD, [scripted.url + "params_shard_0.bin"])
-    assert path.read_bytes() == DATA
+    assert fetched(downloader, [scripted.url + "params_shard_0.bin"]) == DATA
     assert files(downloader.cache.directory) == ["params_shard_0.bin"]
     validator = downloader.cache.validator("params_shard_0.bin")
     assert validator is not None
     assert (validator.md5, validator.etag, validator.nbytes) == (SHARD.md5sum, '"1"', SHARD.nbytes)
-    assert downloader.cache.is_known(SHARD) is True
+    assert downloader.cache.is_known(SHARD, "claim") is True
     assert (downloader.stats.network_bytes, downloader.stats.requests, downloader.stats.retries) == (100_000, 1, 0)
 
 
 def test_without_a_length_the_bytes_are_counted(downloader: Downloader, scripted: ScriptedServer) -> None:
     scripted.script[PATH] = [then_close(reply(200, DATA, length=None))]
-    assert downloader.shard(SHARD, [scripted.url + "params_shard_0.bin"]).read_bytes() == DATA
+    assert fetched(downloader, [scripted.url + "params_shard_0.bin"]) == DATA
 
 
 OTHER = bytes(reversed(DATA))
@@ -109,7 +113,7 @@ def test_what_is_not_published(
 ) -> None:
     scripted.script[PATH] = [answer]
     with pytest.raises(error) as caught:
-        downloader.shard(SHARD, [scripted.url + "params_shard_0.bin?signature=secret"])
+        fetched(downloader, [scripted.url + "params_shard_0.bin?signature=secret"])
     assert type(caught.value) is error
     assert len(scripted.requests) == tries == caught.value.attempts
     assert files(downloader.cache.directory) == []
@@ -132,7 +136,7 @@ def test_row_3_the_message_says_what_came_instead(
 ) -> None:
     scripted.script[PATH] = [reply(200, body, headers)]
     with pytest.raises(ndcache.SizeMismatchError, match=hint) as caught:
-        downloader.shard(SHARD, [scripted.url + "params_shard_0.bin"])
+        fetched(downloader, [scripted.url + "params_shard_0.bin"])
     assert (caught.value.expected, caught.value.received) == (100_000, len(body))
 
 
@@ -144,7 +148,7 @@ def test_row_2_an_endless_body_is_cut_off(downloader: Downloader, scripted: Scri
 
     scripted.script[PATH] = [endless]
     with pytest.raises(ndcache.SizeMismatchError, match="more than there should be"):
-        downloader.shard(SHARD, [scripted.url + "params_shard_0.bin"])
+        fetched(downloader, [scripted.url + "params_shard_0.bin"])
     # Of each of the two tries, at most one byte more than there should be was taken.
     assert downloader.stats.network_bytes <= 2 * (SHARD.nbytes + 1)
 
@@ -154,7 +158,7 @@ def test_row_2_an_endless_body_is_cut_off(downloader: Downloader, scripted: Scri
 )
 def test_a_second_try_may_succeed(downloader: Downloader, scripted: ScriptedServer, first: Any) -> None:
     scripted.script[PATH] = [first, reply(200, DATA)]
-    assert downloader.shard(SHARD, [scripted.url + "params_shard_0.bin"]).read_bytes() == DATA
+    assert fetched(downloader, [scripted.url + "params_shard_0.bin"]) == DATA
     assert downloader.stats.retries == 1
     assert files(downloader.cache.directory) == ["params_shard_0.bin"]
 
@@ -164,16 +168,16 @@ def test_mirrors_are_tried_in_turn(downloader: Downloader, scripted: ScriptedSer
     scripted.script["/bad/params_shard_0.bin"] = [reply(200, OTHER)]
     scripted.script["/good/params_shard_0.bin"] = [reply(200, DATA)]
     urls = [f"{scripted.url}{where}/params_shard_0.bin" for where in ("gone", "bad", "good")]
-    assert downloader.shard(SHARD, urls).read_bytes() == DATA
+    assert fetched(downloader, urls) == DATA
     with pytest.raises(ndcache.NotFoundError) as caught:
-        downloader.shard(SHARD, urls[:2])
+        fetched(downloader, urls[:2])
     assert [type(error) for error in caught.value.others] == [ndcache.ChecksumError]
 
 
 def test_the_digest_in_the_message(downloader: Downloader, scripted: ScriptedServer) -> None:
     scripted.script[PATH] = [reply(200, OTHER)]
     with pytest.raises(ndcache.ChecksumError) as caught:
-        downloader.shard(SHARD, [scripted.url + "params_shard_0.bin"])
+        fetched(downloader, [scripted.url + "params_shard_0.bin"])
     actual = hashlib.md5(OTHER).hexdigest()
     assert (caught.value.expected, caught.value.received) == (SHARD.md5sum, actual)
     assert actual in str(caught.value)
@@ -183,17 +187,17 @@ def test_the_digest_in_the_message(downloader: Downloader, scripted: ScriptedSer
 def test_sha256_goes_before_md5(downloader: Downloader, scripted: ScriptedServer) -> None:
     scripted.script[PATH] = [reply(200, DATA)]
     shard = replace(SHARD, sha256sum=hashlib.sha256(DATA).hexdigest(), md5sum="0" * 32)
-    assert downloader.shard(shard, [scripted.url + "params_shard_0.bin"]).read_bytes() == DATA
+    assert fetched(downloader, [scripted.url + "params_shard_0.bin"], shard) == DATA
     with pytest.raises(ndcache.ChecksumError, match="sha256"):
-        downloader.shard(replace(shard, sha256sum="0" * 64), [scripted.url + "params_shard_0.bin"])
+        fetched(downloader, [scripted.url + "params_shard_0.bin"], replace(shard, sha256sum="0" * 64))
 
 
 def test_without_digests_sizes_are_checked(downloader: Downloader, scripted: ScriptedServer) -> None:
     scripted.script[PATH] = [reply(200, OTHER), reply(200, b"short")]
     downloader = replace(downloader, digests=False)
-    assert downloader.shard(SHARD, [scripted.url + "params_shard_0.bin"]).read_bytes() == OTHER
+    assert fetched(downloader, [scripted.url + "params_shard_0.bin"]) == OTHER
     with pytest.raises(ndcache.SizeMismatchError):
-        downloader.shard(SHARD, [scripted.url + "params_shard_0.bin"])
+        fetched(downloader, [scripted.url + "params_shard_0.bin"])
 
 
 class FullDisk:

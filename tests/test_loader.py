@@ -23,6 +23,7 @@ import requests
 from servers import FileServer, ScriptedServer, reply, then_close
 
 import ndcache
+from ndcache.devices.cpu import CpuDevice
 
 Serve = Callable[..., FileServer]
 QUICK = ndcache.RetryPolicy(retries=1, backoff=0.001)
@@ -353,6 +354,98 @@ def test_row_11_only_what_changed_is_fetched_again(model: Path, serve: Serve) ->
     assert [request.path for request in server.shard_requests()] == ["/params_shard_2.bin"]
 
 
+def test_row_11_without_digests_a_changed_manifest_fetches_all_again(model: Path, serve: Serve) -> None:
+    arrays = models.simple_model(model)
+    models.write_model(model, [{name: array} for name, array in arrays.items()], md5=False)
+    server = serve(model)
+    assert ndcache.load(server.url).stats.integrity == {"size": 4}
+    changed = {name: array + 1 for name, array in arrays.items()}
+    models.write_model(model, [{name: array} for name, array in changed.items()], md5=False, metadata={"version": 2})
+    assert_same(ndcache.load(server.url), changed)
+    server.requests.clear()
+    assert_same(ndcache.load(server.url), changed)
+    assert server.shard_requests() == []
+
+
+def test_row_11_a_changed_digest_counts_with_verify_never_too(model: Path, serve: Serve) -> None:
+    arrays = models.simple_model(model)
+    server = serve(model)
+    ndcache.load(server.url, verify="never")
+    changed = {name: array + 1 for name, array in arrays.items()}
+    models.write_model(model, [{name: array} for name, array in changed.items()])
+    reports: list[ndcache.ProgressReport] = []
+    assert_same(ndcache.load(server.url, verify="never", progress=reports.append), changed)
+    assert not reports[0].cache_only
+
+
+def test_a_manifest_that_was_edited_here_is_asked_for_anew(model: Path, serve: Serve) -> None:
+    models.write_model(model, [{"a": models.random_array((4,))}], metadata={"version": 1})
+    server = serve(model)
+    path = ndcache.fetch(server.url) / "tensor-cache.json"
+    path.write_text(path.read_text().replace('"version": 1', '"version": 666'))
+    assert ndcache.load(server.url).metadata == {"version": 1}
+
+
+@pytest.mark.parametrize(("old", "new"), [("ndarray", "tensor"), ("tensor", "ndarray")])
+def test_a_manifest_that_was_renamed_is_found(model: Path, serve: Serve, old: str, new: str) -> None:
+    models.write_model(model, [{"old": models.random_array((4,))}], manifest_name=f"{old}-cache.json")
+    server = serve(model)
+    ndcache.load(server.url)
+    (model / f"{old}-cache.json").unlink()
+    models.write_model(model, [{"new": models.random_array((4,), seed=1)}], manifest_name=f"{new}-cache.json")
+    assert list(ndcache.load(server.url)) == ["new"]
+    server.requests.clear()
+    assert list(ndcache.load(server.url)) == ["new"]
+    assert [request.path for request in server.requests] == [f"/{new}-cache.json"]
+
+
+def test_the_file_that_was_checked_is_the_one_that_is_read(
+    model: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrays = models.simple_model(model, shards=1)
+    server = serve(model)
+    directory = ndcache.fetch(server.url)
+    stage = CpuDevice.stage
+
+    def too_late(self: CpuDevice, file: Any, shard: ndcache.Shard) -> Any:
+        (directory / "new").write_bytes(bytes(1 << 16))
+        os.replace(directory / "new", directory / "params_shard_0.bin")
+        return stage(self, file, shard)
+
+    monkeypatch.setattr(CpuDevice, "stage", too_late)
+    assert_same(ndcache.load(server.url, verify="always"), arrays)
+
+
+def test_row_32_deleting_while_another_loads(model: Path, serve: Serve) -> None:
+    arrays = models.simple_model(model, shards=8)
+    server = serve(model)
+    server.gate.clear()
+    with ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(ndcache.load, server.url, max_workers=2)
+        wait_until(lambda: len(server.shard_requests()) == 2)
+        ndcache.delete(server.url)
+        server.gate.set()
+        assert_same(loading.result(60), arrays)
+
+
+def test_an_update_while_many_load(model: Path, serve: Serve) -> None:
+    arrays = models.simple_model(model, shards=10, shard_bytes=4096)
+    server = serve(model)
+    ndcache.fetch(server.url)
+    for version in range(4):
+        arrays = {name: array + 1 for name, array in arrays.items()}
+        models.write_model(model, [{name: array} for name, array in arrays.items()], metadata={"version": version})
+        start = threading.Barrier(4)
+
+        def load(start: threading.Barrier = start) -> ndcache.Weights:
+            start.wait(30)
+            return ndcache.load(server.url)
+
+        with ThreadPoolExecutor(4) as pool:
+            for loading in [pool.submit(load) for _ in range(4)]:
+                assert_same(loading.result(60), arrays)
+
+
 def test_row_34_without_the_server_the_cache_serves_with_a_warning(model: Path, serve: Serve) -> None:
     arrays = models.simple_model(model)
     server = serve(model)
@@ -538,6 +631,28 @@ def test_one_shard_that_fails_stops_the_rest(model: Path, serve: Serve, cache_di
     weights = ndcache.load(server.url)
     assert len(weights) == 40
     assert weights.stats.cache_bytes == kept << 16
+
+
+def test_a_mirror_is_told_nothing_of_the_session(tmp_path: Path, serve: Serve) -> None:
+    arrays = models.simple_model(tmp_path / "www")
+    origin, mirror = serve(tmp_path / "www"), serve(tmp_path / "www")
+    origin.status |= {f"/params_shard_{n}.bin": 404 for n in range(4)}
+    with requests.Session() as session:
+        session.headers.update({"Authorization": "Bearer secret", "X-Key": "secret"})
+        url = mirror.url.replace("//", "//user:own@")
+        assert_same(ndcache.load(origin.url, session=session, mirrors=[url]), arrays)
+    assert {request.headers["authorization"] for request in origin.requests} == {"Bearer secret"}
+    assert {request.headers["authorization"] for request in mirror.requests} == {"Basic dXNlcjpvd24="}
+    assert not any("x-key" in request.headers for request in mirror.requests)
+
+
+def test_a_stream_left_open_at_exit(model: Path, serve: Serve) -> None:
+    models.simple_model(model, shards=3)
+    server = serve(model)
+    server.stalled = {"/params_shard_1.bin", "/params_shard_2.bin"}
+    script = f"import ndcache\ns = ndcache.stream({server.url!r}, timeout=600)\nprint(next(s)[0])"
+    child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert (child.returncode, child.stdout) == (0, "layer.0\n")
 
 
 def test_a_failing_origin_and_a_mirror(tmp_path: Path, serve: Serve) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, BinaryIO, Generic, TypeVar
 
 from ..manifest import Record, Shard
 
@@ -35,8 +34,8 @@ class Device(ABC, Generic[Staged, Tensor]):
         """Raise `DeviceError` if a tensor cannot fit the device's limits; called before anything is fetched."""
 
     @abstractmethod
-    def stage(self, path: Path, shard: Shard) -> Staged:
-        """Make the bytes of a shard's file ready for `place`. Called from many threads at once."""
+    def stage(self, file: BinaryIO, shard: Shard) -> Staged:
+        """Make the bytes of a shard's open file ready for `place`. Called from many threads at once."""
 
     @abstractmethod
     def place(self, staged: Staged, shard: Shard, *, decode: bool) -> Iterator[tuple[Record, Tensor]]:

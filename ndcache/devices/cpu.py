@@ -7,7 +7,6 @@ import mmap
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -38,8 +37,8 @@ class CpuDevice(Device[Bytes, Array]):
     def check(self, shards: Sequence[Shard], *, decode: bool) -> None:
         self._map = sys.version_info >= (3, 13) or len(shards) <= _MAX_MAPS
 
-    def stage(self, path: Path, shard: Shard) -> Bytes:
-        return map_shard(path, shard) if self._map else _read_shard(path, shard)
+    def stage(self, file: BinaryIO, shard: Shard) -> Bytes:
+        return map_shard(file, shard) if self._map else read_shard(file, shard)
 
     def place(self, staged: Bytes, shard: Shard, *, decode: bool) -> Iterator[tuple[Record, Array]]:
         for record in shard.records:
@@ -52,7 +51,7 @@ class CpuDevice(Device[Bytes, Array]):
         pass  # memory goes with its last reference
 
 
-def map_shard(path: Path, shard: Shard) -> Bytes:
+def map_shard(file: BinaryIO, shard: Shard) -> Bytes:
     """The shard's file as a read-only array over its mapped pages.
 
     Raises
@@ -60,39 +59,35 @@ def map_shard(path: Path, shard: Shard) -> Bytes:
     SizeMismatchError
         Its size is not the manifest's. Reading past the end of a map would kill the process.
     """
-    with open(path, "rb") as file:
-        _check_size(file.fileno(), path, shard)
-        if shard.nbytes == 0:
-            return np.empty(0, np.uint8)  # there is no empty map
-        if sys.version_info >= (3, 13):
-            pages = mmap.mmap(file.fileno(), shard.nbytes, access=mmap.ACCESS_READ, trackfd=False)
-        else:
-            try:
-                pages = mmap.mmap(file.fileno(), shard.nbytes, access=mmap.ACCESS_READ)
-            except OSError as error:
-                if error.errno != errno.EMFILE:
-                    raise
-                return _read(file, shard)  # no descriptor is left to map with, but this one to read from
-        return np.frombuffer(pages, np.uint8)
+    _check_size(file, shard)
+    if shard.nbytes == 0:
+        return np.empty(0, np.uint8)  # there is no empty map
+    if sys.version_info >= (3, 13):
+        pages = mmap.mmap(file.fileno(), shard.nbytes, access=mmap.ACCESS_READ, trackfd=False)
+    else:
+        try:
+            pages = mmap.mmap(file.fileno(), shard.nbytes, access=mmap.ACCESS_READ)
+        except OSError as error:
+            if error.errno != errno.EMFILE:
+                raise
+            return read_shard(file, shard)  # no descriptor is left to map with, but this one to read from
+    return np.frombuffer(pages, np.uint8)
 
 
-def _read_shard(path: Path, shard: Shard) -> Bytes:
-    with open(path, "rb") as file:
-        _check_size(file.fileno(), path, shard)
-        return _read(file, shard)
-
-
-def _read(file: BinaryIO, shard: Shard) -> Bytes:
+def read_shard(file: BinaryIO, shard: Shard) -> Bytes:
+    """The shard's file as a read-only array in memory of its own."""
+    _check_size(file, shard)
+    file.seek(0)
     data = np.fromfile(file, np.uint8, shard.nbytes)
     data.flags.writeable = False
     return data
 
 
-def _check_size(handle: int, path: Path, shard: Shard) -> None:
-    size = os.fstat(handle).st_size
+def _check_size(file: BinaryIO, shard: Shard) -> None:
+    size = os.fstat(file.fileno()).st_size
     if size != shard.nbytes:
         raise SizeMismatchError(
-            f"{path} has {size:,} bytes where the manifest says {shard.nbytes:,}",
+            f"{file.name} has {size:,} bytes where the manifest says {shard.nbytes:,}",
             shard=shard.data_path,
             expected=shard.nbytes,
             received=size,

@@ -8,8 +8,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -133,8 +132,8 @@ class GpuDevice(Device[Bytes, GPUTensor]):
                         hint="Nothing was fetched. Load it to the CPU, or leave it out with names=.",
                     )
 
-    def stage(self, path: Path, shard: Shard) -> Bytes:
-        return map_shard(path, shard)
+    def stage(self, file: BinaryIO, shard: Shard) -> Bytes:
+        return map_shard(file, shard)
 
     def place(self, staged: Bytes, shard: Shard, *, decode: bool) -> Iterator[tuple[Record, GPUTensor]]:
         for record in shard.records:
