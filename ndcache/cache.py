@@ -144,9 +144,13 @@ class ArtifactCache:
     def open_shard(self, shard: Shard) -> BinaryIO | None:
         """The shard's file, open for reading, if it is there and of the right size."""
         try:
-            if self.size(shard.data_path) != shard.nbytes:
+            if not self.has(shard):
                 return None
-            return open(self.path(shard.data_path), "rb")
+            file = open(self.path(shard.data_path), "rb")  # noqa: SIM115 - for who asked
+            if os.fstat(file.fileno()).st_size == shard.nbytes:
+                return file
+            file.close()  # another one than a moment ago
+            return None
         except FileNotFoundError:
             return None  # just now
         except OSError as error:

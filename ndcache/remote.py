@@ -15,6 +15,7 @@ from .cache import Validator
 from .digests import mismatch
 from .download import Downloader
 from .errors import (
+    CacheError,
     CacheUnavailableError,
     ManifestError,
     NdcacheError,
@@ -187,11 +188,15 @@ class RemoteModel(Model):
     def _under_another_name(self, old: str) -> Manifest | None:
         """The manifest under its other usual name, if the server has it there now."""
         for name in self._bases[0].manifest_names:
-            with contextlib.suppress(TransferError, ManifestError):
-                if name != old:
-                    manifest = self._request_manifest(name, RetryPolicy(retries=0), None)
-                    self._cache.set_aside(old)
-                    return manifest
+            if name == old:
+                continue
+            try:
+                manifest = self._request_manifest(name, RetryPolicy(retries=0), None)
+            except (TransferError, ManifestError):
+                continue
+            with contextlib.suppress(CacheError):  # a read-only cache asks for both next time, too
+                self._cache.set_aside(old)
+            return manifest
         return None
 
     def _first_manifest(self) -> Manifest:
@@ -217,9 +222,7 @@ class RemoteModel(Model):
         return in_worker(lambda: with_retries(lambda: self._request_once(name, url, cached), policy, stop, stats), stop)
 
     def _request_once(self, name: str, url: str, cached: Manifest | None) -> Manifest:
-        known = self._cache.validator(name) if cached is not None else None
-        if known is not None and not known.is_of(os.stat(self._cache.path(name))):
-            known = None  # it was changed here: a 304 would not be about this file
+        known = None if cached is None else self._known_manifest(name)
         self._downloader.stats.count(requests=1)
         with self._downloader.transport.get(url, _conditions(known), self._downloader.stop) as response:
             if response.status == 304 and cached is not None and known is not None:
@@ -238,17 +241,25 @@ class RemoteModel(Model):
         self._manifest_digest = hashlib.sha256(data).hexdigest()
         return manifest
 
+    def _known_manifest(self, name: str) -> Validator | None:
+        """What is known of the cached manifest, unless it was changed here: then a 304 would not be about this file."""
+        known = self._cache.validator(name)
+        with contextlib.suppress(OSError):
+            if known is not None and known.is_of(os.stat(self._cache.path(name))):
+                return known
+        return None
+
     def _keep_manifest(self, name: str, data: bytes, etag: str | None, last_modified: str | None) -> None:
-        if self._cache.read(name, MAX_MANIFEST_BYTES) == data:
-            mtime_ns = self._cache.path(name).stat().st_mtime_ns
-            known = Validator(len(data), mtime_ns, etag=etag, last_modified=last_modified)
-            self._cache.try_to_remember(name, known)
-            return
         try:
+            if self._cache.read(name, MAX_MANIFEST_BYTES) == data:
+                mtime_ns = self._cache.path(name).stat().st_mtime_ns
+                known = Validator(len(data), mtime_ns, etag=etag, last_modified=last_modified)
+                self._cache.try_to_remember(name, known)
+                return
             with self._cache.part(name) as part:
                 part.write(data)
                 self._cache.publish(part, name, etag=etag, last_modified=last_modified).close()
-        except NdcacheError as error:
+        except (NdcacheError, FileNotFoundError) as error:
             # What is cached can still be served; what must be written will say so.
             logger.warning("the manifest could not be kept: %s", error)
 
