@@ -113,7 +113,8 @@ class Loader:
     offline : bool
         Make no request; what is missing is an `OfflineError`. Also with NDCACHE_OFFLINE=1 or HF_HUB_OFFLINE=1.
     session : requests.Session, optional
-        Used for the requests: proxies, auth, headers. Its secrets go to the source's origin only.
+        Used for the requests: proxies, auth, headers. Its secrets go to the source's origin only. Stopping a call does
+        not cut short its wait for the headers of an answer, which `timeout` bounds.
     mirrors : sequence of str
         Sources that hold the same files, tried in this order for a shard that the first one does not give.
     memory_limit : int

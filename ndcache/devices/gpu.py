@@ -40,7 +40,7 @@ class GPUTensor:
     ----------
     buffer : wgpu.GPUBuffer
         Usage STORAGE | COPY_SRC | COPY_DST; its size is `nbytes` rounded up to a multiple of 4, at least 4, and the
-        bytes beyond `nbytes` are 0.
+        bytes beyond `nbytes` are 0. Once you have destroyed it, do not read the tensor: wgpu would end the process.
     shape : tuple of int
     dtype : numpy.dtype
         bfloat16 and float8 are those of ml_dtypes.
