@@ -162,7 +162,7 @@ def test_never_more_bodies_than_workers(model: Path, serve: Serve) -> None:
     server.gate.clear()
     with ThreadPoolExecutor(1) as pool:
         loading = pool.submit(ndcache.load, server.url, max_workers=3)
-        wait_until(lambda: len(server.shard_requests()) == 3)
+        wait_until(lambda: server.peak_bodies == 3)
         server.gate.set()
         loading.result(60)
     assert server.peak_bodies == 3
