@@ -242,21 +242,22 @@ class RemoteModel(Model):
         return manifest
 
     def _known_manifest(self, name: str) -> Validator | None:
-        """What is known of the cached manifest, unless it was changed here: then a 304 would not be about this file."""
+        """What is known of the cached manifest that was read: its ETag, unless that is of other bytes.
+
+        The file may have been edited here, or replaced by another process since: a 304 would not be about these bytes.
+        """
         known = self._cache.validator(name)
-        with contextlib.suppress(OSError):
-            if known is not None and known.is_of(os.stat(self._cache.path(name))):
-                return known
-        return None
+        return known if known is not None and known.sha256 == self._manifest_digest else None
 
     def _keep_manifest(self, name: str, data: bytes, etag: str | None, last_modified: str | None) -> None:
         try:
             if self._cache.read(name, MAX_MANIFEST_BYTES) == data:
                 mtime_ns = self._cache.path(name).stat().st_mtime_ns
-                known = Validator(len(data), mtime_ns, etag=etag, last_modified=last_modified)
+                digest = hashlib.sha256(data).hexdigest()
+                known = Validator(len(data), mtime_ns, None, digest, etag=etag, last_modified=last_modified)
                 self._cache.try_to_remember(name, known)
                 return
-            with self._cache.part(name) as part:
+            with self._cache.part(name, ("sha256",)) as part:
                 part.write(data)
                 self._cache.publish(part, name, etag=etag, last_modified=last_modified).close()
         except (NdcacheError, FileNotFoundError) as error:

@@ -224,6 +224,8 @@ class Transport:
                 )
         except FAILURES as error:
             stop.remove(watch)
+            if isinstance(error, requests.RequestException) and error.response is not None:
+                error.response.close()  # of a hook of the caller's session that raised
             _check(stop, watch, url)
             if watch.reused and not is_second and is_broken_connection(error):
                 # The server had closed the kept connection just then, which is nobody's failure (RFC 9112, 9.3.1).

@@ -24,6 +24,7 @@ from servers import FileServer, ScriptedServer, reply, then_close
 
 import ndcache
 from ndcache.devices.cpu import CpuDevice
+from ndcache.remote import RemoteModel
 
 Serve = Callable[..., FileServer]
 QUICK = ndcache.RetryPolicy(retries=1, backoff=0.001)
@@ -384,6 +385,25 @@ def test_a_manifest_that_was_edited_here_is_asked_for_anew(model: Path, serve: S
     path = ndcache.fetch(server.url) / "tensor-cache.json"
     path.write_text(path.read_text().replace('"version": 1', '"version": 666'))
     assert ndcache.load(server.url).metadata == {"version": 1}
+
+
+def test_a_manifest_that_another_process_replaces_meanwhile(
+    model: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrays = models.simple_model(model)
+    server = serve(model)
+    ndcache.fetch(server.url)
+    changed = {name: array + 1 for name, array in arrays.items()}
+    models.write_model(model, [{name: array} for name, array in changed.items()], metadata={"version": 2})
+    ask = RemoteModel._request_manifest
+
+    def overtaken(self: RemoteModel, *args: Any) -> ndcache.Manifest:
+        monkeypatch.setattr(RemoteModel, "_request_manifest", ask)
+        ndcache.fetch(server.url)  # the old manifest was read, the new one and its ETag are in the cache now
+        return ask(self, *args)
+
+    monkeypatch.setattr(RemoteModel, "_request_manifest", overtaken)
+    assert_same(ndcache.load(server.url), changed)
 
 
 @pytest.mark.parametrize(("old", "new"), [("ndarray", "tensor"), ("tensor", "ndarray")])
