@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import threading
@@ -68,6 +69,7 @@ def serve() -> Iterator[Callable[..., FileServer]]:
     yield start
     for server in started:
         server.close()
+    gc.collect()  # a socket left open is reported now, for the test that left it
 
 
 @pytest.fixture
@@ -76,6 +78,7 @@ def scripted() -> Iterator[ScriptedServer]:
     server = ScriptedServer()
     yield server
     server.close()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
