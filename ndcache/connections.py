@@ -73,7 +73,7 @@ class _Watched(HTTPConnection):
     def _show(self) -> None:
         watch: Watch | None = getattr(_current, "watch", None)
         if watch is not None and self.sock is not None:
-            watch.wakers.append(functools.partial(_shut, self.sock))
+            watch.add_waker(functools.partial(_shut, self.sock))
             watch.restart()  # for the handshake that was, and the answer that is to come
 
 

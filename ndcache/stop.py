@@ -26,7 +26,7 @@ class Watch:
     patience : float
         Seconds after which the wait is in vain, if fewer than 1 KiB for each of them came.
     wakers : list of callables
-        Called to end the wait.
+        Called to end the wait; see `add_waker`.
     waiting : bool
         Whether the request's thread waits now. What it takes to write and hash is not the server's fault.
     overdue : bool
@@ -42,6 +42,7 @@ class Watch:
     reused: bool = False
     _since: float = field(default_factory=time.monotonic)
     _nbytes: int = 0
+    _woken: bool = False
 
     def restart(self) -> None:
         """Be patient anew from now on."""
@@ -51,8 +52,15 @@ class Watch:
         """Something came."""
         self._nbytes += nbytes
 
+    def add_waker(self, waker: Callable[[], None]) -> None:
+        """Know of one more way to end the wait; if it was to end already, end it."""
+        self.wakers.append(waker)
+        if self._woken:  # looked at after the waker is known, as `wake` does it the other way round
+            waker()
+
     def wake(self) -> None:
         """End the wait."""
+        self._woken = True
         for waker in list(self.wakers):
             waker()
 

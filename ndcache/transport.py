@@ -235,7 +235,7 @@ class Transport:
             stop.remove(watch)
             raise
         if not watch.wakers:  # a connection that is not ours: a session of the caller's, a SOCKS proxy
-            watch.wakers.append(waker(raw))
+            watch.add_waker(waker(raw))
         watch.waiting = False
         return Response(raw, stop, watch, *held)
 

@@ -144,7 +144,7 @@ class FileServer:
             self._bodies += 1
             self.peak_bodies = max(self.peak_bodies, self._bodies)
         if request.path in self.stalled:
-            self._closed.wait(60)
+            self._closed.wait(300)
         self.gate.wait(60)
         try:
             yield

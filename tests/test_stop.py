@@ -47,6 +47,14 @@ def test_waits_are_ended_when_it_is_set_and_at_once_afterwards() -> None:
     assert not any(watch.overdue for watch in (before, forgotten, after))
 
 
+def test_a_waker_that_comes_too_late_is_called_at_once() -> None:
+    stop, watch, ended = Stop(), Watch(60), []
+    stop.add(watch)
+    stop.set()  # the request's connection is still being made
+    watch.add_waker(lambda: ended.append(True))
+    assert ended == [True]
+
+
 class Clock:
     now = 1000.0
 
