@@ -118,6 +118,8 @@ class RemoteModel(Model):
             file.close()
         if self._offline:
             raise _offline(self._bases[0], [shard.data_path])
+        if file is None and self.has(shard, of_any_size=True):
+            self._cache.set_aside(shard.data_path)  # it has another size
         urls = [base.url(shard.data_path) for base in self._bases]
         return Obtained(self._downloader.shard(shard, urls, self._claim(shard)), from_cache=False, checked=checked)
 

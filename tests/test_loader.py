@@ -280,6 +280,8 @@ def test_row_31_a_cached_shard_of_the_wrong_size_is_fetched_again(model: Path, s
     server.requests.clear()
     assert_same(ndcache.load(server.url), arrays)
     assert len(server.shard_requests()) == 2
+    aside = sorted((directory / ".ndcache" / "aside").iterdir())
+    assert [path.name for path in aside] == ["params_shard_1.bin", "params_shard_2.bin"]
 
 
 def flip(path: Path) -> None:
