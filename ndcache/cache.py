@@ -8,7 +8,8 @@
         .ndcache/                      ndcache's own state
             source.json                  where the model came from
             validators/<file>.json       what is known of a published file: size, time, digests, ETag
-            parts/<file>.<random>        private to its writer, opened with O_EXCL
+            parts/<file>.<random>        private to its writer, opened with O_EXCL; see `ndcache.parts`
+            locks/<file>                 whose turn it is to download; see `ndcache.locks`
             aside/<file>                 what turned out to be bad
 
 A file gets its name by rename, after its size and digest were found right and its bytes were synced to disk, and is
@@ -21,86 +22,37 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
+import glob
 import json
 import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .errors import CacheError, CacheUnavailableError, DiskFullError, NdcacheError, UnsafeCacheError
-from .manifest import Shard
-from .paths import STATE_DIRECTORY
+from .errors import (
+    CacheError,
+    CacheUnavailableError,
+    DiskFullError,
+    NdcacheError,
+    UnsafeCacheError,
+    UnsafePathError,
+)
+from .locks import Turn, if_free, turn
+from .manifest import Manifest, Shard
+from .parts import Origin, Part, PartsFolder
+from .paths import STATE_DIRECTORY, check_path
+from .small_files import read_note
+from .validator import Validator
 
-__all__ = ["ArtifactCache", "Part", "Validator", "disk_bytes"]
+__all__ = ["ArtifactCache", "disk_bytes"]
 
-
-@dataclass(frozen=True)
-class Validator:
-    """What was true of a file when it was published.
-
-    Attributes
-    ----------
-    nbytes, mtime_ns : int
-        Size and time of change of the file on disk.
-    md5, sha256 : str or None
-        Digests that were computed from its bytes.
-    etag, last_modified : str or None
-        What the server called this version.
-    claim : str or None
-        What the manifest said of it; see `ArtifactCache.is_known`.
-    """
-
-    nbytes: int
-    mtime_ns: int
-    md5: str | None = None
-    sha256: str | None = None
-    etag: str | None = None
-    last_modified: str | None = None
-    claim: str | None = None
-
-    def is_of(self, status: os.stat_result) -> bool:
-        """Whether a file is still the one that was published, by size and time."""
-        return (status.st_size, status.st_mtime_ns) == (self.nbytes, self.mtime_ns)
-
-
-@dataclass
-class Part:
-    """A file being written, private to its writer until it is published.
-
-    Attributes
-    ----------
-    file : binary file
-        Open for writing at the end of what has come.
-    path : pathlib.Path
-        Its name for now.
-    nbytes : int
-        Bytes written.
-    digests : dict of str to hash object
-        Fed with every byte written.
-    """
-
-    file: BinaryIO
-    path: Path
-    nbytes: int = 0
-    digests: dict[str, Any] = field(default_factory=dict)
-
-    def write(self, data: bytes) -> None:
-        """Append `data`."""
-        rest = memoryview(data)
-        while rest:
-            rest = rest[self.file.write(rest) :]  # a disk that fills up takes a part first
-        for digest in self.digests.values():
-            digest.update(data)
-        self.nbytes += len(data)
-
-    def digest(self, algorithm: str) -> str | None:
-        """The hex digest of what was written, if it was asked for at the start."""
-        return self.digests[algorithm].hexdigest() if algorithm in self.digests else None
+#: Seconds after which a part is taken to have no writer any more, where nothing else tells.
+_IDLE_SECONDS = 300
 
 
 class ArtifactCache:
@@ -124,18 +76,40 @@ class ArtifactCache:
     # --- looking up
 
     def path(self, name: str) -> Path:
-        """Where the file `name` lies, or would."""
-        return self.directory.joinpath(*name.split("/"))
+        """Where the file `name` lies, or would.
+
+        Raises
+        ------
+        UnsafeCacheError
+            A folder on the way is a symbolic link.
+        """
+        path = self.directory
+        for folder in name.split("/")[:-1]:
+            path = path / folder
+            if path.is_symlink():
+                raise _unsafe(path)
+        return path / name.rpartition("/")[2]
 
     def size(self, name: str) -> int | None:
         """The size of a published file; None if there is none."""
+        status = self._status(name)
+        return None if status is None else status.st_size
+
+    def version(self, name: str) -> tuple[int, int, int] | None:
+        """Something that changes when another file is published under this name; None if there is none."""
+        status = self._status(name)
+        return None if status is None else (status.st_ino, status.st_size, status.st_mtime_ns)
+
+    def _status(self, name: str) -> os.stat_result | None:
         try:
             status = os.lstat(self.path(name))
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except UnsafeCacheError:
+            raise
         except OSError as error:
             raise _unavailable(self.directory, error) from error
-        return status.st_size if stat.S_ISREG(status.st_mode) else None
+        return status if stat.S_ISREG(status.st_mode) else None
 
     def has(self, shard: Shard) -> bool:
         """Whether the shard is there and of the right size."""
@@ -153,39 +127,20 @@ class ArtifactCache:
             return None
         except FileNotFoundError:
             return None  # just now
+        except UnsafeCacheError:
+            raise
         except OSError as error:
             raise _unavailable(self.directory, error) from error
 
-    def is_known(self, shard: Shard, claim: str, file: BinaryIO | None = None) -> bool | None:
-        """Whether the shard's file is what the manifest says, as far as is remembered; None if that is not known.
+    def is_known(self, shard: Shard, claim: str) -> bool | None:
+        """Whether the shard's file is what the manifest says, as far as is remembered: see `Validator.judge`."""
+        validator, status = self.validator(shard.data_path), self._status(shard.data_path)
+        return None if validator is None or status is None else validator.judge(status, shard, claim)
 
-        What is remembered holds for a file whose size and time are those it was published with.
-
-        Parameters
-        ----------
-        shard : Shard
-        claim : str
-            What the manifest says of the shard's content: a digest, or else the manifest's name and own digest.
-        file : binary file, optional
-            The open file, if it need not be the one that has the name now.
-        """
-        validator = self.validator(shard.data_path)
-        try:
-            status = os.stat(self.path(shard.data_path) if file is None else file.fileno())
-        except FileNotFoundError:
-            return None
-        if validator is None or not validator.is_of(status):
-            return None
-        for known, wanted in ((validator.sha256, shard.sha256sum), (validator.md5, shard.md5sum)):
-            if wanted is not None and known is not None:
-                return known == wanted
-        if validator.claim is None:
-            return True if shard.integrity == "size" else None
-        if shard.integrity != "size":
-            return None if validator.claim == claim else False
-        # Without a digest, any change of the manifest may be one of the shard; that of another manifest is not.
-        name, _, was_named = validator.claim.partition(" ")
-        return validator.claim == claim or (bool(was_named) and name != claim.partition(" ")[0])
+    def is_intact(self, name: str) -> bool:
+        """Whether the file is as it was published, by size and time, be it of this version or another."""
+        status, validator = self._status(name), self.validator(name)
+        return status is not None and validator is not None and validator.is_of(status)
 
     def read(self, name: str, limit: int) -> bytes | None:
         """The content of a small published file, up to `limit` bytes."""
@@ -197,34 +152,62 @@ class ArtifactCache:
                 return file.read(min(size, limit) + 1)  # more than `limit` if the file is larger
         except FileNotFoundError:
             return None
+        except UnsafeCacheError:
+            raise
         except OSError as error:
             raise _unavailable(self.directory, error) from error
 
     def validator(self, name: str) -> Validator | None:
         """What is known of the file; None if nothing is, or what is known cannot be read."""
-        try:
-            with open(self._validator_path(name), "rb") as file:
-                return Validator(**json.loads(file.read(1 << 16)))
-        except (OSError, ValueError, TypeError):
-            return None
+        note = read_note(self._validator_path(name))
+        return None if note is None else Validator.from_note(note)
 
     # --- writing
 
     @contextlib.contextmanager
-    def part(self, name: str, algorithms: tuple[str, ...] = ()) -> Iterator[Part]:
-        """A new part for the file `name`; it is removed at the end of the block unless published in it."""
+    def part(self, name: str) -> Iterator[Part]:
+        """A new part for the file `name`. At the end of the block it is closed, and kept if it is of further use."""
         with self._writing(name):
-            folder = self._folder("parts")
-            path = folder / f"{_flat(name)}.{secrets.token_hex(8)}"
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-            handle = os.open(path, flags | getattr(os, "O_CLOEXEC", 0), 0o644)
-            digests = {algorithm: hashlib.new(algorithm, usedforsecurity=False) for algorithm in algorithms}
-            with os.fdopen(handle, "wb", buffering=0) as file:
-                try:
-                    yield Part(file, path, digests=digests)
-                finally:
-                    with contextlib.suppress(FileNotFoundError):
-                        os.unlink(path)
+            folder = PartsFolder(self._folder("parts"))
+            with folder.new(_flat(name)) as part:
+                yield part
+
+    def copy_longest_part(
+        self, part: Part, shard: Shard, claim: str, check: Callable[[], None], *, is_checked: bool, is_alone: bool
+    ) -> None:
+        """Begin the new `part` of a shard with what somebody else has of it.
+
+        Parameters
+        ----------
+        part : Part
+        shard : Shard
+        claim : str
+            What the manifest says of the shard's content: parts with another claim are not used.
+        check : callable
+            Called now and then; may raise to end it.
+        is_checked : bool
+            Whether a digest will show what a crash of the system has torn.
+        is_alone : bool
+            Whether nobody else writes parts of this shard now, so that those which were found can be removed.
+        """
+
+        def is_usable(origin: Origin) -> bool:
+            return origin.claim == claim and (is_checked or origin.is_of_this_boot)
+
+        folder = PartsFolder(self._state / "parts")
+        found = folder.copy_longest(part, shard.nbytes, is_usable, check)
+        if is_alone:
+            for path in found:
+                folder.remove(path)
+
+    def turn(
+        self, name: str, is_there: Callable[[], bool], sleep: Callable[[float], None]
+    ) -> AbstractContextManager[Turn | None]:
+        """Wait until this thread should download the file `name`, or it is there: see `ndcache.locks.turn`."""
+        parts = PartsFolder(self._state / "parts")
+        with self._writing(name):
+            path = self._folder("locks") / _flat(name)
+        return turn(path, is_there=is_there, progress=lambda: parts.progress(_flat(name)), sleep=sleep)
 
     def publish(
         self,
@@ -235,12 +218,12 @@ class ArtifactCache:
         last_modified: str | None = None,
         claim: str | None = None,
     ) -> BinaryIO:
-        """Give a complete and checked part its name; the published file comes back open for reading.
+        """Give a complete and checked part its name; it comes back open for reading, whoever takes the name away again.
 
         Raises
         ------
         CacheUnavailableError
-            From FileNotFoundError, if another process deleted the directory or published another file just then.
+            From FileNotFoundError, if another process deleted the directory, or took the part for an orphan.
         CacheError
         """
         with self._writing(name):
@@ -248,24 +231,41 @@ class ArtifactCache:
             status = os.fstat(part.file.fileno())
             part.file.close()
             target = self.path(name)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(part.path, target)
+            _make_directory(target.parent)
+            file = _move(part.path, target)
+        try:
+            self._published(name, part, status, etag, last_modified, claim)
+        except BaseException:
+            file.close()
+            raise
+        return file
+
+    def _published(
+        self,
+        name: str,
+        part: Part,
+        status: os.stat_result,
+        etag: str | None,
+        last_modified: str | None,
+        claim: str | None,
+    ) -> None:
+        """What follows when a file has got its name: make that last, remember it, clear away what it makes useless."""
+        with self._writing(name):
+            target = self.path(name)
             _sync_directory(target.parent)
             validator = Validator(
                 nbytes=status.st_size,
                 mtime_ns=status.st_mtime_ns,
-                md5=part.digest("md5"),
-                sha256=part.digest("sha256"),
+                digests=part.digests,
                 etag=etag,
                 last_modified=last_modified,
                 claim=claim,
             )
-            self.try_to_remember(name, validator)
-            file = open(target, "rb")  # noqa: SIM115 - for who asked
-            if not os.path.samestat(os.fstat(file.fileno()), status):
-                file.close()
-                raise FileNotFoundError(errno.ENOENT, "another process put a file of its own in its place")
-            return file
+            with contextlib.suppress(FileNotFoundError):  # somebody else's file may have taken its name by now
+                if os.path.samestat(os.lstat(target), status):
+                    self.try_to_remember(name, validator)
+            if claim is not None:  # a shard: whoever else downloads it will find it here
+                PartsFolder(self._state / "parts").remove_all(_flat(name))
 
     def remember(self, name: str, validator: Validator) -> None:
         """Keep what is known of a published file; losing it in a crash only costs reading the file again."""
@@ -291,6 +291,63 @@ class ArtifactCache:
             if file is None or os.path.samestat(os.lstat(path), os.fstat(file.fileno())):
                 os.replace(path, self._folder("aside") / _flat(name))
 
+    def tidy(self, manifest: Manifest, others: Callable[[], Iterable[Manifest]]) -> None:
+        """Remove what is of no use any more: shards of former versions, and what interrupted loads left.
+
+        Parameters
+        ----------
+        manifest : Manifest
+            The one in use.
+        others : callable
+            Gives the other manifests whose shards are kept; called only if there is something in question.
+        """
+        if any((self._state / folder).is_symlink() for folder in (".", "parts", "locks", "validators")):
+            return
+        self._remove_graves()
+        shards = {_flat(shard.data_path): shard for shard in manifest.shards}
+        parts = PartsFolder(self._state / "parts")
+        published = {entry.removesuffix(".json") for entry in _entries(self._state / "validators")}
+        under_way = parts.names() | set(_entries(self._state / "locks"))
+        if (published | under_way) - shards.keys() - {_flat(manifest.name)}:
+            shards.update((_flat(shard.data_path), shard) for other in others() for shard in other.shards)
+        for name in published - shards.keys():
+            with contextlib.suppress(UnsafePathError, UnsafeCacheError):  # a note with a crafted name
+                self._remove_if_shard(_unflat(name))
+        for name in under_way:
+            if name not in shards:
+                parts.remove_idle(name, _IDLE_SECONDS)
+            elif self.has(shards[name]):
+                known = self.validator(shards[name].data_path)
+                parts.remove_idle(name, _IDLE_SECONDS, None if known is None else known.claim)
+                _unlink(self._state / "locks" / name)
+
+    def _remove_if_shard(self, name: str) -> None:
+        check_path(name)  # no shard's name leads out of here
+        validator = self.validator(name)
+        if validator is not None and validator.claim is not None:  # not a manifest, or some other file
+            _unlink(self.path(name))
+            _unlink(self._validator_path(name))
+            _unlink(self._state / "locks" / _flat(name))
+
+    def _remove_graves(self) -> None:
+        """What is left of deletions that were interrupted."""
+        for grave in self.directory.parent.glob(f"{glob.escape(self.directory.name)}.*.deleted"):
+            shutil.rmtree(grave, ignore_errors=True)
+
+    def make_room(self, shards: Iterable[Shard]) -> None:
+        """Remove what interrupted loads have left of these shards, unless somebody is at work on them."""
+        parts = PartsFolder(self._state / "parts")
+        for shard in shards:
+            name = _flat(shard.data_path)
+            if parts.of(name):
+                with if_free(self._folder("locks") / name) as is_free:
+                    if is_free:
+                        parts.remove_all(name)
+
+    def manifest_names(self) -> list[str]:
+        """The names of what may be manifests."""
+        return [entry for entry in _entries(self.directory) if entry.endswith(".json") and self.size(entry) is not None]
+
     def ensure_room(self, nbytes: int) -> None:
         """Raise `DiskFullError` unless the disk has room for `nbytes` more."""
         folder = next(p for p in (self.directory, *self.directory.parents) if p.exists())
@@ -307,7 +364,11 @@ class ArtifactCache:
         grave = self.directory.with_name(f"{self.directory.name}.{secrets.token_hex(4)}.deleted")
         try:
             os.replace(self.directory, grave)  # at once for whoever looks, however long the rest takes
-            shutil.rmtree(grave)
+            self._remove_graves()
+            if grave.exists():
+                shutil.rmtree(grave)  # to see why not
+        except UnsafeCacheError:
+            raise
         except OSError as error:
             raise _unavailable(self.directory, error) from error
         return nbytes
@@ -321,17 +382,16 @@ class ArtifactCache:
         """A folder of ndcache's own state, made if need be; never one that a symlink leads to."""
         folder = self._state / name
         if self._state.is_symlink() or folder.is_symlink():
-            raise UnsafeCacheError(
-                f"{folder} leads elsewhere through a symbolic link", hint="It was left alone: look who put it there."
-            )
+            raise _unsafe(folder)
         if not folder.is_dir():
-            folder.mkdir(parents=True, exist_ok=True)
+            _make_directory(folder)
             if self._source:
                 self._write_small(self._state / "source.json", {"source": self._source})
         return folder
 
     def _write_small(self, path: Path, content: dict[str, Any]) -> None:
-        fresh = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
+        # First where it is cleared away if this process dies.
+        fresh = self._folder("parts") / f"{path.name}.{secrets.token_hex(8)}"
         try:
             with open(fresh, "x", encoding="utf-8") as file:
                 json.dump(content, file)
@@ -363,6 +423,22 @@ def _flat(name: str) -> str:
     return name.replace("%", "%25").replace("/", "%2F")
 
 
+def _unflat(name: str) -> str:
+    return name.replace("%2F", "/").replace("%25", "%")
+
+
+def _unlink(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
+def _entries(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []
+
+
 def disk_bytes(directory: Path) -> int:
     total = 0
     for folder, _, names in os.walk(directory):
@@ -372,14 +448,48 @@ def disk_bytes(directory: Path) -> int:
     return total
 
 
+def _move(part: Path, target: Path) -> BinaryIO:
+    """Rename a part; it comes back open for reading."""
+    if os.name == "nt":  # where an open file cannot be renamed
+        os.replace(part, target)
+        return open(target, "rb")
+    file = open(part, "rb")  # noqa: SIM115 - for who asked
+    try:
+        os.replace(part, target)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _make_directory(directory: Path) -> None:
+    """Make a directory and those above it, for good."""
+    if directory.is_dir():
+        return
+    missing = [folder for folder in (directory, *directory.parents) if not folder.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    for folder in reversed(missing):
+        with contextlib.suppress(PermissionError):  # to list the one above
+            _sync_directory(folder.parent)
+
+
 def _sync_directory(directory: Path) -> None:
     if os.name == "nt":
         return  # Windows has no handle on a directory to sync
     handle = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # not every file system can
+            raise
     finally:
         os.close(handle)
+
+
+def _unsafe(path: Path) -> UnsafeCacheError:
+    return UnsafeCacheError(
+        f"{path} leads elsewhere through a symbolic link", hint="It was left alone: look who put it there."
+    )
 
 
 def _unavailable(directory: Path, error: OSError) -> CacheError:

@@ -18,6 +18,7 @@ import click
 
 from ._version import __version__
 from .devices import is_device_name
+from .digests import parse_sri
 from .doctor import adapter_words, facts
 from .errors import NdcacheError
 from .inventory import CachedModel, cache_root, models
@@ -63,6 +64,18 @@ def _check_device(_: click.Context, __: click.Parameter, value: str) -> str:
 
 def _bytes_of_mib(_: click.Context, __: click.Parameter, value: int | None) -> int | None:
     return None if value is None else value << 20
+
+
+def _pairs(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, str] | None:
+    for value in values:
+        name, _equals, digest = value.partition("=")
+        try:
+            parse_sri(digest)
+        except ValueError as error:
+            raise click.BadParameter(f"{error}. It is FILE=sha256-….") from error
+        if not name:
+            raise click.BadParameter("it is FILE=sha256-….")
+    return {name: digest for name, _, digest in (value.partition("=") for value in values)} or None
 
 
 _verbose = click.option(
@@ -111,6 +124,13 @@ _OPTIONS: dict[str, Callable[[Any], Any]] = {
     "mirrors": click.option(
         "--mirror", "mirrors", metavar="SOURCE", multiple=True, help="Has the same files. May be repeated."
     ),
+    "integrity": click.option(
+        "--integrity",
+        metavar="FILE=DIGEST",
+        multiple=True,
+        callback=_pairs,
+        help="What this file must be: tensor-cache.json=sha256-…, the digest in base64. May be repeated.",
+    ),
     "memory_limit": click.option(
         "--memory-limit-mib",
         "memory_limit",
@@ -121,7 +141,7 @@ _OPTIONS: dict[str, Callable[[Any], Any]] = {
     ),
 }
 _CACHE_OPTIONS = ("cache_dir", "scope")
-_REQUEST_OPTIONS = (*_CACHE_OPTIONS, "timeout", "retries", "offline")
+_REQUEST_OPTIONS = (*_CACHE_OPTIONS, "timeout", "retries", "offline", "integrity")
 
 
 def _options(*names: str) -> Callable[[Command], Command]:
@@ -264,7 +284,7 @@ def rm(ctx: click.Context, /, sources: tuple[str, ...], **options: Any) -> None:
 
 @main.command()
 @click.argument("source")
-@_options(*_CACHE_OPTIONS)
+@_options(*_CACHE_OPTIONS, "integrity")
 @click.pass_context
 def verify(ctx: click.Context, /, source: str, **options: Any) -> None:
     """Compare what is cached of a model with its digests.
@@ -392,6 +412,8 @@ def _load_facts(source: str, device: str, weights: Weights) -> Iterator[tuple[st
     if location.is_remote:
         again = f", {stats.retries:,} of them again" if stats.retries else ""
         yield "from network", f"{format_size(stats.network_bytes)} in {format_count(stats.requests, 'request')}{again}"
+    if stats.resumed_bytes:
+        yield "left over", f"{format_size(stats.resumed_bytes)} of shards that had come in part"
     yield "from cache" if location.is_remote else "in place", format_size(stats.cache_bytes)
     checks = f"{format_count(stats.shards, 'shard')}: {format_checks(stats.integrity.most_common())}"
     # A file that is as it was when it was checked is not read again for that.

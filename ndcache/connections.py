@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import logging
+import re
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -14,10 +17,12 @@ import urllib3
 from requests.adapters import HTTPAdapter
 from urllib3 import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.exceptions import ConnectTimeoutError, LocationParseError, NameResolutionError, NewConnectionError
+from urllib3.util.connection import allowed_gai_family
 
 from .stop import Watch
 
-__all__ = ["WatchedAdapter", "waker", "watching"]
+__all__ = ["WatchedAdapter", "waker", "watch_adapters", "watching"]
 
 _current = threading.local()
 
@@ -52,13 +57,32 @@ def watching(watch: Watch) -> Iterator[None]:
         _current.watch = None
 
 
+class _WithoutQueries(logging.Filter):
+    """Takes the queries, which may be signatures, out of what urllib3 logs of our requests, and whatever holds them."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if getattr(_current, "watch", None) is not None:
+            record.msg, record.args = re.sub(r"\?[^\s'\"]+", "?…", record.getMessage()), None
+            record.exc_info = None
+        return True
+
+
+for _name in ("urllib3.connection", "urllib3.connectionpool", "urllib3.util.retry"):
+    logging.getLogger(_name).addFilter(_WithoutQueries())
+
+
 class _Watched(HTTPConnection):
     """A connection that shows its socket to whoever watches this thread."""
 
     _is_used = False
+    _connecting: socket.socket | None = None
 
     def connect(self) -> None:
-        super().connect()
+        try:
+            super().connect()
+        finally:
+            if self._connecting is not None:
+                self._connecting.close()
         self._is_used = False
         self._show()
 
@@ -69,6 +93,59 @@ class _Watched(HTTPConnection):
         self._show()
         super().request(*args, **kwargs)
         self._is_used = True
+
+    def _new_conn(self) -> socket.socket:
+        """Like urllib3's own, but each socket can be shut while it connects, and while TLS shakes hands."""
+        watch: Watch | None = getattr(_current, "watch", None)
+        try:
+            with watch.pausing() if watch is not None else contextlib.nullcontext():
+                sock = self._connected(watch)
+        except socket.gaierror as error:
+            raise NameResolutionError(self.host, self, error) from error
+        except TimeoutError as error:
+            raise ConnectTimeoutError(self, f"{self.host} did not answer in {self.timeout} s") from error
+        except OSError as error:
+            raise NewConnectionError(self, f"no connection to {self.host}: {error}") from error
+        if watch is not None:
+            # The socket itself is given over to TLS, which makes another one of it.
+            self._connecting = sock.dup()
+            watch.add_waker(functools.partial(_shut, self._connecting))
+        return sock
+
+    def _connected(self, watch: Watch | None) -> socket.socket:
+        """A socket connected to the first of the host's addresses that answers."""
+        host, failure = self._dns_host.strip("[]"), OSError("the host has no address")
+        try:
+            host.encode("idna")
+        except UnicodeError:
+            raise LocationParseError(f"{host!r}, label empty or too long") from None
+        for family, kind, protocol, _, address in socket.getaddrinfo(
+            host, self.port, allowed_gai_family(), socket.SOCK_STREAM
+        ):
+            if watch is not None and watch.is_woken:
+                break
+            sock = None
+            try:
+                sock = socket.socket(family, kind, protocol)
+                if watch is not None:
+                    watch.add_waker(functools.partial(_shut, sock))
+                for option in self.socket_options or ():
+                    sock.setsockopt(*option)
+                sock.settimeout(self.timeout)
+                if self.source_address:
+                    sock.bind(self.source_address)
+                sock.connect(address)
+                return sock
+            except BaseException as error:
+                if sock is not None:
+                    sock.close()
+                if not isinstance(error, OSError):
+                    raise
+                failure = error
+        try:
+            raise failure
+        finally:
+            del failure  # which holds this frame
 
     def _show(self) -> None:
         watch: Watch | None = getattr(_current, "watch", None)
@@ -87,6 +164,16 @@ class _Pool(HTTPConnectionPool):
 
 class _TLSPool(HTTPSConnectionPool):
     ConnectionCls = _WatchedTLS
+
+
+def watch_adapters(session: requests.Session) -> None:
+    """Have a session of the caller's make connections that can be watched, if its adapters are those of requests."""
+    for adapter in session.adapters.values():
+        if type(adapter) is not HTTPAdapter or type(adapter.poolmanager) is not urllib3.PoolManager:
+            continue
+        if adapter.poolmanager.pool_classes_by_scheme.get("http") is not _Pool:
+            adapter.poolmanager.pool_classes_by_scheme = {"http": _Pool, "https": _TLSPool}
+            adapter.poolmanager.clear()  # of those that are kept; what is in use goes on
 
 
 class WatchedAdapter(HTTPAdapter):

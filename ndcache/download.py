@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from .cache import ArtifactCache, Part
+from .cache import ArtifactCache
 from .errors import (
     ChecksumError,
+    IntegrityError,
     NdcacheError,
-    ProtocolError,
     SizeMismatchError,
     TransferError,
     TruncatedError,
+    redact,
 )
 from .manifest import Shard
+from .parts import Part
 from .retry import RetryPolicy, with_retries
 from .stats import LoadStats
 from .stop import Stop
+from .transfer import Transfer, unasked
 from .transport import Response, Transport
+from .validator import Validator
 
 __all__ = ["Downloader"]
 
@@ -50,17 +54,30 @@ class Downloader:
     stats: LoadStats
     cache: ArtifactCache
     digests: bool = True
+    _failing: set[int] = field(default_factory=set)  # which of the URLs are tried last
 
-    def shard(self, shard: Shard, urls: Sequence[str], claim: str) -> BinaryIO:
+    def shard(
+        self,
+        shard: Shard,
+        urls: Sequence[str],
+        claim: str,
+        *,
+        cached: Validator | None = None,
+        is_alone: bool = False,
+    ) -> BinaryIO | None:
         """Bring one shard into the cache, from the first of `urls` that gives the right bytes; its file comes open.
 
         Parameters
         ----------
         shard : Shard
         urls : sequence of str
-            Of the source, which the caller's session is for, and of mirrors.
+            Of the source, which the caller's session is for, and of mirrors: the same ones in each call.
         claim : str
-            What the manifest says of its content; see `ArtifactCache.is_known`.
+            What the manifest says of its content; see `Validator.agrees`.
+        cached : Validator, optional
+            Of the file that is there. If the source says that it is still the same, nothing comes back.
+        is_alone : bool
+            Whether nobody else downloads this shard now.
 
         Raises
         ------
@@ -68,26 +85,24 @@ class Downloader:
             The first URL's error, those of the others attached.
         CacheError, CancelledError
         """
-        errors: list[NdcacheError] = []
-        for url in urls:
-            try:
-                return with_retries(
-                    lambda url=url: self._shard_once(shard, url, urls[0], claim),  # type: ignore[misc]
-                    self.policy,
-                    self.stop,
-                    self.stats,
-                )
-            except (TransferError, ChecksumError, SizeMismatchError) as error:
-                error.shard = shard.data_path
-                errors.append(error)
-        errors[0].others = tuple(errors[1:])
-        raise errors[0]
+        with self.cache.part(shard.data_path) as part:
+            expected = self._expected(shard, None)
+            self._compute(part, expected)
+            self.cache.copy_longest_part(
+                part, shard, claim, self.stop.check, is_checked=bool(expected), is_alone=is_alone
+            )
+            self.stats.count(resumed_bytes=part.nbytes)
+            transfer = Transfer(shard, claim, urls[0], part, cached, is_inherited=part.nbytes > 0)
+            return self._from_any(transfer, urls)
 
     def file(self, name: str, url: str, limit: int) -> Path:
         """Bring a file of unknown size, up to `limit` bytes, into the cache."""
 
         def once() -> Path:
-            with self._get(url, url) as response, self.cache.part(name, ("md5",)) as part:
+            with self._get(url, url, {}) as response, self.cache.part(name) as part:
+                if response.status != 200:
+                    raise unasked(response)
+                part.compute("md5", self.stop.check)
                 length = response.content_length
                 if length is not None and length > limit:
                     raise SizeMismatchError(
@@ -106,94 +121,97 @@ class Downloader:
                         expected=length,
                         received=part.nbytes,
                     )
-                self._publish(part, name, response).close()
+                headers = response.headers
+                etag, last_modified = headers.get("ETag"), headers.get("Last-Modified")
+                with self.stats.timed("publish"):
+                    self.cache.publish(part, name, etag=etag, last_modified=last_modified).close()
                 return self.cache.path(name)
 
         return with_retries(once, self.policy, self.stop, self.stats)
 
-    def _shard_once(self, shard: Shard, url: str, owner: str, claim: str) -> BinaryIO:
-        algorithms = (shard.integrity,) if self.digests and shard.integrity != "size" else ()
-        with self._get(url, owner) as response:
-            _check_length(response, shard)
-            with self.cache.part(shard.data_path, algorithms) as part:
-                with self.stats.timed("network"):
-                    self._receive(response, part, shard.nbytes)
-                _check_part(part, shard, url)
-                return self._publish(part, shard.data_path, response, claim)
-
-    def _get(self, url: str, owner: str) -> Response:
-        self.stats.count(requests=1)
-        response = self.transport.get(url, {}, self.stop, owner=owner)
-        if response.status != 200:
-            with response:
-                raise ProtocolError(
-                    f"the server answered a plain request with status {response.status}",
-                    url=url,
-                    status=response.status,
+    def _from_any(self, transfer: Transfer, urls: Sequence[str]) -> BinaryIO | None:
+        errors: dict[int, NdcacheError] = {}
+        for index in sorted(range(len(urls)), key=lambda index: index in self._failing):
+            transfer.with_ranges = True
+            try:
+                return with_retries(
+                    lambda url=urls[index]: self._shard_once(transfer, url),  # type: ignore[misc]
+                    self.policy,
+                    self.stop,
+                    self.stats,
+                    lambda: transfer.part.furthest,
                 )
-        return response
+            except (TransferError, IntegrityError) as error:
+                error.shard = transfer.shard.data_path
+                errors[index] = error
+                if error.retryable and error.max_retries is None:
+                    self._failing.add(index)  # it was tried again and again; the next shards need not wait for that
+        first, *others = (errors[index] for index in sorted(errors))
+        first.others = tuple(others)
+        raise first
+
+    def _shard_once(self, transfer: Transfer, url: str) -> BinaryIO | None:
+        """One request, or none if all has come; the published file, or None if the cached one is still right."""
+        part, shard = transfer.part, transfer.shard
+        try:
+            if transfer.is_complete:
+                assert part.origin is not None
+                expected = self._expected(shard, part.origin.sha256)
+                self._compute(part, expected)
+            else:
+                conditions = transfer.conditions(url)
+                with self._get(url, transfer.owner, conditions) as response:
+                    if response.status == 304 and "If-None-Match" in conditions:
+                        return None
+                    is_usable = transfer.accept(url, response)
+                    if is_usable:
+                        expected = self._expected(shard, response.linked_sha256)
+                        self._compute(part, expected)
+                        with self.stats.timed("network"):
+                            self._receive(response, part, shard.nbytes)
+                if not is_usable:
+                    return self._shard_once(transfer, url)
+            transfer.check(url, expected)
+        except ChecksumError:
+            if not transfer.is_inherited:
+                raise
+            transfer.is_inherited = False  # what was left may have been torn: that is not the server's fault
+            return self._shard_once(transfer, url)
+        # What a mirror calls a version says nothing to the source, which will be asked.
+        origin = part.origin
+        etag = origin.etag if origin is not None and origin.url == redact(transfer.owner) else None
+        with self.stats.timed("publish"):
+            return self.cache.publish(part, shard.data_path, etag=etag, claim=transfer.claim)
+
+    def _expected(self, shard: Shard, linked_sha256: str | None) -> dict[str, str]:
+        """The digests that will be compared: the manifest's, the caller's, and the server's own."""
+        if not self.digests:
+            return {}
+        linked = {} if linked_sha256 is None else {"sha256": linked_sha256}
+        return {**linked, **shard.digests}
+
+    def _compute(self, part: Part, algorithms: Iterable[str]) -> None:
+        with self.stats.timed("hash"):
+            for algorithm in algorithms:
+                part.compute(algorithm, self.stop.check)
+
+    def _get(self, url: str, owner: str, headers: Mapping[str, str]) -> Response:
+        self.stats.count(requests=1)
+        return self.transport.get(url, headers, self.stop, owner=owner)
 
     def _receive(self, response: Response, part: Part, nbytes: int) -> None:
         """Write the body to `part`; one byte more than `nbytes` is asked for, to notice what is too long."""
-        while data := response.read_some(min(_READ_BYTES, nbytes + 1 - part.nbytes)):
-            self.stop.check()
-            self.stats.count(network_bytes=len(data))
-            if part.nbytes + len(data) > nbytes:
-                raise SizeMismatchError("the server sends more than there should be", url=response.url, expected=nbytes)
-            part.write(data)
-
-    def _publish(self, part: Part, name: str, response: Response, claim: str | None = None) -> BinaryIO:
-        with self.stats.timed("publish"):
-            return self.cache.publish(
-                part,
-                name,
-                etag=response.headers.get("ETag"),
-                last_modified=response.headers.get("Last-Modified"),
-                claim=claim,
-            )
-
-
-def _check_length(response: Response, shard: Shard) -> None:
-    """Before the body is read: what is announced must be what the manifest promises."""
-    length = response.content_length
-    if length is None or length == shard.nbytes:
-        return
-    raise SizeMismatchError(
-        f"the server has {length:,} bytes where the manifest says {shard.nbytes:,}",
-        url=response.url,
-        shard=shard.data_path,
-        expected=shard.nbytes,
-        received=length,
-        hint=_what_it_is(response, length),
-    )
-
-
-def _what_it_is(response: Response, length: int) -> str:
-    kind = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
-    if kind in ("text/html", "application/xhtml+xml"):
-        return "It is a web page: check the URL, and whether it needs a login."
-    if length < 512 and response.read(512).startswith(b"version https://git-lfs"):
-        return "It is a git-lfs pointer, not the file: serve the file itself (git lfs pull)."
-    return "The manifest and the shard are of different versions, or the upload is not complete."
-
-
-def _check_part(part: Part, shard: Shard, url: str) -> None:
-    if part.nbytes != shard.nbytes:
-        raise TruncatedError(
-            f"the body ended early, after {part.nbytes:,} of {shard.nbytes:,} bytes",
-            url=url,
-            shard=shard.data_path,
-            expected=shard.nbytes,
-            received=part.nbytes,
-        )
-    for algorithm, expected in (("sha256", shard.sha256sum), ("md5", shard.md5sum)):
-        actual = part.digest(algorithm)
-        if actual is not None and actual != expected:
-            raise ChecksumError(
-                f"wrong {algorithm}: {actual} came, {expected} is in the manifest",
-                url=url,
-                shard=shard.data_path,
-                expected=expected,
-                received=actual,
-                hint="The file on the server is damaged or of another version than the manifest.",
-            )
+        try:
+            while data := response.read_some(min(_READ_BYTES, nbytes + 1 - part.nbytes)):
+                self.stop.check()
+                self.stats.count(network_bytes=len(data))
+                if part.nbytes + len(data) > nbytes:
+                    part.restart()
+                    raise SizeMismatchError(
+                        "the server sends more than there should be", url=response.url, expected=nbytes
+                    )
+                part.write(data)
+        except TruncatedError as error:
+            error.expected, error.received = nbytes, part.nbytes
+            error.message = f"the body ended early, after {part.nbytes:,} of {nbytes:,} bytes"
+            raise

@@ -127,8 +127,8 @@ class NdcacheError(Exception):
 
     #: Whether the same call may succeed later without anything being changed.
     retryable: ClassVar[bool] = False
-    #: Of the retryable ones: those that get one more try only.
-    retry_once: ClassVar[bool] = False
+    #: Of the retryable ones: how often ndcache itself tries again, if not as often as the `RetryPolicy` says.
+    max_retries: ClassVar[int | None] = None
 
     def __init__(
         self,
@@ -243,21 +243,21 @@ class ProtocolError(TransferError):
     """The answer is not HTTP as agreed on."""
 
     retryable = True
-    retry_once = True
+    max_retries = 1
 
 
 class RangeError(TransferError):
     """The server sent another byte range than the one asked for."""
 
     retryable = True
-    retry_once = True
+    max_retries = 1
 
 
 class RemoteChangedError(TransferError):
-    """The file changed on the server while it was being read."""
+    """The file changed on the server while it was being read, and again when it was begun anew."""
 
     retryable = True
-    retry_once = True
+    max_retries = 0
 
 
 class AuthError(TransferError):
@@ -280,7 +280,7 @@ class IntegrityError(NdcacheError):
     """The bytes are not those that the manifest promises."""
 
     retryable = True
-    retry_once = True
+    max_retries = 1
 
 
 class SizeMismatchError(IntegrityError):

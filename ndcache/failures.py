@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import email.utils
 import http.client
 import re
@@ -80,7 +81,10 @@ def _seconds(value: str | None) -> float | None:
     if re.fullmatch(r"[0-9]{1,400}", value.strip()):
         return min(float(value), 1e10)
     try:
-        return max(email.utils.parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
+        date = email.utils.parsedate_to_datetime(value)
+        if date.tzinfo is None:  # the form of asctime(), which is UTC, too (RFC 9110, 5.6.7)
+            date = date.replace(tzinfo=datetime.timezone.utc)
+        return max(date.timestamp() - time.time(), 0.0)
     except (TypeError, ValueError, OverflowError):
         return None
 
@@ -150,7 +154,9 @@ def _transfer_error(chain: list[BaseException], url: str) -> TransferError:
         )
     if has(requests.exceptions.RetryError, urllib3.exceptions.ResponseError):
         return ServerError("the server failed, again and again", url=url, hint="Try again later.")
-    if has(socket.gaierror, urllib3.exceptions.NameResolutionError):
+    if has(
+        socket.gaierror, urllib3.exceptions.NameResolutionError, urllib3.exceptions.LocationParseError, UnicodeError
+    ):
         return ConnectError(f"the host {host} is not known", url=url, hint="Check its spelling and the network.")
     if has(ConnectionRefusedError):
         return ConnectError(f"{host} refuses connections", url=url, hint="Is the server running?")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
+import time
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -60,13 +63,13 @@ def in_order(
     results: dict[int, T] = {}
     done: SimpleQueue[_Done[T]] = SimpleQueue()
     begun = taken = in_flight = 0
-    executor = ThreadPoolExecutor(max_workers, thread_name_prefix="ndcache")
+    workers = _Workers(max_workers)
     try:
         while taken < len(shards):
             while begun < len(shards) and _may_begin(
                 shards[begun], begun - taken, in_flight, memory_limit, max_workers
             ):
-                executor.submit(_run, work, shards[begun], begun, done)
+                workers.submit(_run, work, shards[begun], begun, done)
                 in_flight += shards[begun].nbytes
                 stats.peak_bytes_in_flight = max(stats.peak_bytes_in_flight, in_flight)
                 begun += 1
@@ -77,20 +80,20 @@ def in_order(
             taken += 1
     except BaseException as error:
         stop.set()
-        executor.shutdown(wait=True, cancel_futures=True)
+        workers.end()
         _attach_others(error, done)
         raise
     finally:
-        executor.shutdown(wait=True, cancel_futures=True)
+        workers.end()
 
 
 def in_worker(work: Callable[[], T], stop: Stop) -> T:
     """``work()`` in a worker thread, while the caller's thread looks after `stop`."""
     done: SimpleQueue[_Done[T]] = SimpleQueue()
     results: dict[int, T] = {}
-    executor = ThreadPoolExecutor(1, thread_name_prefix="ndcache")
+    workers = _Workers(1)
     try:
-        executor.submit(_run, lambda _: work(), None, 0, done)
+        workers.submit(_run, lambda _: work(), None, 0, done)
         _collect(done, results, 0, stop, lambda: None)
     except NdcacheError:
         raise  # of the work, which is over
@@ -98,8 +101,37 @@ def in_worker(work: Callable[[], T], stop: Stop) -> T:
         stop.set()
         raise
     finally:
-        executor.shutdown(wait=True)
+        workers.end()
     return results[0]
+
+
+class _Workers(ThreadPoolExecutor):
+    """A pool that leaves no thread behind, even if Ctrl-C comes while it makes one and does not know of it yet."""
+
+    _numbers = itertools.count(1)
+
+    def __init__(self, max_workers: int) -> None:
+        self._name = f"ndcache-{next(self._numbers)}"
+        super().__init__(max_workers, thread_name_prefix=self._name)
+
+    def end(self) -> None:
+        """Forget what has not begun, and wait for what has."""
+        self.shutdown(wait=True, cancel_futures=True)
+        for thread in threading.enumerate():
+            if thread.name.startswith(f"{self._name}_"):
+                _join(thread)
+
+
+def _join(thread: threading.Thread) -> None:
+    deadline = time.monotonic() + 1
+    while True:
+        try:
+            thread.join()
+            return
+        except RuntimeError:  # It has not started: not yet, or, if Ctrl-C came first, never.
+            if time.monotonic() > deadline:
+                return
+        time.sleep(0.001)
 
 
 @dataclass(frozen=True)

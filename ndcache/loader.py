@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ import requests
 from .cache import ArtifactCache
 from .devices import open_device
 from .devices.base import Device
+from .digests import parse_sri
 from .download import Downloader
 from .errors import ManifestError, NotFoundError, OfflineError, UnsafeCacheError
 from .fetch import in_order
@@ -59,8 +60,8 @@ class VerifyReport:
     Attributes
     ----------
     checked : dict of str to str
-        The good shards and how each was checked: ``"sha256"``, ``"md5"``, or ``"size"`` where the manifest has no
-        digest.
+        The good shards and how each was checked: ``"sha256"``, ``"md5"``, the algorithm of a pin, or ``"size"`` where
+        no digest is known.
     bad : tuple of str
         Shards with wrong bytes or of the wrong size. In the cache they were set aside, and the next load fetches them.
     missing : tuple of str
@@ -113,10 +114,16 @@ class Loader:
     offline : bool
         Make no request; what is missing is an `OfflineError`. Also with NDCACHE_OFFLINE=1 or HF_HUB_OFFLINE=1.
     session : requests.Session, optional
-        Used for the requests: proxies, auth, headers. Its secrets go to the source's origin only. Stopping a call does
-        not cut short its wait for the headers of an answer, which `timeout` bounds.
+        Used for the requests: proxies, auth, headers. Its secrets go to the source's origin only. Retries of
+        its adapters come on top of `retries`. With adapters or proxies of its own, stopping a call does not cut short
+        its wait for the headers of an answer.
     mirrors : sequence of str
         Sources that hold the same files, tried in this order for a shard that the first one does not give.
+    integrity : mapping of str to str, optional
+        Digests that you demand, by file name, in the form of Subresource Integrity (sha256, sha384 or sha512, a hyphen,
+        base64): ``{"tensor-cache.json": "sha256-…"}``. For the manifest, for shards by their ``dataPath``, or both. A
+        pinned manifest vouches for the shards whose digests it has, and may come from a mirror, too. In a local
+        directory, what is pinned or vouched for is read and compared at each load.
     memory_limit : int
         Bytes of shards that may be under way or waiting for the device at once. Default 512 MiB.
     cancel : threading.Event, optional
@@ -135,6 +142,7 @@ class Loader:
         offline: bool = False,
         session: requests.Session | None = None,
         mirrors: Sequence[str] = (),
+        integrity: Mapping[str, str] | None = None,
         memory_limit: int = 512 << 20,
         cancel: threading.Event | None = None,
     ) -> None:
@@ -147,6 +155,7 @@ class Loader:
         self._verify = verify
         self._offline = offline or any(_is_set(environ.get(name)) for name in ("NDCACHE_OFFLINE", "HF_HUB_OFFLINE"))
         self._mirrors = [mirrors] if isinstance(mirrors, str) else list(mirrors)
+        self._pins = {name: parse_sri(text) for name, text in (integrity or {}).items()}
         self._memory_limit = memory_limit
         self._cancel = cancel
         token = (environ.get("HF_TOKEN") or "").strip()
@@ -246,13 +255,13 @@ class Loader:
             stats=run.stats,
         )
         with closing(results):
-            good = {shard.data_path: shard for shard, is_good in zip(present, results, strict=True) if is_good}
+            checked = {shard.data_path: kind for shard, kind in zip(present, results, strict=True) if kind}
         found = {shard.data_path for shard in present}
         return VerifyReport(
-            checked={path: shard.integrity for path, shard in good.items()},
-            bad=tuple(shard.data_path for shard in present if shard.data_path not in good),
+            checked=checked,
+            bad=tuple(shard.data_path for shard in present if shard.data_path not in checked),
             missing=tuple(shard.data_path for shard in shards if shard.data_path not in found),
-            nbytes=sum(shard.nbytes for shard in good.values()),
+            nbytes=sum(shard.nbytes for shard in shards if shard.data_path in checked),
         )
 
     def delete(self, source: Source) -> int:
@@ -288,7 +297,9 @@ class Loader:
         model: Model
         with stats.timed("manifest"):
             if location.directory is not None:
-                model = LocalModel(location.directory, location.manifest_names, verify=self._verify, stop=stop)
+                model = LocalModel(
+                    location.directory, location.manifest_names, verify=self._verify, stop=stop, pins=self._pins
+                )
             else:
                 model = RemoteModel(
                     location,
@@ -296,6 +307,7 @@ class Loader:
                     mirrors=[_mirror(mirror) for mirror in self._mirrors],
                     verify=self._verify,
                     offline=self._offline or offline,
+                    pins=self._pins,
                 )
         return _Run(model, stop, stats, started)
 
@@ -325,9 +337,9 @@ class Loader:
             for shard, staged in arriving:
                 placed = device.place(staged, shard, decode=decode)
                 for record, tensor in run.stats.timed_iterator("place", placed):
-                    run.stop.check()
                     run.stats.tensors += 1
                     yield record.name, tensor
+                    run.stop.check()  # before the next one is made, which would be nobody's
 
     def _in_order(
         self,
@@ -339,31 +351,33 @@ class Loader:
         finish: Callable[[], None] = lambda: None,
     ) -> Generator[tuple[Shard, T], None, None]:
         """Each shard with what `work` made of it; it is done, and reported, when the next one is asked for."""
-        run.model.prepare(shards)
-        reporter = Reporter(
-            progress,
-            [shard.nbytes for shard in shards],
-            cache_only=all(run.model.is_ready(shard) for shard in shards),
-            received=lambda: run.stats.network_bytes,
-        )
-        results = in_order(
-            shards,
-            work,
-            max_workers=self._max_workers,
-            memory_limit=memory_limit,
-            stop=run.stop,
-            stats=run.stats,
-            tick=reporter.tick,
-        )
-        with closing(reporter), closing(results):
-            reporter.start()
-            for done, (shard, (obtained, result)) in enumerate(zip(shards, results, strict=True), 1):
-                yield shard, result
-                if done == len(shards):
-                    with run.stats.timed("finish"):
-                        finish()
-                run.stats.shard_done(shard.nbytes, from_cache=obtained.from_cache, checked=obtained.checked)
-                reporter.shard_done(shard.nbytes)
+        with closing(run.model):
+            run.model.prepare(shards)
+            reporter = Reporter(
+                progress,
+                [shard.nbytes for shard in shards],
+                cache_only=all(run.model.is_ready(shard) for shard in shards),
+                received=lambda: run.stats.network_bytes + run.stats.resumed_bytes,
+            )
+            results = in_order(
+                shards,
+                work,
+                max_workers=self._max_workers,
+                memory_limit=memory_limit,
+                stop=run.stop,
+                stats=run.stats,
+                tick=reporter.tick,
+            )
+            with closing(reporter), closing(results):
+                reporter.start()
+                for done, (shard, (obtained, result)) in enumerate(zip(shards, results, strict=True), 1):
+                    yield shard, result
+                    if done == len(shards):
+                        with run.stats.timed("finish"):
+                            finish()
+                    run.stats.shard_done(shard.nbytes, from_cache=obtained.from_cache, checked=obtained.checked)
+                    reporter.shard_done(shard.nbytes)
+            run.model.finish()
         run.stats.seconds["total"] = time.perf_counter() - run.started
         logger.info("%s: %s", run.model.directory, run.stats)
 

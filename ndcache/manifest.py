@@ -85,6 +85,8 @@ class Shard:
         Its size.
     md5sum, sha256sum : str or None
         Its digests in lower-case hex, where the manifest has them.
+    pin : tuple of str or None
+        The algorithm and the digest that the caller's ``integrity`` option demands.
     format : str
         ``"raw-shard"``.
     records : tuple of Record
@@ -97,11 +99,21 @@ class Shard:
     sha256sum: str | None
     format: str
     records: tuple[Record, ...]
+    pin: tuple[str, str] | None = None
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Every digest that the shard must have, by algorithm, the strongest first."""
+        known = {} if self.pin is None else dict([self.pin])
+        for algorithm, digest in (("sha256", self.sha256sum), ("md5", self.md5sum)):
+            if digest is not None:
+                known.setdefault(algorithm, digest)
+        return known
 
     @property
     def integrity(self) -> str:
-        """The strongest check that the manifest allows: ``"sha256"``, ``"md5"`` or ``"size"``."""
-        return "sha256" if self.sha256sum else "md5" if self.md5sum else "size"
+        """The strongest check that is possible: ``"sha256"``, ``"md5"`` or ``"size"``; or the algorithm of a pin."""
+        return next(iter(self.digests), "size")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import BinaryIO
 from .digests import mismatch
 from .errors import ChecksumError, NotFoundError, SizeMismatchError
 from .manifest import Manifest, Shard
-from .parse import parse_manifest
+from .pins import Pins, manifest_names_to_try, open_manifest
 from .stop import Stop
 from .strict_json import MAX_MANIFEST_BYTES
 
@@ -27,7 +27,7 @@ class Obtained:
 
     file: BinaryIO
     from_cache: bool
-    checked: str  # "sha256", "md5" or "size"
+    checked: str  # "size", or the strongest algorithm: "md5", "sha256", of a pin "sha384" or "sha512", too
 
 
 class Model(ABC):
@@ -61,17 +61,30 @@ class Model(ABC):
         """The shard's file. Called from the workers."""
 
     @abstractmethod
-    def check(self, shard: Shard) -> bool:
-        """Whether the shard's file, which is there, has the right size and digest; its bytes are read."""
+    def check(self, shard: Shard) -> str | None:
+        """Read the shard's file, which is there, and compare its size and digests.
+
+        Returns
+        -------
+        str or None
+            What it was checked by: ``"size"``, or the strongest algorithm; None if it is not right.
+        """
+
+    def finish(self) -> None:  # noqa: B027 - most have nothing to do
+        """Everything that was asked for has been obtained."""
+
+    def close(self) -> None:  # noqa: B027
+        """Nothing more will be obtained."""
 
 
 class LocalModel(Model):
     """A directory of the user's: read in place, never written to."""
 
-    def __init__(self, directory: Path, manifest_names: Sequence[str], *, verify: str, stop: Stop) -> None:
+    def __init__(self, directory: Path, manifest_names: Sequence[str], *, verify: str, stop: Stop, pins: Pins) -> None:
         self._verify = verify
         self._stop = stop
-        super().__init__(_read_manifest(directory, manifest_names), directory)
+        self._pins = pins
+        super().__init__(_read_manifest(directory, manifest_names_to_try(manifest_names, pins), pins), directory)
 
     def has(self, shard: Shard, *, of_any_size: bool = False) -> bool:
         try:
@@ -96,23 +109,37 @@ class LocalModel(Model):
 
     def obtain(self, shard: Shard) -> Obtained:
         file = self._open(shard)
+        expected = self._expected(shard)
         try:
-            if self._verify == "always" and (digests := mismatch(file, shard, self._stop.check)):
+            if (wrong := mismatch(file, expected, self._stop.check)) is not None:
+                algorithm, right, actual = wrong
                 raise ChecksumError(
-                    f"{self._path(shard)} has the digest {digests[1]}, the manifest says {digests[0]}",
+                    f"{self._path(shard)} has the {algorithm} {actual}, and should have {right}",
                     shard=shard.data_path,
-                    expected=digests[0],
-                    received=digests[1],
-                    hint="The file is damaged: copy it again.",
+                    expected=right,
+                    received=actual,
+                    hint="The file is damaged, or of another version than the manifest: copy it again.",
                 )
         except BaseException:
             file.close()
             raise
-        return Obtained(file, from_cache=True, checked=shard.integrity if self._verify == "always" else "size")
+        return Obtained(file, from_cache=True, checked=next(iter(expected), "size"))
 
-    def check(self, shard: Shard) -> bool:
+    def check(self, shard: Shard) -> str | None:
         with self._open(shard) as file:
-            return self.has(shard) and mismatch(file, shard, self._stop.check) is None
+            good = self.has(shard) and mismatch(file, shard.digests, self._stop.check) is None
+        return shard.integrity if good else None
+
+    @property
+    def _is_pinned(self) -> bool:
+        """Whether the caller vouches for the manifest, and so for the digests in it."""
+        return self.manifest.name in self._pins
+
+    def _expected(self, shard: Shard) -> dict[str, str]:
+        """The digests that are compared at each load: what the caller has pinned, or everything."""
+        if self._verify == "always" or (self._is_pinned and self._verify != "never"):
+            return shard.digests
+        return {} if self._verify == "never" or shard.pin is None else dict([shard.pin])
 
     def _open(self, shard: Shard) -> BinaryIO:
         path = self._path(shard)
@@ -125,14 +152,16 @@ class LocalModel(Model):
         return self.directory.joinpath(*shard.data_path.split("/"))
 
 
-def _read_manifest(directory: Path, names: Sequence[str]) -> Manifest:
+def _read_manifest(directory: Path, names: Sequence[str], pins: Pins) -> Manifest:
     for name in names:
         try:
             with open(directory / name, "rb") as file:
                 data = file.read(MAX_MANIFEST_BYTES + 1)
-        except FileNotFoundError:
+        except (FileNotFoundError, IsADirectoryError):
             continue
-        return parse_manifest(data, name=name, url=str(directory / name))
+        except OSError as error:
+            raise NotFoundError(f"{directory / name} cannot be read: {error.strerror}") from error
+        return open_manifest(data, name=name, url=str(directory / name), pins=pins)
     raise NotFoundError(
         f"there is no {' or '.join(names)} in {directory}",
         hint="Give the directory that holds the manifest, or the manifest itself.",

@@ -27,6 +27,7 @@ class Options(TypedDict, total=False):
     offline: bool
     session: requests.Session | None
     mirrors: Sequence[str]
+    integrity: Mapping[str, str] | None
     memory_limit: int
     cancel: threading.Event | None
 
@@ -67,6 +68,11 @@ _CHECKS: dict[str, tuple[tuple[type, ...], str, Callable[[Any], bool]]] = {
     "verify": ((str,), "'download', 'always' or 'never'", lambda value: value in ("download", "always", "never")),
     "offline": ((bool,), "True or False", lambda value: True),
     "session": ((requests.Session, _NONE), "a requests.Session", lambda value: True),
+    "integrity": (
+        (Mapping, _NONE),
+        "a mapping from file names to digests such as 'sha256-…'",
+        lambda value: all(isinstance(item, str) for pair in (value or {}).items() for item in pair),
+    ),
     "memory_limit": ((int,), "a positive number of bytes", lambda value: value > 0),
     "cancel": ((object,), "a threading.Event", lambda value: value is None or callable(getattr(value, "is_set", None))),
 }

@@ -6,38 +6,54 @@ import contextlib
 import hashlib
 import logging
 import os
-import sys
-import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import BinaryIO
 
-from .cache import Validator
 from .digests import mismatch
 from .download import Downloader
-from .errors import (
-    CacheError,
-    CacheUnavailableError,
-    ManifestError,
-    NdcacheError,
-    NotFoundError,
-    OfflineError,
-    ProtocolError,
-    TransferError,
-)
-from .fetch import in_worker
+from .errors import CacheUnavailableError, DiskFullError, ManifestError, NdcacheError
 from .locate import Location
 from .manifest import Manifest, Shard
+from .manifest_source import ManifestSource, offline_error
 from .model import Model, Obtained
 from .parse import parse_manifest
-from .retry import RetryPolicy, with_retries
+from .pins import Pins
 from .strict_json import MAX_MANIFEST_BYTES
+from .validator import Validator
 
 __all__ = ["RemoteModel"]
 
 #: How often a shard is obtained before other processes that take it away count as an error.
 _TRIES = 5
+#: The cached shards that are held open from the start of a load, so that deleting the model does not take them away,
+#: of all loads of this process together, and the most that may be: descriptors are scarce.
+_all_held: set[BinaryIO] = set()
+_MAX_HELD = 128
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_all_held.clear)  # the parent's are not the child's
+#: What a shard can have been checked by, the strongest first.
+_KINDS = ("sha512", "sha384", "sha256", "md5")
 
 logger = logging.getLogger("ndcache")
+
+
+@dataclass(frozen=True)
+class _Cached:
+    """A shard's file in the cache, open, and what was remembered of it when it was opened."""
+
+    file: BinaryIO
+    validator: Validator | None
+
+    def judge(self, shard: Shard, claim: str) -> bool | None:
+        """See `Validator.judge`."""
+        return None if self.validator is None else self.validator.judge(os.fstat(self.file.fileno()), shard, claim)
+
+    def found_right(self, digests: Mapping[str, str], claim: str) -> Validator:
+        """What is to be remembered after it was read."""
+        status, old = os.fstat(self.file.fileno()), self.validator
+        etag = old.etag if old is not None and old.is_of(status) else None
+        return Validator(status.st_size, status.st_mtime_ns, digests, etag, claim=claim)
 
 
 class RemoteModel(Model):
@@ -53,6 +69,8 @@ class RemoteModel(Model):
         The ``verify`` option.
     offline : bool
         Use what is cached and nothing else.
+    pins : mapping
+        The digests that the caller demands.
     """
 
     def __init__(
@@ -63,231 +81,213 @@ class RemoteModel(Model):
         mirrors: Iterable[Location] = (),
         verify: str,
         offline: bool,
+        pins: Pins,
     ) -> None:
         self._bases = (location, *mirrors)
         self._downloader = downloader
         self._cache = downloader.cache
         self._verify = verify
         self._offline = offline
-        self._manifest_digest = ""
-        super().__init__(self._open_manifest(), self._cache.directory)
+        self._held: dict[str, _Cached] = {}
+        manifest, self._manifest_digest = ManifestSource(self._bases, downloader, pins, offline=offline).open()
+        super().__init__(manifest, self._cache.directory)
 
     def has(self, shard: Shard, *, of_any_size: bool = False) -> bool:
         size = self._cache.size(shard.data_path)
-        return size is not None and (of_any_size or size == shard.nbytes)
+        if of_any_size and size is not None:
+            return not self._is_of_another_version(shard)
+        return size == shard.nbytes
 
     def is_ready(self, shard: Shard) -> bool:
         return self.has(shard) and self._cache.is_known(shard, self._claim(shard)) is not False
 
     def prepare(self, shards: Sequence[Shard]) -> None:
-        missing = [shard for shard in shards if not self.is_ready(shard)]
+        missing = []
+        for shard in shards:
+            if not self.is_ready(shard):
+                missing.append(shard)
+            elif len(_all_held) < _MAX_HELD and (cached := self._open(shard)) is not None:
+                self._held[shard.data_path] = cached  # so that it is still there when its turn comes
+                _all_held.add(cached.file)
         if missing and self._offline:
-            raise _offline(self._bases[0], [shard.data_path for shard in missing])
+            raise offline_error(self._bases[0], [shard.data_path for shard in missing])
         if missing:
-            self._cache.ensure_room(sum(shard.nbytes for shard in missing))
+            self._ensure_room(missing)
 
     def obtain(self, shard: Shard) -> Obtained:
         tries = 0
         while True:
             try:
-                return self._obtain_once(shard)
+                return self._obtain_once(shard, is_first_try=tries == 0)
             except CacheUnavailableError as error:
                 tries += 1
                 # Somebody else deleted the model, or published the shard of another version, just then.
                 if tries == _TRIES or not isinstance(error.__cause__, FileNotFoundError):
                     raise
-
-    def check(self, shard: Shard) -> bool:
-        file = self._cache.open_shard(shard)
-        if file is None:
-            self._cache.set_aside(shard.data_path)
-            return False
-        with file:
-            return self._has_right_bytes(shard, file)
-
-    def _obtain_once(self, shard: Shard) -> Obtained:
-        checked = "size" if self._verify == "never" else shard.integrity
-        file = self._cache.open_shard(shard)
-        if file is not None:
-            try:
-                if self._is_good(shard, file):
-                    return Obtained(file, from_cache=True, checked=checked)
-            except BaseException:
-                file.close()
+            except NdcacheError:
                 raise
-            file.close()
-        if self._offline:
-            raise _offline(self._bases[0], [shard.data_path])
-        if file is None and self.has(shard, of_any_size=True):
-            self._cache.set_aside(shard.data_path)  # it has another size
-        urls = [base.url(shard.data_path) for base in self._bases]
-        return Obtained(self._downloader.shard(shard, urls, self._claim(shard)), from_cache=False, checked=checked)
+            except OSError as error:
+                raise CacheUnavailableError(
+                    f"a file of the cache cannot be read: {error.strerror or error}", shard=shard.data_path
+                ) from error
 
-    def _is_good(self, shard: Shard, file: BinaryIO) -> bool:
-        known = self._cache.is_known(shard, self._claim(shard), file)
+    def check(self, shard: Shard) -> str | None:
+        cached = self._open(shard)
+        if cached is None:
+            self._set_aside_if_cut(shard)
+            return None
+        with cached.file:
+            return self._checked(shard) if self._has_right_bytes(shard, cached) else None
+
+    def finish(self) -> None:
+        if self._offline:
+            return
+        data = self._cache.read(self.manifest.name, MAX_MANIFEST_BYTES)
+        if data is None or hashlib.sha256(data).hexdigest() != self._manifest_digest:
+            return  # an update has come meanwhile, which knows better what is of use
+        try:
+            self._cache.tidy(self.manifest, self._other_manifests)
+        except (OSError, ManifestError) as error:
+            logger.debug("not tidied: %s", error)  # the next load will do it
+
+    def close(self) -> None:
+        for name in list(self._held):
+            if (cached := self._take_held(name)) is not None:
+                cached.file.close()
+
+    def _open(self, shard: Shard) -> _Cached | None:
+        file = self._cache.open_shard(shard)
+        return None if file is None else _Cached(file, self._cache.validator(shard.data_path))
+
+    def _take_held(self, name: str) -> _Cached | None:
+        cached = self._held.pop(name, None)
+        if cached is not None:
+            _all_held.discard(cached.file)
+        return cached
+
+    def _obtain_once(self, shard: Shard, *, is_first_try: bool) -> Obtained:
+        name = shard.data_path
+        while True:
+            version = self._cache.version(name)
+            if (obtained := self._from_cache(shard)) is not None:
+                return obtained
+            if self._offline:
+                raise offline_error(self._bases[0], [name])
+
+            def is_there(version: object = version) -> bool:
+                return self._cache.version(name) not in (None, version)
+
+            with self._cache.turn(name, is_there, self._downloader.stop.sleep) as turn:
+                if turn is not None:
+                    if (obtained := self._from_cache(shard)) is not None:
+                        return obtained  # somebody else was faster
+                    # What others write is left alone by whoever was disturbed himself.
+                    return self._from_server(shard, is_alone=turn.is_alone and is_first_try)
+            # Somebody else has published a file: what is wanted, or another version.
+
+    def _from_cache(self, shard: Shard) -> Obtained | None:
+        cached = self._take_held(shard.data_path) or self._open(shard)
+        if cached is None:
+            if not self._offline and not self._is_of_another_version(shard):
+                self._set_aside_if_cut(shard)
+            return None
+        try:
+            if self._is_good(shard, cached):
+                return Obtained(cached.file, from_cache=True, checked=self._checked(shard))
+        except BaseException:
+            cached.file.close()
+            raise
+        cached.file.close()
+        return None
+
+    def _set_aside_if_cut(self, shard: Shard) -> None:
+        # One of the right size was published by somebody else, just after it was not found.
+        if self._cache.size(shard.data_path) not in (None, shard.nbytes):
+            self._cache.set_aside(shard.data_path)
+
+    def _from_server(self, shard: Shard, *, is_alone: bool) -> Obtained:
+        name, claim = shard.data_path, self._claim(shard)
+        # Without a digest, only the server can tell whether a file of another version of the manifest is still right.
+        is_candidate = not shard.digests and self.has(shard) and self._cache.is_intact(name)
+        old = self._cache.validator(name) if is_candidate else None
+        urls = [base.url(name) for base in self._bases]
+        file = self._downloader.shard(shard, urls, claim, cached=old, is_alone=is_alone)
+        if file is not None:
+            return Obtained(file, from_cache=False, checked=self._checked(shard))
+        assert old is not None
+        file = self._cache.open_shard(shard)
+        if file is None or not old.is_of(os.fstat(file.fileno())):
+            if file is not None:
+                file.close()
+            raise CacheUnavailableError(f"{name} was deleted or replaced just now") from FileNotFoundError(name)
+        self._cache.try_to_remember(name, old.with_claim(claim))
+        return Obtained(file, from_cache=True, checked=self._checked(shard))
+
+    def _is_good(self, shard: Shard, cached: _Cached) -> bool:
+        known = cached.judge(shard, self._claim(shard))
+        if known is None and not shard.digests and cached.validator is None and not self._offline:
+            return False  # nothing tells what it is
         if known is False:
             return False  # of another version; the new one takes its name
         if self._verify == "never" or (self._verify == "download" and known):
             return True
-        if self._has_right_bytes(shard, file):
+        if self._has_right_bytes(shard, cached):
             return True
-        logger.warning("%s in the cache is not what the manifest says: set aside", shard.data_path)
+        if not self._has_name(shard.data_path, cached.file):
+            logger.warning("%s in the cache is not what the manifest says: set aside", shard.data_path)
         return False
 
-    def _has_right_bytes(self, shard: Shard, file: BinaryIO) -> bool:
-        name, claim = shard.data_path, self._claim(shard)
+    def _has_right_bytes(self, shard: Shard, cached: _Cached) -> bool:
+        name, claim, file = shard.data_path, self._claim(shard), cached.file
+        # Of a shard without a digest, what the server said of it when it came may be known.
+        expected = {**({} if cached.validator is None else cached.validator.digests), **shard.digests}
         with self._downloader.stats.timed("hash"):
-            good = mismatch(file, shard, self._downloader.stop.check) is None
+            good = mismatch(file, expected, self._downloader.stop.check) is None
         if not good:
-            self._cache.set_aside(name, file)
-        elif not self._cache.is_known(shard, claim, file):
-            status = os.fstat(file.fileno())
-            known = Validator(status.st_size, status.st_mtime_ns, shard.md5sum, shard.sha256sum, claim=claim)
-            self._cache.try_to_remember(name, known)
+            now = self._cache.validator(name)
+            # It may have been published just now by somebody who has another version of the manifest.
+            if now is None or now.judge(os.fstat(file.fileno()), shard, claim) is not False:
+                self._cache.set_aside(name, file)
+        elif not cached.judge(shard, claim) and self._has_name(name, file):
+            self._cache.try_to_remember(name, cached.found_right(expected, claim))
         return good
+
+    def _has_name(self, name: str, file: BinaryIO) -> bool:
+        """Whether an open file still is the one with this name."""
+        try:
+            return os.path.samestat(os.lstat(self._cache.path(name)), os.fstat(file.fileno()))
+        except FileNotFoundError:
+            return False
+
+    def _is_of_another_version(self, shard: Shard) -> bool:
+        """Whether a file was published as it is now, and not as what the manifest now says."""
+        name = shard.data_path
+        if not self._cache.is_intact(name):
+            return False
+        return self._cache.size(name) != shard.nbytes or self._cache.is_known(shard, self._claim(shard)) is False
+
+    def _ensure_room(self, shards: Sequence[Shard]) -> None:
+        needed = sum(shard.nbytes for shard in shards)
+        try:
+            self._cache.ensure_room(needed)
+        except DiskFullError:
+            self._cache.make_room(shards)
+            self._cache.ensure_room(needed)
+
+    def _checked(self, shard: Shard) -> str:
+        """What the shard has been checked by, now or when it came."""
+        if self._verify == "never":
+            return "size"
+        known = self._cache.validator(shard.data_path)
+        kinds = {**shard.digests, **({} if known is None else known.digests)}
+        return next((kind for kind in _KINDS if kind in kinds), "size")
 
     def _claim(self, shard: Shard) -> str:
         """What the manifest says of the shard's content; without a digest, that it is of this manifest."""
-        return shard.sha256sum or shard.md5sum or f"{self.manifest.name} {self._manifest_digest}"
+        return next(iter(shard.digests.values()), f"{self.manifest.name} {self._manifest_digest}")
 
-    # --- the manifest
-
-    def _open_manifest(self) -> Manifest:
-        """The server's manifest if it can be had, else the cached one."""
-        location = self._bases[0]
-        cached = self._cached_manifest()
-        if self._offline:
-            if cached is None:
-                raise _offline(location, [location.manifest_names[0]])
-            return cached
-        if cached is None:
-            return self._first_manifest()
-        try:
-            # One request and no second try: there is something to fall back on.
-            return self._request_manifest(cached.name, RetryPolicy(retries=0), cached)
-        except (TransferError, ManifestError) as error:
-            if isinstance(error, NotFoundError) and (renamed := self._under_another_name(cached.name)):
-                return renamed
-            warnings.warn(
-                f"using the cached manifest of {location}: {error}", RuntimeWarning, stacklevel=_depth_below_caller()
-            )
-            return cached
-
-    def _cached_manifest(self) -> Manifest | None:
-        for name in self._bases[0].manifest_names:
-            data = self._cache.read(name, MAX_MANIFEST_BYTES)
-            if data is None:
-                continue
-            try:
-                manifest = parse_manifest(data, name=name, url=str(self._bases[0]))
-            except ManifestError as error:
-                logger.warning("the cached manifest is damaged and will be fetched anew: %s", error)
-                continue
-            self._manifest_digest = hashlib.sha256(data).hexdigest()
-            return manifest
-        return None
-
-    def _under_another_name(self, old: str) -> Manifest | None:
-        """The manifest under its other usual name, if the server has it there now."""
-        for name in self._bases[0].manifest_names:
-            if name == old:
-                continue
-            try:
-                manifest = self._request_manifest(name, RetryPolicy(retries=0), None)
-            except (TransferError, ManifestError):
-                continue
-            with contextlib.suppress(CacheError):  # a read-only cache asks for both next time, too
-                self._cache.set_aside(old)
-            return manifest
-        return None
-
-    def _first_manifest(self) -> Manifest:
-        location = self._bases[0]
-        first: NotFoundError | None = None
-        for name in location.manifest_names:
-            try:
-                return self._request_manifest(name, self._downloader.policy, None)
-            except NotFoundError as error:
-                first = first or error
-        assert first is not None
-        raise NotFoundError(
-            f"there is no {' or '.join(location.manifest_names)} at {location} (status {first.status})",
-            url=str(location),
-            status=first.status,
-            hint="Give the URL of the directory that holds the manifest, or of the manifest itself.",
-        ) from first
-
-    def _request_manifest(self, name: str, policy: RetryPolicy, cached: Manifest | None) -> Manifest:
-        url = self._bases[0].url(name)
-        stop, stats = self._downloader.stop, self._downloader.stats
-        # In a worker, so that this thread can cancel it, and end it if the server drips.
-        return in_worker(lambda: with_retries(lambda: self._request_once(name, url, cached), policy, stop, stats), stop)
-
-    def _request_once(self, name: str, url: str, cached: Manifest | None) -> Manifest:
-        known = None if cached is None else self._known_manifest(name)
-        self._downloader.stats.count(requests=1)
-        with self._downloader.transport.get(url, _conditions(known), self._downloader.stop) as response:
-            if response.status == 304 and cached is not None and known is not None:
-                return cached
-            if response.status != 200:
-                raise ProtocolError(
-                    f"the server answered with status {response.status}", url=url, status=response.status
-                )
-            length = response.content_length
-            data = response.read(MAX_MANIFEST_BYTES)
-            headers = response.headers
-        if length is not None and len(data) < length <= MAX_MANIFEST_BYTES:
-            raise ProtocolError("the manifest came only in part", url=url, shard=name)
-        manifest = parse_manifest(data, name=name, url=url)
-        self._keep_manifest(name, data, headers.get("ETag"), headers.get("Last-Modified"))
-        self._manifest_digest = hashlib.sha256(data).hexdigest()
-        return manifest
-
-    def _known_manifest(self, name: str) -> Validator | None:
-        """What is known of the cached manifest that was read: its ETag, unless that is of other bytes.
-
-        The file may have been edited here, or replaced by another process since: a 304 would not be about these bytes.
-        """
-        known = self._cache.validator(name)
-        return known if known is not None and known.sha256 == self._manifest_digest else None
-
-    def _keep_manifest(self, name: str, data: bytes, etag: str | None, last_modified: str | None) -> None:
-        try:
-            if self._cache.read(name, MAX_MANIFEST_BYTES) == data:
-                mtime_ns = self._cache.path(name).stat().st_mtime_ns
-                digest = hashlib.sha256(data).hexdigest()
-                known = Validator(len(data), mtime_ns, None, digest, etag=etag, last_modified=last_modified)
-                self._cache.try_to_remember(name, known)
-                return
-            with self._cache.part(name, ("sha256",)) as part:
-                part.write(data)
-                self._cache.publish(part, name, etag=etag, last_modified=last_modified).close()
-        except (NdcacheError, FileNotFoundError) as error:
-            # What is cached can still be served; what must be written will say so.
-            logger.warning("the manifest could not be kept: %s", error)
-
-
-def _depth_below_caller() -> int:
-    """The ``stacklevel`` that makes a warning name the line that called ndcache."""
-    depth, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__package__", "") in ("ndcache", "ndcache.devices"):
-        depth, frame = depth + 1, frame.f_back
-    return depth
-
-
-def _conditions(known: Validator | None) -> dict[str, str]:
-    if known is None:
-        return {}
-    if known.etag:
-        return {"If-None-Match": known.etag}
-    return {"If-Modified-Since": known.last_modified} if known.last_modified else {}
-
-
-def _offline(location: Location, missing: list[str]) -> OfflineError:
-    shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-    error = OfflineError(
-        f"offline, and not in the cache: {shown} of {location}",
-        hint="Run once with the network: not offline, and NDCACHE_OFFLINE and HF_HUB_OFFLINE unset.",
-    )
-    error.missing = tuple(missing)
-    return error
+    def _other_manifests(self) -> Iterator[Manifest]:
+        for name in self._cache.manifest_names():
+            if name != self.manifest.name and (data := self._cache.read(name, MAX_MANIFEST_BYTES)):
+                with contextlib.suppress(ManifestError):  # some other JSON
+                    yield parse_manifest(data, name=name)

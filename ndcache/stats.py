@@ -27,6 +27,8 @@ class LoadStats:
         Bytes of the shards that were loaded, from wherever they came.
     network_bytes : int
         Bytes of shard bodies received, those thrown away included.
+    resumed_bytes : int
+        Bytes that an interrupted load had left of shards that were not complete.
     cache_bytes : int
         Bytes of shards that were on disk already.
     shards, tensors : int
@@ -48,6 +50,7 @@ class LoadStats:
 
     nbytes: int = 0
     network_bytes: int = 0
+    resumed_bytes: int = 0
     cache_bytes: int = 0
     shards: int = 0
     tensors: int = 0

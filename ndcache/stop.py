@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import concurrent.futures.thread  # noqa: F401 - registers its hook first
+import os
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from .errors import CancelledError
@@ -15,6 +18,8 @@ __all__ = ["Stop", "Watch"]
 
 #: Bytes per second below which a server does not send but drips.
 _MIN_RATE = 1024
+#: How finely the time is divided in which that is measured.
+_MARKS = 20
 
 
 @dataclass(eq=False)
@@ -33,6 +38,8 @@ class Watch:
         Whether the wait was ended because it was in vain.
     reused : bool
         Whether the request went out on a connection that had been used before.
+    is_woken : bool
+        Whether the wait was ended, for whatever reason.
     """
 
     patience: float
@@ -40,13 +47,26 @@ class Watch:
     waiting: bool = True
     overdue: bool = False
     reused: bool = False
-    _since: float = field(default_factory=time.monotonic)
+    is_woken: bool = field(default=False, init=False)
     _nbytes: int = 0
-    _woken: bool = False
+    _marks: deque[tuple[float, int]] = field(default_factory=deque)  # when, and what had come
+
+    def __post_init__(self) -> None:
+        self.restart()
 
     def restart(self) -> None:
         """Be patient anew from now on."""
-        self._since, self._nbytes = time.monotonic(), 0
+        self._marks = deque([(time.monotonic(), self._nbytes)])
+
+    @contextmanager
+    def pausing(self) -> Iterator[None]:
+        """Something else has its own limit of time in the block."""
+        self.waiting = False
+        try:
+            yield
+        finally:
+            self.restart()
+            self.waiting = True
 
     def received(self, nbytes: int) -> None:
         """Something came."""
@@ -55,12 +75,12 @@ class Watch:
     def add_waker(self, waker: Callable[[], None]) -> None:
         """Know of one more way to end the wait; if it was to end already, end it."""
         self.wakers.append(waker)
-        if self._woken:  # looked at after the waker is known, as `wake` does it the other way round
+        if self.is_woken:  # looked at after the waker is known, as `wake` does it the other way round
             waker()
 
     def wake(self) -> None:
         """End the wait."""
-        self._woken = True
+        self.is_woken = True
         for waker in list(self.wakers):
             waker()
 
@@ -68,11 +88,17 @@ class Watch:
         """End the wait if it is in vain."""
         if not self.waiting:
             self.restart()
-        elif time.monotonic() - self._since > self.patience:
-            if self._nbytes < _MIN_RATE * self.patience:
-                self.overdue = True
-                self.wake()
+            return
+        now = time.monotonic()
+        while len(self._marks) > 1 and self._marks[1][0] <= now - self.patience:
+            self._marks.popleft()
+        since, before = self._marks[0]
+        if since <= now - self.patience and self._nbytes - before < _MIN_RATE * self.patience:
+            self.overdue = True
+            self.wake()
             self.restart()
+        elif now - self._marks[-1][0] >= self.patience / _MARKS:
+            self._marks.append((now, self._nbytes))
 
 
 #: What is to be stopped when the interpreter ends, so that a stream left open does not hold it up.
@@ -87,6 +113,8 @@ def _stop_all() -> None:
 # Before concurrent.futures, whose own hook joins the workers: the last to register is the first to be called.
 if hasattr(threading, "_register_atexit"):
     threading._register_atexit(_stop_all)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_live.clear)
 
 
 @dataclass(eq=False)
@@ -103,6 +131,7 @@ class Stop:
     """
 
     cancel: threading.Event | None = None
+    _pid: int = field(default_factory=os.getpid, init=False)
     _event: threading.Event = field(default_factory=threading.Event, init=False)
     _watches: set[Watch] = field(default_factory=set, init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
@@ -112,6 +141,8 @@ class Stop:
 
     def set(self) -> None:
         """Stop everything: wake the sleepers, shut the sockets."""
+        if os.getpid() != self._pid:
+            return  # a fork has the parent's sockets, but not its load
         with self._lock:
             self._event.set()
             watches = list(self._watches)

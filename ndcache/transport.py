@@ -8,9 +8,12 @@ one place only (not here), and a way to wake a thread that waits for a socket.
 from __future__ import annotations
 
 import contextlib
+import encodings.idna  # noqa: F401 - see netrc
+import http.cookiejar
+import netrc  # noqa: F401 - else imported within the first request: a fork at that moment would hang at the import's lock
 import os
 import re
-import threading
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import urljoin, urlsplit
@@ -18,7 +21,7 @@ from urllib.parse import urljoin, urlsplit
 import requests
 
 from ._version import __version__
-from .connections import WatchedAdapter, waker, watching
+from .connections import WatchedAdapter, waker, watch_adapters, watching
 from .errors import NdcacheError, ProtocolError, RedirectError, StallError, redact
 from .failures import FAILURES, is_broken_connection, raise_for_status, raise_transfer_error
 from .stop import Stop, Watch
@@ -28,6 +31,11 @@ __all__ = ["Response", "Transport"]
 _MAX_REDIRECTS = 10
 _DRAIN_BYTES = 1 << 14
 _USER_AGENT = f"ndcache/{__version__}"
+
+
+#: The process that last used a session of the caller's here; of others it is taken to be the one that came first.
+_last_user: weakref.WeakKeyDictionary[requests.Session, int] = weakref.WeakKeyDictionary()
+_FIRST_PID = os.getpid()
 
 
 class Response:
@@ -42,7 +50,11 @@ class Response:
         Where it came from in the end, after redirects.
     location : str or None
         Where it redirects to.
+    linked_sha256 : str or None
+        The file's digest, as the server that was asked says of a file that lies elsewhere (Hugging Face).
     """
+
+    linked_sha256: str | None = None
 
     def __init__(self, raw: requests.Response, stop: Stop, watch: Watch, location: str | None = None) -> None:
         self.status: int = raw.status_code
@@ -62,6 +74,22 @@ class Response:
         if not re.fullmatch(r"[0-9]{1,19}", text):
             raise ProtocolError(f"the server sent the Content-Length {text[:40]!r}", url=self.url, status=self.status)
         return int(text)
+
+    @property
+    def etag(self) -> str | None:
+        """The strong ETag: what is byte for byte the same has the same one. None if there is none (RFC 9110, 8.8.3)."""
+        text = self.headers.get("ETag", "").strip()
+        return text if re.fullmatch(r'"[\x21\x23-\x7e]{1,256}"', text) else None
+
+    def is_range(self, start: int, size: int) -> bool:
+        """Whether the body is a file of `size` bytes from byte `start` to its end."""
+        text = self.headers.get("Content-Range", "").strip()
+        if len(text) > 80 or not (match := re.fullmatch(r"(?i:bytes) ([0-9]+)-([0-9]+)/([0-9]+)", text)):
+            return False
+        return tuple(map(int, match.groups())) == (start, size - 1, size) and self.content_length in (
+            None,
+            size - start,
+        )
 
     def read_some(self, limit: int) -> bytes:
         """What has come of the body, 1 to `limit` bytes; waits for it if need be, and is empty at the end.
@@ -135,7 +163,6 @@ class Transport:
         self._max_connections = max_connections
         self._bearer = bearer
         self._made: dict[int, tuple[requests.Session, requests.Session]] = {}
-        self._lock = threading.Lock()
 
     def get(self, url: str, headers: Mapping[str, str], stop: Stop, *, owner: str | None = None) -> Response:
         """Ask for `url`; the answer is 200, 206, 304 or 416, anything else is raised.
@@ -162,6 +189,7 @@ class Transport:
         home, seen, is_home = _origin(url), set[str](), True
         is_owners = owner is None or _origin(owner) == home
         auth = self._auth(url) or (None if is_owners else _no_auth)
+        linked_sha256 = None
         while True:
             seen.add(url)
             is_home = is_home and _origin(url) == home  # who has been elsewhere does not come back as himself
@@ -174,6 +202,8 @@ class Transport:
             )
             if response.status in (301, 302, 303, 307, 308) and response.location:
                 with response:
+                    if is_home:
+                        linked_sha256 = _linked_sha256(response.headers)
                     url = _follow(url, response.location, seen)
                 continue
             try:
@@ -181,15 +211,15 @@ class Transport:
             except BaseException:
                 response.__exit__(Exception)
                 raise
+            response.linked_sha256 = (is_home and _linked_sha256(response.headers)) or linked_sha256
             return response
 
     def close(self) -> None:
         """Close the connections that were kept."""
-        with self._lock:
-            for own, bare in self._made.values():
-                for session in {own, bare} - {self._given}:
-                    session.close()
-            self._made.clear()
+        for own, bare in list(self._made.values()):
+            for session in {own, bare} - {self._given}:
+                session.close()
+        self._made.clear()
 
     def _send(
         self,
@@ -234,6 +264,10 @@ class Transport:
         except BaseException:
             stop.remove(watch)
             raise
+        if watch.is_woken:  # and what there was of the answer looked like a whole one
+            raw.close()
+            stop.remove(watch)
+            _check(stop, watch, url)
         if not watch.wakers:  # a connection that is not ours: a session of the caller's, a SOCKS proxy
             watch.add_waker(waker(raw))
         watch.waiting = False
@@ -248,25 +282,32 @@ class Transport:
 
     def _sessions(self) -> tuple[requests.Session, requests.Session]:
         """The session for the origin asked for, and one without secrets for where it redirects."""
-        with self._lock:
-            pid = os.getpid()  # a forked child must not share its parent's sockets
-            if pid not in self._made:
-                bare = self._session()
-                if self._given is None:
-                    self._made[pid] = (bare, bare)
-                else:
-                    if self._made:  # by the parent of a fork, with whom no socket must be shared
-                        for adapter in self._given.adapters.values():
-                            adapter.close()
-                    bare.proxies, bare.verify = dict(self._given.proxies), self._given.verify
-                    bare.trust_env = self._given.trust_env
-                    self._made[pid] = (self._given, bare)
-            return self._made[pid]
+        # Without a lock, which another thread could hold at the moment of a fork, and so for ever in the child.
+        pid = os.getpid()  # a forked child must not share its parent's sockets
+        made = self._made.get(pid)
+        return made if made is not None else self._made.setdefault(pid, self._make_sessions())
+
+    def _make_sessions(self) -> tuple[requests.Session, requests.Session]:
+        bare = self._session()
+        if self._given is None:
+            return bare, bare
+        if _last_user.get(self._given, _FIRST_PID) != os.getpid():
+            # By the other side of a fork, with which no socket must be shared.
+            for adapter in self._given.adapters.values():
+                if isinstance(adapter, requests.adapters.HTTPAdapter):
+                    adapter.__setstate__(adapter.__getstate__())  # type: ignore[attr-defined]  # new pools
+        _last_user[self._given] = os.getpid()
+        watch_adapters(self._given)
+        bare.proxies, bare.verify = dict(self._given.proxies), self._given.verify
+        bare.trust_env = self._given.trust_env
+        return self._given, bare
 
     def _session(self) -> requests.Session:
         session = requests.Session()
         session.headers.clear()
         session.headers["User-Agent"] = _USER_AGENT
+        # A cookie would come along to other ports of its host, and to whatever is loaded next.
+        session.cookies.set_policy(http.cookiejar.DefaultCookiePolicy(allowed_domains=[]))
         adapter = WatchedAdapter(pool_maxsize=self._max_connections, max_retries=0)
         session.mount("http://", adapter)
         session.mount("https://", adapter)
@@ -292,6 +333,12 @@ class _Bearer(requests.auth.AuthBase):
 def _no_auth(request: requests.PreparedRequest) -> requests.PreparedRequest:
     """Given as ``auth``, it also keeps requests from looking into netrc."""
     return request
+
+
+def _linked_sha256(headers: Mapping[str, str]) -> str | None:
+    """Of files in its large-file storage, Hugging Face gives the SHA-256 where it redirects to the storage."""
+    match = re.fullmatch(r'"?([0-9a-f]{64})"?', headers.get("X-Linked-Etag", "").strip())
+    return match[1] if match else None
 
 
 def _origin(url: str) -> tuple[str, str | None, int | None]:

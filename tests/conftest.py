@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
+import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -44,11 +47,31 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _no_leaks() -> Iterator[None]:
-    """A test that leaves a thread or a descriptor of ndcache's behind fails."""
+def _no_leaks(tmp_path: Path) -> Iterator[None]:
+    """A test that leaves a thread of ndcache's, a socket or a file behind fails."""
+    before = _open_files(tmp_path)
     yield
     left = [thread.name for thread in threading.enumerate() if thread.name.startswith("ndcache")]
     assert not left, f"threads left behind: {left}"
+    begun = time.monotonic()
+    while still_open := _open_files(tmp_path) - before:
+        waited = time.monotonic() - begun
+        assert waited < 30, f"left open: {still_open}"
+        time.sleep(0.005)  # threads of the tests' servers may still be closing theirs
+        if waited > 0.2:
+            gc.collect()
+
+
+def _open_files(folder: Path) -> set[str]:
+    """The sockets, and the files below `folder`, that this process has open, where the system tells."""
+    found = set()
+    with contextlib.suppress(OSError):
+        for descriptor in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):
+                target = os.readlink(f"/proc/self/fd/{descriptor}")
+                if target.startswith(("socket:", str(folder))):
+                    found.add(f"{descriptor} {target}")
+    return found
 
 
 @pytest.fixture
@@ -69,7 +92,6 @@ def serve() -> Iterator[Callable[..., FileServer]]:
     yield start
     for server in started:
         server.close()
-    gc.collect()  # a socket left open is reported now, for the test that left it
 
 
 @pytest.fixture
@@ -78,7 +100,14 @@ def scripted() -> Iterator[ScriptedServer]:
     server = ScriptedServer()
     yield server
     server.close()
-    gc.collect()
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A process started with SIGINT ignored, as pytest in the background is, has children that ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

@@ -110,3 +110,12 @@ def simple_model(directory: Path, shards: int = 4, shard_bytes: int = 1 << 16) -
     arrays = {f"layer.{index}": random_array((shard_bytes // 4,), seed=index) for index in range(shards)}
     write_model(directory, [{name: array} for name, array in arrays.items()])
     return arrays
+
+
+def assert_same(weights: Mapping[str, Any], arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
+    """Same names in the same order, same dtypes, same shapes, same bytes."""
+    assert list(weights) == list(arrays)
+    for name, array in arrays.items():
+        loaded = np.asarray(weights[name])
+        assert (loaded.dtype, loaded.shape) == (array.dtype, array.shape), name
+        assert loaded.tobytes() == array.tobytes(), name

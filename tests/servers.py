@@ -223,10 +223,13 @@ class ScriptedServer:
         By path, ``"/params_shard_0.bin"``.
     requests : list of Request
         All so far.
+    connections : int
+        All that were accepted so far.
     """
 
     script: dict[str, list[bytes | Step]] = field(default_factory=dict)
     requests: list[Request] = field(default_factory=list)
+    connections: int = 0
 
     def __post_init__(self) -> None:
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
@@ -243,6 +246,10 @@ class ScriptedServer:
         """Speak TLS from now on."""
         self._context = context
         self.url = self.url.replace("http:", "https:")
+
+    @property
+    def open_connections(self) -> int:
+        return len(self._open)
 
     def requests_for(self, path: str) -> list[Request]:
         return [request for request in self.requests if request.path == path]
@@ -266,6 +273,7 @@ class ScriptedServer:
                 sock, _ = self._listener.accept()
             except OSError:
                 return
+            self.connections += 1
             thread = threading.Thread(target=self._serve, args=(sock,), daemon=True)
             self._threads.append(thread)
             thread.start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import contextlib
 import json
 import os
 import re
@@ -10,16 +11,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import click.testing
+import filelock
 import ml_dtypes
 import numpy as np
 import pytest
 from models import random_array, simple_model, write_model
-from servers import FileServer, ScriptedServer, reply
+from servers import FileServer, ScriptedServer, reply, then_stall
 
 import ndcache
 from ndcache import cli, doctor
@@ -33,14 +35,6 @@ def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))  # so that the commands leave it alone
     monkeypatch.setenv("PYTHONPATH", str(Path(ndcache.__file__).parents[1]))  # also where the package is not installed
     monkeypatch.delenv("FORCE_COLOR", raising=False)
-
-
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """A process started with SIGINT ignored, as pytest in the background is, has children that ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 def invoke(*args: object) -> click.testing.Result:
@@ -107,7 +101,7 @@ def test_quiet_load_prints_nothing_on_standard_error(tmp_path: Path) -> None:
     assert re.search(r"^checked +4 shards: 4 by size alone$", result.stdout, re.M)
 
 
-def test_secrets_of_the_source_are_not_printed(tmp_path: Path, serve: Callable[..., FileServer]) -> None:
+def test_row_40_secrets_of_the_source_are_not_printed(tmp_path: Path, serve: Callable[..., FileServer]) -> None:
     simple_model(tmp_path / "model")
     url = serve(tmp_path / "model").url.replace("http://", "http://user:hunter2@") + "?key=hunter2"
     for result in (run("load", url), run("ls"), run("load", url + "&more", "--names", "none"), run("rm", url)):
@@ -274,7 +268,7 @@ def test_rm_takes_paths_of_ls_and_goes_on_after_an_error(tmp_path: Path, serve: 
     assert (tmp_path / "model" / "tensor-cache.json").exists()
 
 
-def test_verify_finds_what_is_bad_and_the_next_load_repairs_it(
+def test_row_31_verify_finds_what_is_bad_and_the_next_load_repairs_it(
     tmp_path: Path, serve: Callable[..., FileServer]
 ) -> None:
     simple_model(tmp_path / "model")
@@ -398,7 +392,7 @@ def test_doctor_without_a_gpu(monkeypatch: pytest.MonkeyPatch, found: Any, words
     assert re.search(rf"^gpu +none: .*{words}", result.stdout, re.M)
 
 
-def test_doctor_shows_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_40_doctor_shows_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hunter2")
     monkeypatch.setenv("HF_ENDPOINT", "https://user:hunter2@mirror.example/path?token=hunter2")
     monkeypatch.setenv("HTTP_PROXY", "http://user:hunter2@proxy.example:3128")
@@ -517,7 +511,7 @@ def test_a_bug_shows_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
         invoke("ls")
 
 
-def test_a_warning_is_one_line(tmp_path: Path, serve: Callable[..., FileServer]) -> None:
+def test_row_34_a_warning_is_one_line(tmp_path: Path, serve: Callable[..., FileServer]) -> None:
     simple_model(tmp_path / "model")
     server = serve(tmp_path / "model")
     assert run("fetch", server.url).returncode == 0
@@ -602,7 +596,7 @@ def on_a_terminal(arguments: list[str], columns: int = 120) -> tuple[str, int, b
     ("number", "status", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
 )
 @pytest.mark.parametrize("verb", ["load", "fetch"])
-def test_signals_stop_a_load(
+def test_row_36_signals_stop_a_load(
     tmp_path: Path,
     serve: Callable[..., FileServer],
     cache_dir: Path,
@@ -623,6 +617,93 @@ def test_signals_stop_a_load(
     assert (process.returncode, out, err) == (status, "", f"{word}\n")
     assert real_files(cache_dir) == ["tensor-cache.json"]
     assert list(cache_dir.rglob("parts/*")) == []
+
+
+HALF = 1 << 15
+
+
+@posix_only
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("phase", ["the manifest's headers", "a shard's body", "a retry", "a lock", "hashing"])
+def test_row_36_signals_in_each_phase(
+    tmp_path: Path, scripted: ScriptedServer, cache_dir: Path, phase: str, number: signal.Signals, status: int
+) -> None:
+    simple_model(tmp_path / "model", shards=2)
+    good = {
+        f"/{path.name}": [reply(200, path.read_bytes(), {"ETag": f'"{path.name}"'})]
+        for path in (tmp_path / "model").iterdir()
+    }
+    data = (tmp_path / "model" / "params_shard_1.bin").read_bytes()
+    manifest, shard = "/tensor-cache.json", "/params_shard_1.bin"
+    scripted.script = dict(good)
+    with contextlib.ExitStack() as while_it_runs:
+        if phase == "the manifest's headers":
+            scripted.script[manifest] = [then_stall(b"HTTP/1.1 200")]
+        elif phase == "a shard's body":
+            headers = {"ETag": '"params_shard_1.bin"'}
+            scripted.script[shard] = [then_stall(reply(200, data[:HALF], headers, length=len(data)))]
+        elif phase == "a retry":
+            scripted.script[shard] = [reply(503, headers={"Retry-After": "200"})]
+        elif phase == "a lock":
+            state = ndcache.fetch(scripted.url, names="layer.0") / ".ndcache"
+            (state / "locks").mkdir(exist_ok=True)
+            while_it_runs.enter_context(filelock.FileLock(state / "locks" / "params_shard_1.bin"))
+        else:
+            written = json.loads((tmp_path / "model" / "tensor-cache.json").read_text())
+            written["records"][1]["nbytes"] = 1 << 37  # it takes minutes to hash
+            scripted.script[manifest] = [reply(200, json.dumps(written).encode())]
+            path = ndcache.fetch(scripted.url, names="layer.0") / "params_shard_1.bin"
+            path.touch()
+            os.truncate(path, 1 << 37)  # sparse
+        scripted.requests.clear()
+        process = while_it_runs.enter_context(
+            subprocess.Popen(
+                command("fetch", scripted.url, "--timeout", 600, "--verify", "always"),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+        if phase == "the manifest's headers":
+            wait_until(lambda: scripted.requests, process)
+        elif phase == "a shard's body":
+            wait_until(lambda: other_is_through(cache_dir) and HALF in sizes(cache_dir.rglob("parts/*")), process)
+        elif phase == "a retry":
+            wait_until(lambda: other_is_through(cache_dir) and scripted.requests_for(shard), process)
+        else:
+            # After the first shard only the other one is under way; in one of 128 GiB there is no line before the end.
+            line = "0/2" if phase == "hashing" else "1/2"
+            assert process.stderr is not None
+            while line not in process.stderr.readline():
+                assert process.poll() is None
+        process.send_signal(number)
+        out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (status, ""), err
+    assert err.splitlines()[-1] == ("interrupted" if number == signal.SIGINT else "terminated")
+    kept = sorted(cache_dir.rglob("parts/*"))
+    if phase != "a shard's body":
+        assert kept == []
+        return
+    part, note = kept
+    assert note.name == f"{part.name}.json"
+    assert part.read_bytes() == data[:HALF]
+    scripted.script = good
+    assert run("fetch", scripted.url).returncode == 0
+    assert scripted.requests_for(shard)[-1].headers["range"] == f"bytes={HALF}-{len(data) - 1}"
+
+
+def other_is_through(cache_dir: Path) -> bool:
+    found = list(cache_dir.rglob("params_shard_0.bin*"))
+    return [path.parent.name for path in found if path.parent.name in ("parts", "locks")] == [] != found
+
+
+def sizes(paths: Iterable[Path]) -> list[int]:
+    found = []
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            found.append(path.stat().st_size)
+    return found
 
 
 def test_sigterm_is_as_it_was_after_a_command() -> None:

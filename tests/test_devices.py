@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +15,10 @@ import ml_dtypes
 import models
 import numpy as np
 import pytest
+from servers import FileServer
 
 import ndcache
+from ndcache.decode import decode
 from ndcache.devices import cpu as cpu_module
 from ndcache.devices import gpu as gpu_module
 from ndcache.devices import open_device
@@ -109,6 +114,30 @@ class Conformance:
             name: array.tobytes() for name, array in arrays.items()
         }
 
+    @pytest.mark.usefixtures("interruptible")
+    @pytest.mark.parametrize("how", ["cancel", "Ctrl-C"])
+    def test_row_36_while_tensors_are_placed(
+        self, device: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+    ) -> None:
+        arrays = {f"t{n}": models.random_array((100,), seed=n) for n in range(9)}
+        models.write_model(tmp_path, [arrays], encoding="f32-to-bf16")
+        cancel = threading.Event()
+        placed = 0
+
+        def place(*args: Any) -> Any:
+            nonlocal placed
+            placed += 1
+            if placed == 3:
+                stop(how, cancel)
+            return decode(*args)
+
+        for module in (cpu_module, gpu_module):
+            monkeypatch.setattr(module, "decode_record", place)
+        with pytest.raises(ndcache.CancelledError if how == "cancel" else KeyboardInterrupt):
+            self.load(device, tmp_path, cancel=cancel)
+        assert placed == 3
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith("ndcache")]
+
     def test_closed_weights_say_so(self, device: Any, tmp_path: Path) -> None:
         models.simple_model(tmp_path, shards=1)
         weights = self.load(device, tmp_path)
@@ -118,6 +147,13 @@ class Conformance:
         with pytest.raises(ValueError, match="closed"):
             weights["layer.0"]
         assert "closed" in repr(weights)
+
+
+def stop(how: str, cancel: threading.Event) -> None:
+    if how == "cancel":
+        cancel.set()
+    else:
+        signal.raise_signal(signal.SIGINT)
 
 
 def relabel(directory: Path, dtype: str, encoding: str) -> None:
@@ -215,43 +251,123 @@ class TestGpu(Conformance):
                     np.asarray(tensor, copy=False)
             assert repr(tensor) == "GPUTensor(shape=(6, 7), dtype=float32, nbytes=168)"
 
+    @pytest.mark.parametrize("where", ["local", "remote"])
     def test_row_38_a_tensor_over_the_limits_is_refused_before_anything_is_fetched(
-        self, gpu: Any, tmp_path: Path
+        self, gpu: Any, tmp_path: Path, serve: Callable[..., FileServer], where: str
     ) -> None:
         limit = gpu.limits["max-buffer-size"]
-        models.write_model(tmp_path, [{"t": np.ones(4, np.uint8)}])
-        path = tmp_path / "tensor-cache.json"
+        models.write_model(tmp_path / "model", [{"small": np.ones(4, np.uint8)}, {"t": np.ones(5, np.uint8)}])
+        path = tmp_path / "model" / "tensor-cache.json"
         size = limit + 1
-        path.write_text(
-            path.read_text().replace('"shape": [4]', f'"shape": [{size}]').replace('"nbytes": 4', f'"nbytes": {size}')
-        )
+        text = path.read_text().replace('"shape": [5]', f'"shape": [{size}]')
+        path.write_text(text.replace('"nbytes": 5', f'"nbytes": {size}'))
+        server = serve(tmp_path / "model")
         with pytest.raises(ndcache.OutOfDeviceMemoryError, match="'t'") as caught:
-            ndcache.load(tmp_path, gpu)
+            ndcache.load(tmp_path / "model" if where == "local" else server.url, gpu)
         assert (caught.value.expected, caught.value.received) == (size, limit)
+        assert server.shard_requests() == []
 
+    def test_row_38_a_limit_that_decoding_goes_over(self, gpu: Any, tmp_path: Path) -> None:
+        """Stored as bfloat16 it fits, expanded it does not."""
+        device = gpu_module.GpuDevice(gpu, is_ours=False)
+        limit = gpu.limits["max-buffer-size"]
+        models.write_model(tmp_path, [{"t": np.ones(8, np.float32)}], encoding="f32-to-bf16")
+        path, count = tmp_path / "tensor-cache.json", limit // 4 + 1
+        text = path.read_text().replace('"shape": [8]', f'"shape": [{count}]')
+        path.write_text(text.replace('"nbytes": 16', f'"nbytes": {2 * count}'))
+        shards = ndcache.read_manifest(tmp_path).shards
+        device.check(shards, decode=False)
+        with pytest.raises(ndcache.OutOfDeviceMemoryError, match="'t'"):
+            device.check(shards, decode=True)
+
+    @pytest.mark.parametrize(
+        ("failure", "error"),
+        [
+            (lambda wgpu: wgpu.GPUOutOfMemoryError("no memory"), ndcache.OutOfDeviceMemoryError),
+            (lambda wgpu: wgpu.GPUValidationError("Parent device is lost"), ndcache.DeviceError),
+            (lambda wgpu: RuntimeError("device lost"), ndcache.DeviceError),
+        ],
+        ids=["out of memory", "lost", "lost, by another name"],
+    )
+    @pytest.mark.parametrize("call", ["create_buffer", "write_buffer", "read_buffer"])
     def test_row_38_buffers_made_so_far_are_destroyed(
-        self, gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Any, error: Any, call: str
     ) -> None:
         import wgpu
 
         models.simple_model(tmp_path, shards=4)
-        made: list[Any] = []
-        create = gpu_module.GpuDevice._upload
+        made, destroyed = watch_buffers(gpu, monkeypatch)
+        owner = type(gpu if call == "create_buffer" else gpu.queue)
+        original, calls = getattr(owner, call), 0
 
-        def upload(self: Any, values: Any) -> Any:
-            if len(made) == 2:
-                raise wgpu.GPUOutOfMemoryError("no memory")
-            made.append(create(self, values))
-            return made[-1]
+        def fail(*args: Any, **options: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == 3 or call == "read_buffer":
+                raise failure(wgpu)
+            return original(*args, **options)
 
-        monkeypatch.setattr(gpu_module.GpuDevice, "_upload", upload)
-        with pytest.raises(ndcache.OutOfDeviceMemoryError) as caught:
+        monkeypatch.setattr(owner, call, fail)
+        with pytest.raises(error) as caught:
             ndcache.load(tmp_path, gpu)
-        assert isinstance(caught.value.__cause__, wgpu.GPUOutOfMemoryError)
-        assert len(made) == 2
-        for tensor in made:
-            with pytest.raises(ValueError, match="closed"):
-                tensor.numpy()
+        assert type(caught.value) is error
+        assert isinstance(caught.value.__cause__, (wgpu.GPUError, RuntimeError))
+        # With each shard one more buffer shows that the device is there, and the last one what has been written.
+        assert len(made) == {"create_buffer": 2, "write_buffer": 5, "read_buffer": 9}[call]
+        assert {id(buffer) for buffer in destroyed} == {id(buffer) for buffer in made}
+
+    def test_row_38_a_device_that_is_lost(self, gpu: Any, tmp_path: Path) -> None:
+        models.simple_model(tmp_path)
+        opened = gpu_module.open_gpu("gpu")
+        assert opened is not None
+        opened.handle.destroy()
+        with pytest.raises(ndcache.DeviceError, match="lost") as caught:
+            ndcache.load(tmp_path, opened.handle)
+        assert type(caught.value) is ndcache.DeviceError
+
+    @pytest.mark.usefixtures("interruptible")
+    @pytest.mark.parametrize(
+        ("call", "how"), [("write_buffer", "cancel"), ("write_buffer", "Ctrl-C"), ("read_buffer", "Ctrl-C")]
+    )
+    def test_row_36_while_tensors_are_copied(
+        self, gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, how: str
+    ) -> None:
+        models.simple_model(tmp_path, shards=4)
+        made, destroyed = watch_buffers(gpu, monkeypatch)
+        original, cancel, calls = getattr(type(gpu.queue), call), threading.Event(), 0
+
+        def press(*args: Any, **options: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == 3 or call == "read_buffer":
+                stop(how, cancel)
+            return original(*args, **options)
+
+        monkeypatch.setattr(type(gpu.queue), call, press)
+        with pytest.raises(ndcache.CancelledError if how == "cancel" else KeyboardInterrupt):
+            ndcache.load(tmp_path, gpu, cancel=cancel)
+        assert len(made) == (5 if call == "write_buffer" else 9)
+        assert {id(buffer) for buffer in made} <= {id(buffer) for buffer in destroyed}
+
+    def test_row_38_a_device_that_is_lost_meanwhile(self, gpu: Any, tmp_path: Path) -> None:
+        """In a process of its own, as wgpu ends it if it is asked to submit something."""
+        models.simple_model(tmp_path, shards=4)
+        script = (
+            "import sys, ndcache\n"
+            "from ndcache.devices.gpu import open_gpu\n"
+            "device = open_gpu('gpu').handle\n"
+            "stream = ndcache.stream(sys.argv[1], device)\n"
+            "next(stream)\n"
+            "device.destroy()\n"
+            "try:\n"
+            "    list(stream)\n"
+            "except ndcache.DeviceError as error:\n"
+            "    print(type(error).__name__)\n"
+        )
+        child = subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path)], check=False, capture_output=True, text=True, timeout=120
+        )
+        assert (child.returncode, child.stdout) == (0, "DeviceError\n"), child.stderr
 
     def test_real_adapters_go_first_and_each_is_counted_once(self, gpu: Any) -> None:
         found = gpu_module.adapters()
@@ -260,6 +376,27 @@ class TestGpu(Conformance):
         assert len(names) == len(set(names))
         software = [gpu_module.is_software(adapter) for adapter in found]
         assert software == sorted(software)
+
+
+def watch_buffers(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Any], list[Any]]:
+    """The buffers that will be made on the device, and those that will be destroyed."""
+    made: list[Any] = []
+    destroyed: list[Any] = []
+    create = type(gpu).create_buffer
+    kind = type(gpu.create_buffer(size=4, usage=1 << 7))
+    destroy = kind.destroy
+
+    def create_buffer(self: Any, **options: Any) -> Any:
+        made.append(create(self, **options))
+        return made[-1]
+
+    def destroy_buffer(self: Any) -> None:
+        destroyed.append(self)
+        destroy(self)
+
+    monkeypatch.setattr(type(gpu), "create_buffer", create_buffer)
+    monkeypatch.setattr(kind, "destroy", destroy_buffer)
+    return made, destroyed
 
 
 class Adapter:
@@ -301,13 +438,13 @@ def test_row_38_no_adapter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     assert ndcache.load(tmp_path, "auto").device == "cpu"
 
 
-def test_an_adapter_index_that_is_too_high(gpu: Any, tmp_path: Path) -> None:
+def test_row_38_an_adapter_index_that_is_too_high(gpu: Any, tmp_path: Path) -> None:
     models.simple_model(tmp_path)
     with pytest.raises(ndcache.NoAdapterError, match="no GPU adapter 99"):
         ndcache.load(tmp_path, "gpu:99")
 
 
-def test_wgpu_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_row_38_wgpu_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     models.simple_model(tmp_path)
     monkeypatch.setitem(sys.modules, "wgpu", None)
     with pytest.raises(ndcache.NoAdapterError, match="wgpu cannot be loaded"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
 from typing import BinaryIO
@@ -9,7 +10,7 @@ from typing import BinaryIO
 import pytest
 
 import ndcache
-from ndcache.digests import digest_of, mismatch
+from ndcache.digests import feed, mismatch, new_digest, parse_sri
 from ndcache.stop import Stop
 
 DATA = bytes(range(256)) * (5 << 12)  # more than one read
@@ -25,8 +26,10 @@ def shard(*, md5: str | None = None, sha256: str | None = None) -> ndcache.Shard
 
 
 @pytest.mark.parametrize("algorithm", ["md5", "sha256"])
-def test_the_digest_of_a_file(file: BinaryIO, algorithm: str) -> None:
-    assert digest_of(file, algorithm, lambda: None) == hashlib.new(algorithm, DATA).hexdigest()
+def test_feed(file: BinaryIO, algorithm: str) -> None:
+    digest = new_digest(algorithm)
+    feed({algorithm: digest}, file, lambda: None)
+    assert digest.hexdigest() == hashlib.new(algorithm, DATA).hexdigest()
 
 
 MD5, SHA256 = hashlib.md5(DATA).hexdigest(), hashlib.sha256(DATA).hexdigest()
@@ -38,18 +41,48 @@ MD5, SHA256 = hashlib.md5(DATA).hexdigest(), hashlib.sha256(DATA).hexdigest()
         (None, None, None),
         (MD5, None, None),
         (None, SHA256, None),
-        ("0" * 32, None, ("0" * 32, MD5)),
-        (None, "0" * 64, ("0" * 64, SHA256)),
-        ("0" * 32, SHA256, None),  # the stronger one decides
-        (MD5, "0" * 64, ("0" * 64, SHA256)),
+        ("0" * 32, None, ("md5", "0" * 32, MD5)),
+        (None, "0" * 64, ("sha256", "0" * 64, SHA256)),
+        ("0" * 32, SHA256, ("md5", "0" * 32, MD5)),
+        (MD5, "0" * 64, ("sha256", "0" * 64, SHA256)),
     ],
 )
-def test_what_differs(file: BinaryIO, md5: str | None, sha256: str | None, expected: tuple[str, str] | None) -> None:
-    assert mismatch(file, shard(md5=md5, sha256=sha256), lambda: None) == expected
+def test_what_differs(
+    file: BinaryIO, md5: str | None, sha256: str | None, expected: tuple[str, str, str] | None
+) -> None:
+    assert mismatch(file, shard(md5=md5, sha256=sha256).digests, lambda: None) == expected
 
 
 def test_row_36_it_can_be_ended(file: BinaryIO) -> None:
     stop = Stop()
     stop.set()
     with pytest.raises(ndcache.CancelledError):
-        mismatch(file, shard(md5=MD5), stop.check)
+        mismatch(file, shard(md5=MD5).digests, stop.check)
+
+
+def sri(algorithm: str, data: bytes = DATA) -> str:
+    return f"{algorithm}-{base64.b64encode(hashlib.new(algorithm, data).digest()).decode()}"
+
+
+@pytest.mark.parametrize("algorithm", ["sha256", "sha384", "sha512"])
+def test_sri(algorithm: str) -> None:
+    assert parse_sri(sri(algorithm)) == (algorithm, hashlib.new(algorithm, DATA).hexdigest())
+    assert parse_sri(f"  {sri(algorithm)}?foo\n") == (algorithm, hashlib.new(algorithm, DATA).hexdigest())
+
+
+def test_of_several_the_strongest_counts() -> None:
+    assert parse_sri(f"{sri('sha256')} {sri('sha512')} {sri('sha384')}")[0] == "sha512"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", " ", "sha256", "sha256-", "sha256-abc", "sha256-" + "0" * 64, "md5-" + "A" * 22 + "==", "\n"),
+        *(SHA256, sri("sha256").replace("sha256", "SHA256"), sri("sha256").replace("sha256", "sha512")),
+        sri("sha256") + " sha256-x",
+        "sha256-" + "é" * 44,
+    ],
+)
+def test_what_is_not_sri(text: str) -> None:
+    with pytest.raises(ValueError, match="digest"):
+        parse_sri(text)

@@ -84,14 +84,15 @@ RETRYABLE = {
     *("IntegrityError", "SizeMismatchError", "ChecksumError"),
 }
 RETRY_ONCE = {
-    *("ProtocolError", "RangeError", "RemoteChangedError"),
+    *("ProtocolError", "RangeError"),
     *("IntegrityError", "SizeMismatchError", "ChecksumError"),
 }
 
 
 def test_what_may_be_tried_again() -> None:
     assert {kind.__name__ for kind in CLASSES if kind.retryable} == RETRYABLE
-    assert {kind.__name__ for kind in CLASSES if kind.retry_once} == RETRY_ONCE
+    assert {kind.__name__ for kind in CLASSES if kind.max_retries == 1} == RETRY_ONCE
+    assert {kind.__name__ for kind in CLASSES if kind.max_retries == 0} == {"RemoteChangedError"}
 
 
 # --- fields -------------------------------------------------------------------------------------------

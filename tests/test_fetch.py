@@ -88,7 +88,7 @@ def test_the_look_ahead_is_bounded_by_bytes(
     assert stats.peak_bytes_in_flight == peak
 
 
-def test_an_error_is_raised_at_once_whoevers_turn_it_is() -> None:
+def test_row_35_an_error_is_raised_at_once_whoevers_turn_it_is() -> None:
     stop = Stop()
 
     def work(shard: ndcache.Shard) -> None:
@@ -102,7 +102,7 @@ def test_an_error_is_raised_at_once_whoevers_turn_it_is() -> None:
     assert caught.value.others == ()  # that the rest was stopped is no error of its own
 
 
-def test_errors_of_other_shards_are_attached() -> None:
+def test_row_35_errors_of_other_shards_are_attached() -> None:
     both = threading.Barrier(2)
 
     def work(shard: ndcache.Shard) -> None:
@@ -115,7 +115,7 @@ def test_errors_of_other_shards_are_attached() -> None:
     assert "1 more failed" in str(caught.value)
 
 
-def test_what_was_not_begun_is_never_begun_after_an_error() -> None:
+def test_row_35_what_was_not_begun_is_never_begun_after_an_error() -> None:
     begun: list[str] = []
 
     def work(shard: ndcache.Shard) -> None:
@@ -128,7 +128,7 @@ def test_what_was_not_begun_is_never_begun_after_an_error() -> None:
 
 
 @pytest.mark.parametrize("how", ["close", "drop", "raise", "cancel"])
-def test_going_away_stops_the_workers(how: str) -> None:
+def test_row_36_going_away_stops_the_workers(how: str) -> None:
     cancel = threading.Event()
     stop = Stop(cancel)
     reached = threading.Event()
@@ -169,3 +169,38 @@ def test_ticks_come_on_the_callers_thread_while_it_waits() -> None:
 
     list(run(shards(1), work, tick=tick))
     assert threads == {threading.current_thread()}
+
+
+@pytest.mark.parametrize("begun", [1, 2])
+@pytest.mark.parametrize("where", ["in start", "before start", "after start"])
+def test_row_36_ctrl_c_while_a_thread_is_begun(monkeypatch: pytest.MonkeyPatch, begun: int, where: str) -> None:
+    """The pool does not know of it yet, and would not wait for it."""
+    start, threads = threading.Thread.start, list[threading.Thread]()
+    name = "_start_joinable_thread" if hasattr(threading, "_start_joinable_thread") else "_start_new_thread"
+    start_new = getattr(threading, name)
+
+    def pressed(self: threading.Thread) -> None:
+        threads.append(self)
+        if len(threads) == begun and where == "before start":
+            raise KeyboardInterrupt
+        start(self)
+        if len(threads) == begun and where == "after start":
+            raise KeyboardInterrupt
+
+    def pressed_inside(*args: Any, **options: Any) -> Any:
+        started = start_new(*args, **options)
+        if len(threads) == begun and where == "in start":
+            raise KeyboardInterrupt
+        return started
+
+    stop = Stop()
+
+    def work(shard: ndcache.Shard) -> None:
+        stop.sleep(100)
+
+    monkeypatch.setattr(threading.Thread, "start", pressed)
+    monkeypatch.setattr(threading, name, pressed_inside)
+    results = in_order(shards(1, 1, 1, 1), work, max_workers=4, memory_limit=100, stop=stop, stats=LoadStats())
+    with pytest.raises(KeyboardInterrupt):
+        list(results)
+    assert [thread.is_alive() for thread in threads] == [False] * begun

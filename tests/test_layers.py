@@ -20,15 +20,17 @@ LAYERS: list[list[str]] = [
     # 1: values from outside, checked
     ["locate", "manifest", "paths", "stop", "strict_json"],
     # 2: one concern each
-    ["cache", "connections", "decode", "digests", "failures", "parse", "retry"],
-    ["options"],
+    ["connections", "decode", "digests", "failures", "locks", "parse", "retry", "small_files"],
+    ["options", "parts", "pins", "validator"],
+    ["cache"],
     # 3: devices, each above the one that it is built on; HTTP; a model in a directory
     ["devices.base", "inventory", "model", "transport"],
     ["devices.cpu"],
     ["devices.gpu"],
-    ["devices"],
+    ["devices", "transfer"],
     # 4: one shard; shards in order; the result
     ["download", "fetch", "weights"],
+    ["manifest_source"],
     ["remote"],
     # 5: the pipeline
     ["loader"],

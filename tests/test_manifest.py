@@ -272,7 +272,7 @@ def test_safe_paths(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", [0, None, True, ["x"], {"x": 1}, 1.5])
-def test_path_that_is_no_text(path: Any) -> None:
+def test_row_21_path_that_is_no_text(path: Any) -> None:
     check_refused(document(shard(record(), dataPath=path)), ManifestSyntaxError)
 
 
@@ -1045,25 +1045,25 @@ def encode(value: Any) -> bytes:
 
 @thorough(9000)
 @given(st.binary(max_size=200))
-def test_free_bytes(data: bytes) -> None:
+def test_row_21_free_bytes(data: bytes) -> None:
     check_parsed_or_refused(data)
 
 
 @thorough(600, default=100)
 @given(st.one_of(values, st.fixed_dictionaries({"records": st.lists(st.dictionaries(keys, values, max_size=5))})))
-def test_free_json(value: Any) -> None:
+def test_row_21_free_json(value: Any) -> None:
     check_parsed_or_refused(encode(value))
 
 
 @thorough(2000)
 @given(real_documents)
-def test_likely_manifests(value: Any) -> None:
+def test_row_21_likely_manifests(value: Any) -> None:
     check_parsed_or_refused(encode(value))
 
 
 @thorough(3000)
 @given(st.data())
-def test_one_field_changed(data: st.DataObject) -> None:
+def test_row_21_one_field_changed(data: st.DataObject) -> None:
     value = copy.deepcopy(_REAL)
     places: list[tuple[Any, Any]] = [(value, key) for key in value]
     for part in value["records"]:
@@ -1100,7 +1100,7 @@ def test_one_field_changed(data: st.DataObject) -> None:
         max_size=3,
     )
 )
-def test_bytes_spliced(cuts: list[tuple[int, int, bytes]]) -> None:
+def test_row_21_bytes_spliced(cuts: list[tuple[int, int, bytes]]) -> None:
     data = _REAL_BYTES
     for place, length, new in cuts:
         start = place % (len(data) + 1)
@@ -1110,7 +1110,7 @@ def test_bytes_spliced(cuts: list[tuple[int, int, bytes]]) -> None:
 
 @thorough(3000)
 @given(texts)
-def test_free_paths(path: str) -> None:
+def test_row_20_free_paths(path: str) -> None:
     try:
         check_path(path)
     except UnsafePathError as error:

@@ -190,7 +190,7 @@ def test_true_among_callables_is_a_bar(capsys: pytest.CaptureFixture[str]) -> No
     assert "1/1 shards" in capsys.readouterr().err
 
 
-def test_a_callbacks_exception_comes_through() -> None:
+def test_row_39_a_callbacks_exception_comes_through() -> None:
     def callback(report: ProgressReport) -> None:
         raise ZeroDivisionError(report.text)
 

@@ -34,7 +34,7 @@ def test_what_is_tried_again_and_when(
     error: ndcache.NdcacheError, failures: int, spent: float, lowest: float, highest: float
 ) -> None:
     for _ in range(100):
-        delay = RetryPolicy().delay(error, failures, spent)
+        delay = RetryPolicy().delay(error, failures, failures, spent)
         assert delay is not None
         assert lowest <= delay <= highest
 
@@ -45,6 +45,7 @@ def test_what_is_tried_again_and_when(
         (ndcache.ConnectError("x"), 7, 0),
         (ndcache.ConnectError("x"), 1, 301),
         (ndcache.ChecksumError("x"), 2, 0),
+        (ndcache.RemoteChangedError("x"), 1, 0),
         (ndcache.NotFoundError("x"), 1, 0),
         (ndcache.TLSError("x"), 1, 0),
         (ndcache.DiskFullError("x"), 1, 0),
@@ -53,7 +54,7 @@ def test_what_is_tried_again_and_when(
     ],
 )
 def test_what_is_not_tried_again(error: ndcache.NdcacheError, failures: int, spent: float) -> None:
-    assert RetryPolicy().delay(error, failures, spent) is None
+    assert RetryPolicy().delay(error, failures, failures, spent) is None
 
 
 class Flaky:
@@ -86,6 +87,48 @@ def test_the_last_error_says_how_often_it_was_tried() -> None:
     assert (flaky.calls, caught.value.attempts) == (4, 4)
 
 
+def test_after_progress_the_count_starts_afresh() -> None:
+    """Seven failures, never more than three without a MiB of progress between them, with three retries allowed."""
+    nbytes = 0
+
+    def attempt() -> None:
+        nonlocal nbytes
+        nbytes += 400_000
+        raise ndcache.ConnectError("broken")
+
+    with pytest.raises(ndcache.ConnectError, match="after 4 tries"):
+        with_retries(attempt, QUICK, Stop(), progress=lambda: 0)
+    nbytes = 0
+    with pytest.raises(ndcache.ConnectError) as caught:
+        with_retries(attempt, QUICK, Stop(), progress=lambda: min(nbytes, 3_600_000))
+    assert caught.value.attempts == 12  # at 1.2, 2.4 and 3.6 MB it starts afresh, and three more are allowed
+    assert nbytes == 400_000 * 12
+
+
+def test_progress_does_not_renew_what_is_tried_once() -> None:
+    nbytes, calls = 0, 0
+
+    def attempt() -> None:
+        nonlocal nbytes, calls
+        nbytes, calls = nbytes + (5 << 20), calls + 1
+        raise ndcache.ChecksumError("wrong")
+
+    with pytest.raises(ndcache.ChecksumError):
+        with_retries(attempt, QUICK, Stop(), progress=lambda: nbytes)
+    assert calls == 2
+
+
+def test_each_kind_has_its_one_more_try() -> None:
+    flaky = Flaky(ndcache.RangeError("1"), ndcache.ChecksumError("2"), ndcache.ConnectError("3"))
+    assert with_retries(flaky, QUICK, Stop()) == "value"
+
+
+def test_no_retries_means_none() -> None:
+    flaky = Flaky(ndcache.RangeError("1"))
+    with pytest.raises(ndcache.RangeError):
+        with_retries(flaky, RetryPolicy(retries=0), Stop())
+
+
 def test_an_error_that_is_not_ours_is_not_tried_again() -> None:
     calls = []
 
@@ -98,7 +141,7 @@ def test_an_error_that_is_not_ours_is_not_tried_again() -> None:
     assert len(calls) == 1
 
 
-def test_stopping_ends_the_wait_for_the_next_try() -> None:
+def test_row_36_stopping_ends_the_wait_for_the_next_try() -> None:
     cancel = threading.Event()
 
     def attempt() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,7 +15,7 @@ from ndcache import stop as stop_module
 from ndcache.stop import Stop, Watch
 
 
-def test_the_callers_event_stops_too() -> None:
+def test_row_36_the_callers_event_stops_too() -> None:
     cancel = threading.Event()
     stop = Stop(cancel)
     stop.check()
@@ -21,7 +24,7 @@ def test_the_callers_event_stops_too() -> None:
         stop.sleep(1000)
 
 
-def test_sleepers_wake() -> None:
+def test_row_36_sleepers_wake() -> None:
     stop = Stop()
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(stop.sleep, 1000)
@@ -30,7 +33,7 @@ def test_sleepers_wake() -> None:
             future.result(30)
 
 
-def test_waits_are_ended_when_it_is_set_and_at_once_afterwards() -> None:
+def test_row_36_waits_are_ended_when_it_is_set_and_at_once_afterwards() -> None:
     stop = Stop()
     ended: list[str] = []
     before, forgotten, after = (
@@ -47,7 +50,7 @@ def test_waits_are_ended_when_it_is_set_and_at_once_afterwards() -> None:
     assert not any(watch.overdue for watch in (before, forgotten, after))
 
 
-def test_a_waker_that_comes_too_late_is_called_at_once() -> None:
+def test_row_36_a_waker_that_comes_too_late_is_called_at_once() -> None:
     stop, watch, ended = Stop(), Watch(60), []
     stop.add(watch)
     stop.set()  # the request's connection is still being made
@@ -70,8 +73,12 @@ class Clock:
         ([(11, 0)], True),
         ([(11, 10 * 1024 - 1)], True),
         ([(11, 10 * 1024)], False),
-        ([(5, 10 * 1024), (6, 0), (9, 0)], False),
-        ([(5, 10 * 1024), (6, 0), (11, 0)], True),
+        ([(5, 10 * 1024), (6, 0)], False),
+        ([(5, 10 * 1024), (5, 0), (5, 0)], True),
+        ([(1, 1 << 30), *[(0.1, 1)] * 95], False),
+        ([(1, 1 << 30), *[(0.1, 1)] * 110], True),  # a fast start does not excuse it for longer
+        ([(0.1, 200)] * 300, False),
+        ([*[(0.1, 200)] * 300, *[(0.1, 50)] * 110], True),
     ],
 )
 def test_row_13_a_drip_is_a_wait_in_vain(
@@ -80,7 +87,7 @@ def test_row_13_a_drip_is_a_wait_in_vain(
     clock = Clock()
     monkeypatch.setattr(stop_module, "time", clock)
     ended: list[bool] = []
-    watch = Watch(10, [lambda: ended.append(True)], _since=clock.now)
+    watch = Watch(10, [lambda: ended.append(True)])
     for seconds, nbytes in arrivals:
         clock.now += seconds
         watch.received(nbytes)
@@ -88,10 +95,21 @@ def test_row_13_a_drip_is_a_wait_in_vain(
     assert watch.overdue == overdue == bool(ended)
 
 
-def test_time_in_which_the_thread_does_something_else_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_remembered_of_a_long_wait_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     monkeypatch.setattr(stop_module, "time", clock)
-    watch = Watch(10, _since=clock.now)
+    watch = Watch(10)
+    for _ in range(100_000):
+        clock.now += 0.01
+        watch.received(1 << 20)
+        watch.look()
+    assert len(watch._marks) < 30
+
+
+def test_row_13_time_in_which_the_thread_does_something_else_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(stop_module, "time", clock)
+    watch = Watch(10)
     watch.waiting = False
     clock.now += 60
     watch.look()
@@ -102,3 +120,24 @@ def test_time_in_which_the_thread_does_something_else_does_not_count(monkeypatch
     clock.now += 2
     watch.look()
     assert watch.overdue
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_row_37_a_fork_does_not_stop_what_its_parent_does() -> None:
+    script = """
+import os
+from ndcache import stop
+ended = []
+one = stop.Stop()
+one.add(stop.Watch(60, [lambda: ended.append("shut")]))
+with one._lock:  # as of a thread that looks just then
+    if os.fork() == 0:
+        stop._stop_all()
+        one.set()
+        os._exit(len(ended))
+_, status = os.wait()
+one.check()
+print(os.waitstatus_to_exitcode(status), ended)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split("\n")[0] == "0 []"

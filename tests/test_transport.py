@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import email.utils
 import os
 import pickle
@@ -10,8 +11,9 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,7 +26,7 @@ import ndcache
 from ndcache.stop import Stop
 from ndcache.transport import Response, Transport
 
-SHORT = (5.0, 0.3)
+SHORT = (30.0, 0.3)
 
 
 @pytest.fixture
@@ -145,19 +147,29 @@ def test_an_answer_that_is_not_http(
             ndcache.TruncatedError,
         ),
         (then_reset(reply(200, b"abc", length=1 << 20)), ndcache.ConnectError),
-        (then_stall(reply(200, b"abc", length=10)), ndcache.StallError),
-        (then_stall(b""), ndcache.StallError),
     ],
-    ids=["cut", "chunked and cut", "reset", "stalled body", "stalled headers"],
+    ids=["cut", "chunked and cut", "reset"],
 )
-def test_a_body_that_does_not_come(scripted: ScriptedServer, step: Any, error: type[ndcache.TransferError]) -> None:
+def test_a_body_that_does_not_come(
+    transport: Transport, scripted: ScriptedServer, step: Any, error: type[ndcache.TransferError]
+) -> None:
     scripted.script["/a"] = [step]
-    transport = Transport(timeout=SHORT)
     with pytest.raises(error) as caught, get(transport, scripted.url + "a") as response:
         response.read(1 << 20)
-    transport.close()
     assert type(caught.value) is error
     assert caught.value.retryable
+
+
+@pytest.mark.parametrize("sent", [b"", b"HTTP/1.1 200 OK\r\nX:", reply(200, b"abc", length=10)])
+def test_row_13_silence_lasts_as_long_as_the_read_timeout(scripted: ScriptedServer, sent: bytes) -> None:
+    scripted.script["/a"] = [then_stall(sent)]
+    transport, begun = Transport(timeout=SHORT), time.monotonic()
+    with pytest.raises(ndcache.StallError) as caught, get(transport, scripted.url + "a") as response:
+        response.read(1 << 20)
+    waited = time.monotonic() - begun
+    transport.close()
+    assert caught.value.retryable
+    assert SHORT[1] <= waited < SHORT[0]  # so it was not the time to connect, or another one
 
 
 def test_a_chunked_body_is_put_together(transport: Transport, scripted: ScriptedServer) -> None:
@@ -193,7 +205,7 @@ def test_a_proxy_that_is_not_there(transport: Transport, monkeypatch: pytest.Mon
     assert "secret" not in str(caught.value)
 
 
-def test_the_cause_shows_no_secrets(transport: Transport, scripted: ScriptedServer) -> None:
+def test_row_40_the_cause_shows_no_secrets(transport: Transport, scripted: ScriptedServer) -> None:
     scripted.close()
     with pytest.raises(ndcache.ConnectError) as caught:
         get(transport, scripted.url.replace("//", "//user:secret@") + "a?signature=secret")
@@ -214,17 +226,54 @@ def authority() -> trustme.CA:
 @pytest.fixture
 def secure(scripted: ScriptedServer, authority: trustme.CA) -> ScriptedServer:
     """The scripted server, speaking TLS with a certificate of `authority`."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert("127.0.0.1").configure_cert(context)
-    scripted.wrap(context)
+    scripted.wrap(with_name(authority, "127.0.0.1"))
     return scripted
 
 
-def test_an_unknown_certificate_is_refused(transport: Transport, secure: ScriptedServer) -> None:
-    with pytest.raises(ndcache.TLSError, match="certificate") as caught:
-        get(transport, secure.url)
+def with_name(authority: trustme.CA, name: str, **options: Any) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert(name, **options).configure_cert(context)
+    return context
+
+
+def long_ago() -> dict[str, datetime.datetime]:
+    then = datetime.datetime(2001, 1, 1, tzinfo=datetime.timezone.utc)
+    return {"not_before": then, "not_after": then + datetime.timedelta(days=1)}
+
+
+def only_unknown_ciphers(authority: trustme.CA) -> ssl.SSLContext:
+    context = with_name(authority, "127.0.0.1")
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    context.set_ciphers("PSK")
+    return context
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda _: with_name(trustme.CA(), "127.0.0.1"), "certificate verify failed"),
+        (lambda known: with_name(known, "host.example"), "certificate verify failed"),
+        (lambda known: with_name(known, "127.0.0.1", **long_ago()), "certificate verify failed"),
+        (only_unknown_ciphers, "handshake"),
+    ],
+    ids=["unknown authority", "another host", "expired", "no cipher in common"],
+)
+def test_row_17_one_connection_and_no_downgrade(
+    scripted: ScriptedServer,
+    authority: trustme.CA,
+    monkeypatch: pytest.MonkeyPatch,
+    make: Callable[[trustme.CA], ssl.SSLContext],
+    message: str,
+) -> None:
+    scripted.wrap(make(authority))
+    with authority.cert_pem.tempfile() as path:
+        monkeypatch.setenv("REQUESTS_CA_BUNDLE", path)
+        with pytest.raises(ndcache.TLSError, match=message) as caught:
+            ndcache.load(scripted.url, retries=5)
     assert not caught.value.retryable
-    assert not secure.requests
+    assert caught.value.attempts in (None, 1)
+    assert scripted.connections == 1
+    assert not scripted.requests
 
 
 def test_tls_with_a_known_authority(secure: ScriptedServer, authority: trustme.CA) -> None:
@@ -236,21 +285,29 @@ def test_tls_with_a_known_authority(secure: ScriptedServer, authority: trustme.C
     session.close()
 
 
-def test_plain_http_on_a_tls_port(transport: Transport) -> None:
+def test_row_17_plain_http_on_a_tls_port() -> None:
+    received: list[bytes] = []
     with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
 
         def answer() -> None:
-            sock, _ = listener.accept()
-            with sock, contextlib.suppress(ConnectionError):
-                sock.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
-                sock.shutdown(socket.SHUT_WR)
-                while sock.recv(1 << 16):
-                    pass
+            with contextlib.suppress(OSError):
+                while True:
+                    sock, _ = listener.accept()
+                    with sock, contextlib.suppress(ConnectionError):
+                        received.append(sock.recv(1 << 16))
+                        sock.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+                        sock.shutdown(socket.SHUT_WR)
+                        while sock.recv(1 << 16):
+                            pass
 
         done = pool.submit(answer)
-        with pytest.raises(ndcache.TLSError):
-            get(transport, f"https://127.0.0.1:{listener.getsockname()[1]}/")
-        done.result()
+        with pytest.raises(ndcache.TLSError, match="plain http"):
+            ndcache.load(f"https://127.0.0.1:{listener.getsockname()[1]}/", retries=5)
+        listener.shutdown(socket.SHUT_RDWR)
+        done.result(30)
+    (hello,) = received
+    assert hello[:1] == b"\x16"  # a TLS handshake, and nothing in plain text
+    assert b"GET" not in hello
 
 
 # --- redirects ----------------------------------------------------------------------------------------
@@ -281,21 +338,70 @@ def test_a_redirect_within_the_origin_keeps_what_the_caller_sends(scripted: Scri
     assert "authorization" in second.headers
 
 
-def test_row_19_another_origin_is_told_nothing(scripted: ScriptedServer, other: ScriptedServer) -> None:
+@pytest.mark.parametrize("differs", ["port", "host", "scheme"])
+@pytest.mark.parametrize("by", ["session", "token", "URL", "netrc"])
+@pytest.mark.parametrize("status", [302, 308])
+def test_row_19_another_origin_is_told_nothing(
+    scripted: ScriptedServer,
+    other: ScriptedServer,
+    authority: trustme.CA,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    differs: str,
+    by: str,
+    status: int,
+) -> None:
+    here = scripted.url
+    there = {
+        "port": other.url,
+        "host": here.replace("127.0.0.1", "localhost"),
+        "scheme": here.replace("http:", "https:"),
+    }[differs]
+
+    def go_there(connection: Connection, request: Request) -> None:
+        if differs == "scheme":
+            scripted.wrap(with_name(authority, "127.0.0.1"))  # the same port speaks TLS from the next connection on
+        connection.send(redirect(f"{there}b", status))
+
+    scripted.script |= {"/a": [go_there], "/b": [reply(200, b"moved")]}
     session = requests.Session()
     session.headers["X-Api-Key"] = "secret"
     session.cookies.set("id", "secret")
-    scripted.script["/a"] = [redirect(other.url + "b")]
-    transport = Transport(session=session, bearer=(scripted.url, "secret"))
-    assert body(transport, scripted.url.replace("//", "//user:secret@") + "a") == b"moved"
+    url = here.replace("//", "//user:secret@") if by == "URL" else here
+    if by == "session":
+        session.auth = ("user", "secret")
+    elif by == "netrc":
+        machines = "".join(f"machine {host} login user password secret\n" for host in ("127.0.0.1", "localhost"))
+        (tmp_path / "netrc").write_text(machines)
+        monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    transport = Transport(session=session, bearer=(here, "secret") if by == "token" else None)
+    with authority.cert_pem.tempfile() as path:
+        session.verify = path
+        assert body(transport, f"{url}a") == b"moved"
     transport.close()
     session.close()
-    assert "secret" in str(scripted.requests[0].headers)
-    assert "secret" not in str(other.requests[0].headers)
-    assert not {"authorization", "cookie", "x-api-key"} & set(other.requests[0].headers)
+    first, *_, last = [*scripted.requests, *other.requests]
+    assert (first.path, last.path) == ("/a", "/b")
+    assert {"authorization", "cookie", "x-api-key"} <= first.headers.keys()
+    assert last.headers.keys() == {"host", "accept-encoding", "user-agent"}
+    assert "secret" not in str(last)
 
 
-def test_who_has_been_elsewhere_comes_back_as_a_stranger(scripted: ScriptedServer, other: ScriptedServer) -> None:
+def test_row_19_cookies_that_a_server_sets(
+    transport: Transport, scripted: ScriptedServer, other: ScriptedServer
+) -> None:
+    """Cookies do not tell ports apart (RFC 6265, 8.5), so none is kept."""
+    cookie = {"Set-Cookie": "id=secret"}
+    scripted.script |= {"/a": [reply(302, b"", {"Location": other.url + "b", **cookie})], "/c": [reply(200)]}
+    other.script["/b"] = [reply(200, b"moved", cookie)]
+    assert body(transport, scripted.url + "a") == b"moved"
+    assert body(transport, scripted.url + "c") == b""
+    assert not any("cookie" in request.headers for request in scripted.requests + other.requests)
+
+
+def test_row_19_who_has_been_elsewhere_comes_back_as_a_stranger(
+    scripted: ScriptedServer, other: ScriptedServer
+) -> None:
     scripted.script |= {"/a": [redirect(other.url + "b")], "/c": [reply(200, b"back")]}
     other.script["/b"] = [redirect(scripted.url + "c")]
     transport = Transport(bearer=(scripted.url, "secret"))
@@ -327,7 +433,7 @@ def test_a_hook_of_the_callers_that_raises(scripted: ScriptedServer) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # urllib3 drops that connection
-def test_a_header_that_cannot_be_sent_is_not_shown(scripted: ScriptedServer) -> None:
+def test_row_40_a_header_that_cannot_be_sent_is_not_shown(scripted: ScriptedServer) -> None:
     session = requests.Session()
     session.headers["Authorization"] = "Bearer secret\n"
     with pytest.raises(ndcache.ProtocolError) as caught:
@@ -348,7 +454,7 @@ def test_a_kept_connection_that_the_server_has_closed_costs_nothing(
     assert body(transport, scripted.url + "b") == b"second"
 
 
-def test_netrc_is_not_used_for_another_origin(
+def test_row_19_netrc_is_not_used_for_another_origin(
     scripted: ScriptedServer, other: ScriptedServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login user password secret\n")
@@ -361,12 +467,30 @@ def test_netrc_is_not_used_for_another_origin(
     assert "authorization" not in other.requests[0].headers
 
 
-@pytest.mark.parametrize("target", ["/a", "file:///etc/passwd", "ftp://host/a", "http://[bad/", "http:///a", "data:,x"])
-def test_row_18_redirects_that_are_not_followed(transport: Transport, scripted: ScriptedServer, target: str) -> None:
-    scripted.script["/a"] = [redirect(target)]
-    with pytest.raises(ndcache.RedirectError):
-        get(transport, scripted.url + "a")
+@pytest.mark.parametrize(
+    "target",
+    [
+        "/tensor-cache.json",
+        "file:///etc/passwd",
+        "FILE:/etc/passwd",
+        "ftp://host/a",
+        "http://[bad/",
+        "data:,x",
+    ],
+)
+def test_row_18_redirects_that_are_not_followed(scripted: ScriptedServer, target: str) -> None:
+    scripted.script["/tensor-cache.json"] = [redirect(target)]
+    with pytest.raises(ndcache.RedirectError) as caught:
+        ndcache.load(scripted.url, retries=5)
+    assert not caught.value.retryable
     assert len(scripted.requests) == 1
+
+
+def test_row_18_a_circle_is_gone_round_once(transport: Transport, scripted: ScriptedServer) -> None:
+    scripted.script |= {"/a": [redirect("/b")], "/b": [redirect("/c")], "/c": [redirect(scripted.url + "a")]}
+    with pytest.raises(ndcache.RedirectError, match="circle"):
+        get(transport, scripted.url + "a")
+    assert [request.path for request in scripted.requests] == ["/a", "/b", "/c"]
 
 
 def test_row_18_an_endless_chain_of_redirects_ends(transport: Transport, scripted: ScriptedServer) -> None:
@@ -417,6 +541,24 @@ def test_row_14_retry_after(transport: Transport, scripted: ScriptedServer, valu
     assert caught.value.retry_after == expected
 
 
+def test_row_14_a_date_in_the_oldest_form_is_utc(
+    transport: Transport, scripted: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RFC 9110, 5.6.7."""
+    monkeypatch.setenv("TZ", "America/New_York")
+    time.tzset()
+    try:
+        date = time.asctime(time.gmtime(time.time() + 10_000))
+        scripted.script["/a"] = [reply(503, b"", {"Retry-After": date})]
+        with pytest.raises(ndcache.RateLimitedError) as caught:
+            get(transport, scripted.url + "a")
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert caught.value.retry_after is not None
+    assert 9_000 < caught.value.retry_after <= 10_000
+
+
 def test_row_14_retry_after_as_a_date(transport: Transport, scripted: ScriptedServer) -> None:
     date = email.utils.formatdate(time.time() + 1000, usegmt=True)
     scripted.script["/a"] = [reply(503, b"", {"Retry-After": date})]
@@ -438,7 +580,7 @@ BEGUN = reply(200, b"abc", length=10)
     [(b"", False), (BEGUN, False), (BEGUN, True)],
     ids=["headers", "body", "body of a caller's session"],
 )
-def test_stop_wakes_a_thread_that_waits_for_the_server(
+def test_row_36_stop_wakes_a_thread_that_waits_for_the_server(
     scripted: ScriptedServer, sent: bytes, callers_session: bool
 ) -> None:
     reached = threading.Event()
@@ -471,7 +613,7 @@ def test_stop_wakes_a_thread_that_waits_for_the_server(
         session.close()
 
 
-def test_stop_wakes_sleepers_and_refuses_requests(transport: Transport) -> None:
+def test_row_36_stop_wakes_sleepers_and_refuses_requests(transport: Transport) -> None:
     stop = Stop()
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(stop.sleep, 1000)
@@ -503,3 +645,126 @@ def test_a_forked_child_makes_connections_of_its_own(transport: Transport, scrip
     assert os.waitpid(child, 0)[1] == 0
     assert body(transport, scripted.url + "a") == b"abc"
     assert peers[0] == peers[2] != peers[1]
+
+
+# --- connecting ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def deaf() -> Iterator[str]:
+    """The address of a server whose queue is full: connecting to it takes for ever."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(4):
+            sock = stack.enter_context(socket.socket())
+            sock.setblocking(False)
+            sock.connect_ex(listener.getsockname())
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+@pytest.fixture
+def mute() -> Iterator[str]:
+    """The address of a server that takes connections and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("phase", ["deaf", "mute"])
+def test_row_36_connecting_and_shaking_hands_are_cut_short(request: pytest.FixtureRequest, phase: str) -> None:
+    url = f"https://{request.getfixturevalue(phase)}/"
+    stop, transport = Stop(), Transport(timeout=(300.0, 300.0))
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(get, transport, url, stop)
+        while not any(watch.wakers for watch in list(stop._watches)):
+            time.sleep(0.01)
+        stop.set()
+        with pytest.raises(ndcache.CancelledError):
+            future.result(60)
+    transport.close()
+
+
+def test_row_12_the_time_to_connect_is_its_own(deaf: str) -> None:
+    """A server that is slow to answer at first is not one that sends next to nothing."""
+    stop, transport = Stop(), Transport(timeout=(1.0, 0.1))
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(get, transport, f"http://{deaf}/", stop)
+        while not future.done():
+            stop.look()
+            time.sleep(0.01)
+        with pytest.raises(ndcache.ConnectError, match="did not answer in time"):
+            future.result()
+    transport.close()
+
+
+def test_row_13_a_handshake_that_does_not_come(mute: str) -> None:
+    transport = Transport(timeout=(30.0, 0.3))
+    with pytest.raises(ndcache.StallError), ThreadPoolExecutor(1) as pool:
+        stop = Stop()
+        future = pool.submit(get, transport, f"https://{mute}/", stop)
+        while not future.done():
+            stop.look()
+            time.sleep(0.01)
+        future.result()
+    transport.close()
+
+
+def test_an_address_that_does_not_answer_is_not_the_last(
+    transport: Transport, scripted: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a host has an IPv6 address and the network does not."""
+    look_up = socket.getaddrinfo
+
+    def two_addresses(host: str, port: int, *args: Any) -> list[Any]:
+        (family, kind, protocol, name, _), *_ = found = look_up(host, port, *args)
+        return [(family, kind, protocol, name, ("127.0.0.1", 1)), *found]
+
+    monkeypatch.setattr(socket, "getaddrinfo", two_addresses)
+    scripted.script["/a"] = [reply(200, b"there")]
+    assert body(transport, scripted.url + "a") == b"there"
+
+
+@pytest.mark.parametrize("host", ["a" * 64, "a..b", "no-such-host.invalid"])
+def test_row_12_a_host_that_is_not_known(transport: Transport, host: str) -> None:
+    with pytest.raises(ndcache.ConnectError, match="is not known"):
+        get(transport, f"http://{host}/")
+
+
+def test_row_40_the_query_is_not_in_the_log_of_urllib3(
+    transport: Transport, scripted: ScriptedServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    scripted.script["/a"] = [reply(200, b"there")]
+    with caplog.at_level("DEBUG"):
+        assert body(transport, scripted.url + "a?signature=secret&x") == b"there"
+        requests.get(scripted.url + "a?of=others", timeout=30).close()
+    assert "GET /a?" in caplog.text
+    assert "secret" not in caplog.text
+    assert "of=others" in caplog.text
+
+
+def test_row_36_a_session_of_the_callers_is_cut_short_before_the_headers(scripted: ScriptedServer) -> None:
+    scripted.script |= {"/first": [reply(200)], "/a": [then_stall(b"HTTP/1.1 200")]}
+    with requests.Session() as session:
+        session.get(scripted.url + "first", timeout=30)  # a connection that it made itself
+        stop, transport = Stop(), Transport(session=session, timeout=(300.0, 300.0))
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(get, transport, scripted.url + "a", stop)
+            while not scripted.requests_for("/a"):
+                time.sleep(0.01)
+            stop.set()
+            with pytest.raises(ndcache.CancelledError):
+                future.result(60)
+        assert session.get(scripted.url + "first", timeout=30).status_code == 200
+
+
+def test_an_address_of_a_family_that_is_not_there_is_not_the_last(
+    transport: Transport, scripted: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look_up = socket.getaddrinfo
+
+    def with_another_family(*args: Any) -> list[Any]:
+        (_, *rest), *_ = found = look_up(*args)
+        return [(9999, *rest), *found]
+
+    monkeypatch.setattr(socket, "getaddrinfo", with_another_family)
+    scripted.script["/a"] = [reply(200, b"there")]
+    assert body(transport, scripted.url + "a") == b"there"

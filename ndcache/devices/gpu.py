@@ -141,7 +141,7 @@ class GpuDevice(Device[Bytes, GPUTensor]):
             with _device_errors():
                 tensor = self._upload(values)
             yield record, tensor
-        self.handle.queue.submit([])  # frees the queue's copies as the GPU gets through them
+        self._submit()
         if self._unfenced > _FENCE_BYTES:
             self.finish()
 
@@ -162,6 +162,13 @@ class GpuDevice(Device[Bytes, GPUTensor]):
                 self._fence_buffer = None
             if self._is_ours:
                 self.handle.destroy()
+
+    def _submit(self) -> None:
+        """Have the queue begin, and free its copies as the GPU gets through them."""
+        with _device_errors():
+            # On a device that was lost, submitting ends the process, where making a buffer raises.
+            self.handle.create_buffer(size=4, usage=self._usage).destroy()
+            self.handle.queue.submit([])
 
     def _upload(self, values: npt.NDArray[Any]) -> GPUTensor:
         buffer = self.handle.create_buffer(size=max(_padded(values.nbytes), 4), usage=self._usage)

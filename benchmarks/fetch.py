@@ -1,0 +1,106 @@
+"""How fast a cold fetch from nginx on loopback is, digests on; against another checkout of ndcache if one is given.
+
+Run it as ``python benchmarks/fetch.py [--against DIRECTORY]``; it needs ndcache, NumPy and nginx. A model of random
+bytes, 1 GiB in shards of 32 MiB unless told otherwise, is fetched into an empty cache by a fresh process each time; the
+checkouts take turns (A B A B …). Printed are the medians and, of the pairs, the ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+import ndcache
+
+ROOT = Path(__file__).parent.parent
+FETCH = """
+import os, sys, time
+import ndcache
+assert os.path.dirname(os.path.dirname(ndcache.__file__)) == os.environ["PYTHONPATH"], ndcache.__file__
+start = time.perf_counter()
+ndcache.fetch(sys.argv[1], cache_dir=sys.argv[2], max_workers=int(sys.argv[3]), verify=sys.argv[4])
+print(time.perf_counter() - start)
+"""
+
+
+@contextmanager
+def nginx(directory: Path) -> Iterator[str]:
+    """An nginx that serves a directory; its URL."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as state:
+        config = Path(state) / "nginx.conf"
+        folders = "".join(f"{kind}_temp_path {state};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+        config.write_text(
+            f"daemon off; pid {state}/pid; error_log stderr; worker_processes 2; events {{}} http {{ {folders}"
+            f"access_log off; sendfile on; server {{ listen 127.0.0.1:{port}; root {directory}; }} }}"
+            + ("user root;" if os.geteuid() == 0 else "")
+        )
+        process = subprocess.Popen(["nginx", "-p", state, "-c", str(config)], stderr=subprocess.DEVNULL)
+        try:
+            while True:
+                try:
+                    socket.create_connection(("127.0.0.1", port), 1).close()
+                    break
+                except OSError:
+                    if process.poll() is not None:
+                        raise SystemExit("nginx does not start") from None
+                    time.sleep(0.05)
+            yield f"http://127.0.0.1:{port}/"
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def seconds(checkout: Path, url: str, options: argparse.Namespace) -> float:
+    with tempfile.TemporaryDirectory(dir=options.cache) as cache:
+        command = [sys.executable, "-c", FETCH, url, cache, str(options.workers), options.verify]
+        environ = {**os.environ, "PYTHONPATH": str(checkout.resolve())}
+        return float(
+            subprocess.run(command, cwd=checkout, env=environ, check=True, capture_output=True, text=True).stdout
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--against", type=Path, help="another checkout")
+    parser.add_argument("--shards", type=int, default=32)
+    parser.add_argument("--shard-mib", type=float, default=32)
+    parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--verify", choices=["download", "never"], default="download")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--cache", type=Path, help="where the caches are made, such as /dev/shm")
+    options = parser.parse_args()
+    if shutil.which("nginx") is None:
+        raise SystemExit("nginx is not installed")
+    rng, size = np.random.default_rng(0), int(options.shard_mib * 2**20)
+    checkouts = [ROOT, *([options.against] if options.against else [])]
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        tensors = ((f"t{index}", rng.integers(0, 256, size, np.uint8)) for index in range(options.shards))
+        ndcache.dump(tensors, folder, shard_bytes=size)
+        with nginx(Path(folder)) as url:
+            seconds(ROOT, url, options)  # warm up
+            rounds = [[seconds(checkout, url, options) for checkout in checkouts] for _ in range(options.rounds)]
+    gigabytes = options.shards * size / 1e9
+    for checkout, times in zip(checkouts, zip(*rounds, strict=True), strict=True):
+        print(f"{gigabytes / statistics.median(times):.3f} GB/s  {statistics.median(times):.3f} s  {checkout.name}")
+    if options.against:
+        ratios = [ours / theirs for ours, theirs in rounds]
+        print(f"seconds here / there: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""Whose turn it is to download a file: locks that save bandwidth, and on which nothing else rests.
+
+On some file systems locks do nothing, a lock's holder can be stopped for ever, and a fork of it can keep the lock when
+it is dead. So nobody waits longer than there are signs of progress, and two who download the same file do so into
+parts of their own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import random
+import time
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import filelock
+
+from .errors import UnsafeCacheError
+
+__all__ = ["Turn", "if_free", "turn"]
+
+#: Seconds without a sign of progress after which a lock's holder is taken for dead: drawn from this range, so that of
+#: many who wait one goes first and the others see its progress.
+_PATIENCE = (28.0, 33.0)
+#: Seconds between looks, from the first to the last.
+_PAUSE, _LONGEST_PAUSE = 0.02, 0.5
+#: Whether locks were seen to work in a folder.
+_work_in: dict[Path, bool] = {}
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One's turn to download a file.
+
+    Attributes
+    ----------
+    is_alone : bool
+        Whether the lock is held and nobody else can hold it. If not, the one who holds it is too slow, or locks do not
+        work here.
+    """
+
+    is_alone: bool
+
+
+@contextlib.contextmanager
+def turn(
+    path: Path, *, is_there: Callable[[], bool], progress: Callable[[], Hashable], sleep: Callable[[float], None]
+) -> Iterator[Turn | None]:
+    """Wait for one's turn to download a file, or until somebody else has done it.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        The lock's file, in a folder that exists. It is removed at the end of the block if the file is there then.
+    is_there : callable
+        Whether the file that is to be downloaded is there.
+    progress : callable
+        Gives something that changes while somebody downloads it.
+    sleep : callable
+        Waits for so many seconds; may raise to end it.
+
+    Yields
+    ------
+    Turn or None
+        None if the file is there.
+    """
+    if path.is_symlink():
+        raise _unsafe(path)
+    lock = filelock.FileLock(path, mode=0o644)
+    is_held = _wait(lock, is_there, progress, sleep)
+    if is_held is None:
+        yield None
+        return
+    try:
+        yield Turn(is_alone=is_held and _excludes_others(path))
+        if is_held and is_there():
+            with contextlib.suppress(OSError):
+                os.unlink(path)  # while it is held: whoever waits for it will see the file, and not need it
+    finally:
+        if is_held:
+            lock.release()
+
+
+@contextlib.contextmanager
+def if_free(path: Path) -> Iterator[bool]:
+    """Whether nobody holds the lock; nobody else gets it in the block then."""
+    if path.is_symlink():
+        raise _unsafe(path)
+    lock = filelock.FileLock(path, mode=0o644)
+    is_held = _try(lock)
+    try:
+        yield bool(is_held) and _excludes_others(path)
+    finally:
+        if is_held:
+            lock.release()
+
+
+def _wait(
+    lock: filelock.BaseFileLock,
+    is_there: Callable[[], bool],
+    progress: Callable[[], Hashable],
+    sleep: Callable[[float], None],
+) -> bool | None:
+    """Whether the lock was got; None if the file is there, so that nobody needs it."""
+    pause, patience = _PAUSE, random.uniform(*_PATIENCE)
+    seen, since = progress(), time.monotonic()
+    while True:
+        is_held = _try(lock)
+        if is_held is not False:
+            return bool(is_held)
+        sleep(pause * random.uniform(0.5, 1.0))
+        pause = min(pause * 1.5, _LONGEST_PAUSE)
+        if is_there():
+            return None
+        now = progress()
+        if now != seen:
+            seen, since = now, time.monotonic()
+        elif time.monotonic() - since > patience:
+            return False
+
+
+def _try(lock: filelock.BaseFileLock) -> bool | None:
+    """Whether the lock was got; None if there are no locks here."""
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        return False
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise _unsafe(Path(lock.lock_file)) from error
+        return None
+    except (NotImplementedError, Warning):  # filelock's words, by version, for a file system without locks
+        return None
+    return True
+
+
+def _excludes_others(path: Path) -> bool:
+    """Whether the lock that is held keeps others out; on some file systems everybody gets it."""
+    if path.parent not in _work_in:
+        other = filelock.FileLock(path)
+        got_it = _try(other)
+        if got_it:
+            other.release()
+        _work_in[path.parent] = got_it is False  # an error on the way tells nothing
+    return _work_in[path.parent]
+
+
+def _unsafe(path: Path) -> UnsafeCacheError:
+    return UnsafeCacheError(f"{path} is a symbolic link", hint="It was left alone: look who put it there.")

@@ -1,0 +1,46 @@
+"""The table of faults in docs/, and the tests that it speaks of."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TABLE = (ROOT / "docs" / "faults.rst").read_text("utf-8")
+
+
+def rows() -> dict[int, str]:
+    """The table's rows by number, and what their last column says."""
+    found = {}
+    for item in re.split(r"\n   \* - ", TABLE)[2:]:
+        number, *_, tests = re.split(r"\n     - ?", item.rstrip("\n"))
+        found[int(number)] = " ".join(tests.split())
+    return found
+
+
+@functools.cache
+def files_with_tests() -> dict[int, set[str]]:
+    """By row, the files that have tests named after it."""
+    found: dict[int, set[str]] = {}
+    for path in sorted(Path(__file__).parent.glob("test_*.py")):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.FunctionDef) and (match := re.match(r"test_row_(\d+)_", node.name)):
+                found.setdefault(int(match[1]), set()).add(path.stem.removeprefix("test_"))
+    return found
+
+
+def test_the_rows_are_numbered() -> None:
+    assert list(rows()) == list(range(1, 41))
+
+
+@pytest.mark.parametrize("row", range(1, 41))
+def test_each_row_names_the_files_of_its_tests(row: int) -> None:
+    assert rows()[row] == ", ".join(sorted(files_with_tests()[row]))
+
+
+def test_no_test_is_of_a_row_that_is_not_there() -> None:
+    assert files_with_tests().keys() <= rows().keys()

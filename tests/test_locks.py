@@ -1,0 +1,210 @@
+"""Whose turn it is: who waits for whom, how long, and what happens where locks do nothing."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import filelock
+import pytest
+
+import ndcache
+from ndcache import locks
+from ndcache.locks import Turn, if_free, turn
+
+
+def never() -> bool:
+    return False
+
+
+class Sleeper:
+    """Does not sleep, but lets something happen each time it should."""
+
+    def __init__(self, *happenings: Callable[[], object]) -> None:
+        self.happenings = list(happenings)
+        self.seconds = 0.0
+
+    def __call__(self, seconds: float) -> None:
+        self.seconds += seconds
+        if self.happenings:
+            self.happenings.pop(0)()
+
+
+class Clock:
+    """Time goes by only when somebody sleeps."""
+
+    def __init__(self, sleeper: Sleeper) -> None:
+        self.sleeper = sleeper
+
+    def monotonic(self) -> float:
+        return self.sleeper.seconds
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "params_shard_0.bin"
+
+
+def test_who_is_alone_goes_at_once(path: Path) -> None:
+    sleep = Sleeper()
+    with turn(path, is_there=never, progress=int, sleep=sleep) as mine:
+        assert mine == Turn(is_alone=True)
+        with pytest.raises(filelock.Timeout):
+            filelock.FileLock(path).acquire(blocking=False)
+    filelock.FileLock(path).acquire(blocking=False).lock.release()
+    assert sleep.seconds == 0
+
+
+def test_the_lock_is_removed_when_the_file_is_there(path: Path) -> None:
+    found = [False]
+    with turn(path, is_there=lambda: found[0], progress=int, sleep=Sleeper()):
+        found[0] = True
+    assert not path.exists()
+    with turn(path, is_there=never, progress=int, sleep=Sleeper()):
+        pass
+    assert path.exists()  # others may wait for it
+
+
+def test_who_waits_goes_when_the_file_is_there(path: Path) -> None:
+    found = [False]
+    with filelock.FileLock(path):
+        sleep = Sleeper(lambda: None, lambda: found.__setitem__(0, True))
+        with turn(path, is_there=lambda: found[0], progress=int, sleep=sleep) as mine:
+            assert mine is None
+    assert sleep.happenings == []
+
+
+def test_row_28_who_waits_goes_when_the_holder_lets_go(path: Path) -> None:
+    lock = filelock.FileLock(path)
+    lock.acquire()
+    with turn(path, is_there=never, progress=int, sleep=Sleeper(lambda: None, lock.release)) as mine:
+        assert mine == Turn(is_alone=True)
+
+
+@pytest.mark.parametrize("moves", [0, 5])
+def test_row_28_who_waits_goes_when_nothing_moves(path: Path, monkeypatch: pytest.MonkeyPatch, moves: int) -> None:
+    sleep = Sleeper()
+    monkeypatch.setattr(locks, "time", Clock(sleep))
+
+    def progress() -> int:
+        """Once in 25 seconds, some times."""
+        return min(int(sleep.seconds / 25), moves)
+
+    with filelock.FileLock(path), turn(path, is_there=never, progress=progress, sleep=sleep) as mine:
+        assert mine == Turn(is_alone=False)
+    assert 28 <= sleep.seconds - 25 * moves <= 35
+
+
+def test_waiting_can_be_ended(path: Path) -> None:
+    def stop(seconds: float) -> None:
+        raise ndcache.CancelledError("enough")
+
+    with (
+        filelock.FileLock(path),
+        pytest.raises(ndcache.CancelledError),
+        turn(path, is_there=never, progress=int, sleep=stop),
+    ):
+        pytest.fail("it was nobody's turn")
+
+
+def test_the_lock_is_let_go_of_whatever_happens(path: Path) -> None:
+    def fail() -> bool:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError) as caught, turn(path, is_there=fail, progress=int, sleep=Sleeper()):
+        pass
+    with turn(path, is_there=never, progress=int, sleep=Sleeper()) as mine:
+        assert mine == Turn(is_alone=True)
+    assert caught.value.__traceback__ is not None  # it was still there
+
+
+def test_whether_a_lock_is_free(path: Path) -> None:
+    with if_free(path) as is_free:
+        assert is_free
+        with if_free(path) as is_free_too:
+            assert not is_free_too
+    with turn(path, is_there=never, progress=int, sleep=Sleeper()), if_free(path) as is_free:
+        assert not is_free
+
+
+def test_row_27_locks_that_everybody_gets(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on file systems that take locks and do nothing."""
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.setattr(fcntl, "flock", lambda *_: None)
+    for _ in range(2):
+        with turn(path, is_there=never, progress=int, sleep=Sleeper()) as mine:
+            assert mine == Turn(is_alone=False)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOLCK, "No locks available"),
+        OSError(errno.ENOTSUP, "Operation not supported"),
+        NotImplementedError("use a SoftFileLock"),
+        UserWarning("falling back to SoftFileLock"),
+    ],
+)
+def test_row_27_no_locks_at_all(path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(self: Any, **_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", fail)
+    with turn(path, is_there=never, progress=int, sleep=Sleeper()) as mine:
+        assert mine == Turn(is_alone=False)
+
+
+def test_row_30_a_symlink_at_the_locks_name(path: Path, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    path.symlink_to(victim)
+    with (
+        pytest.raises(ndcache.UnsafeCacheError, match="symbolic link"),
+        turn(path, is_there=never, progress=int, sleep=Sleeper()),
+    ):
+        pytest.fail("it was used")
+    assert victim.read_text() == "precious"
+
+
+def test_row_30_a_symlink_that_is_planted_in_the_last_moment(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    path.symlink_to(victim)
+    monkeypatch.setattr(Path, "is_symlink", lambda self: False)
+    with (
+        pytest.raises(ndcache.UnsafeCacheError, match="symbolic link"),
+        turn(path, is_there=never, progress=int, sleep=Sleeper()),
+    ):
+        pytest.fail("it was used")
+    assert victim.read_text() == "precious"
+
+
+def test_of_many_threads_one_has_its_turn_at_a_time(path: Path) -> None:
+    """And all of them get it in the end."""
+    inside, most, counter = [0], [0], itertools.count()
+    guard, pause = threading.Lock(), threading.Event()
+
+    def work() -> None:
+        with turn(path, is_there=never, progress=lambda: next(counter), sleep=lambda s: pause.wait(s / 10)) as mine:
+            assert mine == Turn(is_alone=True)
+            with guard:
+                inside[0] += 1
+                most[0] = max(most[0], inside[0])
+            os.listdir(path.parent)
+            with guard:
+                inside[0] -= 1
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert most == [1]
