@@ -139,8 +139,11 @@ class ArtifactCache:
 
     def is_intact(self, name: str) -> bool:
         """Whether the file is as it was published, by size and time, be it of this version or another."""
-        status, validator = self._status(name), self.validator(name)
-        return status is not None and validator is not None and validator.is_of(status)
+        status = self._status(name)
+        if status is None:
+            return False
+        validator = self.validator(name)
+        return validator is not None and validator.is_of(status)
 
     def read(self, name: str, limit: int) -> bytes | None:
         """The content of a small published file, up to `limit` bytes."""

@@ -106,7 +106,8 @@ def _wait(
 ) -> bool | None:
     """Whether the lock was got; None if the file is there, so that nobody needs it."""
     pause, patience = _PAUSE, random.uniform(*_PATIENCE)
-    seen, since = progress(), time.monotonic()
+    seen: Hashable = None
+    since = time.monotonic()
     while True:
         is_held = _try(lock)
         if is_held is not False:

@@ -178,9 +178,7 @@ class RemoteModel(Model):
                 return self._cache.version(name) not in (None, version)
 
             with self._cache.turn(name, is_there, self._downloader.stop.sleep) as turn:
-                if turn is not None:
-                    if (obtained := self._from_cache(shard)) is not None:
-                        return obtained  # somebody else was faster
+                if turn is not None and not is_there():
                     # What others write is left alone by whoever was disturbed himself.
                     return self._from_server(shard, is_alone=turn.is_alone and is_first_try)
             # Somebody else has published a file: what is wanted, or another version.
