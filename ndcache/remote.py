@@ -178,7 +178,9 @@ class RemoteModel(Model):
                 return self._cache.version(name) not in (None, version)
 
             with self._cache.turn(name, is_there, self._downloader.stop.sleep) as turn:
-                if turn is not None and not is_there():
+                if turn is not None:
+                    if self._cache.size(name) is not None and (obtained := self._from_cache(shard)) is not None:
+                        return obtained  # somebody else was faster, or its validator came a moment after the file
                     # What others write is left alone by whoever was disturbed himself.
                     return self._from_server(shard, is_alone=turn.is_alone and is_first_try)
             # Somebody else has published a file: what is wanted, or another version.

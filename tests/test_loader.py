@@ -1288,6 +1288,7 @@ def test_row_36_cancelled_before_it_begins(model: Path, serve: Serve, verb: Any)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals are POSIX's")
+@pytest.mark.usefixtures("interruptible")
 def test_row_36_ctrl_c_in_a_script(model: Path, serve: Serve, cache_dir: Path) -> None:
     models.simple_model(model, shards=12)
     server = serve(model)
