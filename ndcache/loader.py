@@ -183,7 +183,7 @@ class Loader:
         try:
             run = self._open(source)
             shards = self._select(run, target, names, decode)
-            with closing(self._tensors(run, target, shards, decode, progress)) as arriving:
+            with closing(self._tensors(run, target, shards, progress)) as arriving:
                 for name, tensor in arriving:
                     tensors[name] = tensor
         except BaseException:
@@ -208,7 +208,7 @@ class Loader:
         except BaseException:
             target.discard(())
             raise
-        return self._tensors(run, target, shards, decode, progress)
+        return self._tensors(run, target, shards, progress)
 
     def fetch(self, source: Source, *, names: NameFilter = None, progress: Progress = None) -> Path:
         """Bring a model into the cache without decoding it: see `ndcache.fetch`."""
@@ -314,7 +314,7 @@ class Loader:
     def _select(self, run: _Run, device: Device[Any, Any], names: NameFilter, decode: bool) -> tuple[Shard, ...]:
         """The shards wanted, every one of which can be decoded and fits the device."""
         shards = run.model.manifest.select(names)
-        device.check(shards, decode=decode)
+        device.prepare(shards, decode=decode, memory_limit=self._memory_limit)
         return shards
 
     def _tensors(
@@ -322,7 +322,6 @@ class Loader:
         run: _Run,
         device: Device[Any, Any],
         shards: Sequence[Shard],
-        decode: bool,
         progress: Progress,
     ) -> Generator[tuple[str, Any], None, None]:
         """The whole way: shards are obtained and staged by the workers, tensors made here, in manifest order."""
@@ -333,13 +332,16 @@ class Loader:
                 return obtained, device.stage(obtained.file, shard)
 
         arriving = self._in_order(run, shards, work, progress, self._memory_limit, device.finish)
-        with closing(arriving):
-            for shard, staged in arriving:
-                placed = device.place(staged, shard, decode=decode)
-                for record, tensor in run.stats.timed_iterator("place", placed):
-                    run.stats.tensors += 1
-                    yield record.name, tensor
-                    run.stop.check()  # before the next one is made, which would be nobody's
+        try:
+            with closing(arriving):
+                for shard, staged in arriving:
+                    placed = device.place(staged, shard)
+                    for record, tensor in run.stats.timed_iterator("place", placed):
+                        run.stats.tensors += 1
+                        yield record.name, tensor
+                        run.stop.check()  # before the next one is made, which would be nobody's
+        finally:
+            device.release()
 
     def _in_order(
         self,

@@ -30,15 +30,29 @@ class Device(ABC, Generic[Staged, Tensor]):
     name: str
 
     @abstractmethod
-    def check(self, shards: Sequence[Shard], *, decode: bool) -> None:
-        """Raise `DeviceError` if a tensor cannot fit the device's limits; called before anything is fetched."""
+    def prepare(self, shards: Sequence[Shard], *, decode: bool, memory_limit: int) -> None:
+        """Say what will be loaded, before anything is fetched.
+
+        Parameters
+        ----------
+        shards : sequence of Shard
+        decode : bool
+            Expand float32 stored as bfloat16; else the tensor has the stored bits.
+        memory_limit : int
+            Bytes of memory for shards on their way.
+
+        Raises
+        ------
+        DeviceError
+            A tensor cannot fit the device's limits.
+        """
 
     @abstractmethod
     def stage(self, file: BinaryIO, shard: Shard) -> Staged:
         """Make the bytes of a shard's open file ready for `place`. Called from many threads at once."""
 
     @abstractmethod
-    def place(self, staged: Staged, shard: Shard, *, decode: bool) -> Iterator[tuple[Record, Tensor]]:
+    def place(self, staged: Staged, shard: Shard) -> Iterator[tuple[Record, Tensor]]:
         """The shard's tensors, in its records' order. Called from one thread, in manifest order.
 
         Parameters
@@ -46,13 +60,15 @@ class Device(ABC, Generic[Staged, Tensor]):
         staged
             From `stage`.
         shard : Shard
-        decode : bool
-            Expand float32 stored as bfloat16; else the tensor has the stored bits.
         """
 
     @abstractmethod
     def finish(self) -> None:
         """Wait until everything placed is really there."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Free what was needed for loading: no thread is in `stage` or `place` any more. Never raises."""
 
     @abstractmethod
     def discard(self, tensors: Iterable[Tensor]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import mmap
-import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, BinaryIO
@@ -14,9 +13,9 @@ import numpy.typing as npt
 
 from ..decode import decode as decode_record
 from ..decode import stored
-from ..errors import SizeMismatchError
 from ..manifest import Record, Shard
 from .base import Device
+from .reading import check_size
 
 __all__ = ["CpuDevice", "map_shard"]
 
@@ -34,17 +33,21 @@ class CpuDevice(Device[Bytes, Array]):
     handle = "cpu"
     name = "cpu"
 
-    def check(self, shards: Sequence[Shard], *, decode: bool) -> None:
+    def prepare(self, shards: Sequence[Shard], *, decode: bool, memory_limit: int) -> None:
+        self._decode = decode_record if decode else stored
         self._map = sys.version_info >= (3, 13) or len(shards) <= _MAX_MAPS
 
     def stage(self, file: BinaryIO, shard: Shard) -> Bytes:
         return map_shard(file, shard) if self._map else read_shard(file, shard)
 
-    def place(self, staged: Bytes, shard: Shard, *, decode: bool) -> Iterator[tuple[Record, Array]]:
+    def place(self, staged: Bytes, shard: Shard) -> Iterator[tuple[Record, Array]]:
         for record in shard.records:
-            yield record, decode_record(record, staged) if decode else stored(record, staged)
+            yield record, self._decode(record, staged)
 
     def finish(self) -> None:
+        pass
+
+    def release(self) -> None:
         pass
 
     def discard(self, tensors: Iterable[Array]) -> None:
@@ -59,7 +62,7 @@ def map_shard(file: BinaryIO, shard: Shard) -> Bytes:
     SizeMismatchError
         Its size is not the manifest's. Reading past the end of a map would kill the process.
     """
-    _check_size(file, shard)
+    check_size(file, shard)
     if shard.nbytes == 0:
         return np.empty(0, np.uint8)  # there is no empty map
     if sys.version_info >= (3, 13):
@@ -76,20 +79,8 @@ def map_shard(file: BinaryIO, shard: Shard) -> Bytes:
 
 def read_shard(file: BinaryIO, shard: Shard) -> Bytes:
     """The shard's file as a read-only array in memory of its own."""
-    _check_size(file, shard)
+    check_size(file, shard)
     file.seek(0)
     data = np.fromfile(file, np.uint8, shard.nbytes)
     data.flags.writeable = False
     return data
-
-
-def _check_size(file: BinaryIO, shard: Shard) -> None:
-    size = os.fstat(file.fileno()).st_size
-    if size != shard.nbytes:
-        raise SizeMismatchError(
-            f"{file.name} has {size:,} bytes where the manifest says {shard.nbytes:,}",
-            shard=shard.data_path,
-            expected=shard.nbytes,
-            received=size,
-            hint="It was changed during the load; load again.",
-        )

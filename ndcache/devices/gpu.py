@@ -8,26 +8,28 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
-from ..decode import decode as decode_record
-from ..decode import stored
 from ..dtypes import DTYPES
 from ..errors import DeviceError, NoAdapterError, OutOfDeviceMemoryError
 from ..manifest import Record, Shard
 from .base import Device
-from .cpu import Bytes, map_shard
+from .expand import Expander
+from .layout import WORD, Piece, padded, pieces
+from .reading import check_size, read_into
+from .staging import Chunk, Ring
 
 if TYPE_CHECKING:
     import wgpu
 
 __all__ = ["GPUTensor", "GpuDevice", "adapters", "is_software", "open_gpu"]
 
-#: Writes after which the queue is waited for. Each keeps a copy of its bytes until the GPU has done it.
-_FENCE_BYTES = 256 << 20
+#: What is staged at once at most. Shards have 32 MiB at most, unless a single tensor is larger.
+_PIECE_BYTES = 33 << 20
 #: Of several ways to one adapter, the first of these.
 _BACKENDS = ("Vulkan", "Metal", "D3D12", "OpenGL")
 _ADAPTER_TYPES = ("DiscreteGPU", "IntegratedGPU", "VirtualGPU", "Unknown", "CPU")
@@ -80,7 +82,7 @@ class GPUTensor:
         if self.nbytes == 0:
             return np.empty(self.shape, self.dtype)
         with _device_errors():
-            data = self.device.queue.read_buffer(self.buffer, 0, _padded(self.nbytes))
+            data = self.device.queue.read_buffer(self.buffer, 0, padded(self.nbytes))
         return np.frombuffer(data, np.uint8)[: self.nbytes].view(self.dtype).reshape(self.shape)
 
     def _release(self) -> None:
@@ -97,8 +99,33 @@ class GPUTensor:
         return f"GPUTensor(shape={self.shape}, dtype={self.dtype.name}, nbytes={self.nbytes})"
 
 
-class GpuDevice(Device[Bytes, GPUTensor]):
+@dataclass(eq=False)
+class _Staged:
+    """A shard on its way: its tensors' buffers, and the chunks whose bytes go there.
+
+    Attributes
+    ----------
+    buffers : list of wgpu.GPUBuffer
+        In the order of the shard's records; those that were handed out are None.
+    chunks : list of tuple
+        What was read already, with where it goes.
+    rest : list of Piece
+        What was not: of a shard that is too large to be staged as a whole.
+    file : int or None
+        A descriptor to read the rest from.
+    """
+
+    buffers: list[wgpu.GPUBuffer | None]
+    chunks: list[tuple[Chunk, Piece]]
+    rest: list[Piece]
+    file: BinaryIO | None
+
+
+class GpuDevice(Device[_Staged, GPUTensor]):
     """Loads onto a `wgpu.GPUDevice`.
+
+    Workers make the tensors' buffers, and read files straight into staging memory. The consumer has the GPU copy from
+    there, all of a shard with one submission, and expand bfloat16 on the way.
 
     Parameters
     ----------
@@ -115,15 +142,16 @@ class GpuDevice(Device[Bytes, GPUTensor]):
         self._is_ours = is_ours
         usage = wgpu.BufferUsage
         self._usage = usage.STORAGE | usage.COPY_SRC | usage.COPY_DST
-        self._unfenced = 0
         self._fence_buffer: wgpu.GPUBuffer | None = None
+        self._expander: Expander | None = None
+        self._under_way: set[_Staged] = set()
 
-    def check(self, shards: Sequence[Shard], *, decode: bool) -> None:
+    def prepare(self, shards: Sequence[Shard], *, decode: bool, memory_limit: int) -> None:
         limit = self.handle.limits["max-buffer-size"]
         for shard in shards:
             for record in shard.records:
                 nbytes = math.prod(record.shape) * _dtype(record, decode).itemsize
-                if _padded(nbytes) > limit:
+                if padded(nbytes) > limit:
                     raise OutOfDeviceMemoryError(
                         f"tensor {record.name!r} takes {nbytes:,} bytes, the device's buffers at most {limit:,}",
                         shard=shard.data_path,
@@ -131,19 +159,38 @@ class GpuDevice(Device[Bytes, GPUTensor]):
                         received=limit,
                         hint="Nothing was fetched. Load it to the CPU, or leave it out with names=.",
                     )
+        self._decode = decode
+        self._memory_limit = memory_limit
+        self._piece_bytes = min(_PIECE_BYTES, limit & -WORD, Expander.most(self.handle))
+        self._ring = Ring(self.handle, memory_limit)
 
-    def stage(self, file: BinaryIO, shard: Shard) -> Bytes:
-        return map_shard(file, shard)
+    def stage(self, file: BinaryIO, shard: Shard) -> _Staged:
+        check_size(file, shard)
+        todo = list(pieces(shard.records, self._piece_bytes, decode=self._decode))
+        staged = _Staged([], [], todo, None)
+        self._under_way.add(staged)
+        with _device_errors():
+            for record in shard.records:
+                staged.buffers.append(self._make_buffer(record))
+            if shard.nbytes <= self._memory_limit or len(todo) == 1:
+                while todo:
+                    self._fill(staged, file, shard)
+            else:
+                staged.file = open(os.dup(file.fileno()), "rb", buffering=0)  # noqa: SIM115 - until it is placed
+        return staged
 
-    def place(self, staged: Bytes, shard: Shard, *, decode: bool) -> Iterator[tuple[Record, GPUTensor]]:
-        for record in shard.records:
-            values = decode_record(record, staged) if decode else stored(record, staged)
-            with _device_errors():
-                tensor = self._upload(values)
-            yield record, tensor
-        self._submit()
-        if self._unfenced > _FENCE_BYTES:
-            self.finish()
+    def place(self, staged: _Staged, shard: Shard) -> Iterator[tuple[Record, GPUTensor]]:
+        with _device_errors():
+            self._submit(staged)
+            while staged.rest and staged.file is not None:
+                self._fill(staged, staged.file, shard)
+                self._submit(staged)
+        for index, record in enumerate(shard.records):
+            buffer = staged.buffers[index]
+            assert buffer is not None
+            staged.buffers[index] = None
+            yield record, GPUTensor(buffer, record.shape, _dtype(record, self._decode), self.handle)
+        self._end(staged)
 
     def finish(self) -> None:
         with _device_errors():
@@ -151,42 +198,87 @@ class GpuDevice(Device[Bytes, GPUTensor]):
                 self._fence_buffer = self.handle.create_buffer(size=4, usage=self._usage)
             # The queue works in order: what can be read now was written after all that came before.
             self.handle.queue.read_buffer(self._fence_buffer, 0, 4)
-        self._unfenced = 0
+
+    def release(self) -> None:
+        for staged in list(self._under_way):
+            self._end(staged)
+        self._ring.destroy()
+        if self._expander is not None:
+            self._expander.destroy()
+            self._expander = None
+        if self._fence_buffer is not None:
+            self._fence_buffer.destroy()
+            self._fence_buffer = None
 
     def discard(self, tensors: Iterable[GPUTensor]) -> None:
         with _device_errors():
             for tensor in tensors:
                 tensor._release()
-            if self._fence_buffer is not None:
-                self._fence_buffer.destroy()
-                self._fence_buffer = None
             if self._is_ours:
                 self.handle.destroy()
 
-    def _submit(self) -> None:
-        """Have the queue begin, and free its copies as the GPU gets through them."""
-        with _device_errors():
-            # On a device that was lost, submitting ends the process, where making a buffer raises.
-            self.handle.create_buffer(size=4, usage=self._usage).destroy()
-            self.handle.queue.submit([])
+    def _make_buffer(self, record: Record) -> wgpu.GPUBuffer:
+        nbytes = math.prod(record.shape) * _dtype(record, self._decode).itemsize
+        return self.handle.create_buffer(size=max(padded(nbytes), WORD), usage=self._usage)
 
-    def _upload(self, values: npt.NDArray[Any]) -> GPUTensor:
-        buffer = self.handle.create_buffer(size=max(_padded(values.nbytes), 4), usage=self._usage)
-        try:
-            data = values.reshape(-1).view(np.uint8)
-            # Writes are in multiples of 4 bytes, and an empty one is an error.
-            whole = values.nbytes & ~3
-            if whole:
-                self.handle.queue.write_buffer(buffer, 0, data[:whole])
-            if whole < values.nbytes:
-                tail = np.zeros(4, np.uint8)
-                tail[: values.nbytes - whole] = data[whole:]
-                self.handle.queue.write_buffer(buffer, whole, tail)
-        except BaseException:
-            buffer.destroy()
-            raise
-        self._unfenced += values.nbytes
-        return GPUTensor(buffer, values.shape, values.dtype, self.handle)
+    def _fill(self, staged: _Staged, file: BinaryIO, shard: Shard) -> None:
+        """Read the next piece into a chunk of the ring."""
+        piece = staged.rest[0]
+        chunk = self._ring.take(max(piece.nbytes, WORD))
+        for read in piece.reads:
+            end = read.at + read.nbytes
+            read_into(file, read.offset, chunk.view[read.at : end], shard)
+            if read.is_tail:
+                chunk.view[end : read.at + WORD] = bytes(WORD - read.nbytes)
+        staged.chunks.append((chunk, piece))
+        del staged.rest[0]
+
+    def _submit(self, staged: _Staged) -> None:
+        """Have the GPU copy all that was filled."""
+        import wgpu
+
+        if not staged.chunks:
+            return
+        # On a device that was lost, submitting ends the process, where making a buffer raises.
+        self.handle.create_buffer(size=WORD, usage=wgpu.BufferUsage.COPY_DST).destroy()
+        encoder = self.handle.create_command_encoder()
+        for chunk, piece in staged.chunks:
+            chunk.unmap()
+            self._encode(encoder, chunk, piece, staged.buffers)
+        self.handle.queue.submit([encoder.finish()])
+        for chunk, _ in staged.chunks:
+            self._ring.submitted(chunk)
+        staged.chunks.clear()
+
+    def _encode(
+        self,
+        encoder: wgpu.GPUCommandEncoder,
+        chunk: Chunk,
+        piece: Piece,
+        buffers: Sequence[wgpu.GPUBuffer | None],
+    ) -> None:
+        start, end = piece.expanded
+        if end:
+            if self._expander is None:
+                self._expander = Expander(self.handle, self._piece_bytes)
+            self._expander.encode(encoder, chunk.buffer, start, end)
+        copy = encoder.copy_buffer_to_buffer
+        for part in piece.copies:
+            if part.is_expanded:
+                assert self._expander is not None
+                copy(self._expander.expanded, 2 * (part.at - start), buffers[part.record], 2 * part.to, 2 * part.nbytes)
+            else:
+                copy(chunk.buffer, part.at, buffers[part.record], part.to, part.nbytes)
+
+    def _end(self, staged: _Staged) -> None:
+        """Forget it, and free what was not handed out."""
+        self._under_way.discard(staged)
+        if staged.file is not None:
+            staged.file.close()
+        for buffer in staged.buffers:
+            if buffer is not None:
+                buffer.destroy()
+        staged.buffers.clear()
 
 
 def adapters() -> list[wgpu.GPUAdapter]:
@@ -299,10 +391,6 @@ def _same_name(one: str, other: str) -> bool:
 
 def _dtype(record: Record, decode: bool) -> np.dtype[Any]:
     return DTYPES[record.dtype if decode else record.stored_dtype]
-
-
-def _padded(nbytes: int) -> int:
-    return -(-nbytes // 4) * 4
 
 
 @contextmanager

@@ -1,0 +1,80 @@
+"""bfloat16 → float32 on the GPU."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import wgpu
+
+__all__ = ["Expander"]
+
+_THREADS = 256
+#: A float32's upper half is the bfloat16, so that the bits are moved and nothing is rounded; a word has two of them.
+_SHADER = f"""
+@group(0) @binding(0) var<storage, read> stored: array<u32>;
+@group(0) @binding(1) var<storage, read_write> expanded: array<vec2<u32>>;
+
+@compute @workgroup_size({_THREADS})
+fn expand(@builtin(global_invocation_id) id: vec3<u32>) {{
+    if (id.x < arrayLength(&stored)) {{
+        let word = stored[id.x];
+        expanded[id.x] = vec2<u32>(word << 16u, word & 0xffff0000u);
+    }}
+}}
+"""
+
+
+class Expander:
+    """A compute pipeline with memory of its own on the GPU, used by one submission after another.
+
+    Parameters
+    ----------
+    device : wgpu.GPUDevice
+    nbytes : int
+        Stored bytes that can be expanded at once; see `most`.
+
+    Attributes
+    ----------
+    expanded : wgpu.GPUBuffer
+        Where the float32 are.
+    """
+
+    def __init__(self, device: wgpu.GPUDevice, nbytes: int) -> None:
+        import wgpu
+
+        usage = wgpu.BufferUsage
+        self._stored = device.create_buffer(size=nbytes, usage=usage.STORAGE | usage.COPY_DST)
+        self.expanded = device.create_buffer(size=2 * nbytes, usage=usage.STORAGE | usage.COPY_SRC)
+        module = device.create_shader_module(code=_SHADER)
+        self._pipeline = device.create_compute_pipeline(
+            layout="auto", compute={"module": module, "entry_point": "expand"}
+        )
+        self._group = device.create_bind_group(
+            layout=self._pipeline.get_bind_group_layout(0),
+            entries=[
+                {"binding": binding, "resource": {"buffer": buffer, "offset": 0, "size": buffer.size}}
+                for binding, buffer in enumerate((self._stored, self.expanded))
+            ],
+        )
+
+    @staticmethod
+    def most(device: wgpu.GPUDevice) -> int:
+        """The most stored bytes that one of this device can expand at once."""
+        limits = device.limits
+        size = min(limits["max-storage-buffer-binding-size"], limits["max-buffer-size"]) // 2
+        return int(min(size, limits["max-compute-workgroups-per-dimension"] * _THREADS * 4)) & ~7
+
+    def encode(self, encoder: wgpu.GPUCommandEncoder, source: wgpu.GPUBuffer, start: int, end: int) -> None:
+        """Expand the bytes `start` to `end` of `source`, multiples of 4, to the beginning of `expanded`."""
+        encoder.copy_buffer_to_buffer(source, start, self._stored, 0, end - start)
+        compute = encoder.begin_compute_pass()
+        compute.set_pipeline(self._pipeline)
+        compute.set_bind_group(0, self._group)
+        compute.dispatch_workgroups(-(-(end - start) // (4 * _THREADS)))
+        compute.end()
+
+    def destroy(self) -> None:
+        """Free its memory."""
+        self._stored.destroy()
+        self.expanded.destroy()

@@ -1,0 +1,53 @@
+"""A shard's file: of the right size, and read into memory that is there."""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import BinaryIO
+
+from ..errors import SizeMismatchError
+from ..manifest import Shard
+
+__all__ = ["check_size", "read_into"]
+
+#: Where there is no way to read at an offset that leaves the file's own position alone.
+_one_at_a_time = threading.Lock()
+
+
+def check_size(file: BinaryIO, shard: Shard) -> None:
+    """Raise `SizeMismatchError` unless the file is of the manifest's size."""
+    size = os.fstat(file.fileno()).st_size
+    if size != shard.nbytes:
+        raise _wrong_size(file, shard, size)
+
+
+def read_into(file: BinaryIO, offset: int, view: memoryview, shard: Shard) -> None:
+    """Fill `view` with what the file has from `offset` on.
+
+    Raises
+    ------
+    SizeMismatchError
+        The file ends before.
+    """
+    while view:
+        if hasattr(os, "preadv"):
+            count = os.preadv(file.fileno(), [view], offset)
+        else:
+            with _one_at_a_time:
+                file.seek(offset)
+                count = file.readinto(view)  # type: ignore[attr-defined]
+        if not count:
+            raise _wrong_size(file, shard, os.fstat(file.fileno()).st_size)
+        offset += count
+        view = view[count:]
+
+
+def _wrong_size(file: BinaryIO, shard: Shard, size: int) -> SizeMismatchError:
+    return SizeMismatchError(
+        f"{file.name} has {size:,} bytes where the manifest says {shard.nbytes:,}",
+        shard=shard.data_path,
+        expected=shard.nbytes,
+        received=size,
+        hint="It was changed during the load; load again.",
+    )

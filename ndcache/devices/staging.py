@@ -1,0 +1,120 @@
+"""Staging memory: buffers that the CPU writes while they are mapped, and the GPU copies from when they are not.
+
+On a GPU of its own this memory often lies in the GPU, so that writing to it is the transfer. It is slow to read, and
+many threads writing at once are what fills the bus.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import wgpu
+
+__all__ = ["Chunk", "Ring"]
+
+
+class Chunk:
+    """One staging buffer, mapped.
+
+    Attributes
+    ----------
+    buffer : wgpu.GPUBuffer
+    view : memoryview
+        Its bytes while it is mapped: to be written only, and never after `unmap`.
+    """
+
+    def __init__(self, device: wgpu.GPUDevice, nbytes: int) -> None:
+        import wgpu
+
+        usage = wgpu.BufferUsage
+        self.buffer = device.create_buffer(size=nbytes, usage=usage.MAP_WRITE | usage.COPY_SRC, mapped_at_creation=True)
+        self._is_own = False
+        self._open_view()
+
+    def map(self) -> None:
+        """Wait until the GPU has copied what it was told to, and map it again."""
+        self.buffer.map_sync("WRITE")
+        self._open_view()
+
+    def unmap(self) -> None:
+        """Hand what was written to the GPU."""
+        if self._is_own:
+            self.buffer.write_mapped(self.view)
+        else:
+            del self.view  # it would dangle
+        self.buffer.unmap()
+
+    def _open_view(self) -> None:
+        # The one place where wgpu gives memory that can be written in place; where it does not, there is a copy more.
+        mapped = getattr(self.buffer, "_experimental_get_mapped_range", None)
+        if mapped is not None:
+            self.view = memoryview(mapped()).cast("B")
+        elif not self._is_own:
+            self._is_own = True
+            self.view = memoryview(bytearray(self.buffer.size))
+
+
+class Ring:
+    """Chunks that go round: written by the workers, submitted by the consumer, mapped again when needed.
+
+    Parameters
+    ----------
+    device : wgpu.GPUDevice
+    limit : int
+        Bytes of all together, unless the next shard in turn needs more.
+    """
+
+    def __init__(self, device: wgpu.GPUDevice, limit: int) -> None:
+        self._device = device
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._submitted: deque[Chunk] = deque()  # the oldest first
+        self._all: set[Chunk] = set()
+
+    def take(self, nbytes: int) -> Chunk:
+        """A mapped chunk of at least `nbytes`. Waits for the GPU at most, never for another thread."""
+        size = _size_class(nbytes)
+        with self._lock:
+            total = sum(chunk.buffer.size for chunk in self._all)
+            used = self._reusable(size) if total + size > self._limit else None
+            # What is over the limit then is held by shards that come later, none of which this one may wait for.
+            while used is None and self._submitted and total + size > self._limit:
+                other = self._submitted.popleft()
+                self._all.remove(other)
+                total -= other.buffer.size
+                other.buffer.destroy()  # once the GPU is done with it
+        if used is not None:
+            used.map()
+            return used
+        chunk = Chunk(self._device, size)
+        with self._lock:
+            self._all.add(chunk)
+        return chunk
+
+    def submitted(self, chunk: Chunk) -> None:
+        """The GPU has been told to copy from this one."""
+        with self._lock:
+            self._submitted.append(chunk)
+
+    def destroy(self) -> None:
+        """Free all of it; nobody may be at work with it."""
+        for chunk in self._all:
+            chunk.buffer.destroy()
+        self._all.clear()
+        self._submitted.clear()
+
+    def _reusable(self, size: int) -> Chunk | None:
+        for chunk in self._submitted:
+            if chunk.buffer.size == size:
+                self._submitted.remove(chunk)
+                return chunk
+        return None
+
+
+def _size_class(nbytes: int) -> int:
+    """Rounded up by an eighth at most, so that shards of about the same size can share chunks."""
+    step = 1 << max((nbytes - 1).bit_length() - 4, 12)
+    return -(-nbytes // step) * step
