@@ -1,0 +1,108 @@
+"""How fast whole loads onto a GPU are, from the page cache; against another checkout of ndcache if one is given.
+
+Run it as ``python benchmarks/gpu.py [--against DIRECTORY]``; it needs ndcache and a GPU that wgpu can use. Models of
+float32, raw or stored as bfloat16, are written to memory (or where ``--directory`` says) and loaded by fresh processes;
+the checkouts take turns (A B A B …), and of each process the second load counts, when the device's driver is warm.
+With torch and CUDA, the copy from pinned memory is measured, which is the limit of the bus.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import ndcache
+
+ROOT = Path(__file__).parent.parent
+LOAD = """
+import json, os, sys, time
+import ndcache
+assert os.path.dirname(os.path.dirname(ndcache.__file__)) == os.environ["PYTHONPATH"].split(":")[0], ndcache.__file__
+directory, workers, decode = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "decode"
+from ndcache.devices.gpu import open_gpu
+device = open_gpu("gpu").handle
+times, stats = [], None
+for _ in range(int(sys.argv[4])):
+    start = time.perf_counter()
+    weights = ndcache.load(directory, device, max_workers=workers, decode=decode)
+    times.append(time.perf_counter() - start)
+    stats = weights.stats
+    weights.close()
+print(json.dumps({"times": times, "nbytes": stats.nbytes, "seconds": stats.seconds, "device": device.adapter.info["device"]}))
+"""
+PINNED = """
+import time, torch
+host, device = torch.empty(1 << 30, dtype=torch.uint8).pin_memory(), torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+for _ in range(4):
+    start = time.perf_counter(); device.copy_(host); torch.cuda.synchronize(); seconds = time.perf_counter() - start
+print(2**30 / 1e9 / seconds)
+"""
+
+
+def tensors(gib: float, nbytes: int) -> Iterator[tuple[str, Any]]:
+    block = np.random.default_rng(0).standard_normal(nbytes // 4, np.float32)
+    for index in range(int(gib * 2**30 / nbytes)):
+        yield f"t{index}", block
+
+
+def load(checkout: Path, directory: Path, workers: int, how: str, loads: int) -> dict[str, Any]:
+    path = os.pathsep.join([str(checkout.resolve()), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+    command = [sys.executable, "-c", LOAD, str(directory), str(workers), how, str(loads)]
+    child = subprocess.run(
+        command, cwd=checkout, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False
+    )
+    if child.returncode:
+        raise SystemExit(child.stderr)
+    return dict(json.loads(child.stdout.splitlines()[-1]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--against", type=Path, help="another checkout")
+    parser.add_argument("--gib", type=float, default=4, help="of stored bytes")
+    parser.add_argument("--tensor-mib", type=float, default=8, help="of float32")
+    parser.add_argument("--workers", type=int, nargs="+", default=[8])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--directory", default="/dev/shm" if os.path.isdir("/dev/shm") else None)
+    options = parser.parse_args()
+    checkouts = [ROOT, *([options.against] if options.against else [])]
+    limit = subprocess.run([sys.executable, "-c", PINNED], capture_output=True, text=True, check=False).stdout.strip()
+    print(f"copy from pinned memory: {limit or 'not measured'} GB/s", flush=True)
+    with tempfile.TemporaryDirectory(dir=options.directory) as folder:
+        for encode, factor in (("raw", 1), ("f32-to-bf16", 2)):
+            directory = Path(folder) / encode
+            nbytes = int(options.tensor_mib * 2**20)
+            ndcache.dump(tensors(options.gib * factor, nbytes), directory, encode=encode)
+            for workers in options.workers:
+                for how in ["decode"] if encode == "raw" else ["decode", "stored"]:
+                    rounds = [
+                        [load(checkout, directory, workers, how, 3) for checkout in checkouts]
+                        for _ in range(options.rounds)
+                    ]
+                    for checkout, results in zip(checkouts, zip(*rounds, strict=True), strict=True):
+                        first = statistics.median(result["times"][0] for result in results)
+                        seconds = statistics.median(result["times"][1] for result in results)
+                        gigabytes = results[0]["nbytes"] / 1e9
+                        phases = {name: round(value, 3) for name, value in results[-1]["seconds"].items() if value}
+                        print(
+                            f"{encode:12}{how:7} {workers:2} workers: {gigabytes / seconds:6.2f} GB/s "
+                            f"(first {gigabytes / first:6.2f}) {checkout.name} {phases}",
+                            flush=True,
+                        )
+                    if options.against:
+                        ratios = [theirs["times"][1] / ours["times"][1] for ours, theirs in rounds]
+                        print(f"    {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) times as fast")
+
+
+if __name__ == "__main__":
+    main()
