@@ -38,11 +38,12 @@ for _ in range(int(sys.argv[4])):
     times.append(time.perf_counter() - start)
     stats = weights.stats
     weights.close()
-print(json.dumps({"times": times, "nbytes": stats.nbytes, "seconds": stats.seconds, "device": device.adapter.info["device"]}))
+print(json.dumps({"times": times, "nbytes": stats.nbytes, "seconds": stats.seconds}))
 """
 PINNED = """
 import time, torch
-host, device = torch.empty(1 << 30, dtype=torch.uint8).pin_memory(), torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+host = torch.empty(1 << 30, dtype=torch.uint8).pin_memory()
+device = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
 for _ in range(4):
     start = time.perf_counter(); device.copy_(host); torch.cuda.synchronize(); seconds = time.perf_counter() - start
 print(2**30 / 1e9 / seconds)
@@ -101,7 +102,8 @@ def main() -> None:
                         )
                     if options.against:
                         ratios = [theirs["times"][1] / ours["times"][1] for ours, theirs in rounds]
-                        print(f"    {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) times as fast")
+                        span = f"{min(ratios):.2f} to {max(ratios):.2f}"
+                        print(f"    {statistics.median(ratios):.2f} ({span}) times as fast", flush=True)
 
 
 if __name__ == "__main__":

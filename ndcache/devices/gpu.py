@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -163,6 +164,7 @@ class GpuDevice(Device[_Staged, GPUTensor]):
         self._memory_limit = memory_limit
         self._piece_bytes = min(_PIECE_BYTES, limit & -WORD, Expander.most(self.handle))
         self._ring = Ring(self.handle, memory_limit)
+        self._maker = ThreadPoolExecutor(1, thread_name_prefix="ndcache-buffers")
 
     def stage(self, file: BinaryIO, shard: Shard) -> _Staged:
         check_size(file, shard)
@@ -170,13 +172,17 @@ class GpuDevice(Device[_Staged, GPUTensor]):
         staged = _Staged([], [], todo, None)
         self._under_way.add(staged)
         with _device_errors():
-            for record in shard.records:
-                staged.buffers.append(self._make_buffer(record))
-            if shard.nbytes <= self._memory_limit or len(todo) == 1:
-                while todo:
-                    self._fill(staged, file, shard)
-            else:
-                staged.file = open(os.dup(file.fileno()), "rb", buffering=0)  # noqa: SIM115 - until it is placed
+            # Drivers make one buffer after the other, however many threads ask: one thread for it leaves the others
+            # to read.
+            made = self._maker.submit(self._make_buffers, staged, shard)
+            try:
+                if shard.nbytes <= self._memory_limit or len(todo) == 1:
+                    while todo:
+                        self._fill(staged, file, shard)
+                else:
+                    staged.file = open(os.dup(file.fileno()), "rb", buffering=0)  # noqa: SIM115 - until it is placed
+            finally:
+                made.result()
         return staged
 
     def place(self, staged: _Staged, shard: Shard) -> Iterator[tuple[Record, GPUTensor]]:
@@ -200,6 +206,7 @@ class GpuDevice(Device[_Staged, GPUTensor]):
             self.handle.queue.read_buffer(self._fence_buffer, 0, 4)
 
     def release(self) -> None:
+        self._maker.shutdown()
         for staged in list(self._under_way):
             self._end(staged)
         self._ring.destroy()
@@ -217,9 +224,10 @@ class GpuDevice(Device[_Staged, GPUTensor]):
             if self._is_ours:
                 self.handle.destroy()
 
-    def _make_buffer(self, record: Record) -> wgpu.GPUBuffer:
-        nbytes = math.prod(record.shape) * _dtype(record, self._decode).itemsize
-        return self.handle.create_buffer(size=max(padded(nbytes), WORD), usage=self._usage)
+    def _make_buffers(self, staged: _Staged, shard: Shard) -> None:
+        for record in shard.records:
+            nbytes = math.prod(record.shape) * _dtype(record, self._decode).itemsize
+            staged.buffers.append(self.handle.create_buffer(size=max(padded(nbytes), WORD), usage=self._usage))
 
     def _fill(self, staged: _Staged, file: BinaryIO, shard: Shard) -> None:
         """Read the next piece into a chunk of the ring."""
@@ -235,17 +243,14 @@ class GpuDevice(Device[_Staged, GPUTensor]):
 
     def _submit(self, staged: _Staged) -> None:
         """Have the GPU copy all that was filled."""
-        import wgpu
-
         if not staged.chunks:
             return
-        # On a device that was lost, submitting ends the process, where making a buffer raises.
-        self.handle.create_buffer(size=WORD, usage=wgpu.BufferUsage.COPY_DST).destroy()
         encoder = self.handle.create_command_encoder()
         for chunk, piece in staged.chunks:
             chunk.unmap()
             self._encode(encoder, chunk, piece, staged.buffers)
-        self.handle.queue.submit([encoder.finish()])
+        commands = encoder.finish()  # raises if the device was lost; to submit something then ends the process
+        self.handle.queue.submit([commands])
         for chunk, _ in staged.chunks:
             self._ring.submitted(chunk)
         staged.chunks.clear()

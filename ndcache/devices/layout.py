@@ -139,7 +139,7 @@ def pieces(records: Sequence[Record], limit: int, *, decode: bool) -> Iterator[P
         while done < whole:
             at = piece.place(record.byte_offset + done)
             take = min(whole - done, limit - at)
-            if take < min(whole - done, _MAX_GAP):
+            if take < min(whole - done, _MAX_GAP) and piece.reads:  # no small stretch at the end of a piece
                 yield piece
                 piece = Piece()
                 continue

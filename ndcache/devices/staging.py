@@ -73,25 +73,26 @@ class Ring:
         self._lock = threading.Lock()
         self._submitted: deque[Chunk] = deque()  # the oldest first
         self._all: set[Chunk] = set()
+        self._nbytes = 0
 
     def take(self, nbytes: int) -> Chunk:
         """A mapped chunk of at least `nbytes`. Waits for the GPU at most, never for another thread."""
         size = _size_class(nbytes)
         with self._lock:
-            total = sum(chunk.buffer.size for chunk in self._all)
-            used = self._reusable(size) if total + size > self._limit else None
-            # What is over the limit then is held by shards that come later, none of which this one may wait for.
-            while used is None and self._submitted and total + size > self._limit:
-                other = self._submitted.popleft()
-                self._all.remove(other)
-                total -= other.buffer.size
-                other.buffer.destroy()  # once the GPU is done with it
+            # Memory that was used is ready at once, as copies on the GPU are fast; new one must be cleared first.
+            used = next((chunk for chunk in self._submitted if chunk.buffer.size == size), None)
+            if used is not None:
+                self._submitted.remove(used)
+            else:
+                self._nbytes += size
+                while self._nbytes > self._limit and self._submitted:
+                    self._destroy(self._submitted.popleft())
+                # What is over the limit now is held by shards that come later, none of which this one may wait for.
         if used is not None:
             used.map()
             return used
         chunk = Chunk(self._device, size)
-        with self._lock:
-            self._all.add(chunk)
+        self._all.add(chunk)
         return chunk
 
     def submitted(self, chunk: Chunk) -> None:
@@ -101,17 +102,14 @@ class Ring:
 
     def destroy(self) -> None:
         """Free all of it; nobody may be at work with it."""
-        for chunk in self._all:
-            chunk.buffer.destroy()
-        self._all.clear()
         self._submitted.clear()
+        for chunk in list(self._all):
+            self._destroy(chunk)
 
-    def _reusable(self, size: int) -> Chunk | None:
-        for chunk in self._submitted:
-            if chunk.buffer.size == size:
-                self._submitted.remove(chunk)
-                return chunk
-        return None
+    def _destroy(self, chunk: Chunk) -> None:
+        self._all.remove(chunk)
+        self._nbytes -= chunk.buffer.size
+        chunk.buffer.destroy()  # once the GPU is done with it
 
 
 def _size_class(nbytes: int) -> int:
