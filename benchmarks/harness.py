@@ -38,7 +38,7 @@ class Contender:
     expect : int
         The bytes that it must load or write.
     file_bytes : int
-        The bytes that its speed is reckoned by: those in files.
+        The bytes in files, by which its speed is reckoned; 0 if it has none.
     """
 
     label: str
@@ -50,7 +50,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Target:
-    """A bound on one contender's figure divided by another's, round by round, on their difference, or on one's alone."""
+    """A bound on one contender's figure over another's, round by round; on their difference; or on one's alone."""
 
     label: str
     above: str

@@ -12,8 +12,9 @@ def table(result: dict[str, Any], *, quick: bool) -> str:
     lines = [f"{result['suite']:34} {'seconds':>9} {'GB/s':>8} {'peak MiB':>9}   ratio to the first"]
     for row in result["rows"]:
         peak = f"{row['peak'] / 2**20:9,.0f}" if row["peak"] else " " * 9
+        speed = f"{row['gb_per_second']:8.2f}" if row["file_bytes"] else " " * 8
         ratio = _range(row["ratio"]) if row["ratio"] else ""
-        lines.append(f"{row['label']:34} {row['median']:9.4f} {row['gb_per_second']:8.2f} {peak}   {ratio}")
+        lines.append(f"{row['label']:34} {row['median']:9.4f} {speed} {peak}   {ratio}")
     lines += [f"left out: {label} ({reason})" for label, reason in result["left_out"].items()]
     for target in result["targets"]:
         if target["met"] is None:
@@ -50,16 +51,16 @@ def write_png(folder: Path, machine: dict[str, Any], result: dict[str, Any]) -> 
             axes.set_xlabel(word)
             axes.set_ylabel("seconds")
             axes.grid(alpha=0.3)
+    elif result["suite"] == "memory":
+        figure, axes = _bars(pyplot, rows, [row["peak"] / 2**20 for row in rows], None)
+        axes.set_xlabel("the most memory, MiB")
     else:
-        figure, axes = pyplot.subplots(figsize=(9, 1 + 0.45 * len(rows)))
-        labels, medians = [row["label"] for row in rows], [row["median"] for row in rows]
+        medians = [row["median"] for row in rows]
         spread = [
             [row["median"] - min(row["seconds"]) for row in rows],
             [max(row["seconds"]) - row["median"] for row in rows],
         ]
-        colors = ["tab:orange" if "ndcache" in label else "tab:gray" for label in labels]
-        axes.barh(labels, medians, xerr=spread, color=colors)
-        axes.invert_yaxis()
+        figure, axes = _bars(pyplot, rows, medians, spread)
         axes.set_xlabel("seconds (median; lowest to highest)")
     title = f"{result['suite']}: {machine['cpu']}, {machine['cores']} cores, {machine['gpu'] or 'no GPU'}"
     figure.suptitle(title, size=9)
@@ -72,3 +73,11 @@ def write_png(folder: Path, machine: dict[str, Any], result: dict[str, Any]) -> 
 
 def _range(found: dict[str, float]) -> str:
     return f"{found['median']:.3g} ({found['lowest']:.3g} to {found['highest']:.3g})"
+
+
+def _bars(pyplot: Any, rows: list[dict[str, Any]], values: list[float], spread: list[list[float]] | None) -> Any:
+    figure, axes = pyplot.subplots(figsize=(9, 1 + 0.45 * len(rows)))
+    colors = ["tab:orange" if "ndcache" in row["label"] else "tab:gray" for row in rows]
+    axes.barh([row["label"] for row in rows], values, xerr=spread, color=colors)
+    axes.invert_yaxis()
+    return figure, axes
