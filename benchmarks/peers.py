@@ -1,0 +1,414 @@
+"""The contenders. ``python -m benchmarks.peers NAME JSON`` runs one in this process and prints what it took as JSON.
+
+Time starts when modules are imported and, on a GPU, the device is open; it ends when the bytes are where they belong.
+Each gives the number of bytes that it loaded or wrote, which the harness compares.
+"""
+
+import json
+import sys
+import time
+
+# Nothing more is imported here: `import_ndcache` measures what imports cost.
+
+
+class Unavailable(Exception):
+    """Something that the contender needs is not on this machine."""
+
+
+def need(name):
+    import importlib
+
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # some fail with RuntimeError or OSError without a driver
+        raise Unavailable(f"{name}: {error}") from error
+
+
+def timed(work):
+    start = time.perf_counter()
+    nbytes = work()
+    return time.perf_counter() - start, nbytes
+
+
+# --- ndcache
+
+
+def ndcache_load(given):
+    """A whole `ndcache.load`; from a URL into an empty cache it checks md5 and syncs each file to disk."""
+    import ndcache
+    import ndcache.download
+
+    if given.get("no_ranges"):
+        if not hasattr(ndcache.download, "RANGE_THRESHOLD"):
+            raise Unavailable("this ndcache has no byte ranges for large shards")
+        ndcache.download.RANGE_THRESHOLD = 1 << 62
+    device = open_gpu() if given.get("gpu") else "cpu"
+    options = {"cache_dir": given["out"], "max_workers": given.get("workers", 8)}
+
+    def work():
+        weights = ndcache.load(given.get("url") or given["directory"], device, **options)
+        return sum(tensor.nbytes for tensor in weights.values())
+
+    return timed(work)
+
+
+def ndcache_fetch(given):
+    """`ndcache.fetch`: md5 and fsync, no decoding."""
+    import ndcache
+
+    def work():
+        ndcache.fetch(given["url"], cache_dir=given["out"], max_workers=given.get("workers", 8))
+        return written(given)
+
+    return timed(work)
+
+
+def ndcache_stream(given):
+    """`ndcache.stream` of a local directory, nothing kept."""
+    import ndcache
+
+    return timed(lambda: sum(array.nbytes for _, array in ndcache.stream(given["directory"])))
+
+
+def import_ndcache(given):
+    def work():
+        import ndcache  # noqa: F401
+
+    return timed(work)[0], given["expect"]
+
+
+def import_requests_numpy(given):
+    def work():
+        import numpy  # noqa: F401
+        import requests  # noqa: F401
+
+    return timed(work)[0], given["expect"]
+
+
+def empty_gpu(given):
+    """Nothing but ndcache imported and a device opened: what memory that takes."""
+    import ndcache  # noqa: F401
+
+    return timed(open_gpu)[0], given["expect"]
+
+
+# --- downloaders; none of these compares a digest or syncs a file, but huggingface_hub and aria2c check sizes
+
+
+def hf_transfer(given):
+    """Eight shards at a time, one connection each, pieces of 10 MiB: the fastest of several ways to share out eight."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    module = need("hf_transfer")
+
+    def one(name):
+        module.download(given["url"] + name, f"{given['out']}/{name}", 1, 10 << 20)
+
+    def work():
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(one, given["shards"]))
+        return written(given)
+
+    return timed(work)
+
+
+def huggingface_hub(given):
+    """`hf_hub_download` of each shard by 8 threads from an endpoint on loopback."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    hub = need("huggingface_hub")
+    need("huggingface_hub.utils").disable_progress_bars()
+
+    def one(name):
+        hub.hf_hub_download("bench/model", name, endpoint=given["url"].rstrip("/"), cache_dir=given["out"])
+
+    def work():
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(one, given["shards"]))
+        return written(given)
+
+    return timed(work)
+
+
+def curl(given):
+    """``curl --parallel --parallel-max 8``."""
+    options = ["--cacert", given["ca"]] if given.get("ca") else []
+    command = ["curl", "-sSf", "--parallel", "--parallel-immediate", "--parallel-max", "8", *options]
+    for name in given["shards"]:
+        command += ["-o", f"{given['out']}/{name}", given["url"] + name]
+    return program(given, command)
+
+
+def aria2c(given):
+    """``aria2c -j4 -x4``: four shards at a time, four connections for each."""
+    lines = "".join(f"{given['url']}{name}\n out={name}\n" for name in given["shards"])
+    options = [f"--ca-certificate={given['ca']}"] if given.get("ca") else []
+    command = ["aria2c", "-q", "-j4", "-x4", "-s4", "--file-allocation=none", "-d", given["out"], "-i", "-", *options]
+    return program(given, command, lines)
+
+
+def quarters(given):
+    """TVM's web runtime: the list of shards in four fixed quarters, each fetched in order by one thread (requests)."""
+    import threading
+
+    import requests
+
+    def quarter(names):
+        with requests.Session() as session:
+            for name in names:
+                with session.get(given["url"] + name, stream=True, verify=given.get("ca") or True) as answer:
+                    answer.raise_for_status()
+                    with open(f"{given['out']}/{name}", "wb") as file:
+                        for piece in answer.iter_content(1 << 20):
+                            file.write(piece)
+
+    def work():
+        shards = given["shards"]
+        bounds = [len(shards) * index // 4 for index in range(5)]
+        threads = [threading.Thread(target=quarter, args=(shards[bounds[i] : bounds[i + 1]],)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return written(given)
+
+    return timed(work)
+
+
+# --- loaders
+
+
+def seed(given):
+    """The seed's algorithm: shards in turn (requests or a file), NumPy decode, write_buffer and wait per record."""
+    import numpy as np
+    import requests
+
+    device = open_gpu() if given.get("gpu") else None
+    with open(f"{given['directory']}/tensor-cache.json") as file:
+        manifest = json.load(file)
+
+    def shard(name):
+        if given.get("url"):
+            return requests.get(given["url"] + name, timeout=60).content
+        with open(f"{given['directory']}/{name}", "rb") as file:
+            return file.read()
+
+    def decode(data, record):
+        raw = data[record["byteOffset"] : record["byteOffset"] + record["nbytes"]]
+        if record["format"] == "f32-to-bf16" and record["dtype"] == "float32":
+            return (np.frombuffer(raw, np.uint16).astype(np.uint32) << 16).view(np.float32)
+        return np.frombuffer(raw, np.uint8)
+
+    def work():
+        kept = []
+        for entry in manifest["records"]:
+            data = shard(entry["dataPath"])
+            for record in entry["records"]:
+                array = decode(data, record)
+                if device is None:
+                    kept.append(array)
+                    continue
+                buffer = device.create_buffer(size=array.nbytes, usage=0x8C)  # STORAGE | COPY_SRC | COPY_DST
+                device.queue.write_buffer(buffer, 0, array)
+                device.queue.read_buffer(buffer, 0, 4)
+                kept.append(buffer)
+        return sum(item.nbytes if device is None else item.size for item in kept)
+
+    return timed(work)
+
+
+def bare_loop(given):
+    """create_buffer and write_buffer for each record of files in memory; one submit and one wait at the end."""
+    import numpy as np
+
+    device = open_gpu()
+    with open(f"{given['directory']}/tensor-cache.json") as file:
+        manifest = json.load(file)
+
+    def work():
+        kept = []
+        for entry in manifest["records"]:
+            data = np.fromfile(f"{given['directory']}/{entry['dataPath']}", np.uint8)
+            for record in entry["records"]:
+                buffer = device.create_buffer(size=record["nbytes"], usage=0x8C)
+                device.queue.write_buffer(buffer, 0, data, record["byteOffset"], record["nbytes"])
+                kept.append(buffer)
+        device.queue.submit([])
+        device.queue.read_buffer(kept[-1], 0, 4)
+        return sum(buffer.size for buffer in kept)
+
+    return timed(work)
+
+
+def tvm_python(given):
+    """``tvm.contrib.tvmjs.load_tensor_cache``."""
+    tvm, tvmjs = need("tvm"), need("tvm.contrib.tvmjs")
+
+    kept = {}
+
+    def work():
+        kept.update(tvmjs.load_tensor_cache(given["directory"], tvm.cpu())[0])
+
+    seconds, _ = timed(work)
+    return seconds, sum(tensor.numpy().nbytes for tensor in kept.values())
+
+
+def tvm_cpp(given):
+    """``vm.builtin.tensor_cache.load``; it says nothing of bytes but by the tensors that are asked for afterwards."""
+    tvm = need("tvm")
+    load = tvm.get_global_func("vm.builtin.tensor_cache.load")
+    get = tvm.get_global_func("vm.builtin.tensor_cache.get")
+    seconds, _ = timed(lambda: load(given["directory"], tvm.cpu().dlpack_device_type(), 0))
+    nbytes = 0
+    for index in range(given["tensors"]):
+        tensor = get(f"layers.{index}.weight")
+        nbytes += int(tensor.shape[0]) * (4 if str(tensor.dtype) == "float32" else 2)
+    return seconds, nbytes
+
+
+def safetensors_numpy(given):
+    """``safetensors.numpy.load_file``; bfloat16 stays as it is stored."""
+    need("ml_dtypes")  # has NumPy know bfloat16
+    module = need("safetensors.numpy")
+    return timed(
+        lambda: sum(array.nbytes for array in module.load_file(f"{given['directory']}/model.safetensors").values())
+    )
+
+
+def safetensors_cuda(given):
+    """``safetensors.torch.load_file(device="cuda")``; bfloat16 stays as it is stored."""
+    torch = cuda()
+    module = need("safetensors.torch")
+
+    def work():
+        tensors = module.load_file(f"{given['directory']}/model.safetensors", device="cuda:0")
+        torch.cuda.synchronize()
+        return sum(tensor.nbytes for tensor in tensors.values())
+
+    return timed(work)
+
+
+def runai(given):
+    """Run:ai's streamer (16 threads by default), each tensor copied to the GPU as it comes."""
+    torch = cuda()
+    streamer_class = need("runai_model_streamer").SafetensorsStreamer
+
+    def work():
+        tensors = []
+        with streamer_class() as streamer:
+            streamer.stream_file(f"{given['directory']}/model.safetensors")
+            for _, tensor in streamer.get_tensors():
+                tensors.append(tensor.to("cuda:0", non_blocking=False))
+        torch.cuda.synchronize()
+        return sum(tensor.nbytes for tensor in tensors)
+
+    return timed(work)
+
+
+def fastsafetensors(given):
+    """Fastsafetensors without GPUDirect Storage."""
+    torch = cuda()
+    module = need("fastsafetensors")
+
+    def work():
+        loader = module.SafeTensorsFileLoader(None, torch.device("cuda:0"), nogds=True)
+        loader.add_filenames({0: [f"{given['directory']}/model.safetensors"]})
+        buffers = loader.copy_files_to_device()
+        nbytes = sum(buffers.get_tensor(name).nbytes for name in list(loader.get_keys()))
+        torch.cuda.synchronize()
+        return nbytes
+
+    return timed(work)
+
+
+def pinned_copy(given):
+    """The limit: copies of 256 MiB from pinned memory to the GPU, as many as the model has bytes."""
+    torch = cuda()
+    piece = min(256 << 20, given["stored"])
+    host = torch.empty(piece, dtype=torch.uint8, pin_memory=True)
+    there = torch.empty(piece, dtype=torch.uint8, device="cuda")
+    there.copy_(host)
+    torch.cuda.synchronize()
+    count = max(1, given["stored"] // piece)
+
+    def work():
+        for _ in range(count):
+            there.copy_(host, non_blocking=True)
+        torch.cuda.synchronize()
+        return count * piece
+
+    seconds, nbytes = timed(work)
+    return seconds * given["stored"] / nbytes, given["expect"]
+
+
+# --- what they share
+
+
+def open_gpu():
+    """The device that ndcache itself would open, for whoever wants one."""
+    from ndcache.devices.gpu import open_gpu as open_device
+    from ndcache.errors import NoAdapterError
+
+    try:
+        return open_device("gpu").handle
+    except NoAdapterError as error:
+        raise Unavailable(str(error)) from error
+
+
+def cuda():
+    torch = need("torch")
+    if not torch.cuda.is_available():
+        raise Unavailable("torch sees no CUDA")
+    torch.cuda.init()
+    torch.empty(1, device="cuda")
+    return torch
+
+
+def program(given, command, text=None):
+    import shutil
+    import subprocess
+
+    if shutil.which(command[0]) is None:
+        raise Unavailable(f"{command[0]} is not installed")
+
+    def work():
+        subprocess.run(command, input=text, text=True, check=True, stdout=subprocess.DEVNULL)
+        return written(given)
+
+    return timed(work)
+
+
+def written(given):
+    """Bytes of the shards that lie below the output directory, wherever they are."""
+    import os
+
+    names, found = set(given["shards"]), 0
+    for folder, _, files in os.walk(given["out"]):
+        found += sum(os.path.getsize(os.path.join(folder, name)) for name in files if name in names)
+    return found
+
+
+def peak_bytes():
+    """The most memory this process had; not ru_maxrss, which begins with that of the parent."""
+    try:
+        with open("/proc/self/status") as file:
+            for line in file:
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
+
+
+def main():
+    given = json.loads(sys.argv[2])
+    try:
+        seconds, nbytes = globals()[sys.argv[1]](given)
+    except Unavailable as error:
+        print(json.dumps({"unavailable": str(error).splitlines()[0]}), flush=True)
+        return
+    print(json.dumps({"seconds": seconds, "bytes": nbytes, "peak": peak_bytes()}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""What was measured, as a table, as JSON and as pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def table(result: dict[str, Any], *, quick: bool) -> str:
+    """A suite's medians and ratios to its first contender, what was left out, and the targets."""
+    lines = [f"{result['suite']:34} {'seconds':>9} {'GB/s':>8} {'peak MiB':>9}   ratio to the first"]
+    for row in result["rows"]:
+        peak = f"{row['peak'] / 2**20:9,.0f}" if row["peak"] else " " * 9
+        speed = f"{row['gb_per_second']:8.2f}" if row["file_bytes"] else " " * 8
+        ratio = _range(row["ratio"]) if row["ratio"] else ""
+        lines.append(f"{row['label']:34} {row['median']:9.4f} {speed} {peak}   {ratio}")
+    lines += [f"left out: {label} ({reason})" for label, reason in result["left_out"].items()]
+    for target in result["targets"]:
+        if target["met"] is None:
+            lines.append(f"target: {target['label']}: not measured")
+        elif target["sign"] == ">=" and not target["bound"]:
+            lines.append(f"figure: {target['label']}: {_range(target)}")
+        else:
+            verdict = "tiny inputs say nothing" if quick else "met" if target["met"] else "MISSED"
+            lines.append(f"target: {target['label']}: {_range(target)} {target['sign']} {target['bound']:g}: {verdict}")
+    return "\n".join(lines)
+
+
+def write_json(path: Path, machine: dict[str, Any], results: list[dict[str, Any]], *, quick: bool) -> None:
+    temporary = path.with_name(f"{path.name}.new")
+    temporary.write_text(json.dumps({"machine": machine, "quick": quick, "suites": results}, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def write_png(folder: Path, machine: dict[str, Any], result: dict[str, Any]) -> Path:
+    """Bars of seconds, one for each contender; lines for the suite ``growth``. Needs matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = result["rows"]
+    if result["suite"] == "growth":
+        figure, panes = pyplot.subplots(1, 2, figsize=(9, 4))
+        for axes, word in zip(panes, ("MiB", "tensors"), strict=True):
+            chosen = [row for row in rows if row["label"].endswith(word)]
+            along = [float(row["label"].split()[0].replace(",", "")) for row in chosen]
+            axes.loglog(along, [row["median"] for row in chosen], "o-")
+            axes.set_xlabel(word)
+            axes.set_ylabel("seconds")
+            axes.grid(alpha=0.3)
+    elif result["suite"] == "memory":
+        figure, axes = _bars(pyplot, rows, [row["peak"] / 2**20 for row in rows], None)
+        axes.set_xlabel("the most memory, MiB")
+    else:
+        medians = [row["median"] for row in rows]
+        spread = [
+            [row["median"] - min(row["seconds"]) for row in rows],
+            [max(row["seconds"]) - row["median"] for row in rows],
+        ]
+        figure, axes = _bars(pyplot, rows, medians, spread)
+        axes.set_xlabel("seconds (median; lowest to highest)")
+    title = f"{result['suite']}: {machine['cpu']}, {machine['cores']} cores, {machine['gpu'] or 'no GPU'}"
+    figure.suptitle(title, size=9)
+    figure.tight_layout()
+    path = folder / f"{result['suite']}.png"
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path
+
+
+def _range(found: dict[str, float]) -> str:
+    return f"{found['median']:.3g} ({found['lowest']:.3g} to {found['highest']:.3g})"
+
+
+def _bars(pyplot: Any, rows: list[dict[str, Any]], values: list[float], spread: list[list[float]] | None) -> Any:
+    figure, axes = pyplot.subplots(figsize=(9, 1 + 0.45 * len(rows)))
+    colors = ["tab:orange" if "ndcache" in row["label"] else "tab:gray" for row in rows]
+    axes.barh([row["label"] for row in rows], values, xerr=spread, color=colors)
+    axes.invert_yaxis()
+    return figure, axes

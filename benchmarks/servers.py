@@ -1,0 +1,75 @@
+"""nginx on a free port of loopback: plain, with a rate per connection, with TLS."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_COMMIT = "0" * 40  # what huggingface_hub wants to hear of a revision
+
+
+def program() -> str | None:
+    return shutil.which("nginx", path=f"{os.environ.get('PATH', '')}{os.pathsep}/usr/sbin")
+
+
+@contextmanager
+def nginx(directory: Path, *, rate: int = 0, tls: bool = False) -> Iterator[tuple[str, str | None]]:
+    """An nginx that serves a directory: its URL, and with TLS the file of the authority's certificate.
+
+    Parameters
+    ----------
+    rate : int
+        Bytes per second and connection; 0 is no limit.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as state:
+        folder = Path(state)
+        ca = _certificates(folder) if tls else None
+        listen = f"listen 127.0.0.1:{port}" + (" ssl" if tls else "")
+        secure = f"ssl_certificate {folder}/server.pem; ssl_certificate_key {folder}/server.pem;" if tls else ""
+        temporary = "".join(
+            f"{kind}_temp_path {folder};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        )
+        config = folder / "nginx.conf"
+        config.write_text(
+            f"daemon off; pid {folder}/pid; error_log stderr; worker_processes 2;"
+            f"{'user root;' if os.geteuid() == 0 else ''} events {{}}"
+            f"http {{ {temporary} access_log off; sendfile on; limit_rate {rate};"
+            f"server {{ {listen}; {secure} root {directory};"
+            f"location /bench/model/resolve/main/ {{ alias {directory}/; add_header X-Repo-Commit {_COMMIT}; }} }} }}"
+        )
+        process = subprocess.Popen([program() or "nginx", "-p", state, "-c", str(config)], stderr=subprocess.DEVNULL)
+        try:
+            while not _answers(port):
+                if process.poll() is not None:
+                    raise SystemExit("nginx does not start")
+                time.sleep(0.02)
+            yield f"{'https' if tls else 'http'}://127.0.0.1:{port}/", ca
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def _answers(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), 1).close()
+    except OSError:
+        return False
+    return True
+
+
+def _certificates(folder: Path) -> str:
+    import trustme
+
+    authority = trustme.CA()
+    authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(str(folder / "server.pem"))
+    authority.cert_pem.write_to_path(str(folder / "ca.pem"))
+    return str(folder / "ca.pem")

@@ -1,0 +1,319 @@
+"""What is compared with what, and which ratios it ought to give."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import inputs, servers
+from .harness import Contender, Result, Target, rounds
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line says.
+
+    Attributes
+    ----------
+    size : int or None
+        Bytes of the model; None is each suite's own.
+    quick : bool
+        Tiny inputs: whether it runs, not how fast.
+    deadline : float
+        `time.monotonic` after which no round begins.
+    folder : pathlib.Path or None
+        Where inputs and outputs go.
+    """
+
+    size: int | None
+    rounds: int
+    quick: bool
+    deadline: float
+    folder: Path | None
+
+    def bytes_or(self, usual: int, tiny: int = 4 * MIB) -> int:
+        return self.size or (tiny if self.quick else usual)
+
+
+def cold(settings: Settings) -> Result:
+    """From nginx on loopback into an empty directory."""
+    with _folder(settings) as folder:
+        model = inputs.synthetic(folder / "model", settings.bytes_or(1 << 30))
+        return _cold("cold", settings, folder, model)
+
+
+def minilm(settings: Settings) -> Result:
+    """The same with the weights of all-MiniLM-L6-v2."""
+    with _folder(settings) as folder:
+        return _cold("minilm", settings, folder, inputs.minilm(folder / "model"))
+
+
+def _cold(name: str, settings: Settings, folder: Path, model: dict[str, Any]) -> Result:
+    with servers.nginx(folder / "model") as (url, _):
+        make = _maker({**model, "url": url}, model)
+        result = Result(
+            name,
+            [
+                make("ndcache load", "ndcache_load", loaded=True),
+                make("ndcache fetch", "ndcache_fetch"),
+                make("hf_transfer", "hf_transfer"),
+                make("huggingface_hub", "huggingface_hub"),
+                make("curl --parallel", "curl"),
+                make("aria2c", "aria2c"),
+                make("four quarters", "quarters"),
+                make("the seed's algorithm, CPU", "seed", loaded=True),
+            ],
+            targets=[
+                Target("hf_transfer / ndcache load", "hf_transfer", "ndcache load", ">=", 1.2),
+                Target("aria2c / ndcache load", "aria2c", "ndcache load", ">=", 2.5),
+                Target("curl / ndcache load", "curl --parallel", "ndcache load", ">=", 1.4),
+            ],
+        )
+        return rounds(result, settings.rounds, folder, settings.deadline)
+
+
+def tls(settings: Settings) -> Result:
+    """As cold, with TLS."""
+    with _folder(settings) as folder:
+        model = inputs.synthetic(folder / "model", settings.bytes_or(1 << 30))
+        with servers.nginx(folder / "model", tls=True) as (url, ca):
+            make = _maker({**model, "url": url, "ca": ca}, model)
+            result = Result(
+                "tls",
+                [
+                    make("ndcache load", "ndcache_load", loaded=True),
+                    make("curl --parallel", "curl"),
+                    make("aria2c", "aria2c"),
+                    make("four quarters", "quarters"),
+                ],
+                targets=[Target("curl / ndcache load", "curl --parallel", "ndcache load", ">=", 1.0)],
+            )
+            return rounds(result, settings.rounds, folder, settings.deadline)
+
+
+def rate(settings: Settings) -> Result:
+    """20 MiB/s for each connection; the large model has one shard 16 times the size of the others."""
+    speed = 20 * MIB
+    with _folder(settings) as folder:
+        size = settings.bytes_or(512 * MIB)
+        # Many small shards, so that eight workers end together.
+        model = inputs.synthetic(folder / "model", size, shard_bytes=max(size // 64, MIB // 8), tensor_bytes=MIB // 8)
+        large = inputs.synthetic(
+            folder / "large", size, shard_bytes=max(size // 32, MIB // 8), tensor_bytes=MIB // 8, first_shard=16
+        )
+        with (
+            servers.nginx(folder / "model", rate=speed) as (url, _),
+            servers.nginx(folder / "large", rate=speed) as (large_url, _),
+        ):
+            make, make_large = _maker({**model, "url": url}, model), _maker({**large, "url": large_url}, large)
+            result = Result(
+                "rate",
+                [
+                    make("ndcache load, 8 workers", "ndcache_load", loaded=True),
+                    make("ndcache load, 1 worker", "ndcache_load", loaded=True, workers=1),
+                    make("ndcache fetch, 8 workers", "ndcache_fetch"),
+                    make("four quarters", "quarters"),
+                    make_large("large shard, ranges", "ndcache_load", loaded=True),
+                    make_large("large shard, no ranges", "ndcache_load", loaded=True, no_ranges=True),
+                ],
+                targets=[
+                    Target("1 worker / 8 workers", "ndcache load, 1 worker", "ndcache load, 8 workers", ">=", 7.6),
+                    Target("four quarters / ndcache", "four quarters", "ndcache load, 8 workers", ">=", 1.9),
+                    Target("no ranges / ranges", "large shard, no ranges", "large shard, ranges", ">=", 2.0),
+                    Target("load / fetch", "ndcache load, 8 workers", "ndcache fetch, 8 workers", "<=", 1.05),
+                ],
+            )
+            return rounds(result, settings.rounds, folder, settings.deadline)
+
+
+def warm_cpu(settings: Settings) -> Result:
+    """A local directory in the page cache, into the CPU's memory."""
+    with _folder(settings) as folder:
+        size = settings.bytes_or(1 << 30)
+        bf16 = inputs.synthetic(folder / "bf16", size, bf16=True, safetensors=True)
+        raw = inputs.synthetic(folder / "raw", size, safetensors=True)
+        make, make_raw = _maker(bf16, bf16), _maker(raw, raw)
+        result = Result(
+            "warm-cpu",
+            [
+                make("ndcache bf16", "ndcache_load", loaded=True),
+                make("TVM C++ bf16", "tvm_cpp", loaded=True),
+                make("TVM Python bf16", "tvm_python", loaded=True),
+                make("safetensors bf16, as stored", "safetensors_numpy"),
+                make("the seed's algorithm bf16", "seed", loaded=True),
+                make_raw("ndcache raw", "ndcache_load", loaded=True),
+                make_raw("TVM C++ raw", "tvm_cpp", loaded=True),
+                make_raw("safetensors raw", "safetensors_numpy"),
+            ],
+            targets=[
+                Target("bf16: TVM C++ / ndcache", "TVM C++ bf16", "ndcache bf16", ">=", 2),
+                Target("bf16: TVM Python / ndcache", "TVM Python bf16", "ndcache bf16", ">=", 20),
+                Target("raw: TVM C++ / ndcache", "TVM C++ raw", "ndcache raw", ">=", 50),
+            ],
+        )
+        return rounds(result, settings.rounds, folder, settings.deadline, warm=_files(folder))
+
+
+def warm_gpu(settings: Settings) -> Result:
+    """A local directory in the page cache, into GPU buffers."""
+    with _folder(settings, memory=True) as folder:
+        size = settings.bytes_or(4 << 30)
+        bf16 = inputs.synthetic(folder / "bf16", size, bf16=True)
+        raw = inputs.synthetic(folder / "raw", size, safetensors=True)
+        make, make_raw = _maker(bf16, bf16), _maker(raw, raw)
+        result = Result(
+            "warm-gpu",
+            [
+                make_raw("ndcache raw", "ndcache_load", loaded=True, gpu=True),
+                make("ndcache bf16", "ndcache_load", loaded=True, gpu=True),
+                make_raw("safetensors to cuda", "safetensors_cuda"),
+                make_raw("Run:ai streamer", "runai"),
+                make_raw("fastsafetensors", "fastsafetensors"),
+                make_raw("pinned copy (limit)", "pinned_copy"),
+                make("the seed's algorithm bf16", "seed", loaded=True, gpu=True),
+            ],
+            targets=[
+                Target("raw GB/s", "ndcache raw", None, ">=", 30, "gb_per_second"),
+                Target("bf16 GB/s of files", "ndcache bf16", None, ">=", 20, "gb_per_second"),
+                Target("safetensors / ndcache raw", "safetensors to cuda", "ndcache raw", ">=", 3.5),
+                Target("Run:ai / ndcache raw", "Run:ai streamer", "ndcache raw", ">=", 4),
+                Target("bf16: seed / ndcache", "the seed's algorithm bf16", "ndcache bf16", ">=", 15),
+                Target("raw, fraction of pinned copy", "pinned copy (limit)", "ndcache raw", ">=", 0),
+                Target("bf16, fraction of pinned copy", "pinned copy (limit)", "ndcache bf16", ">=", 0),
+            ],
+        )
+        return rounds(result, settings.rounds, folder, settings.deadline, warm=_files(folder))
+
+
+def many(settings: Settings) -> Result:
+    """20,000 tensors of 4 KiB from the page cache."""
+    count = 200 if settings.quick else 20_000
+    with _folder(settings) as folder:
+        model = inputs.synthetic(folder / "model", count * 4096, tensor_bytes=4096, shard_bytes=count * 1024)
+        make = _maker(model, model)
+        result = Result(
+            "many",
+            [
+                make("ndcache, CPU", "ndcache_load", loaded=True),
+                make("ndcache, GPU", "ndcache_load", loaded=True, gpu=True),
+                make("bare loop, GPU", "bare_loop", loaded=True, gpu=True),
+            ],
+            targets=[
+                Target("CPU, µs a tensor", "ndcache, CPU", None, "<=", 25, scale=1e6 / model["tensors"]),
+                Target("GPU: ndcache / bare loop", "ndcache, GPU", "bare loop, GPU", "<=", 1.5),
+            ],
+        )
+        return rounds(result, settings.rounds, folder, settings.deadline, warm=_files(folder))
+
+
+def memory(settings: Settings) -> Result:
+    """The most memory of a process: fetches of two sizes, and a load to the GPU beside nothing at all."""
+    small, large = (MIB, 8 * MIB) if settings.quick else (64 * MIB, 512 * MIB)
+    with _folder(settings) as folder:
+        models = [inputs.synthetic(folder / str(size), size) for size in (small, large)]
+        gpu = inputs.synthetic(folder / "gpu", settings.bytes_or(1 << 30))
+        with servers.nginx(folder) as (url, _):
+            makes = [
+                _maker({**model, "url": f"{url}{size}/"}, model)
+                for model, size in zip(models, (small, large), strict=True)
+            ]
+            make_gpu = _maker(gpu, gpu)
+            result = Result(
+                "memory",
+                [
+                    makes[0]("fetch, small", "ndcache_fetch"),
+                    makes[1]("fetch, 8 times as large", "ndcache_fetch"),
+                    Contender("empty process with a GPU", "empty_gpu", {}, 1, 0),
+                    make_gpu("load to the GPU", "ndcache_load", loaded=True, gpu=True),
+                ],
+                targets=[
+                    _more_memory("fetch: MiB more", "fetch, 8 times as large", "fetch, small", 48),
+                    _more_memory("GPU: MiB more", "load to the GPU", "empty process with a GPU", 512 + 128),
+                ],
+            )
+            return rounds(result, settings.rounds, folder, settings.deadline)
+
+
+def growth(settings: Settings) -> Result:
+    """Whether the cost grows in line with bytes (streamed, bf16) and with tensors (loaded, 1 KiB each)."""
+    top = settings.bytes_or(8 << 30, 8 * MIB)
+    sizes = [top >> shift for shift in (7, 5, 3, 2, 1, 0)]
+    counts = (100, 300) if settings.quick else (100, 1000, 10_000, 100_000)
+    with _folder(settings) as folder:
+        contenders = []
+        for size in sizes:
+            model = inputs.synthetic(folder / f"bytes{size}", size, bf16=True)
+            contenders.append(_maker(model, model)(f"{size / MIB:,g} MiB", "ndcache_stream", loaded=True))
+        for count in counts:
+            model = inputs.synthetic(folder / f"tensors{count}", count * 1024, tensor_bytes=1024)
+            contenders.append(_maker(model, model)(f"{count:,} tensors", "ndcache_load", loaded=True))
+        result = Result("growth", contenders)
+        return rounds(result, settings.rounds, folder, settings.deadline, warm=_files(folder))
+
+
+def imports(settings: Settings) -> Result:
+    """``import ndcache`` beside importing requests and NumPy, which it cannot do without."""
+    with _folder(settings) as folder:
+        result = Result(
+            "import",
+            [
+                Contender("import ndcache", "import_ndcache", {}, 1, 0),
+                Contender("import requests, numpy", "import_requests_numpy", {}, 1, 0),
+            ],
+            targets=[Target("ndcache / both", "import ndcache", "import requests, numpy", "<=", 1.4)],
+        )
+        return rounds(result, settings.rounds, folder, settings.deadline)
+
+
+SUITES: dict[str, Callable[[Settings], Result]] = {
+    "cold": cold,
+    "minilm": minilm,
+    "tls": tls,
+    "rate": rate,
+    "warm-cpu": warm_cpu,
+    "warm-gpu": warm_gpu,
+    "many": many,
+    "memory": memory,
+    "growth": growth,
+    "import": imports,
+}
+#: Suites that cannot run without nginx.
+SERVED = frozenset({"cold", "minilm", "tls", "rate", "memory"})
+
+
+def _more_memory(label: str, above: str, below: str, mebibytes: float) -> Target:
+    """A bound on how much more memory one contender takes than another, in MiB."""
+    return Target(label, above, below, "<=", mebibytes, "peak", 1 / MIB, difference=True)
+
+
+def _maker(given: dict[str, Any], model: dict[str, Any]) -> Callable[..., Contender]:
+    def make(label: str, peer: str, *, loaded: bool = False, **more: Any) -> Contender:
+        expect = model["loaded" if loaded else "stored"]
+        return Contender(label, peer, {**given, **more}, expect, model["stored"])
+
+    return make
+
+
+@contextmanager
+def _folder(settings: Settings, *, memory: bool = False) -> Iterator[Path]:
+    """A temporary directory; in memory, if asked for and there is room, so that files stay in the page cache."""
+    where = settings.folder
+    shared = Path("/dev/shm")
+    in_memory = memory and where is None and os.access(shared, os.W_OK)
+    if in_memory and shutil.disk_usage(shared).free > 4 * settings.bytes_or(4 << 30):
+        where = shared
+    with tempfile.TemporaryDirectory(prefix="ndcache-bench-", dir=where) as folder:
+        os.chmod(folder, 0o755)  # for nginx
+        yield Path(folder)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
