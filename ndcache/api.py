@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -29,6 +30,7 @@ def load(
     names: NameFilter = None,
     decode: bool = True,
     progress: Progress = None,
+    trace: str | os.PathLike[str] | None = None,
     **options: Unpack[Options],
 ) -> Weights:
     """Load a model's weights, downloading what is not cached.
@@ -49,6 +51,9 @@ def load(
         Expand float32 that is stored as bfloat16 (the default). If False, such tensors are bfloat16.
     progress : True, callable, or iterable of callables, optional
         True draws a bar on standard error. A callable is given each `ProgressReport`, on this thread.
+    trace : path-like, optional
+        Write to this file what was done when, and on which thread, however the call ends: in the Trace Event Format,
+        which https://ui.perfetto.dev shows.
     **options
         Of `Loader`.
 
@@ -76,7 +81,7 @@ def load(
     >>> weights["model.embed_tokens.q_weight"].buffer
     """
     with Loader(**options) as loader:
-        return loader.load(source, device, names=names, decode=decode, progress=progress)
+        return loader.load(source, device, names=names, decode=decode, progress=progress, trace=trace)
 
 
 def stream(
@@ -86,6 +91,7 @@ def stream(
     names: NameFilter = None,
     decode: bool = True,
     progress: Progress = None,
+    trace: str | os.PathLike[str] | None = None,
     **options: Unpack[Options],
 ) -> Iterator[tuple[str, Any]]:
     """Like `load`, but give each tensor as soon as it is there, in manifest order.
@@ -107,7 +113,7 @@ def stream(
     """
     loader = Loader(**options)
     try:
-        tensors = loader.stream(source, device, names=names, decode=decode, progress=progress)
+        tensors = loader.stream(source, device, names=names, decode=decode, progress=progress, trace=trace)
     except BaseException:
         loader.close()
         raise
@@ -119,6 +125,7 @@ def fetch(
     *,
     names: NameFilter = None,
     progress: Progress = None,
+    trace: str | os.PathLike[str] | None = None,
     **options: Unpack[Options],
 ) -> Path:
     """Bring a model into the cache without decoding it.
@@ -132,7 +139,7 @@ def fetch(
         A model directory that ndcache, TVM and mlc_llm can read: the one in the cache, or the local source itself.
     """
     with Loader(**options) as loader:
-        return loader.fetch(source, names=names, progress=progress)
+        return loader.fetch(source, names=names, progress=progress, trace=trace)
 
 
 def read_manifest(source: Source, **options: Unpack[Options]) -> Manifest:

@@ -97,6 +97,12 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print JSON and not
 _names = click.option(
     "--names", metavar="PATTERN", multiple=True, help="Only these tensors: names or glob patterns. May be repeated."
 )
+_trace = click.option(
+    "--trace",
+    metavar="FILE",
+    type=click.Path(dir_okay=False),
+    help="Write what was done when, for https://ui.perfetto.dev.",
+)
 _quiet = click.option("--quiet", "-q", is_flag=True, help="No progress bar.")
 
 #: The options of `Loader`, by their names there.
@@ -181,12 +187,23 @@ def main() -> None:
 @_names
 @click.option("--no-decode", is_flag=True, help="Leave float32 that is stored as bfloat16 as it is stored.")
 @_quiet
+@_trace
 @_options()
-def load(source: str, device: str, names: tuple[str, ...], no_decode: bool, quiet: bool, **options: Any) -> None:
+def load(
+    source: str,
+    device: str,
+    names: tuple[str, ...],
+    no_decode: bool,
+    quiet: bool,
+    trace: str | None,
+    **options: Any,
+) -> None:
     """Load a model, say what that took, and let go of it."""
     with (
         _loader(options) as loader,
-        loader.load(source, device, names=names or None, decode=not no_decode, progress=not quiet) as weights,
+        loader.load(
+            source, device, names=names or None, decode=not no_decode, progress=not quiet, trace=trace
+        ) as weights,
     ):
         print_facts(_load_facts(source, device, weights))
 
@@ -195,11 +212,12 @@ def load(source: str, device: str, names: tuple[str, ...], no_decode: bool, quie
 @click.argument("source")
 @_names
 @_quiet
+@_trace
 @_options()
-def fetch(source: str, names: tuple[str, ...], quiet: bool, **options: Any) -> None:
+def fetch(source: str, names: tuple[str, ...], quiet: bool, trace: str | None, **options: Any) -> None:
     """Bring a model into the cache and print its directory."""
     with _loader(options) as loader:
-        click.echo(loader.fetch(source, names=names or None, progress=not quiet))
+        click.echo(loader.fetch(source, names=names or None, progress=not quiet, trace=trace))
 
 
 @main.command()

@@ -99,7 +99,7 @@ class Downloader:
         """Bring a file of unknown size, up to `limit` bytes, into the cache."""
 
         def once() -> Path:
-            with self._get(url, url, {}) as response, self.cache.part(name) as part:
+            with self.get(url, url, {}) as response, self.cache.part(name) as part:
                 if response.status != 200:
                     raise unasked(response)
                 part.compute("md5", self.stop.check)
@@ -123,11 +123,17 @@ class Downloader:
                     )
                 headers = response.headers
                 etag, last_modified = headers.get("ETag"), headers.get("Last-Modified")
-                with self.stats.timed("publish"):
+                with self.stats.timed("publish", file=name):
                     self.cache.publish(part, name, etag=etag, last_modified=last_modified).close()
                 return self.cache.path(name)
 
         return with_retries(once, self.policy, self.stop, self.stats)
+
+    def get(self, url: str, owner: str, headers: Mapping[str, str]) -> Response:
+        """`Transport.get`, counted."""
+        self.stats.count(requests=1)
+        with self.stats.timed("request", url=redact(url), range=headers.get("Range")):
+            return self.transport.get(url, headers, self.stop, owner=owner)
 
     def _from_any(self, transfer: Transfer, urls: Sequence[str]) -> BinaryIO | None:
         errors: dict[int, NdcacheError] = {}
@@ -160,15 +166,14 @@ class Downloader:
                 self._compute(part, expected)
             else:
                 conditions = transfer.conditions(url)
-                with self._get(url, transfer.owner, conditions) as response:
+                with self.get(url, transfer.owner, conditions) as response:
                     if response.status == 304 and "If-None-Match" in conditions:
                         return None
                     is_usable = transfer.accept(url, response)
                     if is_usable:
                         expected = self._expected(shard, response.linked_sha256)
                         self._compute(part, expected)
-                        with self.stats.timed("network"):
-                            self._receive(response, part, shard.nbytes)
+                        self._receive(response, part, shard.nbytes)
                 if not is_usable:
                     return self._shard_once(transfer, url)
             transfer.check(url, expected)
@@ -180,7 +185,7 @@ class Downloader:
         # What a mirror calls a version says nothing to the source, which will be asked.
         origin = part.origin
         etag = origin.etag if origin is not None and origin.url == redact(transfer.owner) else None
-        with self.stats.timed("publish"):
+        with self.stats.timed("publish", file=shard.data_path):
             return self.cache.publish(part, shard.data_path, etag=etag, claim=transfer.claim)
 
     def _expected(self, shard: Shard, linked_sha256: str | None) -> dict[str, str]:
@@ -191,16 +196,19 @@ class Downloader:
         return {**linked, **shard.digests}
 
     def _compute(self, part: Part, algorithms: Iterable[str]) -> None:
-        with self.stats.timed("hash"):
+        with self.stats.timed("hash", file=part.name):
             for algorithm in algorithms:
                 part.compute(algorithm, self.stop.check)
 
-    def _get(self, url: str, owner: str, headers: Mapping[str, str]) -> Response:
-        self.stats.count(requests=1)
-        return self.transport.get(url, headers, self.stop, owner=owner)
-
     def _receive(self, response: Response, part: Part, nbytes: int) -> None:
         """Write the body to `part`; one byte more than `nbytes` is asked for, to notice what is too long."""
+        with self.stats.timed("network", file=part.name, start=part.nbytes) as others:
+            try:
+                self._receive_all(response, part, nbytes)
+            finally:
+                others.update(part.take_spent())
+
+    def _receive_all(self, response: Response, part: Part, nbytes: int) -> None:
         try:
             while data := response.read_some(min(_READ_BYTES, nbytes + 1 - part.nbytes)):
                 self.stop.check()

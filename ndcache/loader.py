@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -39,6 +39,7 @@ from .remote import RemoteModel
 from .retry import RetryPolicy
 from .stats import LoadStats
 from .stop import Stop
+from .trace import Trace
 from .transport import Transport
 from .weights import Weights
 
@@ -176,12 +177,25 @@ class Loader:
         names: NameFilter = None,
         decode: bool = True,
         progress: Progress = None,
+        trace: str | os.PathLike[str] | None = None,
     ) -> Weights:
         """Load a model's weights, downloading what is not cached: see `ndcache.load`."""
+        with _tracing(trace) as events:
+            return self._load(source, device, names, decode, progress, events)
+
+    def _load(
+        self,
+        source: Source,
+        device: str | wgpu.GPUDevice,
+        names: NameFilter,
+        decode: bool,
+        progress: Progress,
+        trace: Trace | None,
+    ) -> Weights:
         target = open_device(device)
         tensors: dict[str, Any] = {}
         try:
-            run = self._open(source)
+            run = self._open(source, trace=trace)
             shards = self._select(run, target, names, decode)
             with closing(self._tensors(run, target, shards, progress)) as arriving:
                 for name, tensor in arriving:
@@ -199,20 +213,35 @@ class Loader:
         names: NameFilter = None,
         decode: bool = True,
         progress: Progress = None,
+        trace: str | os.PathLike[str] | None = None,
     ) -> Iterator[tuple[str, Any]]:
         """Like `load`, but give each tensor as soon as it is there: see `ndcache.stream`."""
-        target = open_device(device)
-        try:
-            run = self._open(source)
-            shards = self._select(run, target, names, decode)
-        except BaseException:
-            target.discard(())
-            raise
-        return self._tensors(run, target, shards, progress)
+        with ExitStack() as until_it_runs:
+            events = until_it_runs.enter_context(_tracing(trace))
+            target = open_device(device)
+            try:
+                run = self._open(source, trace=events)
+                shards = self._select(run, target, names, decode)
+            except BaseException:
+                target.discard(())
+                raise
+            tracing = until_it_runs.pop_all()
+        return _within(tracing, self._tensors(run, target, shards, progress))
 
-    def fetch(self, source: Source, *, names: NameFilter = None, progress: Progress = None) -> Path:
+    def fetch(
+        self,
+        source: Source,
+        *,
+        names: NameFilter = None,
+        progress: Progress = None,
+        trace: str | os.PathLike[str] | None = None,
+    ) -> Path:
         """Bring a model into the cache without decoding it: see `ndcache.fetch`."""
-        run = self._open(source)
+        with _tracing(trace) as events:
+            return self._fetch(source, names, progress, events)
+
+    def _fetch(self, source: Source, names: NameFilter, progress: Progress, trace: Trace | None) -> Path:
+        run = self._open(source, trace=trace)
         shards = run.model.manifest.shards_with(names)
 
         def work(shard: Shard) -> tuple[Obtained, None]:
@@ -289,10 +318,11 @@ class Loader:
 
     # --- the pipeline
 
-    def _open(self, source: Source, *, offline: bool = False) -> _Run:
+    def _open(self, source: Source, *, offline: bool = False, trace: Trace | None = None) -> _Run:
         """Find the model and read its manifest."""
         location = locate(source)
         stop, stats = Stop(self._cancel), LoadStats()
+        stats.record_to(trace)
         started = time.perf_counter()
         model: Model
         with stats.timed("manifest"):
@@ -328,7 +358,7 @@ class Loader:
 
         def work(shard: Shard) -> tuple[Obtained, Any]:
             obtained = run.model.obtain(shard)
-            with obtained.file:
+            with obtained.file, run.stats.timed("stage", file=shard.data_path):
                 return obtained, device.stage(obtained.file, shard)
 
         arriving = self._in_order(run, shards, work, progress, self._memory_limit, device.finish)
@@ -395,6 +425,29 @@ class Loader:
 
     def _cache(self, location: Location) -> ArtifactCache:
         return ArtifactCache(self._root / self._scope / location.cache_key, str(location))
+
+
+@contextmanager
+def _tracing(path: str | os.PathLike[str] | None) -> Iterator[Trace | None]:
+    """A trace that is written at the end, however the block ends; None if none is wanted."""
+    if path is None:
+        yield None
+        return
+    trace = Trace(path)
+    try:
+        yield trace
+    except BaseException:
+        try:
+            trace.write()
+        except OSError as error:
+            logger.warning("the trace was not written: %s", error)  # what failed first is what matters
+        raise
+    trace.write()
+
+
+def _within(context: AbstractContextManager[Any], items: Generator[T, None, None]) -> Generator[T, None, None]:
+    with context:
+        yield from items
 
 
 def _mirror(source: str) -> Location:

@@ -159,8 +159,7 @@ class ManifestSource:
     def _request_once(self, location: Location, name: str, cached: Opened | None) -> Opened:
         known = None if cached is None else self._known(name, cached[1])
         url, owner = location.url(name), self.bases[0].url(name)
-        self.downloader.stats.count(requests=1)
-        with self.downloader.transport.get(url, _conditions(known), self.downloader.stop, owner=owner) as response:
+        with self.downloader.get(url, owner, _conditions(known)) as response:
             if response.status == 304 and cached is not None and known is not None:
                 return cached
             if response.status != 200:

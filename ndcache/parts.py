@@ -92,17 +92,27 @@ class Part:
         self._digests: dict[str, Any] = {}
         self.furthest = 0
         self.origin: Origin | None = None
+        self._spent = {"write": 0.0, "hash": 0.0}
         self._open()
 
     def write(self, data: bytes) -> None:
         """Append `data`."""
+        begun = time.perf_counter()
         rest = memoryview(data)
         while rest:
             rest = rest[self.file.write(rest) :]  # a disk that fills up takes a part first
+        written = time.perf_counter()
         for digest in self._digests.values():
             digest.update(data)
+        self._spent["write"] += written - begun
+        self._spent["hash"] += time.perf_counter() - written
         self.nbytes += len(data)
         self.furthest = max(self.furthest, self.nbytes)
+
+    def take_spent(self) -> dict[str, float]:
+        """Seconds that were spent in `write` since this was asked last: on ``"write"`` and on ``"hash"``."""
+        spent, self._spent = self._spent, {"write": 0.0, "hash": 0.0}
+        return spent
 
     def digest(self, algorithm: str) -> str:
         """The hex digest of what was written; see `compute`."""

@@ -177,7 +177,11 @@ class RemoteModel(Model):
             def is_there(version: object = version) -> bool:
                 return self._cache.version(name) not in (None, version)
 
-            with self._cache.turn(name, is_there, self._downloader.stop.sleep) as turn:
+            def sleep(seconds: float) -> None:
+                with self._downloader.stats.timed("lock", file=name):
+                    self._downloader.stop.sleep(seconds)
+
+            with self._cache.turn(name, is_there, sleep) as turn:
                 if turn is not None:
                     if self._cache.size(name) is not None and (obtained := self._from_cache(shard)) is not None:
                         return obtained  # somebody else was faster, or its validator came a moment after the file
@@ -241,7 +245,7 @@ class RemoteModel(Model):
         name, claim, file = shard.data_path, self._claim(shard), cached.file
         # Of a shard without a digest, what the server said of it when it came may be known.
         expected = {**({} if cached.validator is None else cached.validator.digests), **shard.digests}
-        with self._downloader.stats.timed("hash"):
+        with self._downloader.stats.timed("hash", file=name):
             good = mismatch(file, expected, self._downloader.stop.check) is None
         if not good:
             now = self._cache.validator(name)

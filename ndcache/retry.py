@@ -101,6 +101,9 @@ def with_retries(
             if delay is None:
                 raise
             logger.warning("trying again in %.1f s (try %d): %s", delay, tries + 1, str(error))
-        stop.sleep(delay)
-        if stats is not None:
+        if stats is None:
+            stop.sleep(delay)
+        else:
+            with stats.timed("backoff"):
+                stop.sleep(delay)
             stats.count(retries=1)

@@ -10,11 +10,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from .trace import Trace
+
 __all__ = ["LoadStats"]
 
 T = TypeVar("T")
 _END = object()
-_PHASES = ("manifest", "wait", "place", "finish", "total", "network", "publish", "hash")
+_CALLERS = ("manifest", "wait", "place", "finish", "total")
+_WORKERS = ("lock", "request", "network", "hash", "write", "publish", "backoff", "stage")
 
 
 @dataclass
@@ -39,10 +42,12 @@ class LoadStats:
         The most bytes of shards that were asked for and not yet on the device.
     seconds : dict of str to float
         By phase. On the caller's thread, one after another: ``manifest``, ``wait`` (for the next shard),
-        ``place`` (decoding and copies to the device), ``finish`` (waiting for the device); ``total`` is all
-        of it. In the workers, added up over all of them and at the same time as the others:
-        ``network`` (receiving, digests and writing), ``publish`` (fsync and rename), ``hash`` (of files that
-        lay there already).
+        ``place`` (on a GPU: having it copy), ``finish`` (waiting for the device); ``total`` is all of it.
+        In the workers, added up over all of them and at the same time as the others: ``lock`` (waiting for another
+        process that downloads the same), ``request`` (until the headers have come), ``network`` (waiting for
+        bodies and receiving them), ``hash`` (digests, of what comes and of files), ``write`` (to files), ``publish``
+        (fsync and rename), ``backoff`` (waiting before another try), ``stage`` (mapping or reading files, and on
+        the CPU expanding bfloat16).
     integrity : dict of str to int
         How many shards were checked by what, now or when they were fetched: ``sha256``, ``md5``, or ``size`` alone
         (the manifest has no digest for them, or it was not computed: ``verify="never"``, local directories).
@@ -57,11 +62,13 @@ class LoadStats:
     requests: int = 0
     retries: int = 0
     peak_bytes_in_flight: int = 0
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_PHASES, 0.0))
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_CALLERS + _WORKERS, 0.0))
     integrity: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        self._lock = threading.Lock()  # no field, so that dataclasses.asdict passes it by
+        # No fields, so that dataclasses.asdict passes them by.
+        self._lock = threading.Lock()
+        self._trace: Trace | None = None
 
     @property
     def gb_per_second(self) -> float:
@@ -70,10 +77,10 @@ class LoadStats:
         return self.nbytes / total / 1e9 if total else 0.0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_trace")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.Lock())
+        self.__dict__.update(state, _lock=threading.Lock(), _trace=None)
 
     def count(self, **amounts: int) -> None:
         """Add to fields by name; called by the workers too."""
@@ -81,16 +88,37 @@ class LoadStats:
             for name, amount in amounts.items():
                 setattr(self, name, getattr(self, name) + amount)
 
+    def record_to(self, trace: Trace | None) -> None:
+        """Have what is timed from now on written down, too."""
+        self._trace = trace
+
     @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        """Add the time the block takes to ``seconds[phase]``."""
+    def timed(self, phase: str, **detail: Any) -> Iterator[dict[str, float]]:
+        """Add the time the block takes to ``seconds[phase]``.
+
+        Parameters
+        ----------
+        phase : str
+        **detail
+            For a trace.
+
+        Yields
+        ------
+        dict of str to float
+            Seconds of the block that belong to other phases, to be filled in.
+        """
+        others: dict[str, float] = {}
         start = time.perf_counter()
         try:
-            yield
+            yield others
         finally:
-            elapsed = time.perf_counter() - start
+            end = time.perf_counter()
             with self._lock:
-                self.seconds[phase] += elapsed
+                self.seconds[phase] += end - start - sum(others.values())
+                for other, seconds in others.items():
+                    self.seconds[other] += seconds
+            if self._trace is not None:
+                self._trace.add(phase, start, end, {**detail, **{f"{name} (s)": part for name, part in others.items()}})
 
     def timed_iterator(self, phase: str, items: Iterator[T]) -> Iterator[T]:
         """`items`, with the time that they take to come added to ``seconds[phase]``."""

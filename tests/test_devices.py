@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 from servers import FileServer
 
 import ndcache
-from ndcache.decode import decode
 from ndcache.devices import cpu as cpu_module
 from ndcache.devices import gpu as gpu_module
 from ndcache.devices import open_device
@@ -129,18 +128,19 @@ class Conformance:
         cancel = threading.Event()
         placed = 0
 
-        def place(make: Any) -> Any:
+        def place(original: Any) -> Any:
             def count(*args: Any) -> Any:
                 nonlocal placed
-                placed += 1
-                if placed == 3:
-                    stop(how, cancel)
-                return make(*args)
+                for item in original(*args):
+                    placed += 1
+                    if placed == 3:
+                        stop(how, cancel)
+                    yield item
 
             return count
 
-        monkeypatch.setattr(cpu_module, "decode_record", place(decode))
-        monkeypatch.setattr(gpu_module, "GPUTensor", place(gpu_module.GPUTensor))
+        for kind in (cpu_module.CpuDevice, gpu_module.GpuDevice):
+            monkeypatch.setattr(kind, "place", place(kind.place))
         with pytest.raises(ndcache.CancelledError if how == "cancel" else KeyboardInterrupt):
             self.load(device, tmp_path, cancel=cancel)
         assert placed == 3

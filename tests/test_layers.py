@@ -16,7 +16,8 @@ import ndcache
 
 LAYERS: list[list[str]] = [
     # 0: names and words
-    ["_version", "dtypes", "errors", "progress", "stats"],
+    ["_version", "dtypes", "errors", "progress", "trace"],
+    ["stats"],
     # 1: values from outside, checked
     ["locate", "manifest", "paths", "stop", "strict_json"],
     # 2: one concern each

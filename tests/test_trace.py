@@ -1,0 +1,119 @@
+"""What a trace shows, and when it is written."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+from servers import FileServer
+
+import ndcache
+from ndcache.cli import main
+
+Serve = Callable[..., FileServer]
+
+
+def events(path: Path) -> list[dict[str, Any]]:
+    return [event for event in json.loads(path.read_text())["traceEvents"] if event["ph"] == "X"]
+
+
+def test_a_load_from_a_server(tmp_path: Path, serve: Serve) -> None:
+    models.simple_model(tmp_path / "model", shards=6)
+    server = serve(tmp_path / "model")
+    path = tmp_path / "load.json"
+    weights = ndcache.load(server.url, cache_dir=tmp_path / "cache", max_workers=3, trace=path)
+    found = events(path)
+    by_name = {name: [event for event in found if event["name"] == name] for name in {e["name"] for e in found}}
+    for name in ("network", "publish", "stage"):
+        files = {event["args"]["file"] for event in by_name[name]}
+        assert files >= {shard.data_path for shard in weights.manifest.shards}, name
+    assert len(by_name["request"]) == weights.stats.requests
+    assert len(by_name["manifest"]) == 1
+    assert {"hash (s)", "write (s)"} <= by_name["network"][0]["args"].keys()
+    # Who did it.
+    content = json.loads(path.read_text())["traceEvents"]
+    threads = {event["tid"]: event["args"]["name"] for event in content if event["name"] == "thread_name"}
+    assert {threads[event["tid"]] for event in by_name["wait"]} == {"MainThread"}
+    assert all(threads[event["tid"]].startswith("ndcache") for event in by_name["stage"])
+    # What one thread does lies within one another or apart.
+    for thread in threads:
+        ends: list[float] = []
+        for event in sorted((e for e in found if e["tid"] == thread), key=lambda e: (e["ts"], -e["dur"])):
+            while ends and ends[-1] <= event["ts"] + 0.001:
+                ends.pop()
+            assert not ends or event["ts"] + event["dur"] <= ends[-1] + 0.002
+            ends.append(event["ts"] + event["dur"])
+    # The accounts are the same.
+    for phase in ("publish", "stage", "finish"):
+        total = sum(event["dur"] for event in by_name[phase]) / 1e6
+        assert total == pytest.approx(weights.stats.seconds[phase], abs=1e-4)
+
+
+def test_no_secret_is_in_it(tmp_path: Path, serve: Serve) -> None:
+    models.simple_model(tmp_path / "model", shards=1)
+    url = serve(tmp_path / "model").url.replace("http://", "http://user:secret@")
+    ndcache.fetch(f"{url}?token=secret", cache_dir=tmp_path / "cache", trace=tmp_path / "trace.json")
+    assert "secret" not in (tmp_path / "trace.json").read_text()
+
+
+def test_written_when_the_load_fails(tmp_path: Path, serve: Serve) -> None:
+    models.simple_model(tmp_path / "model", shards=3)
+    server = serve(tmp_path / "model")
+    server.status["/params_shard_1.bin"] = 404
+    path = tmp_path / "trace.json"
+    path.write_text("an older one")
+    with pytest.raises(ndcache.NotFoundError):
+        ndcache.load(server.url, cache_dir=tmp_path / "cache", trace=path)
+    assert "request" in {event["name"] for event in events(path)}
+    with pytest.raises(ndcache.NotFoundError):
+        ndcache.load(tmp_path / "nowhere", trace=path)
+    assert os.listdir(tmp_path).count("trace.json") == 1
+    assert not list(tmp_path.glob("trace.json.*"))
+
+
+def test_written_when_a_stream_is_closed(tmp_path: Path) -> None:
+    models.simple_model(tmp_path, shards=3)
+    path = tmp_path / "trace.json"
+    stream = ndcache.stream(tmp_path, trace=path)
+    next(stream)
+    assert not path.exists()
+    stream.close()  # type: ignore[attr-defined]
+    assert "stage" in {event["name"] for event in events(path)}
+
+
+def test_where_none_can_be_written(tmp_path: Path, serve: Serve) -> None:
+    models.simple_model(tmp_path / "model", shards=1)
+    server = serve(tmp_path / "model")
+    for path, error in ((tmp_path, IsADirectoryError), (tmp_path / "no" / "trace.json", FileNotFoundError)):
+        for verb in (ndcache.load, ndcache.stream, ndcache.fetch):
+            with pytest.raises(error, match="the trace cannot be written"):
+                verb(server.url, cache_dir=tmp_path / "cache", trace=path)  # type: ignore[operator]
+    assert server.requests == []
+
+
+def test_off(tmp_path: Path) -> None:
+    models.simple_model(tmp_path / "model", shards=2)
+    before = set(tmp_path.rglob("*"))
+    stats = ndcache.load(tmp_path / "model").stats
+    assert set(tmp_path.rglob("*")) == before
+    assert sum(stats.seconds[phase] for phase in ("manifest", "wait", "place", "finish")) <= stats.seconds["total"]
+
+
+def test_the_command_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    models.simple_model(tmp_path / "model", shards=2)
+    for command in ("load", "fetch"):
+        path = tmp_path / f"{command}.json"
+        main([command, str(tmp_path / "model"), "-q", "--trace", str(path)], standalone_mode=False)
+        assert events(path)
+    with pytest.raises(SystemExit) as caught:
+        sys.exit(main(["load", str(tmp_path / "model"), "--trace", str(tmp_path / "no" / "x.json")]))
+    assert caught.value.code
+    err = capfd.readouterr().err
+    assert "the trace cannot be written" in err
+    assert "Traceback" not in err
