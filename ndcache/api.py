@@ -29,6 +29,7 @@ def load(
     *,
     names: NameFilter = None,
     decode: bool = True,
+    copy: bool = False,
     progress: Progress = None,
     trace: str | os.PathLike[str] | None = None,
     **options: Unpack[Options],
@@ -49,6 +50,9 @@ def load(
         match are fetched.
     decode : bool
         Expand float32 that is stored as bfloat16 (the default). If False, such tensors are bfloat16.
+    copy : bool
+        Give each array memory of its own, which can be written and lets go of the file. By default, arrays that are
+        stored as they are used are read-only views of the mapped shard. GPU tensors always have their own.
     progress : True, callable, or iterable of callables, optional
         True draws a bar on standard error. A callable is given each `ProgressReport`, on this thread.
     trace : path-like, optional
@@ -81,7 +85,7 @@ def load(
     >>> weights["model.embed_tokens.q_weight"].buffer
     """
     with Loader(**options) as loader:
-        return loader.load(source, device, names=names, decode=decode, progress=progress, trace=trace)
+        return loader.load(source, device, names=names, decode=decode, copy=copy, progress=progress, trace=trace)
 
 
 def stream(
@@ -90,6 +94,7 @@ def stream(
     *,
     names: NameFilter = None,
     decode: bool = True,
+    copy: bool = False,
     progress: Progress = None,
     trace: str | os.PathLike[str] | None = None,
     **options: Unpack[Options],
@@ -113,7 +118,7 @@ def stream(
     """
     loader = Loader(**options)
     try:
-        tensors = loader.stream(source, device, names=names, decode=decode, progress=progress, trace=trace)
+        tensors = loader.stream(source, device, names=names, decode=decode, copy=copy, progress=progress, trace=trace)
     except BaseException:
         loader.close()
         raise

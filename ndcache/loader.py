@@ -176,12 +176,13 @@ class Loader:
         *,
         names: NameFilter = None,
         decode: bool = True,
+        copy: bool = False,
         progress: Progress = None,
         trace: str | os.PathLike[str] | None = None,
     ) -> Weights:
         """Load a model's weights, downloading what is not cached: see `ndcache.load`."""
         with _tracing(trace) as events:
-            return self._load(source, device, names, decode, progress, events)
+            return self._load(source, device, names, decode, copy, progress, events)
 
     def _load(
         self,
@@ -189,6 +190,7 @@ class Loader:
         device: str | wgpu.GPUDevice,
         names: NameFilter,
         decode: bool,
+        copy: bool,
         progress: Progress,
         trace: Trace | None,
     ) -> Weights:
@@ -196,7 +198,7 @@ class Loader:
         tensors: dict[str, Any] = {}
         try:
             run = self._open(source, trace=trace)
-            shards = self._select(run, target, names, decode)
+            shards = self._select(run, target, names, decode, copy)
             with closing(self._tensors(run, target, shards, progress)) as arriving:
                 for name, tensor in arriving:
                     tensors[name] = tensor
@@ -212,6 +214,7 @@ class Loader:
         *,
         names: NameFilter = None,
         decode: bool = True,
+        copy: bool = False,
         progress: Progress = None,
         trace: str | os.PathLike[str] | None = None,
     ) -> Iterator[tuple[str, Any]]:
@@ -221,7 +224,7 @@ class Loader:
             target = open_device(device)
             try:
                 run = self._open(source, trace=events)
-                shards = self._select(run, target, names, decode)
+                shards = self._select(run, target, names, decode, copy)
             except BaseException:
                 target.discard(())
                 raise
@@ -341,10 +344,12 @@ class Loader:
                 )
         return _Run(model, stop, stats, started)
 
-    def _select(self, run: _Run, device: Device[Any, Any], names: NameFilter, decode: bool) -> tuple[Shard, ...]:
+    def _select(
+        self, run: _Run, device: Device[Any, Any], names: NameFilter, decode: bool, copy: bool
+    ) -> tuple[Shard, ...]:
         """The shards wanted, every one of which can be decoded and fits the device."""
         shards = run.model.manifest.select(names)
-        device.prepare(shards, decode=decode, memory_limit=self._memory_limit)
+        device.prepare(shards, decode=decode, copy=copy, memory_limit=self._memory_limit)
         return shards
 
     def _tensors(

@@ -190,6 +190,20 @@ class TestCpu(Conformance):
         expanded = ndcache.load(tmp_path / "bf16")["t"]
         assert expanded.flags.writeable
 
+    @pytest.mark.parametrize("encoding", ["raw", "f32-to-bf16"])
+    def test_arrays_of_their_own(self, tmp_path: Path, encoding: str) -> None:
+        arrays = {f"t{n}": models.random_array(shape, seed=n) for n, shape in enumerate(SHAPES)}
+        models.write_model(tmp_path, [arrays], encoding=encoding, gap=b"x")
+        expected = ndcache.load(tmp_path)
+        for decode in (True, False):
+            for name, array in ndcache.load(tmp_path, copy=True, decode=decode).items():
+                assert array.flags.owndata, name
+                assert array.flags.writeable, name
+                assert not np.shares_memory(array, expected[name])
+        for name, array in ndcache.load(tmp_path, copy=True).items():
+            assert array.tobytes() == expected[name].tobytes(), name
+        assert dict(ndcache.stream(tmp_path, copy=True))["t0"].flags.owndata
+
     def test_many_shards_do_not_use_up_descriptors(self, tmp_path: Path) -> None:
         resource = pytest.importorskip("resource")
         arrays = models.simple_model(tmp_path, shards=600, shard_bytes=8)
@@ -284,9 +298,9 @@ class TestGpu(Conformance):
         text = path.read_text().replace('"shape": [8]', f'"shape": [{count}]')
         path.write_text(text.replace('"nbytes": 16', f'"nbytes": {2 * count}'))
         shards = ndcache.read_manifest(tmp_path).shards
-        device.prepare(shards, decode=False, memory_limit=1)
+        device.prepare(shards, decode=False, copy=False, memory_limit=1)
         with pytest.raises(ndcache.OutOfDeviceMemoryError, match="'t'"):
-            device.prepare(shards, decode=True, memory_limit=1)
+            device.prepare(shards, decode=True, copy=False, memory_limit=1)
 
     @pytest.mark.parametrize(
         ("failure", "error"),

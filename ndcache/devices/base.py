@@ -30,7 +30,7 @@ class Device(ABC, Generic[Staged, Tensor]):
     name: str
 
     @abstractmethod
-    def prepare(self, shards: Sequence[Shard], *, decode: bool, memory_limit: int) -> None:
+    def prepare(self, shards: Sequence[Shard], *, decode: bool, copy: bool, memory_limit: int) -> None:
         """Say what will be loaded, before anything is fetched.
 
         Parameters
@@ -38,6 +38,8 @@ class Device(ABC, Generic[Staged, Tensor]):
         shards : sequence of Shard
         decode : bool
             Expand float32 stored as bfloat16; else the tensor has the stored bits.
+        copy : bool
+            Give each tensor memory of its own, even where a view of the file would do.
         memory_limit : int
             Bytes of memory for shards on their way.
 

@@ -147,7 +147,7 @@ class GpuDevice(Device[_Staged, GPUTensor]):
         self._expander: Expander | None = None
         self._under_way: set[_Staged] = set()
 
-    def prepare(self, shards: Sequence[Shard], *, decode: bool, memory_limit: int) -> None:
+    def prepare(self, shards: Sequence[Shard], *, decode: bool, copy: bool, memory_limit: int) -> None:
         limit = self.handle.limits["max-buffer-size"]
         for shard in shards:
             for record in shard.records:
