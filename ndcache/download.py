@@ -89,9 +89,11 @@ class Downloader:
         with self.cache.part(shard.data_path) as part:
             expected = self._expected(shard, None)
             self._compute(part, expected)
-            self.cache.copy_longest_part(
-                part, shard, claim, self.stop.check, is_checked=bool(expected), is_alone=is_alone
-            )
+            with self.stats.timed("write", file=shard.data_path) as others:
+                self.cache.copy_longest_part(
+                    part, shard, claim, self.stop.check, is_checked=bool(expected), is_alone=is_alone
+                )
+                others["hash"] = part.take_spent()["hash"]
             self.stats.count(resumed_bytes=part.nbytes)
             transfer = Transfer(shard, claim, urls[0], part, cached, is_inherited=part.nbytes > 0)
             return self._from_any(transfer, urls)

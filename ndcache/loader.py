@@ -331,7 +331,12 @@ class Loader:
         with stats.timed("manifest"):
             if location.directory is not None:
                 model = LocalModel(
-                    location.directory, location.manifest_names, verify=self._verify, stop=stop, pins=self._pins
+                    location.directory,
+                    location.manifest_names,
+                    verify=self._verify,
+                    stop=stop,
+                    stats=stats,
+                    pins=self._pins,
                 )
             else:
                 model = RemoteModel(
@@ -441,13 +446,11 @@ def _tracing(path: str | os.PathLike[str] | None) -> Iterator[Trace | None]:
     trace = Trace(path)
     try:
         yield trace
-    except BaseException:
+    finally:
         try:
             trace.write()
         except OSError as error:
-            logger.warning("the trace was not written: %s", error)  # what failed first is what matters
-        raise
-    trace.write()
+            logger.warning("the trace was not written: %s", error)  # what was loaded, or failed first, matters more
 
 
 def _within(context: AbstractContextManager[Any], items: Generator[T, None, None]) -> Generator[T, None, None]:

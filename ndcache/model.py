@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -12,6 +12,7 @@ from .digests import mismatch
 from .errors import ChecksumError, NotFoundError, SizeMismatchError
 from .manifest import Manifest, Shard
 from .pins import Pins, manifest_names_to_try, open_manifest
+from .stats import LoadStats
 from .stop import Stop
 from .strict_json import MAX_MANIFEST_BYTES
 
@@ -80,9 +81,12 @@ class Model(ABC):
 class LocalModel(Model):
     """A directory of the user's: read in place, never written to."""
 
-    def __init__(self, directory: Path, manifest_names: Sequence[str], *, verify: str, stop: Stop, pins: Pins) -> None:
+    def __init__(
+        self, directory: Path, manifest_names: Sequence[str], *, verify: str, stop: Stop, stats: LoadStats, pins: Pins
+    ) -> None:
         self._verify = verify
         self._stop = stop
+        self._stats = stats
         self._pins = pins
         super().__init__(_read_manifest(directory, manifest_names_to_try(manifest_names, pins), pins), directory)
 
@@ -111,7 +115,7 @@ class LocalModel(Model):
         file = self._open(shard)
         expected = self._expected(shard)
         try:
-            if (wrong := mismatch(file, expected, self._stop.check)) is not None:
+            if (wrong := self._mismatch(file, shard, expected)) is not None:
                 algorithm, right, actual = wrong
                 raise ChecksumError(
                     f"{self._path(shard)} has the {algorithm} {actual}, and should have {right}",
@@ -127,8 +131,14 @@ class LocalModel(Model):
 
     def check(self, shard: Shard) -> str | None:
         with self._open(shard) as file:
-            good = self.has(shard) and mismatch(file, shard.digests, self._stop.check) is None
+            good = self.has(shard) and self._mismatch(file, shard, shard.digests) is None
         return shard.integrity if good else None
+
+    def _mismatch(self, file: BinaryIO, shard: Shard, expected: Mapping[str, str]) -> tuple[str, str, str] | None:
+        if not expected:
+            return None
+        with self._stats.timed("hash", file=shard.data_path):
+            return mismatch(file, expected, self._stop.check)
 
     @property
     def _is_pinned(self) -> bool:

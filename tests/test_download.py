@@ -18,6 +18,7 @@ from servers import Connection, Request, ScriptedServer, reply, then_close, then
 import ndcache
 from ndcache.cache import ArtifactCache
 from ndcache.download import Downloader
+from ndcache.parts import PartsFolder
 from ndcache.retry import RetryPolicy
 from ndcache.stats import LoadStats
 from ndcache.stop import Stop
@@ -253,7 +254,7 @@ def test_row_1_a_short_body_is_kept_and_gone_on_with(
 
 
 def test_row_1_in_the_end_it_is_truncated_and_the_part_is_kept(
-    downloader: Downloader, scripted: ScriptedServer
+    downloader: Downloader, scripted: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scripted.script[PATH] = [broken_off(), then_close(rest_of(DATA, 60_000)[:-40_000])]
     with pytest.raises(ndcache.TruncatedError, match="60,000 of 100,000") as caught:
@@ -262,9 +263,18 @@ def test_row_1_in_the_end_it_is_truncated_and_the_part_is_kept(
     # Another call, as of another process, goes on from there.
     scripted.script[PATH] = [rest_of(DATA, 60_000)]
     before = len(scripted.requests)
+    copy = PartsFolder.copy_longest
+
+    def slow_copy(self: PartsFolder, part: Any, *args: Any) -> Any:
+        found = copy(self, part, *args)
+        part._spent["write"] += 1000  # seconds, which are not those of the network
+        return found
+
+    monkeypatch.setattr(PartsFolder, "copy_longest", slow_copy)
     assert fetched(downloader, [scripted.url + "params_shard_0.bin"]) == DATA
     assert ranges(scripted)[before:] == [REST]
     assert downloader.stats.resumed_bytes == 60_000
+    assert all(0 <= seconds < 900 for seconds in downloader.stats.seconds.values())
     assert files(downloader.cache.directory) == ["params_shard_0.bin"]
 
 

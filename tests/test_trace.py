@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -53,6 +54,23 @@ def test_a_load_from_a_server(tmp_path: Path, serve: Serve) -> None:
     for phase in ("publish", "stage", "finish"):
         total = sum(event["dur"] for event in by_name[phase]) / 1e6
         assert total == pytest.approx(weights.stats.seconds[phase], abs=1e-4)
+
+
+def test_hashing_local_files_is_counted(tmp_path: Path) -> None:
+    models.simple_model(tmp_path, shards=1)
+    assert ndcache.load(tmp_path).stats.seconds["hash"] == 0
+    assert ndcache.load(tmp_path, verify="always").stats.seconds["hash"] > 0
+
+
+def test_a_load_outlives_its_trace(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    arrays = models.simple_model(tmp_path / "model", shards=1)
+    (tmp_path / "traces").mkdir()
+
+    def remove(_: ndcache.ProgressReport) -> None:
+        shutil.rmtree(tmp_path / "traces", ignore_errors=True)
+
+    models.assert_same(ndcache.load(tmp_path / "model", trace=tmp_path / "traces" / "t.json", progress=remove), arrays)
+    assert "the trace was not written" in caplog.text
 
 
 def test_no_secret_is_in_it(tmp_path: Path, serve: Serve) -> None:
