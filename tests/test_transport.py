@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import requests
 import responses
@@ -283,6 +284,31 @@ def test_tls_with_a_known_authority(secure: ScriptedServer, authority: trustme.C
         session.verify = path
         assert body(Transport(session=session), secure.url + "a") == b"abc"
     session.close()
+
+
+@pytest.mark.parametrize(
+    ("ending", "error"), [(then_close, ndcache.TruncatedError), (then_stall, ndcache.StallError), (None, None)]
+)
+def test_large_bodies_over_tls(secure: ScriptedServer, authority: trustme.CA, ending: Any, error: Any) -> None:
+    data = np.random.default_rng(0).bytes(4 << 20)
+    whole = reply(200, data)
+    secure.script["/a"] = [whole if ending is None else ending(whole[: -1 << 20])]
+    session, received = requests.Session(), []
+    with authority.cert_pem.tempfile() as path, contextlib.ExitStack() as stack:
+        session.verify = path
+        transport = Transport(session=session, timeout=(10, 0.5))
+        response = stack.enter_context(transport.get(secure.url + "a", {}, Stop()))
+        if error is not None:
+            stack.enter_context(pytest.raises(error))
+        while piece := response.read_some(1 << 18):
+            received.append(piece)
+    session.close()
+    came = b"".join(received)
+    assert came == data[: len(came)]
+    assert len(came) > (2 << 20)
+    if error is None:
+        assert len(came) == len(data)
+    assert max(map(len, received)) > 1 << 16  # more than a record of TLS at once
 
 
 def test_row_17_plain_http_on_a_tls_port() -> None:
