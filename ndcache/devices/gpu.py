@@ -106,14 +106,14 @@ class _Staged:
 
     Attributes
     ----------
-    buffers : list of wgpu.GPUBuffer
+    buffers : list of wgpu.GPUBuffer or None
         In the order of the shard's records; those that were handed out are None.
     chunks : list of tuple
         What was read already, with where it goes.
     rest : list of Piece
         What was not: of a shard that is too large to be staged as a whole.
-    file : int or None
-        A descriptor to read the rest from.
+    file : binary file or None
+        Open, to read the rest from.
     """
 
     buffers: list[wgpu.GPUBuffer | None]
