@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +22,7 @@ from .errors import (
 )
 from .manifest import Shard
 from .parts import Part
+from .pieces import Helpers, Piece, Pieces
 from .retry import RetryPolicy, with_retries
 from .stats import LoadStats
 from .stop import Stop
@@ -31,6 +35,13 @@ __all__ = ["Downloader"]
 #: The most that is read at once: it is still in the CPU's cache when it is hashed and written. With 1 MiB, a cold fetch
 #: to a disk took a quarter longer (benchmarks/fetch.py, 9 and 15 pairs).
 _READ_BYTES = 1 << 18
+#: Bytes of a file that comes in pieces, of which several may be under way at once.
+RANGE_THRESHOLD = 64 << 20
+#: Bytes of a piece, at least and at most: each costs a round trip, and what comes before it is its turn to be hashed
+#: is read back later.
+PIECE_LIMITS = (16 << 20, 64 << 20)
+
+logger = logging.getLogger("ndcache")
 
 
 @dataclass(frozen=True)
@@ -47,6 +58,8 @@ class Downloader:
         Where files go.
     digests : bool
         Whether digests are checked, or sizes only.
+    helpers : Helpers
+        Who else may bring pieces of a large file.
     """
 
     transport: Transport
@@ -55,6 +68,7 @@ class Downloader:
     stats: LoadStats
     cache: ArtifactCache
     digests: bool = True
+    helpers: Helpers = field(default_factory=Helpers)
     _failing: set[int] = field(default_factory=set)  # which of the URLs are tried last
 
     def shard(
@@ -67,6 +81,8 @@ class Downloader:
         is_alone: bool = False,
     ) -> BinaryIO | None:
         """Bring one shard into the cache, from the first of `urls` that gives the right bytes; its file comes open.
+
+        A file of more than 64 MiB is asked for in pieces, with the help of workers that have nothing else to do.
 
         Parameters
         ----------
@@ -89,14 +105,27 @@ class Downloader:
         with self.cache.part(shard.data_path) as part:
             expected = self._expected(shard, None)
             self._compute(part, expected)
-            with self.stats.timed("write", file=shard.data_path) as others:
+            with self.stats.timed("write", file=shard.data_path):
                 self.cache.copy_longest_part(
                     part, shard, claim, self.stop.check, is_checked=bool(expected), is_alone=is_alone
                 )
-                others["hash"] = part.take_spent()["hash"]
-            self.stats.count(resumed_bytes=part.nbytes)
-            transfer = Transfer(shard, claim, urls[0], part, cached, is_inherited=part.nbytes > 0)
-            return self._from_any(transfer, urls)
+            self.stats.count(resumed_bytes=part.spans.nbytes)
+            is_large = shard.nbytes > RANGE_THRESHOLD and self.helpers.most > 0
+            transfer = Transfer(
+                shard,
+                claim,
+                urls[0],
+                part,
+                cached,
+                self.stop,
+                PIECE_LIMITS if is_large else None,
+                self.helpers.most,
+                is_inherited=bool(part.spans),
+            )
+            try:
+                return self._from_any(transfer, urls)
+            finally:
+                transfer.leave_pieces()
 
     def file(self, name: str, url: str, limit: int) -> Path:
         """Bring a file of unknown size, up to `limit` bytes, into the cache."""
@@ -115,7 +144,7 @@ class Downloader:
                         expected=limit,
                         received=length,
                     )
-                self._receive(response, part, limit if length is None else length)
+                self._receive(response, part, Piece(0, limit if length is None else length), self.stop)
                 if length is not None and part.nbytes < length:
                     raise TruncatedError(
                         "the body ended early",
@@ -132,15 +161,16 @@ class Downloader:
 
         return with_retries(once, self.policy, self.stop, self.stats)
 
-    def get(self, url: str, owner: str, headers: Mapping[str, str]) -> Response:
+    def get(self, url: str, owner: str, headers: Mapping[str, str], stop: Stop | None = None) -> Response:
         """`Transport.get`, counted."""
         self.stats.count(requests=1)
         with self.stats.timed("request", url=redact(url), range=headers.get("Range")):
-            return self.transport.get(url, headers, self.stop, owner=owner)
+            return self.transport.get(url, headers, stop or self.stop, owner=owner)
 
     def _from_any(self, transfer: Transfer, urls: Sequence[str]) -> BinaryIO | None:
         errors: dict[int, NdcacheError] = {}
         for index in sorted(range(len(urls)), key=lambda index: index in self._failing):
+            transfer.leave_pieces()
             transfer.with_ranges = True
             try:
                 return with_retries(
@@ -163,22 +193,15 @@ class Downloader:
         """One request, or none if all has come; the published file, or None if the cached one is still right."""
         part, shard = transfer.part, transfer.shard
         try:
-            if transfer.is_complete:
-                assert part.origin is not None
-                expected = self._expected(shard, part.origin.sha256)
-                self._compute(part, expected)
-            else:
-                conditions = transfer.conditions(url)
-                with self.get(url, transfer.owner, conditions) as response:
-                    if response.status == 304 and "If-None-Match" in conditions:
-                        return None
-                    is_usable = transfer.accept(url, response)
-                    if is_usable:
-                        expected = self._expected(shard, response.linked_sha256)
-                        self._compute(part, expected)
-                        self._receive(response, part, shard.nbytes)
-                if not is_usable:
-                    return self._shard_once(transfer, url)
+            while not transfer.is_complete:
+                piece = transfer.take(url)
+                if piece is None and transfer.pieces is not None:
+                    transfer.pieces.wait()  # for those who have the last ones
+                elif not self._bring(transfer, url, piece):
+                    return None
+            expected = self._expected(shard, None if part.origin is None else part.origin.sha256)
+            self._compute(part, expected)
+            self._catch_up(part, wait=True)
             transfer.check(url, expected)
         except ChecksumError:
             if not transfer.is_inherited:
@@ -190,6 +213,59 @@ class Downloader:
         etag = origin.etag if origin is not None and origin.url == redact(transfer.owner) else None
         with self.stats.timed("publish", file=shard.data_path):
             return self.cache.publish(part, shard.data_path, etag=etag, claim=transfer.claim)
+
+    def _bring(self, transfer: Transfer, url: str, piece: Piece | None) -> bool:
+        """Ask for a piece, or for the whole file, once; False if the cached file is still right."""
+        request, pieces = transfer.request(url, piece), transfer.pieces
+        try:
+            with self.get(url, transfer.owner, request.headers) as response:
+                if response.status == 304 and "If-None-Match" in request.headers:
+                    return False
+                if not transfer.accept(url, request, response):
+                    return True
+                self._compute(transfer.part, self._expected(transfer.shard, response.linked_sha256))
+                if pieces is not None and pieces is transfer.pieces:
+                    for _ in range(pieces.vacancies()):
+                        self.helpers.ask(functools.partial(self._help, transfer, pieces, url))
+                coming = piece if piece is not None and response.status == 206 else Piece(0, transfer.shard.nbytes)
+                try:
+                    self._receive(response, transfer.part, coming, self.stop)
+                except SizeMismatchError:
+                    transfer.restart()
+                    raise
+                if coming.position < coming.end:
+                    raise transfer.truncated(url)
+        except TruncatedError as error:
+            raise transfer.truncated(url) from error
+        finally:
+            if piece is not None and pieces is not None:
+                pieces.give_back(piece)
+        self._catch_up(transfer.part)
+        return True
+
+    def _help(self, transfer: Transfer, pieces: Pieces, url: str) -> None:
+        """Bring pieces of another worker's file, until there are none or the server does not give one."""
+        part, is_good = transfer.part, True
+        while is_good:
+            with pieces.help() as piece:
+                if piece is None:
+                    return
+                request, is_good = transfer.request(url, piece, is_helping=True), False
+                try:
+                    with self.get(url, transfer.owner, request.headers, pieces.stop) as response:
+                        is_right = response.status == 206 and response.is_range(*piece.span, transfer.shard.nbytes)
+                        if is_right and transfer.is_of_version(response):
+                            self._receive(response, part, piece, pieces.stop)
+                            is_good = piece.position == piece.end
+                    self._catch_up(part)
+                except (NdcacheError, OSError) as error:
+                    logger.debug("a piece of %s did not come: %s", transfer.shard.data_path, error)
+                    is_good = False
+                except BaseException as error:
+                    pieces.retire(error)
+                    raise
+                if not is_good:
+                    pieces.retire()  # what to make of it is for the owner to see, whose turn it is next
 
     def _expected(self, shard: Shard, linked_sha256: str | None) -> dict[str, str]:
         """The digests that will be compared: the manifest's, the caller's, and the server's own."""
@@ -203,26 +279,30 @@ class Downloader:
             for algorithm in algorithms:
                 part.compute(algorithm, self.stop.check)
 
-    def _receive(self, response: Response, part: Part, nbytes: int) -> None:
-        """Write the body to `part`; one byte more than `nbytes` is asked for, to notice what is too long."""
-        with self.stats.timed("network", file=part.name, start=part.nbytes) as others:
-            try:
-                self._receive_all(response, part, nbytes)
-            finally:
-                others.update(part.take_spent())
+    def _catch_up(self, part: Part, *, wait: bool = False) -> None:
+        with self.stats.timed("hash", file=part.name):
+            part.catch_up(self.stop.check, wait=wait)
 
-    def _receive_all(self, response: Response, part: Part, nbytes: int) -> None:
-        try:
-            while data := response.read_some(min(_READ_BYTES, nbytes + 1 - part.nbytes)):
-                self.stop.check()
-                self.stats.count(network_bytes=len(data))
-                if part.nbytes + len(data) > nbytes:
-                    part.restart()
-                    raise SizeMismatchError(
-                        "the server sends more than there should be", url=response.url, expected=nbytes
-                    )
-                part.write(data)
-        except TruncatedError as error:
-            error.expected, error.received = nbytes, part.nbytes
-            error.message = f"the body ended early, after {part.nbytes:,} of {nbytes:,} bytes"
-            raise
+    def _receive(self, response: Response, part: Part, piece: Piece, stop: Stop) -> None:
+        """Write the body to `part`; one byte more than there should be is asked for, to notice what is too long."""
+        start, spent = piece.position, {"write": 0.0, "hash": 0.0}
+        with self.stats.timed("network", file=part.name, start=start) as others:
+            try:
+                while data := response.read_some(min(_READ_BYTES, piece.end + 1 - piece.position)):
+                    stop.check()
+                    self.stats.count(network_bytes=len(data))
+                    if piece.position + len(data) > piece.end:
+                        raise SizeMismatchError(
+                            "the server sends more than there should be",
+                            url=response.url,
+                            expected=piece.end - start,
+                        )
+                    begun = time.perf_counter()
+                    part.put(data, piece.position)
+                    written = time.perf_counter()
+                    part.feed(data, piece.position)
+                    spent["write"] += written - begun
+                    spent["hash"] += time.perf_counter() - written
+                    piece.position += len(data)
+            finally:
+                others.update(spent)

@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar
 
 from .errors import CancelledError, NdcacheError
 from .manifest import Shard
+from .pieces import Helpers
 from .stats import LoadStats
 from .stop import Stop
 
@@ -33,6 +34,7 @@ def in_order(
     memory_limit: int,
     stop: Stop,
     stats: LoadStats,
+    helpers: Helpers | None = None,
     tick: Callable[[], None] = lambda: None,
 ) -> Generator[T, None, None]:
     """Run ``work(shard)`` for every shard in worker threads; yield the results in the order of `shards`.
@@ -52,6 +54,8 @@ def in_order(
     stop : Stop
         Set when something failed, or when the caller goes away.
     stats : LoadStats
+    helpers : Helpers, optional
+        Through which those who work can have others help them, for as long as this goes on.
     tick : callable
         Called on the caller's thread about every 0.1 s while it waits.
 
@@ -64,6 +68,8 @@ def in_order(
     done: SimpleQueue[_Done[T]] = SimpleQueue()
     begun = taken = in_flight = 0
     workers = _Workers(max_workers)
+    if helpers is not None:
+        helpers.open(workers.submit, max_workers - 1)
     try:
         while taken < len(shards):
             while begun < len(shards) and _may_begin(

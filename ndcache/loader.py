@@ -34,6 +34,7 @@ from .locate import Location, hf_endpoint, locate
 from .manifest import Manifest, NameFilter, Shard
 from .model import LocalModel, Model, Obtained
 from .options import check_options
+from .pieces import Helpers
 from .progress import Progress, Reporter
 from .remote import RemoteModel
 from .retry import RetryPolicy
@@ -89,6 +90,7 @@ class _Run:
     model: Model
     stop: Stop
     stats: LoadStats
+    helpers: Helpers
     started: float
 
 
@@ -324,7 +326,7 @@ class Loader:
     def _open(self, source: Source, *, offline: bool = False, trace: Trace | None = None) -> _Run:
         """Find the model and read its manifest."""
         location = locate(source)
-        stop, stats = Stop(self._cancel), LoadStats()
+        stop, stats, helpers = Stop(self._cancel), LoadStats(), Helpers()
         stats.record_to(trace)
         started = time.perf_counter()
         model: Model
@@ -341,13 +343,13 @@ class Loader:
             else:
                 model = RemoteModel(
                     location,
-                    self._downloader(location, stop, stats),
+                    self._downloader(location, stop, stats, helpers),
                     mirrors=[_mirror(mirror) for mirror in self._mirrors],
                     verify=self._verify,
                     offline=self._offline or offline,
                     pins=self._pins,
                 )
-        return _Run(model, stop, stats, started)
+        return _Run(model, stop, stats, helpers, started)
 
     def _select(
         self, run: _Run, device: Device[Any, Any], names: NameFilter, decode: bool, copy: bool
@@ -408,6 +410,7 @@ class Loader:
                 memory_limit=memory_limit,
                 stop=run.stop,
                 stats=run.stats,
+                helpers=run.helpers,
                 tick=reporter.tick,
             )
             with closing(reporter), closing(results):
@@ -423,7 +426,9 @@ class Loader:
         run.stats.seconds["total"] = time.perf_counter() - run.started
         logger.info("%s: %s", run.model.directory, run.stats)
 
-    def _downloader(self, location: Location, stop: Stop, stats: LoadStats) -> Downloader:
+    def _downloader(
+        self, location: Location, stop: Stop, stats: LoadStats, helpers: Helpers | None = None
+    ) -> Downloader:
         return Downloader(
             self._transport,
             self._policy,
@@ -431,6 +436,7 @@ class Loader:
             stats,
             self._cache(location),
             digests=self._verify != "never",
+            helpers=helpers or Helpers(),
         )
 
     def _cache(self, location: Location) -> ArtifactCache:

@@ -9,25 +9,32 @@ version.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import json
 import os
 import re
 import secrets
 import stat
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .digests import feed, new_digest
+from .digests import new_digest
 from .errors import TransferError
 from .small_files import NO_LINKS, read_note
+from .spans import Spans
 
 __all__ = ["Origin", "Part", "PartsFolder"]
 
 _BUFFER_BYTES = 1 << 20
+#: Bytes that may come before a note says which there are: the most that a process that is killed loses.
+_NOTE_BYTES = 4 << 20
+#: Where there is no way to read and write at an offset that leaves the file's own position alone.
+_one_at_a_time = threading.Lock()
 _NAME = re.compile(r"(?P<name>.+)\.[0-9a-f]{16}", re.DOTALL)
 _FLAGS = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 
@@ -63,7 +70,10 @@ class Origin:
 
 
 class Part:
-    """A file being written, private to its writer until it is published.
+    """A file being written, private to its writers until it is published.
+
+    Its bytes may come in any order, from several threads. Digests are computed in order: of what comes when it is its
+    turn, as it comes; of the rest later, read back from the file.
 
     Parameters
     ----------
@@ -75,16 +85,20 @@ class Part:
     Attributes
     ----------
     file : binary file
-        Open for writing at the end of what has come.
+        Open for reading and writing.
     path : pathlib.Path
         Its name for now.
-    nbytes : int
-        Bytes written.
+    spans : Spans
+        What has come.
     furthest : int
-        The most that there were, before it was begun anew.
+        The most bytes that there were, before it was begun anew.
     origin : Origin or None
         Where they come from; None if nobody could go on from here.
     """
+
+    _is_scattered: bool  # whether the note has to say what there is: the size alone does not
+    _hashed: int  # up to where all digests are computed
+    _not_noted: int  # bytes that have come since the note was written
 
     def __init__(self, folder: Path, name: str) -> None:
         self._folder = folder
@@ -92,56 +106,107 @@ class Part:
         self._digests: dict[str, Any] = {}
         self.furthest = 0
         self.origin: Origin | None = None
-        self._spent = {"write": 0.0, "hash": 0.0}
+        self._lock = threading.Lock()
+        self._hashing = threading.Lock()
         self._open()
 
-    def write(self, data: bytes) -> None:
-        """Append `data`."""
-        begun = time.perf_counter()
-        rest = memoryview(data)
-        while rest:
-            rest = rest[self.file.write(rest) :]  # a disk that fills up takes a part first
-        written = time.perf_counter()
-        for digest in self._digests.values():
-            digest.update(data)
-        self._spent["write"] += written - begun
-        self._spent["hash"] += time.perf_counter() - written
-        self.nbytes += len(data)
-        self.furthest = max(self.furthest, self.nbytes)
+    @property
+    def nbytes(self) -> int:
+        """Bytes from the beginning on that have come."""
+        return self.spans.prefix
 
-    def take_spent(self) -> dict[str, float]:
-        """Seconds that were spent in `write` since this was asked last: on ``"write"`` and on ``"hash"``."""
-        spent, self._spent = self._spent, {"write": 0.0, "hash": 0.0}
-        return spent
+    def write(self, data: bytes) -> None:
+        """Append `data` to what has come from the beginning on."""
+        start = self.nbytes
+        self.put(data, start)
+        self.feed(data, start)
+
+    def put(self, data: bytes, start: int) -> None:
+        """Write `data` where it belongs. Threads must not write to the same place."""
+        if start != self.nbytes and not self._is_scattered:
+            with self._lock:
+                self._is_scattered = True
+                self._write_note()  # before its size says more than is there
+        rest, at = memoryview(data), start
+        while rest:
+            count = _write_at(self.file, rest, at)  # a disk that fills up takes a part first
+            rest, at = rest[count:], at + count
+        with self._lock:
+            self.spans.add(start, at)
+            self.furthest = max(self.furthest, self.spans.nbytes)
+            self._not_noted += len(data)
+            if self._is_scattered and self._not_noted >= _NOTE_BYTES:
+                self._write_note()
+
+    def feed(self, data: bytes, start: int) -> None:
+        """Put into the digests what was just written, if it is its turn and no other thread is at it."""
+        if self._hashing.acquire(blocking=False):
+            try:
+                if self._hashed == start:
+                    for digest in self._digests.values():
+                        digest.update(data)
+                    self._hashed += len(data)
+            finally:
+                self._hashing.release()
+
+    def catch_up(self, check: Callable[[], None], *, wait: bool = False) -> None:
+        """Put into the digests, read back from the file, what was written before it was its turn.
+
+        Parameters
+        ----------
+        check : callable
+            Called now and then; may raise to end it.
+        wait : bool
+            Whether to wait for another thread that is at it, and so to have it done in the end.
+        """
+        if self._hashing.acquire(blocking=wait):
+            try:
+                while self._hashed < (end := self.nbytes):
+                    check()
+                    end = min(end, self._hashed + _BUFFER_BYTES)
+                    self._feed_back(self._digests, self._hashed, end)
+                    self._hashed = end
+            finally:
+                self._hashing.release()
 
     def digest(self, algorithm: str) -> str:
-        """The hex digest of what was written; see `compute`."""
+        """The hex digest of what has come; see `compute` and `catch_up`."""
         return str(self._digests[algorithm].hexdigest())
 
     @property
     def digests(self) -> dict[str, str]:
-        """The hex digests of what was written, by algorithm."""
+        """The hex digests of what has come, by algorithm."""
         return {algorithm: self.digest(algorithm) for algorithm in self._digests}
 
     def compute(self, algorithm: str, check: Callable[[], None]) -> None:
         """Have this digest of what is written already, read back from the file, and of what will be."""
-        if algorithm not in self._digests:
+        if algorithm in self._digests:
+            return
+        with self._hashing:
             digest = new_digest(algorithm)
-            self.file.seek(0)
-            feed({algorithm: digest}, self.file, check)
+            for start in range(0, self._hashed, _BUFFER_BYTES):
+                check()
+                self._feed_back({algorithm: digest}, start, min(self._hashed, start + _BUFFER_BYTES))
             self._digests[algorithm] = digest
 
     def comes_from(self, url: str, etag: str, claim: str, sha256: str | None) -> None:
         """Note where the bytes come from that will be written, or have just been copied."""
         self.origin = Origin(url, etag, claim, sha256, _boot())
-        with open(_note(self.path), "x", encoding="utf-8") as file:
-            json.dump(asdict(self.origin), file)
+        with self._lock:
+            self._write_note()
 
     def restart(self) -> None:
         """Throw away what was written, and begin a new file: another version's bytes never come under the same note."""
         self.discard()
         self._digests = {}
         self._open()
+
+    def close(self) -> None:
+        """Write no more."""
+        if self._is_scattered and self.path.exists():
+            with contextlib.suppress(OSError), self._lock:
+                self._write_note()
+        self.file.close()
 
     def discard(self) -> None:
         """Close and remove it."""
@@ -150,10 +215,31 @@ class Part:
 
     def _open(self) -> None:
         self.path = self._folder / f"{self.name}.{secrets.token_hex(8)}"
-        self.nbytes = 0
+        self.spans = Spans()
         self.origin = None
+        self._is_scattered = False
+        self._hashed = self._not_noted = 0
         handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _FLAGS, 0o644)
         self.file: BinaryIO = os.fdopen(handle, "r+b", buffering=0)
+
+    def _feed_back(self, digests: Mapping[str, Any], start: int, end: int) -> None:
+        while digests and start < end:
+            data = _read_at(self.file, end - start, start)
+            if not data:
+                raise OSError(errno.EIO, "a file that is being written was cut", str(self.path))
+            for digest in digests.values():
+                digest.update(data)
+            start += len(data)
+
+    def _write_note(self) -> None:
+        if self.origin is None:
+            return
+        content = {**asdict(self.origin), **({"spans": list(self.spans)} if self._is_scattered else {})}
+        fresh = _note(self.path).with_suffix(f".json.{secrets.token_hex(8)}")
+        with open(fresh, "x", encoding="utf-8") as file:
+            json.dump(content, file)
+        os.replace(fresh, _note(self.path))
+        self._not_noted = 0
 
 
 @dataclass(frozen=True)
@@ -173,8 +259,8 @@ class PartsFolder:
                 part.origin = None  # room may be needed more than this, and on a disk that fails it may not be right
             raise
         finally:
-            part.file.close()
-            if part.nbytes == 0 or part.origin is None:
+            part.close()
+            if not part.spans.nbytes or part.origin is None:
                 part.discard()
 
     def copy_longest(
@@ -197,32 +283,28 @@ class PartsFolder:
         list of pathlib.Path
             The parts that are of no use any more, unless their writers still live.
         """
-        found = []
+        found = sorted(self._left_by_others(part, limit, is_usable), key=lambda item: item.spans.nbytes, reverse=True)
+        for left in found:
+            if left.origin is not None and left.spans.nbytes and not part.spans.nbytes:
+                _copy(part, left, check)
+        return [left.path for left in found]
+
+    def _left_by_others(self, part: Part, limit: int, is_usable: Callable[[Origin], bool]) -> Iterator[_Left]:
         for path in self.of(part.name):
-            origin = _read_note(path)
-            with contextlib.suppress(OSError):
-                status = os.lstat(path)
-                if path != part.path and stat.S_ISREG(status.st_mode):
-                    usable = origin is not None and is_usable(origin) and 0 < status.st_size <= limit
-                    found.append((status.st_size if usable else -1, path, origin))
-        found.sort(key=lambda item: item[0], reverse=True)
-        for size, path, origin in found:
-            if size > 0 and origin is not None and part.nbytes == 0:
-                _append(part, path, limit, check)
-                if part.nbytes:
-                    part.comes_from(origin.url, origin.etag, origin.claim, origin.sha256)
-        return [path for _, path, _ in found]
+            if path != part.path and (left := _look(path, limit, is_usable)) is not None:
+                yield left
 
     def of(self, name: str) -> list[Path]:
         """The parts of the file `name`, whoever's."""
         return [path for path, owner in self._entries() if owner == name]
 
-    def progress(self, name: str) -> frozenset[tuple[str, int]]:
+    def progress(self, name: str) -> frozenset[tuple[str, int, int]]:
         """Something that changes as long as somebody writes a part of `name`."""
         seen = set()
         for path in self.of(name):
             with contextlib.suppress(OSError):
-                seen.add((path.name, os.lstat(path).st_size))
+                status = os.lstat(path)
+                seen.add((path.name, status.st_size, status.st_mtime_ns))
         return frozenset(seen)
 
     @staticmethod
@@ -240,7 +322,7 @@ class PartsFolder:
         """Remove the parts of `name` that nobody has written to for so long, or that have this claim."""
         for path, owner in self._entries():
             if owner == name:
-                origin = _read_note(path)
+                origin, _ = _read_note(path)
                 if _idle_seconds(path) > seconds or (origin is not None and origin.claim == claim):
                     _remove(path)
 
@@ -266,28 +348,89 @@ def _idle_seconds(path: Path) -> float:
     return 0.0
 
 
-def _append(part: Part, path: Path, limit: int, check: Callable[[], None]) -> None:
+@dataclass(frozen=True)
+class _Left:
+    """A part that somebody left, or still writes. It has no origin if it is of no use."""
+
+    path: Path
+    origin: Origin | None
+    spans: Spans
+
+
+def _look(path: Path, limit: int, is_usable: Callable[[Origin], bool]) -> _Left | None:
+    """What there is of a part; None if there is none."""
+    origin, noted = _read_note(path)
     try:
-        handle = os.open(path, os.O_RDONLY | NO_LINKS | _FLAGS)
+        status = os.lstat(path)
+    except OSError:
+        return None
+    if not stat.S_ISREG(status.st_mode):
+        return None
+    spans = Spans([(0, status.st_size)]) if noted is None else noted
+    if origin is None or not is_usable(origin) or spans.end > min(limit, status.st_size):
+        return _Left(path, None, Spans())
+    return _Left(path, origin, spans)
+
+
+def _copy(part: Part, left: _Left, check: Callable[[], None]) -> None:
+    try:
+        file = _open_to_read(left.path)
     except OSError:
         return  # gone, or a link by now
-    with open(handle, "rb", buffering=0) as file:
-        while data := file.read(min(_BUFFER_BYTES, limit - part.nbytes)):
-            check()
-            part.write(data)
+    assert left.origin is not None
+    with file:
+        part.comes_from(left.origin.url, left.origin.etag, left.origin.claim, left.origin.sha256)
+        for start, end in left.spans:
+            at = start
+            while at < end:
+                check()
+                data = _read_at(file, min(_BUFFER_BYTES, end - at), at)
+                if not data:
+                    return
+                part.put(data, at)
+                at += len(data)
+
+
+def _open_to_read(path: Path) -> BinaryIO:
+    return os.fdopen(os.open(path, os.O_RDONLY | NO_LINKS | _FLAGS), "rb", buffering=0)
+
+
+def _write_at(file: BinaryIO, data: memoryview, start: int) -> int:
+    if hasattr(os, "pwrite"):
+        return os.pwrite(file.fileno(), data, start)
+    with _one_at_a_time:
+        file.seek(start)
+        return file.write(data)
+
+
+def _read_at(file: BinaryIO, nbytes: int, start: int) -> bytes:
+    if hasattr(os, "pread"):
+        return os.pread(file.fileno(), nbytes, start)
+    with _one_at_a_time:
+        file.seek(start)
+        return file.read(nbytes)
 
 
 def _note(path: Path) -> Path:
     return path.with_name(f"{path.name}.json")
 
 
-def _read_note(path: Path) -> Origin | None:
-    note = read_note(_note(path))
-    texts = {name: text for name, text in (note or {}).items() if isinstance(text, str) or name == "sha256"}
+def _read_note(path: Path) -> tuple[Origin | None, Spans | None]:
+    """Where a part's bytes come from, and which there are if its size does not say so."""
+    note = dict(read_note(_note(path)) or {})
+    spans = note.pop("spans", None)
+    texts = {name: text for name, text in note.items() if isinstance(text, str) or name == "sha256"}
     try:
-        return Origin(**texts)
-    except TypeError:
-        return None
+        return Origin(**texts), None if spans is None else _checked_spans(spans)
+    except (TypeError, ValueError):
+        return None, None
+
+
+def _checked_spans(noted: Iterable[Iterable[int]]) -> Spans:
+    spans = [(start, end) for start, end in noted]
+    if not all(type(start) is type(end) is int and 0 <= start <= end for start, end in spans):
+        raise ValueError("not a list of stretches")
+    return Spans(spans)
 
 
 def _remove(path: Path) -> None:

@@ -128,9 +128,12 @@ class Stop:
     ----------
     cancel : threading.Event, optional
         The caller's own event, looked at wherever this one is.
+    parent : Stop, optional
+        One for more threads than these, which stops these as well; see `branch`.
     """
 
     cancel: threading.Event | None = None
+    parent: Stop | None = None
     _pid: int = field(default_factory=os.getpid, init=False)
     _event: threading.Event = field(default_factory=threading.Event, init=False)
     _watches: set[Watch] = field(default_factory=set, init=False)
@@ -138,6 +141,15 @@ class Stop:
 
     def __post_init__(self) -> None:
         _live.add(self)
+
+    def branch(self) -> Stop:
+        """A stop for some of the threads, which leaves the others alone."""
+        return Stop(parent=self)
+
+    @property
+    def is_set(self) -> bool:
+        """Whether the order has been given, here or further up."""
+        return self._event.is_set() or (self.parent is not None and self.parent.is_set)
 
     def set(self) -> None:
         """Stop everything: wake the sleepers, shut the sockets."""
@@ -159,6 +171,8 @@ class Stop:
 
     def check(self) -> None:
         """Raise `CancelledError` if the order has been given."""
+        if self.parent is not None:
+            self.parent.check()
         if self.cancel is not None and self.cancel.is_set():
             self.set()
         if self._event.is_set():
@@ -179,8 +193,12 @@ class Stop:
             given = self._event.is_set()
         if given:
             watch.wake()
+        if self.parent is not None:
+            self.parent.add(watch)
 
     def remove(self, watch: Watch) -> None:
         """`watch` has ended."""
+        if self.parent is not None:
+            self.parent.remove(watch)
         with self._lock:
             self._watches.discard(watch)

@@ -1,14 +1,14 @@
 """One shard on its way: what has come of it, what to ask the server for next, and whether to believe the answer.
 
-A transfer that breaks off goes on where it was, now or in another process, if the server then says with a 206, the
-exact Content-Range and the same strong ETag that what follows belongs to what is there. In all other cases it starts
-over.
+A transfer that breaks off goes on where it was, now or in another process, and a large file comes in several pieces at
+once, if the server says of each with a 206, the exact Content-Range and the same strong ETag that it belongs to what
+is there. In all other cases the file starts over, as one stream.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .errors import (
     ChecksumError,
@@ -22,10 +22,31 @@ from .errors import (
 )
 from .manifest import Shard
 from .parts import Part
+from .pieces import Piece, Pieces
+from .spans import Span, Spans
+from .stop import Stop
 from .transport import Response
 from .validator import Validator
 
-__all__ = ["Transfer", "unasked"]
+__all__ = ["Request", "Transfer", "unasked"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a server.
+
+    Attributes
+    ----------
+    headers : dict of str to str
+    span : Span or None
+        Which bytes; None is the whole file.
+    is_rest : bool
+        Whether they are to be of the version that is there.
+    """
+
+    headers: dict[str, str]
+    span: Span | None = None
+    is_rest: bool = False
 
 
 @dataclass
@@ -43,12 +64,21 @@ class Transfer:
         What has come, and of which version.
     cached : Validator or None
         What is known of an older file that may still be right.
+    stop : Stop
+    piece_limits : tuple of int or None
+        Bytes of the pieces that the file is asked for in, at least and at most; None is all at once.
+    most_helpers : int
+        How many threads besides may bring pieces.
     is_inherited : bool
         Whether the first bytes are what somebody else left.
     with_ranges : bool
-        Whether the server may be asked for the rest of the file.
+        Whether the server may be asked for a part of the file.
     changes : int
         How often the file changed on the server.
+    is_asked_for : bool
+        Whether the server has said that it gives the file; without that, not even an empty one is there.
+    pieces : Pieces or None
+        What is still to come, while it comes in pieces.
     """
 
     shard: Shard
@@ -56,71 +86,95 @@ class Transfer:
     owner: str
     part: Part
     cached: Validator | None
+    stop: Stop
+    piece_limits: tuple[int, int] | None = None
+    most_helpers: int = 0
     is_inherited: bool = False
     with_ranges: bool = True
     changes: int = 0
+    is_asked_for: bool = field(default=False, init=False)
+    pieces: Pieces | None = field(default=None, init=False)
 
     @property
     def is_complete(self) -> bool:
         """Whether all bytes are there already, left by somebody else or by a try that failed later."""
-        return self.part.origin is not None and self.part.nbytes == self.shard.nbytes
+        return (self.part.origin is not None or self.is_asked_for) and not self.missing
 
-    def conditions(self, url: str) -> dict[str, str]:
-        """The headers of the next request: for the rest, or only if the file is not the one in the cache, or none."""
-        origin = self.part.origin
-        if self.part.nbytes and origin is not None and origin.url == redact(url) and self.with_ranges:
-            return {"Range": f"bytes={self.part.nbytes}-{self.shard.nbytes - 1}", "If-Range": origin.etag}
-        if self.cached is not None and self.cached.etag and url == self.owner:
-            return {"If-None-Match": self.cached.etag}
-        return {}
+    @property
+    def missing(self) -> Spans:
+        """What has not come."""
+        return self._whole.without(self.part.spans)
 
-    def accept(self, url: str, response: Response) -> bool:
+    @property
+    def _whole(self) -> Spans:
+        return Spans([(0, self.shard.nbytes)])
+
+    def take(self, url: str) -> Piece | None:
+        """The piece to ask this server for next; None is the whole file, or that others bring what is left."""
+        if self.pieces is None:
+            has_some = self._is_of(url)
+            if not self.with_ranges or not (has_some or self.piece_limits):
+                return None
+            spans = self.missing if has_some else self._whole
+            self.pieces = Pieces(spans, self.stop, self.piece_limits, self.most_helpers)
+        return self.pieces.take()
+
+    def request(self, url: str, piece: Piece | None, *, is_helping: bool = False) -> Request:
+        """How to ask for a piece, or for the whole file; it need not come if it is the one in the cache."""
+        etag = self.cached.etag if self.cached is not None and url == self.owner else None
+        condition = {"If-None-Match": etag} if etag else {}
+        if piece is None:
+            return Request(condition)
+        headers = {"Range": f"bytes={piece.position}-{piece.end - 1}"}
+        if not (is_helping or self._is_of(url)):
+            return Request({**headers, **condition}, piece.span)
+        assert self.part.origin is not None
+        return Request({**headers, "If-Range": self.part.origin.etag}, piece.span, is_rest=True)
+
+    def accept(self, url: str, request: Request, response: Response) -> bool:
         """Judge an answer, before its body is read.
 
         Returns
         -------
         bool
-            Whether the body is what the part lacks; a whole file makes the part start over. If not, ask again: this
-            time for the whole file.
+            Whether the body is what was asked for; a whole file makes the part start over, as the first bytes of
+            another version do. If not, ask again: then for the whole file.
         """
-        start, origin = self.part.nbytes, self.part.origin
-        was_asked_for_rest = "Range" in self.conditions(url)
-        if not was_asked_for_rest and response.status != 200:
+        if request.span is None and response.status != 200:
             raise unasked(response)
-        if response.status == 206 and response.is_range(start, self.shard.nbytes):
-            if origin is None or response.etag != origin.etag:
+        if response.status == 206 and request.span is not None and response.is_range(*request.span, self.shard.nbytes):
+            if request.is_rest:
+                if self.is_of_version(response):
+                    return True
                 self._note_change(url)
                 return False
-            return True
-        if response.status != 200:  # another range, or 416: the file there is shorter than what came of it
+            if response.etag is not None:
+                self._begin(url, response, keep_pieces=True)
+                return True
+        if response.status != 200:  # another range, one that could not be gone on with, or 416: the file is shorter
             self.with_ranges = False
+            self.leave_pieces()
             return False
         _check_length(response, self.shard)
-        if was_asked_for_rest and origin is not None and response.etag != origin.etag:
+        if request.is_rest and not self.is_of_version(response):
             self._note_change(url)
         else:
-            self.with_ranges = not was_asked_for_rest  # the server may not care for them
-        if start or origin is not None:
-            self.part.restart()
-        if response.etag is not None:
-            self.part.comes_from(redact(url), response.etag, self.claim, response.linked_sha256)
+            self.with_ranges = request.span is None  # the server may not care for them
+        self._begin(url, response)
         return True
 
+    def is_of_version(self, response: Response) -> bool:
+        """Whether an answer is about the version that the part is of."""
+        origin = self.part.origin
+        return origin is not None and response.etag == origin.etag
+
     def check(self, url: str, expected: Mapping[str, str]) -> None:
-        """Raise unless all has come and has the expected digests."""
+        """Raise unless what has come has the expected digests."""
         part, shard = self.part, self.shard
-        if part.nbytes != shard.nbytes:
-            raise TruncatedError(
-                f"the body ended early, after {part.nbytes:,} of {shard.nbytes:,} bytes",
-                url=url,
-                shard=shard.data_path,
-                expected=shard.nbytes,
-                received=part.nbytes,
-            )
         for algorithm, digest in expected.items():
             actual = part.digest(algorithm)
             if actual != digest:
-                part.restart()
+                self.restart()
                 raise ChecksumError(
                     f"wrong {algorithm}: {actual} came, {digest} is what it should be",
                     url=url,
@@ -130,8 +184,44 @@ class Transfer:
                     hint="The file on the server is damaged, or of another version than the manifest.",
                 )
 
-    def _note_change(self, url: str) -> None:
+    def truncated(self, url: str) -> TruncatedError:
+        """The error for a body that ended before it should have."""
+        received, expected = self.part.spans.nbytes, self.shard.nbytes
+        return TruncatedError(
+            f"the body ended early, after {received:,} of {expected:,} bytes",
+            url=url,
+            shard=self.shard.data_path,
+            expected=expected,
+            received=received,
+        )
+
+    def restart(self) -> None:
+        """Throw away what has come."""
+        self.leave_pieces()
         self.part.restart()
+
+    def leave_pieces(self) -> None:
+        """Have nobody else work on the file any more."""
+        if self.pieces is not None:
+            self.pieces.end()
+            self.pieces = None
+
+    def _is_of(self, url: str) -> bool:
+        """Whether what has come is of a version that this server has given."""
+        origin = self.part.origin
+        return bool(self.part.spans) and origin is not None and origin.url == redact(url)
+
+    def _begin(self, url: str, response: Response, *, keep_pieces: bool = False) -> None:
+        self.is_asked_for = True
+        if not keep_pieces:
+            self.leave_pieces()
+        if self.part.spans or self.part.origin is not None:
+            self.part.restart()
+        if response.etag is not None:
+            self.part.comes_from(redact(url), response.etag, self.claim, response.linked_sha256)
+
+    def _note_change(self, url: str) -> None:
+        self.restart()
         self.changes += 1
         if self.changes > 1:
             raise RemoteChangedError(

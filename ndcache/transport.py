@@ -86,15 +86,12 @@ class Response:
         text = self.headers.get("ETag", "").strip()
         return text if re.fullmatch(r'"[\x21\x23-\x7e]{1,256}"', text) else None
 
-    def is_range(self, start: int, size: int) -> bool:
-        """Whether the body is a file of `size` bytes from byte `start` to its end."""
+    def is_range(self, start: int, end: int, size: int) -> bool:
+        """Whether the body is what a file of `size` bytes has from byte `start` up to byte `end`."""
         text = self.headers.get("Content-Range", "").strip()
         if len(text) > 80 or not (match := re.fullmatch(r"(?i:bytes) ([0-9]+)-([0-9]+)/([0-9]+)", text)):
             return False
-        return tuple(map(int, match.groups())) == (start, size - 1, size) and self.content_length in (
-            None,
-            size - start,
-        )
+        return tuple(map(int, match.groups())) == (start, end - 1, size) and self.content_length in (None, end - start)
 
     def read_some(self, limit: int) -> bytes:
         """What has come of the body, 1 to `limit` bytes; waits for it if need be, and is empty at the end.

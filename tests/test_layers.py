@@ -19,9 +19,9 @@ LAYERS: list[list[str]] = [
     ["_version", "dtypes", "errors", "progress", "trace"],
     ["stats"],
     # 1: values from outside, checked
-    ["locate", "manifest", "paths", "stop", "strict_json"],
+    ["locate", "manifest", "paths", "spans", "stop", "strict_json"],
     # 2: one concern each
-    ["connections", "decode", "digests", "failures", "locks", "parse", "retry", "small_files"],
+    ["connections", "decode", "digests", "failures", "locks", "parse", "pieces", "retry", "small_files"],
     ["options", "parts", "pins", "validator"],
     ["cache"],
     # 3: devices, each above the one that it is built on; HTTP; a model in a directory
