@@ -35,7 +35,8 @@ _BUFFER_BYTES = 1 << 20
 _NOTE_BYTES = 4 << 20
 #: Where there is no way to read and write at an offset that leaves the file's own position alone.
 _one_at_a_time = threading.Lock()
-_NAME = re.compile(r"(?P<name>.+)\.[0-9a-f]{16}", re.DOTALL)
+#: Of a part, or of a note of one that was being replaced.
+_NAME = re.compile(r"(?P<name>.+?)\.[0-9a-f]{16}(\.json\.[0-9a-f]{16})?", re.DOTALL)
 _FLAGS = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
