@@ -310,6 +310,8 @@ def _folder(settings: Settings, *, memory: bool = False) -> Iterator[Path]:
     in_memory = memory and where is None and os.access(shared, os.W_OK)
     if in_memory and shutil.disk_usage(shared).free > 4 * settings.bytes_or(4 << 30):
         where = shared
+    if where is not None:
+        where.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="ndcache-bench-", dir=where) as folder:
         os.chmod(folder, 0o755)  # for nginx
         yield Path(folder)
