@@ -236,7 +236,7 @@ class Downloader:
                 if coming.position < coming.end:
                     raise transfer.truncated(url)
         except TruncatedError as error:
-            raise transfer.truncated(url) from error
+            raise transfer.truncated(url) from error.__cause__
         finally:
             if piece is not None and pieces is not None:
                 pieces.give_back(piece)

@@ -137,7 +137,7 @@ class Pieces:
         """A helper goes; with it goes what should never have happened, for the owner to raise."""
         with self._changed:
             self._vacant += 1
-            self._failure = failure
+            self._failure = failure or self._failure
 
     def wait(self) -> None:
         """Wait until there is something to take, or no helper is at work."""

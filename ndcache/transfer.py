@@ -209,7 +209,8 @@ class Transfer:
     def _is_of(self, url: str) -> bool:
         """Whether what has come is of a version that this server has given."""
         origin = self.part.origin
-        return bool(self.part.spans) and origin is not None and origin.url == redact(url)
+        has_begun = bool(self.part.spans) or self.pieces is not None  # whose helpers may bring the first bytes
+        return has_begun and origin is not None and origin.url == redact(url)
 
     def _begin(self, url: str, response: Response, *, keep_pieces: bool = False) -> None:
         self.is_asked_for = True

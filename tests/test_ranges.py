@@ -125,6 +125,30 @@ def test_helpers_are_at_work_while_the_owner_waits(scripted: ScriptedServer) -> 
     assert others.is_set()
 
 
+def test_an_owner_that_begins_again_leaves_its_helpers_alone(scripted: ScriptedServer) -> None:
+    """Its first piece breaks off before a byte has come, while others are under way."""
+    helper_asks, owner_asks_again = threading.Event(), threading.Event()
+
+    def step(connection: Connection, request: Request) -> None:
+        whole = answer(DATA, '"1"', request)
+        if not request.headers["range"].startswith("bytes=0-"):
+            helper_asks.set()
+            assert owner_asks_again.wait(60)
+        elif not helper_asks.is_set():
+            connection.send(whole[: whole.index(b"\r\n\r\n") + 4])
+            assert helper_asks.wait(60)
+            return
+        else:
+            owner_asks_again.set()
+        connection.send(whole)
+
+    scripted.script["/tensor-cache.json"] = [reply(200, manifest())]
+    scripted.script[PATH] = [step]
+    data, stats = loaded(scripted.url, retries=ndcache.RetryPolicy(backoff=0.001))
+    assert data == DATA
+    assert (stats.retries, stats.network_bytes) == (1, len(DATA))
+
+
 def test_one_worker_has_nobody_to_share_with(serve: Callable[..., FileServer], model: Path) -> None:
     server = serve(model)
     with ndcache.load(server.url, max_workers=1) as weights:
