@@ -47,6 +47,7 @@ from .manifest import Manifest, Shard
 from .parts import Origin, Part, PartsFolder
 from .paths import STATE_DIRECTORY, check_path
 from .small_files import read_note
+from .spans import Spans
 from .validator import Validator
 
 __all__ = ["ArtifactCache", "disk_bytes"]
@@ -195,13 +196,25 @@ class ArtifactCache:
         """
 
         def is_usable(origin: Origin) -> bool:
-            return origin.claim == claim and (is_checked or origin.is_of_this_boot)
+            return origin.claim == claim and (is_checked or origin.has_lasted)
 
         folder = PartsFolder(self._state / "parts")
         found = folder.copy_longest(part, shard.nbytes, is_usable, check)
         if is_alone:
             for path in found:
                 folder.remove(path)
+
+    def open_some(self, shard: Shard, claim: str, wanted: Spans) -> BinaryIO | None:
+        """A file of the shard's size that has the wanted bytes, fetched without the rest; None if there is none.
+
+        They were compared with no digest.
+        """
+
+        def is_usable(origin: Origin) -> bool:
+            return origin.claim == claim and origin.has_lasted
+
+        folder = PartsFolder(self._state / "parts")
+        return folder.open_with(_flat(shard.data_path), wanted, shard.nbytes, is_usable)
 
     def turn(
         self, name: str, is_there: Callable[[], bool], sleep: Callable[[float], None]
@@ -211,6 +224,11 @@ class ArtifactCache:
         with self._writing(name):
             path = self._folder("locks") / _flat(name)
         return turn(path, is_there=is_there, progress=lambda: parts.progress(_flat(name)), sleep=sleep)
+
+    def settle(self, part: Part, shard: Shard) -> BinaryIO:
+        """Keep a part that has what is wanted of a shard, for `open_some`; it comes back open for reading."""
+        with self._writing(shard.data_path):
+            return part.settle(shard.nbytes)
 
     def publish(
         self,

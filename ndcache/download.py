@@ -24,13 +24,14 @@ from .manifest import Shard
 from .parts import Part
 from .pieces import Helpers, Piece, Pieces
 from .retry import RetryPolicy, with_retries
+from .spans import Spans
 from .stats import LoadStats
 from .stop import Stop
 from .transfer import Transfer, unasked
 from .transport import Response, Transport
 from .validator import Validator
 
-__all__ = ["Downloader"]
+__all__ = ["Brought", "Downloader"]
 
 #: The most that is read at once: it is still in the CPU's cache when it is hashed and written. With 1 MiB, a cold fetch
 #: to a disk took a quarter longer (benchmarks/fetch.py, 9 and 15 pairs).
@@ -42,6 +43,22 @@ RANGE_THRESHOLD = 64 << 20
 PIECE_LIMITS = (16 << 20, 64 << 20)
 
 logger = logging.getLogger("ndcache")
+
+
+@dataclass(frozen=True)
+class Brought:
+    """What came of a shard.
+
+    Attributes
+    ----------
+    file : binary file or None
+        Open for reading; None if the one in the cache is still right.
+    is_whole : bool
+        Whether it is all there and was checked; if not, it has the wanted bytes, and holes.
+    """
+
+    file: BinaryIO | None
+    is_whole: bool
 
 
 @dataclass(frozen=True)
@@ -79,10 +96,12 @@ class Downloader:
         *,
         cached: Validator | None = None,
         is_alone: bool = False,
-    ) -> BinaryIO | None:
-        """Bring one shard into the cache, from the first of `urls` that gives the right bytes; its file comes open.
+        wanted: Spans | None = None,
+    ) -> Brought:
+        """Bring one shard into the cache, from the first of `urls` that gives the right bytes.
 
-        A file of more than 64 MiB is asked for in pieces, with the help of workers that have nothing else to do.
+        What comes of a file of more than 64 MiB, or a few bytes of any, is asked for in pieces, with the help of
+        workers that have nothing else to do.
 
         Parameters
         ----------
@@ -95,6 +114,12 @@ class Downloader:
             Of the file that is there. If the source says that it is still the same, nothing comes back.
         is_alone : bool
             Whether nobody else downloads this shard now.
+        wanted : Spans, optional
+            The bytes that are enough. A mirror is asked for all if there is a digest to compare it with.
+
+        Returns
+        -------
+        Brought
 
         Raises
         ------
@@ -103,25 +128,31 @@ class Downloader:
         CacheError, CancelledError
         """
         with self.cache.part(shard.data_path) as part:
-            expected = self._expected(shard, None)
+            expected = self._expected(shard, None) if wanted is None else {}
             self._compute(part, expected)
             with self.stats.timed("write", file=shard.data_path):
                 self.cache.copy_longest_part(
-                    part, shard, claim, self.stop.check, is_checked=bool(expected), is_alone=is_alone
+                    part,
+                    shard,
+                    claim,
+                    self.stop.check,
+                    is_checked=bool(expected),
+                    is_alone=is_alone,
                 )
-            self.stats.count(resumed_bytes=part.spans.nbytes)
-            is_large = shard.nbytes > RANGE_THRESHOLD and self.helpers.most > 0
+            in_pieces = self.helpers.most > 0 and (shard.nbytes > RANGE_THRESHOLD or wanted is not None)
             transfer = Transfer(
                 shard,
                 claim,
                 urls[0],
                 part,
                 cached,
+                Spans([(0, shard.nbytes)]) if wanted is None else wanted,
                 self.stop,
-                PIECE_LIMITS if is_large else None,
+                PIECE_LIMITS if in_pieces else None,
                 self.helpers.most,
                 is_inherited=bool(part.spans),
             )
+            self.stats.count(resumed_bytes=transfer.wanted.nbytes - transfer.missing.nbytes)
             try:
                 return self._from_any(transfer, urls)
             finally:
@@ -167,11 +198,13 @@ class Downloader:
         with self.stats.timed("request", url=redact(url), range=headers.get("Range")):
             return self.transport.get(url, headers, stop or self.stop, owner=owner)
 
-    def _from_any(self, transfer: Transfer, urls: Sequence[str]) -> BinaryIO | None:
+    def _from_any(self, transfer: Transfer, urls: Sequence[str]) -> Brought:
         errors: dict[int, NdcacheError] = {}
         for index in sorted(range(len(urls)), key=lambda index: index in self._failing):
             transfer.leave_pieces()
             transfer.with_ranges = True
+            if index > 0 and self._expected(transfer.shard, None):
+                transfer.want_whole_file()
             try:
                 return with_retries(
                     lambda url=urls[index]: self._shard_once(transfer, url),  # type: ignore[misc]
@@ -189,8 +222,8 @@ class Downloader:
         first.others = tuple(others)
         raise first
 
-    def _shard_once(self, transfer: Transfer, url: str) -> BinaryIO | None:
-        """One request, or none if all has come; the published file, or None if the cached one is still right."""
+    def _shard_once(self, transfer: Transfer, url: str) -> Brought:
+        """Ask once for each piece that has not come, and publish the file if it is whole and right."""
         part, shard = transfer.part, transfer.shard
         try:
             while not transfer.is_complete:
@@ -198,7 +231,10 @@ class Downloader:
                 if piece is None and transfer.pieces is not None:
                     transfer.pieces.wait()  # for those who have the last ones
                 elif not self._bring(transfer, url, piece):
-                    return None
+                    return Brought(None, is_whole=True)
+            if not transfer.has_whole_file:
+                with self.stats.timed("publish", file=shard.data_path):
+                    return Brought(self.cache.settle(part, shard), is_whole=False)
             expected = self._expected(shard, None if part.origin is None else part.origin.sha256)
             self._compute(part, expected)
             self._catch_up(part, wait=True)
@@ -212,7 +248,8 @@ class Downloader:
         origin = part.origin
         etag = origin.etag if origin is not None and origin.url == redact(transfer.owner) else None
         with self.stats.timed("publish", file=shard.data_path):
-            return self.cache.publish(part, shard.data_path, etag=etag, claim=transfer.claim)
+            file = self.cache.publish(part, shard.data_path, etag=etag, claim=transfer.claim)
+        return Brought(file, is_whole=True)
 
     def _bring(self, transfer: Transfer, url: str, piece: Piece | None) -> bool:
         """Ask for a piece, or for the whole file, once; False if the cached file is still right."""
@@ -223,7 +260,8 @@ class Downloader:
                     return False
                 if not transfer.accept(url, request, response):
                     return True
-                self._compute(transfer.part, self._expected(transfer.shard, response.linked_sha256))
+                if response.status == 200 or not transfer.is_partial:
+                    self._compute(transfer.part, self._expected(transfer.shard, response.linked_sha256))
                 if pieces is not None and pieces is transfer.pieces:
                     for _ in range(pieces.vacancies()):
                         self.helpers.ask(functools.partial(self._help, transfer, pieces, url))

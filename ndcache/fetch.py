@@ -30,6 +30,7 @@ def in_order(
     shards: Sequence[Shard],
     work: Callable[[Shard], T],
     *,
+    sizes: Sequence[int] | None = None,
     max_workers: int,
     memory_limit: int,
     stop: Stop,
@@ -48,6 +49,8 @@ def in_order(
     shards : sequence of Shard
     work : callable
         Called in the workers; must look at `stop`.
+    sizes : sequence of int, optional
+        The bytes that each shard counts. Default: those that it has.
     max_workers : int
     memory_limit : int
         In bytes of the shards.
@@ -64,6 +67,7 @@ def in_order(
     NdcacheError
         The first error of any shard, at once, whichever's turn it is; those of other shards attached.
     """
+    sizes = [shard.nbytes for shard in shards] if sizes is None else sizes
     results: dict[int, T] = {}
     done: SimpleQueue[_Done[T]] = SimpleQueue()
     begun = taken = in_flight = 0
@@ -72,17 +76,15 @@ def in_order(
         helpers.open(workers.submit, max_workers - 1)
     try:
         while taken < len(shards):
-            while begun < len(shards) and _may_begin(
-                shards[begun], begun - taken, in_flight, memory_limit, max_workers
-            ):
+            while begun < len(shards) and _may_begin(sizes[begun], begun - taken, in_flight, memory_limit, max_workers):
                 workers.submit(_run, work, shards[begun], begun, done)
-                in_flight += shards[begun].nbytes
+                in_flight += sizes[begun]
                 stats.peak_bytes_in_flight = max(stats.peak_bytes_in_flight, in_flight)
                 begun += 1
             with stats.timed("wait"):
                 _collect(done, results, taken, stop, tick)
             yield results.pop(taken)
-            in_flight -= shards[taken].nbytes
+            in_flight -= sizes[taken]
             taken += 1
     except BaseException as error:
         stop.set()
@@ -158,9 +160,9 @@ def _run(work: Callable[[Any], T], item: Any, index: int, done: SimpleQueue[_Don
         done.put(_Done(index, None, error))
 
 
-def _may_begin(shard: Shard, pending: int, in_flight: int, memory_limit: int, max_workers: int) -> bool:
+def _may_begin(nbytes: int, pending: int, in_flight: int, memory_limit: int, max_workers: int) -> bool:
     # Enough tasks to keep the workers busy; more would only fill the queue.
-    return pending == 0 or (in_flight + shard.nbytes <= memory_limit and pending < 4 * max_workers)
+    return pending == 0 or (in_flight + nbytes <= memory_limit and pending < 4 * max_workers)
 
 
 def _collect(

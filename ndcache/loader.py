@@ -397,15 +397,17 @@ class Loader:
         """Each shard with what `work` made of it; it is done, and reported, when the next one is asked for."""
         with closing(run.model):
             run.model.prepare(shards)
+            sizes = [run.model.nbytes(shard) for shard in shards]
             reporter = Reporter(
                 progress,
-                [shard.nbytes for shard in shards],
+                sizes,
                 cache_only=all(run.model.is_ready(shard) for shard in shards),
                 received=lambda: run.stats.network_bytes + run.stats.resumed_bytes,
             )
             results = in_order(
                 shards,
                 work,
+                sizes=sizes,
                 max_workers=self._max_workers,
                 memory_limit=memory_limit,
                 stop=run.stop,
@@ -415,13 +417,14 @@ class Loader:
             )
             with closing(reporter), closing(results):
                 reporter.start()
-                for done, (shard, (obtained, result)) in enumerate(zip(shards, results, strict=True), 1):
+                arriving = zip(shards, sizes, results, strict=True)
+                for done, (shard, nbytes, (obtained, result)) in enumerate(arriving, 1):
                     yield shard, result
                     if done == len(shards):
                         with run.stats.timed("finish"):
                             finish()
-                    run.stats.shard_done(shard.nbytes, from_cache=obtained.from_cache, checked=obtained.checked)
-                    reporter.shard_done(shard.nbytes)
+                    run.stats.shard_done(nbytes, from_cache=obtained.from_cache, checked=obtained.checked)
+                    reporter.shard_done(nbytes)
             run.model.finish()
         run.stats.seconds["total"] = time.perf_counter() - run.started
         logger.info("%s: %s", run.model.directory, run.stats)

@@ -21,7 +21,7 @@ __all__ = ["LocalModel", "Model", "Obtained"]
 
 @dataclass(frozen=True)
 class Obtained:
-    """A shard's file, whole and checked as far as the options say.
+    """A shard's file, whole or with what is wanted of it, and checked as far as the options say.
 
     It is open, so that what was checked is what will be read, whatever becomes of its name. Whoever gets it closes it.
     """
@@ -52,6 +52,10 @@ class Model(ABC):
     def is_ready(self, shard: Shard) -> bool:
         """Whether `obtain` will need no network, as far as can be told without reading the file."""
         return self.has(shard)
+
+    def nbytes(self, shard: Shard) -> int:
+        """Bytes that obtaining the shard takes, which are fewer than it has if only some of it is fetched."""
+        return shard.nbytes
 
     @abstractmethod
     def prepare(self, shards: Sequence[Shard]) -> None:

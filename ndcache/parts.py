@@ -19,7 +19,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -33,6 +33,8 @@ __all__ = ["Origin", "Part", "PartsFolder"]
 _BUFFER_BYTES = 1 << 20
 #: Bytes that may come before a note says which there are: the most that a process that is killed loses.
 _NOTE_BYTES = 4 << 20
+#: In a note, instead of a boot: the bytes were synced, and outlive the system's crash, too.
+_SYNCED = "synced"
 #: Where there is no way to read and write at an offset that leaves the file's own position alone.
 _one_at_a_time = threading.Lock()
 #: Of a part, or of a note of one that was being replaced.
@@ -55,7 +57,8 @@ class Origin:
     sha256 : str or None
         What the server said of the content.
     boot : str
-        Names the time since the system was started: bytes that were not synced outlive a process, but not that.
+        Names the time since the system was started: bytes that were not synced outlive a process, but not that. Of
+        those that were synced it says so.
     """
 
     url: str
@@ -65,9 +68,9 @@ class Origin:
     boot: str
 
     @property
-    def is_of_this_boot(self) -> bool:
-        """Whether all that was written since is still there, so far as can be told."""
-        return bool(self.boot) and self.boot == _boot()
+    def has_lasted(self) -> bool:
+        """Whether all that was written is still there, so far as can be told."""
+        return self.boot == _SYNCED or (bool(self.boot) and self.boot == _boot())
 
 
 class Part:
@@ -196,6 +199,18 @@ class Part:
         with self._lock:
             self._write_note()
 
+    def settle(self, nbytes: int) -> BinaryIO:
+        """Keep what has come of a file of `nbytes` bytes, for good; it comes back open for reading, with its holes."""
+        assert self.origin is not None
+        with self._lock:
+            self._is_scattered = True
+            self._write_note()  # before its size says more than is there
+            self.file.truncate(nbytes)
+            os.fsync(self.file.fileno())
+            self.origin = replace(self.origin, boot=_SYNCED)
+            self._write_note()
+        return _open_to_read(self.path)
+
     def restart(self) -> None:
         """Throw away what was written, and begin a new file: another version's bytes never come under the same note."""
         self.discard()
@@ -289,6 +304,18 @@ class PartsFolder:
             if left.origin is not None and left.spans.nbytes and not part.spans.nbytes:
                 _copy(part, left, check)
         return [left.path for left in found]
+
+    def open_with(self, name: str, wanted: Spans, nbytes: int, is_usable: Callable[[Origin], bool]) -> BinaryIO | None:
+        """A part of the file `name` that has all that is wanted, and the whole file's size; None if there is none."""
+        for path in self.of(name):
+            left = _look(path, nbytes, is_usable)
+            if left is not None and left.origin is not None and not wanted.without(left.spans):
+                with contextlib.suppress(OSError):  # gone, or a link by now
+                    file = _open_to_read(path)
+                    if os.fstat(file.fileno()).st_size == nbytes:
+                        return file
+                    file.close()
+        return None
 
     def _left_by_others(self, part: Part, limit: int, is_usable: Callable[[Origin], bool]) -> Iterator[_Left]:
         for path in self.of(part.name):

@@ -99,7 +99,8 @@ class Pieces:
         """How many helpers to ask for now: as many as there is work for; later, for one that failed, one at a time."""
         with self._changed:
             assert self._limits is not None or not self._vacant
-            wanted = -(-self._left.nbytes // self._limits[0]) if self._limits is not None else 0
+            least = self._limits[0] if self._limits is not None else 1
+            wanted = sum(-(-(end - start) // least) for start, end in self._left)
             count = min(self._vacant, wanted if self._is_first else min(wanted, 1))
             self._vacant, self._is_first = (0 if self._is_first else self._vacant - count), False
             return count

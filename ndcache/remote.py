@@ -19,6 +19,7 @@ from .manifest_source import ManifestSource, offline_error
 from .model import Model, Obtained
 from .parse import parse_manifest
 from .pins import Pins
+from .spans import Spans
 from .strict_json import MAX_MANIFEST_BYTES
 from .validator import Validator
 
@@ -30,6 +31,9 @@ _TRIES = 5
 #: of all loads of this process together, and the most that may be: descriptors are scarce.
 _all_held: set[BinaryIO] = set()
 _MAX_HELD = 128
+#: Of a shard that holds few of the tensors asked for: bytes between two of them that are rather fetched than asked
+#: around, and so the least that asking for some of it saves.
+_GAP = 1 << 20
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_all_held.clear)  # the parent's are not the child's
 #: What a shard can have been checked by, the strongest first.
@@ -40,10 +44,14 @@ logger = logging.getLogger("ndcache")
 
 @dataclass(frozen=True)
 class _Cached:
-    """A shard's file in the cache, open, and what was remembered of it when it was opened."""
+    """A shard's file in the cache, open, and what was remembered of it when it was opened.
+
+    If it is not whole, it has what is wanted, and holes.
+    """
 
     file: BinaryIO
-    validator: Validator | None
+    validator: Validator | None = None
+    is_whole: bool = True
 
     def judge(self, shard: Shard, claim: str) -> bool | None:
         """See `Validator.judge`."""
@@ -88,9 +96,11 @@ class RemoteModel(Model):
         self._cache = downloader.cache
         self._verify = verify
         self._offline = offline
+        self._pins = pins
         self._held: dict[str, _Cached] = {}
         manifest, self._manifest_digest = ManifestSource(self._bases, downloader, pins, offline=offline).open()
         super().__init__(manifest, self._cache.directory)
+        self._counts = {shard.data_path: len(shard.records) for shard in manifest.shards}
 
     def has(self, shard: Shard, *, of_any_size: bool = False) -> bool:
         size = self._cache.size(shard.data_path)
@@ -99,14 +109,25 @@ class RemoteModel(Model):
         return size == shard.nbytes
 
     def is_ready(self, shard: Shard) -> bool:
-        return self.has(shard) and self._cache.is_known(shard, self._claim(shard)) is not False
+        if self.has(shard) and self._cache.is_known(shard, self._claim(shard)) is not False:
+            return True
+        if shard.data_path in self._held:
+            return True
+        some = self._open_some(shard)
+        if some is not None:
+            some.file.close()
+        return some is not None
+
+    def nbytes(self, shard: Shard) -> int:
+        wanted = None if self.has(shard) else self._wanted(shard)
+        return shard.nbytes if wanted is None else wanted.nbytes
 
     def prepare(self, shards: Sequence[Shard]) -> None:
         missing = []
         for shard in shards:
             if not self.is_ready(shard):
                 missing.append(shard)
-            elif len(_all_held) < _MAX_HELD and (cached := self._open(shard)) is not None:
+            elif len(_all_held) < _MAX_HELD and (cached := self._open(shard) or self._open_some(shard)) is not None:
                 self._held[shard.data_path] = cached  # so that it is still there when its turn comes
                 _all_held.add(cached.file)
         if missing and self._offline:
@@ -159,6 +180,21 @@ class RemoteModel(Model):
         file = self._cache.open_shard(shard)
         return None if file is None else _Cached(file, self._cache.validator(shard.data_path))
 
+    def _open_some(self, shard: Shard) -> _Cached | None:
+        wanted = self._wanted(shard)
+        file = None if wanted is None else self._cache.open_some(shard, self._claim(shard), wanted)
+        return None if file is None else _Cached(file, is_whole=False)
+
+    def _wanted(self, shard: Shard) -> Spans | None:
+        """The bytes that are enough of a shard of which a few tensors are asked for; None is all of it."""
+        is_vouched_for = shard.pin is not None or (self.manifest.name in self._pins and bool(shard.digests))
+        if len(shard.records) == self._counts[shard.data_path] or is_vouched_for or self._verify == "always":
+            return None
+        stretches = ((record.byte_offset, record.byte_offset + record.nbytes) for record in shard.records)
+        wanted = Spans(stretches, gap=_GAP) or Spans([(0, 1)])  # a tensor may be empty, what is asked for may not
+        saved = shard.nbytes - wanted.nbytes
+        return None if saved < max(_GAP, wanted.nbytes) else wanted
+
     def _take_held(self, name: str) -> _Cached | None:
         cached = self._held.pop(name, None)
         if cached is not None:
@@ -183,7 +219,7 @@ class RemoteModel(Model):
 
             with self._cache.turn(name, is_there, sleep) as turn:
                 if turn is not None:
-                    if self._cache.size(name) is not None and (obtained := self._from_cache(shard)) is not None:
+                    if (obtained := self._from_cache(shard)) is not None:
                         return obtained  # somebody else was faster, or its validator came a moment after the file
                     # What others write is left alone by whoever was disturbed himself.
                     return self._from_server(shard, is_alone=turn.is_alone and is_first_try)
@@ -194,15 +230,17 @@ class RemoteModel(Model):
         if cached is None:
             if not self._offline and not self._is_of_another_version(shard):
                 self._set_aside_if_cut(shard)
-            return None
-        try:
-            if self._is_good(shard, cached):
-                return Obtained(cached.file, from_cache=True, checked=self._checked(shard))
-        except BaseException:
+        elif cached.is_whole:
+            try:
+                if self._is_good(shard, cached):
+                    return Obtained(cached.file, from_cache=True, checked=self._checked(shard))
+            except BaseException:
+                cached.file.close()
+                raise
             cached.file.close()
-            raise
-        cached.file.close()
-        return None
+            cached = None
+        cached = cached or self._open_some(shard)
+        return None if cached is None else Obtained(cached.file, from_cache=True, checked="size")
 
     def _set_aside_if_cut(self, shard: Shard) -> None:
         # One of the right size was published by somebody else, just after it was not found.
@@ -215,9 +253,12 @@ class RemoteModel(Model):
         is_candidate = not shard.digests and self.has(shard) and self._cache.is_intact(name)
         old = self._cache.validator(name) if is_candidate else None
         urls = [base.url(name) for base in self._bases]
-        file = self._downloader.shard(shard, urls, claim, cached=old, is_alone=is_alone)
-        if file is not None:
-            return Obtained(file, from_cache=False, checked=self._checked(shard))
+        wanted = self._wanted(shard)
+        brought = self._downloader.shard(shard, urls, claim, cached=old, is_alone=is_alone, wanted=wanted)
+        if brought.file is not None:
+            return Obtained(
+                brought.file, from_cache=False, checked=self._checked(shard) if brought.is_whole else "size"
+            )
         assert old is not None
         file = self._cache.open_shard(shard)
         if file is None or not old.is_of(os.fstat(file.fileno())):
@@ -271,7 +312,7 @@ class RemoteModel(Model):
         return self._cache.size(name) != shard.nbytes or self._cache.is_known(shard, self._claim(shard)) is False
 
     def _ensure_room(self, shards: Sequence[Shard]) -> None:
-        needed = sum(shard.nbytes for shard in shards)
+        needed = sum(self.nbytes(shard) for shard in shards)
         try:
             self._cache.ensure_room(needed)
         except DiskFullError:

@@ -27,7 +27,7 @@ class LoadStats:
     Attributes
     ----------
     nbytes : int
-        Bytes of the shards that were loaded, from wherever they came.
+        Bytes of the shards that were loaded, from wherever they came; of a shard that came in part, of that part.
     network_bytes : int
         Bytes of shard bodies received, those thrown away included.
     resumed_bytes : int
@@ -50,7 +50,8 @@ class LoadStats:
         the CPU expanding bfloat16).
     integrity : dict of str to int
         How many shards were checked by what, now or when they were fetched: ``sha256``, ``md5``, or ``size`` alone
-        (the manifest has no digest for them, or it was not computed: ``verify="never"``, local directories).
+        (the manifest has no digest for them, or it was not computed: ``verify="never"``, local directories, shards
+        that came in part).
     """
 
     nbytes: int = 0

@@ -64,6 +64,8 @@ class Transfer:
         What has come, and of which version.
     cached : Validator or None
         What is known of an older file that may still be right.
+    wanted : Spans
+        Which bytes are enough.
     stop : Stop
     piece_limits : tuple of int or None
         Bytes of the pieces that the file is asked for in, at least and at most; None is all at once.
@@ -86,6 +88,7 @@ class Transfer:
     owner: str
     part: Part
     cached: Validator | None
+    wanted: Spans
     stop: Stop
     piece_limits: tuple[int, int] | None = None
     most_helpers: int = 0
@@ -97,25 +100,35 @@ class Transfer:
 
     @property
     def is_complete(self) -> bool:
-        """Whether all bytes are there already, left by somebody else or by a try that failed later."""
+        """Whether all that is wanted is there already, left by somebody else or by a try that failed later."""
         return (self.part.origin is not None or self.is_asked_for) and not self.missing
 
     @property
     def missing(self) -> Spans:
-        """What has not come."""
-        return self._whole.without(self.part.spans)
+        """What is wanted and has not come."""
+        return self.wanted.without(self.part.spans)
 
     @property
-    def _whole(self) -> Spans:
-        return Spans([(0, self.shard.nbytes)])
+    def has_whole_file(self) -> bool:
+        """Whether all bytes are there, be they wanted or not."""
+        return self.part.nbytes == self.shard.nbytes
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether less than the whole file is wanted."""
+        return self.wanted.nbytes < self.shard.nbytes
+
+    def want_whole_file(self) -> None:
+        """Have no less than the whole file be enough."""
+        self.wanted = Spans([(0, self.shard.nbytes)])
 
     def take(self, url: str) -> Piece | None:
         """The piece to ask this server for next; None is the whole file, or that others bring what is left."""
         if self.pieces is None:
             has_some = self._is_of(url)
-            if not self.with_ranges or not (has_some or self.piece_limits):
+            if not self.with_ranges or not (has_some or self.piece_limits or self.is_partial):
                 return None
-            spans = self.missing if has_some else self._whole
+            spans = self.missing if has_some else self.wanted
             self.pieces = Pieces(spans, self.stop, self.piece_limits, self.most_helpers)
         return self.pieces.take()
 
@@ -186,7 +199,8 @@ class Transfer:
 
     def truncated(self, url: str) -> TruncatedError:
         """The error for a body that ended before it should have."""
-        received, expected = self.part.spans.nbytes, self.shard.nbytes
+        expected = self.wanted.nbytes
+        received = expected - self.missing.nbytes
         return TruncatedError(
             f"the body ended early, after {received:,} of {expected:,} bytes",
             url=url,

@@ -49,7 +49,7 @@ def downloader(tmp_path: Path) -> Iterator[Downloader]:
 
 
 def fetched(downloader: Downloader, urls: list[str], shard: ndcache.Shard = SHARD) -> bytes:
-    file = downloader.shard(shard, urls, "claim")
+    file = downloader.shard(shard, urls, "claim").file
     assert file is not None
     with file:
         return file.read()
@@ -569,7 +569,7 @@ def test_a_part_that_somebody_may_still_write_is_copied_and_left(
             connection.send(rest_of(DATA, 60_000))
 
         scripted.script[PATH] = [answer]
-        file = downloader.shard(SHARD, [url], "claim", is_alone=is_alone)
+        file = downloader.shard(SHARD, [url], "claim", is_alone=is_alone).file
         assert file is not None
         with file:
             assert file.read() == DATA
