@@ -47,7 +47,9 @@ def load(
         hardware, else the CPU; `Weights.device` tells which.
     names : str, iterable of str, or callable, optional
         Names, glob patterns (``"model.layers.0.*"``), or a predicate that is given each name. Only shards that hold a
-        match are fetched.
+        match are fetched, and of one that holds few, only the bytes of these: they are compared with no digest, which
+        `LoadStats.integrity` shows, until something asks for the rest. Shards with a digest in `integrity`, or in a
+        manifest with one, come whole, and so does everything with ``verify="always"``.
     decode : bool
         Expand float32 that is stored as bfloat16 (the default). If False, such tensors are bfloat16.
     copy : bool
@@ -142,6 +144,7 @@ def fetch(
     -------
     pathlib.Path
         A model directory that ndcache, TVM and mlc_llm can read: the one in the cache, or the local source itself.
+        Shards of which only some bytes were asked for are known to ndcache alone.
     """
     with Loader(**options) as loader:
         return loader.fetch(source, names=names, progress=progress, trace=trace)

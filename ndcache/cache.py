@@ -465,7 +465,9 @@ def disk_bytes(directory: Path) -> int:
     for folder, _, names in os.walk(directory):
         for name in names:
             with contextlib.suppress(OSError):
-                total += os.lstat(os.path.join(folder, name)).st_size
+                status = os.lstat(os.path.join(folder, name))
+                on_disk = 512 * getattr(status, "st_blocks", 0)  # fewer if it has holes; not every file system says
+                total += min(status.st_size, on_disk or status.st_size)
     return total
 
 
