@@ -28,7 +28,7 @@ from .spans import Spans
 from .stats import LoadStats
 from .stop import Stop
 from .transfer import Transfer, unasked
-from .transport import Response, Transport
+from .transport import Hop, Response, Transport
 from .validator import Validator
 
 __all__ = ["Brought", "Downloader"]
@@ -192,11 +192,18 @@ class Downloader:
 
         return with_retries(once, self.policy, self.stop, self.stats)
 
-    def get(self, url: str, owner: str, headers: Mapping[str, str], stop: Stop | None = None) -> Response:
+    def get(
+        self,
+        url: str,
+        owner: str,
+        headers: Mapping[str, str],
+        stop: Stop | None = None,
+        hops: dict[str, Hop] | None = None,
+    ) -> Response:
         """`Transport.get`, counted."""
         self.stats.count(requests=1)
         with self.stats.timed("request", url=redact(url), range=headers.get("Range")):
-            return self.transport.get(url, headers, stop or self.stop, owner=owner)
+            return self.transport.get(url, headers, stop or self.stop, owner=owner, hops=hops)
 
     def _from_any(self, transfer: Transfer, urls: Sequence[str]) -> Brought:
         errors: dict[int, NdcacheError] = {}
@@ -255,7 +262,7 @@ class Downloader:
         """Ask for a piece, or for the whole file, once; False if the cached file is still right."""
         request, pieces = transfer.request(url, piece), transfer.pieces
         try:
-            with self.get(url, transfer.owner, request.headers) as response:
+            with self.get(url, transfer.owner, request.headers, hops=transfer.hops) as response:
                 if response.status == 304 and "If-None-Match" in request.headers:
                     return False
                 if not transfer.accept(url, request, response):
@@ -273,8 +280,11 @@ class Downloader:
                     raise
                 if coming.position < coming.end:
                     raise transfer.truncated(url)
-        except TruncatedError as error:
-            raise transfer.truncated(url) from error.__cause__
+        except NdcacheError as error:
+            transfer.hops.pop(url, None)  # it may be the fault of where that led to
+            if isinstance(error, TruncatedError):
+                raise transfer.truncated(url) from error.__cause__
+            raise
         finally:
             if piece is not None and pieces is not None:
                 pieces.give_back(piece)
@@ -290,7 +300,7 @@ class Downloader:
                     return
                 request, is_good = transfer.request(url, piece, is_helping=True), False
                 try:
-                    with self.get(url, transfer.owner, request.headers, pieces.stop) as response:
+                    with self.get(url, transfer.owner, request.headers, pieces.stop, transfer.hops) as response:
                         is_right = response.status == 206 and response.is_range(*piece.span, transfer.shard.nbytes)
                         if is_right and transfer.is_of_version(response):
                             self._receive(response, part, piece, pieces.stop)

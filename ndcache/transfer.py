@@ -25,7 +25,7 @@ from .parts import Part
 from .pieces import Piece, Pieces
 from .spans import Span, Spans
 from .stop import Stop
-from .transport import Response
+from .transport import Hop, Response
 from .validator import Validator
 
 __all__ = ["Request", "Transfer", "unasked"]
@@ -81,6 +81,8 @@ class Transfer:
         Whether the server has said that it gives the file; without that, not even an empty one is there.
     pieces : Pieces or None
         What is still to come, while it comes in pieces.
+    hops : dict of str to Hop
+        Where the servers have redirected to.
     """
 
     shard: Shard
@@ -97,6 +99,7 @@ class Transfer:
     changes: int = 0
     is_asked_for: bool = field(default=False, init=False)
     pieces: Pieces | None = field(default=None, init=False)
+    hops: dict[str, Hop] = field(default_factory=dict, init=False)
 
     @property
     def is_complete(self) -> bool:

@@ -16,6 +16,7 @@ import re
 import time
 import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
@@ -23,22 +24,42 @@ import requests
 
 from ._version import __version__
 from .connections import WatchedAdapter, waker, watch_adapters, watching
-from .errors import NdcacheError, ProtocolError, RedirectError, StallError, redact
+from .errors import NdcacheError, ProtocolError, RedirectError, StallError, TransferError, redact
 from .failures import FAILURES, is_broken_connection, raise_for_status, raise_transfer_error
 from .stop import Stop, Watch
 
-__all__ = ["Response", "Transport"]
+__all__ = ["Hop", "Response", "Transport"]
 
 _MAX_REDIRECTS = 10
 _DRAIN_BYTES = 1 << 14
 #: Bytes per second of a connection that is read from in large pieces: a quarter of a second for each, at the most.
 _FAST = 1 << 20
+#: What an address that a server gave for a while answers with when it has expired.
+_EXPIRED = (401, 403, 404, 410)
 _USER_AGENT = f"ndcache/{__version__}"
 
 
 #: The process that last used a session of the caller's here; of others it is taken to be the one that came first.
 _last_user: weakref.WeakKeyDictionary[requests.Session, int] = weakref.WeakKeyDictionary()
 _FIRST_PID = os.getpid()
+
+
+@dataclass(frozen=True)
+class Hop:
+    """Where redirects have led to.
+
+    Attributes
+    ----------
+    url : str
+    is_home : bool
+        Whether they have never led away from the origin that was asked first.
+    linked_sha256 : str or None
+        See `Response`.
+    """
+
+    url: str
+    is_home: bool = True
+    linked_sha256: str | None = None
 
 
 class Response:
@@ -172,7 +193,15 @@ class Transport:
         self._bearer = bearer
         self._made: dict[int, tuple[requests.Session, requests.Session]] = {}
 
-    def get(self, url: str, headers: Mapping[str, str], stop: Stop, *, owner: str | None = None) -> Response:
+    def get(
+        self,
+        url: str,
+        headers: Mapping[str, str],
+        stop: Stop,
+        *,
+        owner: str | None = None,
+        hops: dict[str, Hop] | None = None,
+    ) -> Response:
         """Ask for `url`; the answer is 200, 206, 304 or 416, anything else is raised.
 
         Parameters
@@ -185,6 +214,8 @@ class Transport:
             Wakes the calling thread, here and in `Response.read_some`.
         owner : str, optional
             A URL of the origin that the caller's session is for, if that is not `url` itself (a mirror).
+        hops : dict of str to Hop, optional
+            Where redirects of a URL led to last, so that they are followed once, and again after a failure. Kept here.
 
         Raises
         ------
@@ -194,10 +225,24 @@ class Transport:
             `stop` was set.
         """
         stop.check()
-        home, seen, is_home = _origin(url), set[str](), True
+        hops = {} if hops is None else hops
+        if (known := hops.get(url)) is not None:
+            try:
+                return self._follow(url, known, headers, stop, owner, hops)
+            except TransferError as error:
+                hops.pop(url, None)
+                if error.status not in _EXPIRED:
+                    raise
+        return self._follow(url, Hop(url), headers, stop, owner, hops)
+
+    def _follow(
+        self, first: str, hop: Hop, headers: Mapping[str, str], stop: Stop, owner: str | None, hops: dict[str, Hop]
+    ) -> Response:
+        """Ask where redirects of `first` have led to, and go on from there."""
+        url, is_home, linked_sha256 = hop.url, hop.is_home, hop.linked_sha256
+        home, seen = _origin(first), {first}
         is_owners = owner is None or _origin(owner) == home
-        auth = self._auth(url) or (None if is_owners else _no_auth)
-        linked_sha256 = None
+        auth = self._auth(first) or (None if is_owners else _no_auth)
         while True:
             seen.add(url)
             is_home = is_home and _origin(url) == home  # who has been elsewhere does not come back as himself
@@ -212,7 +257,7 @@ class Transport:
                 with response:
                     if is_home:
                         linked_sha256 = _linked_sha256(response.headers)
-                    url = _follow(url, response.location, seen)
+                    url = _target(url, response.location, seen)
                 continue
             try:
                 raise_for_status(response.status, response.headers, response.url)
@@ -220,6 +265,8 @@ class Transport:
                 response.__exit__(Exception)
                 raise
             response.linked_sha256 = (is_home and _linked_sha256(response.headers)) or linked_sha256
+            if url != first:
+                hops[first] = Hop(url, is_home, linked_sha256)
             return response
 
     def close(self) -> None:
@@ -355,7 +402,7 @@ def _origin(url: str) -> tuple[str, str | None, int | None]:
     return scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(scheme)
 
 
-def _follow(url: str, target: str, seen: set[str]) -> str:
+def _target(url: str, target: str, seen: set[str]) -> str:
     with contextlib.suppress(UnicodeError):
         target = target.encode("latin-1").decode("utf-8")  # as browsers read the header
     try:

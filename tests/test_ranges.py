@@ -7,11 +7,13 @@ import hashlib
 import json
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 from hypothesis import given
 from hypothesis import strategies as st
 from servers import Connection, FileServer, Request, ScriptedServer, reply
@@ -264,6 +266,66 @@ def test_an_interrupted_load_goes_on_with_all_its_pieces(
     assert stats.resumed_bytes > 2 * PIECE  # more than the first piece ever was
     later = [request for request in scripted.requests[before:] if request.path == PATH]
     assert all(request.headers["if-range"] == '"1"' for request in later)
+
+
+def redirect(target: str) -> bytes:
+    return reply(302, b"", {"Location": target})
+
+
+@pytest.mark.parametrize("workers", [1, WORKERS])
+def test_a_redirect_of_a_shard_is_followed_once(
+    scripted: ScriptedServer, serve: Callable[..., FileServer], model: Path, workers: int
+) -> None:
+    """Then all pieces are asked for where it led to, as nobody."""
+    storage = serve(model)
+    script(scripted, lambda number, request: redirect(f"{storage.url}{PATH[1:]}"))
+    session = requests.Session()
+    session.headers["X-Secret"] = "mine"
+    with ndcache.load(scripted.url, max_workers=workers, session=session) as weights:
+        assert bytes(weights["w"]) == DATA
+    assert len(storage.shard_requests()) >= workers
+    assert len(scripted.requests_for(PATH)) == 1
+    assert scripted.requests_for(PATH)[0].headers["x-secret"] == "mine"
+    assert not any("x-secret" in request.headers for request in storage.requests)
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 410])
+def test_an_address_that_expires_is_asked_for_again(scripted: ScriptedServer, status: int) -> None:
+    """Each address is good for two requests, and the server gives a new one each time."""
+    asked: Counter[str] = Counter()
+    lock = threading.Lock()
+
+    def step(connection: Connection, request: Request) -> None:
+        with lock:
+            asked[request.path] += 1
+            is_good = asked[request.path] <= 2
+        connection.send(answer(DATA, '"1"', request) if is_good else reply(status))
+
+    script(scripted, lambda number, request: redirect(f"/signed/{number}"))
+    scripted.script |= {f"/signed/{number}": [step] for number in range(50)}
+    data, stats = loaded(scripted.url)
+    assert data == DATA
+    assert stats.retries == 0
+    assert stats.network_bytes == len(DATA)
+    assert 1 < len(scripted.requests_for(PATH)) < asked.total()
+
+
+def test_where_a_redirect_leads_is_forgotten_after_a_failure(scripted: ScriptedServer) -> None:
+    """A place that breaks off is not asked again: the server may know a better one."""
+
+    def broken(connection: Connection, request: Request) -> None:
+        connection.send(answer(DATA, '"1"', request)[:-100])
+        connection.close()
+
+    script(scripted, lambda number, request: redirect("/good" if number else "/bad"))
+    scripted.script |= {
+        "/bad": [broken],
+        "/good": [lambda connection, request: connection.send(answer(DATA, '"1"', request))],
+    }
+    with ndcache.load(scripted.url, max_workers=1) as weights:
+        assert bytes(weights["w"]) == DATA
+        assert weights.stats.retries == 1
+    assert len(scripted.requests_for("/bad")) == 1
 
 
 def left_with_holes(loader: Loader, url: str, spans: list[tuple[int, int]]) -> Path:
