@@ -6,10 +6,11 @@ import math
 import os
 import re
 import sys
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
@@ -106,6 +107,8 @@ class _Staged:
 
     Attributes
     ----------
+    made : Future
+        Done when all the buffers are made.
     buffers : list of wgpu.GPUBuffer or None
         In the order of the shard's records; those that were handed out are None.
     chunks : list of tuple
@@ -116,17 +119,18 @@ class _Staged:
         Open, to read the rest from.
     """
 
-    buffers: list[wgpu.GPUBuffer | None]
-    chunks: list[tuple[Chunk, Piece]]
     rest: list[Piece]
-    file: BinaryIO | None
+    made: Future[None] = field(init=False)
+    buffers: list[wgpu.GPUBuffer | None] = field(default_factory=list)
+    chunks: list[tuple[Chunk, Piece]] = field(default_factory=list)
+    file: BinaryIO | None = None
 
 
 class GpuDevice(Device[_Staged, GPUTensor]):
     """Loads onto a `wgpu.GPUDevice`.
 
-    Workers make the tensors' buffers, and read files straight into staging memory. The consumer has the GPU copy from
-    there, all of a shard with one submission, and expand bfloat16 on the way.
+    Workers read files straight into staging memory, while one thread makes the tensors' buffers. The consumer has the
+    GPU copy from there, with one submission all that is ready, and expand bfloat16 on the way.
 
     Parameters
     ----------
@@ -146,6 +150,7 @@ class GpuDevice(Device[_Staged, GPUTensor]):
         self._fence_buffer: wgpu.GPUBuffer | None = None
         self._expander: Expander | None = None
         self._under_way: set[_Staged] = set()
+        self._filled: deque[_Staged] = deque()  # all of whose bytes are in chunks
 
     def prepare(self, shards: Sequence[Shard], *, decode: bool, copy: bool, memory_limit: int) -> None:
         limit = self.handle.limits["max-buffer-size"]
@@ -169,28 +174,28 @@ class GpuDevice(Device[_Staged, GPUTensor]):
     def stage(self, file: BinaryIO, shard: Shard) -> _Staged:
         check_size(file, shard)
         todo = list(pieces(shard.records, self._piece_bytes, decode=self._decode))
-        staged = _Staged([], [], todo, None)
-        self._under_way.add(staged)
+        staged = _Staged(todo)
         with _device_errors():
             # Drivers make one buffer after the other, however many threads ask: one thread for it leaves the others
             # to read.
-            made = self._maker.submit(self._make_buffers, staged, shard)
-            try:
-                if shard.nbytes <= self._memory_limit or len(todo) == 1:
-                    while todo:
-                        self._fill(staged, file, shard)
-                else:
-                    staged.file = open(os.dup(file.fileno()), "rb", buffering=0)  # noqa: SIM115 - until it is placed
-            finally:
-                made.result()
+            staged.made = self._maker.submit(self._make_buffers, staged, shard)
+            self._under_way.add(staged)
+            if shard.nbytes <= self._memory_limit or len(todo) == 1:
+                while todo:
+                    self._fill(staged, file, shard)
+                self._filled.append(staged)
+            else:
+                staged.file = open(os.dup(file.fileno()), "rb", buffering=0)  # noqa: SIM115 - until it is placed
         return staged
 
     def place(self, staged: _Staged, shard: Shard) -> Iterator[tuple[Record, GPUTensor]]:
         with _device_errors():
-            self._submit(staged)
+            staged.made.result()
+            if staged.chunks:
+                self._submit([staged, *self._others_ready(staged)])
             while staged.rest and staged.file is not None:
                 self._fill(staged, staged.file, shard)
-                self._submit(staged)
+                self._submit([staged])
         for index, record in enumerate(shard.records):
             buffer = staged.buffers[index]
             assert buffer is not None
@@ -207,6 +212,7 @@ class GpuDevice(Device[_Staged, GPUTensor]):
 
     def release(self) -> None:
         self._maker.shutdown()
+        self._filled.clear()
         for staged in list(self._under_way):
             self._end(staged)
         self._ring.destroy()
@@ -241,19 +247,26 @@ class GpuDevice(Device[_Staged, GPUTensor]):
         staged.chunks.append((chunk, piece))
         del staged.rest[0]
 
-    def _submit(self, staged: _Staged) -> None:
+    def _others_ready(self, staged: _Staged) -> list[_Staged]:
+        """The later shards that can be submitted together with this one: submissions cost more than copies."""
+        filled = [self._filled.popleft() for _ in range(len(self._filled))]
+        ready = [other for other in filled if other.made.done() and other.made.exception() is None]
+        self._filled.extend(other for other in filled if other not in ready)
+        return [other for other in ready if other is not staged]
+
+    def _submit(self, shards: Sequence[_Staged]) -> None:
         """Have the GPU copy all that was filled."""
-        if not staged.chunks:
-            return
         encoder = self.handle.create_command_encoder()
-        for chunk, piece in staged.chunks:
-            chunk.unmap()
-            self._encode(encoder, chunk, piece, staged.buffers)
+        for staged in shards:
+            for chunk, piece in staged.chunks:
+                chunk.unmap()
+                self._encode(encoder, chunk, piece, staged.buffers)
         commands = encoder.finish()  # raises if the device was lost; to submit something then ends the process
         self.handle.queue.submit([commands])
-        for chunk, _ in staged.chunks:
-            self._ring.submitted(chunk)
-        staged.chunks.clear()
+        for staged in shards:
+            for chunk, _ in staged.chunks:
+                self._ring.submitted(chunk)
+            staged.chunks.clear()
 
     def _encode(
         self,
