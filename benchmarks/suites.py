@@ -260,12 +260,13 @@ def growth(settings: Settings) -> Result:
 
 
 def imports(settings: Settings) -> Result:
-    """``import ndcache`` beside importing requests and NumPy, which it cannot do without."""
+    """``import ndcache``, and what its first use imports, beside requests and NumPy, which it cannot do without."""
     with _folder(settings) as folder:
         result = Result(
             "import",
             [
                 Contender("import ndcache", "import_ndcache", {}, 1, 0),
+                Contender("from ndcache import load", "import_ndcache_load", {}, 1, 0),
                 Contender("import requests, numpy", "import_requests_numpy", {}, 1, 0),
             ],
             targets=[Target("ndcache / both", "import ndcache", "import requests, numpy", "<=", 1.4)],

@@ -2,43 +2,33 @@
 
 >>> import ndcache
 >>> weights = ndcache.load("https://host/model/", device="gpu")
+
+What is here is imported when the first of it is used: see `ndcache.public`.
 """
 
 from __future__ import annotations
 
-from . import errors
-from . import tvm as tvm
-from ._version import __version__
-from .api import delete, fetch, is_cached, load, read_manifest, stream, verify
-from .devices.gpu import GPUTensor
-from .dump import dump
-from .errors import *  # noqa: F403 - every error is public
-from .loader import Loader, VerifyReport
-from .manifest import Manifest, Record, Shard
-from .progress import ProgressReport
-from .retry import RetryPolicy
-from .stats import LoadStats
-from .weights import Weights
+import importlib
+import sys
+import typing
 
-__all__ = [
-    "GPUTensor",
-    "LoadStats",
-    "Loader",
-    "Manifest",
-    "ProgressReport",
-    "Record",
-    "RetryPolicy",
-    "Shard",
-    "VerifyReport",
-    "Weights",
-    "__version__",
-    "delete",
-    "dump",
-    "fetch",
-    "is_cached",
-    "load",
-    "read_manifest",
-    "stream",
-    "verify",
-]
-__all__ += errors.__all__
+from ._version import __version__ as __version__
+
+if typing.TYPE_CHECKING:
+    from . import errors as errors
+    from . import tvm as tvm
+    from .public import *  # noqa: F403
+    from .public import __all__ as __all__
+else:
+
+    def __getattr__(name: str) -> typing.Any:
+        if not name.startswith("__") or name == "__all__":
+            public = importlib.import_module(".public", __name__)
+            globals().update({each: getattr(public, each) for each in public.__all__}, __all__=public.__all__)
+            if name in globals():
+                return globals()[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=sys.modules[__name__])
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *importlib.import_module(".public", __name__).__all__})

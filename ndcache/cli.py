@@ -345,8 +345,8 @@ def dump(input_: Path, directory: Path, encode: Any, shard_mib: int) -> None:
 
     An older model in DIRECTORY is replaced.
     """
-    from .dump import dump
     from .tensor_files import read_tensors
+    from .writer import dump
 
     manifest = dump(read_tensors(input_), directory, encode=encode, shard_bytes=shard_mib << 20)
     shards = format_count(len(manifest.shards), "shard")

@@ -23,12 +23,12 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from .dump import dump
 from .loader import Loader
 from .manifest import Manifest
 from .progress import Progress
 from .stats import LoadStats
 from .weights import Weights
+from .writer import dump
 
 __all__ = ["DemoLoad", "DemoReport", "run_demo", "serving"]
 

@@ -28,7 +28,6 @@ from .devices.base import Device
 from .digests import parse_sri
 from .download import Downloader
 from .errors import ManifestError, NotFoundError, OfflineError, UnsafeCacheError
-from .fetch import in_order
 from .inventory import cache_root
 from .locate import Location, hf_endpoint, locate
 from .manifest import Manifest, NameFilter, Shard
@@ -43,6 +42,7 @@ from .stop import Stop
 from .trace import Trace
 from .transport import Transport
 from .weights import Weights
+from .workers import in_order
 
 if TYPE_CHECKING:
     import wgpu

@@ -22,13 +22,13 @@ from .errors import (
     ProtocolError,
     TransferError,
 )
-from .fetch import in_worker
 from .locate import Location
 from .manifest import Manifest
 from .pins import Pins, manifest_names_to_try, open_manifest
 from .retry import RetryPolicy, with_retries
 from .strict_json import MAX_MANIFEST_BYTES
 from .validator import Validator
+from .workers import in_worker
 
 __all__ = ["ManifestSource", "offline_error"]
 

@@ -28,13 +28,13 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 from .api import load
 from .cache import ArtifactCache as _ModelCache
 from .errors import CacheUnavailableError, NotFoundError, OfflineError, UnsafePathError, redact
-from .fetch import in_worker
 from .loader import Loader, Source
 from .locate import Location, locate
 from .paths import check_path
 from .progress import ProgressCallback
 from .stats import LoadStats
 from .stop import Stop
+from .workers import in_worker
 
 if TYPE_CHECKING:
     import wgpu

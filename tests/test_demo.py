@@ -19,7 +19,7 @@ import pytest
 import ndcache
 from ndcache import cli, demo
 from ndcache.devices import cpu
-from ndcache.dump import dump
+from ndcache.writer import dump
 
 SMALL: dict[str, Any] = {"size_mib": 3, "rate_mib": 256.0}
 

@@ -50,18 +50,47 @@ def test_every_name_is_there(name: str) -> None:
 
 
 def test_dump_is_the_function() -> None:
-    # The submodule has the function's name, and importing it must not hide the function.
-    importlib.import_module("ndcache.dump")
-    assert callable(ndcache.dump)
+    # No submodule has the name of something public, which importing it would hide.
+    names = {name.removeprefix("ndcache.") for name in MODULES}
+    assert names & set(ndcache.__all__) == set()
+    assert callable(dump)
     assert dump is ndcache.dump
 
 
 def test_import_is_light() -> None:
-    code = "import sys, json, ndcache; print(json.dumps([name.partition('.')[0] for name in sys.modules]))"
-    command = [sys.executable, "-c", code]
-    loaded = set(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    loaded = modules_after("import ndcache")
+    assert "ndcache" in loaded
+    assert not loaded & {"numpy", "requests", "tqdm", "wgpu", "rich", "click", "safetensors", "tvm"}
+
+
+@pytest.mark.parametrize(
+    "statement", ["from ndcache import *", "from ndcache import load", "import ndcache; ndcache.tvm"]
+)
+def test_what_is_used_is_imported_as_a_whole(statement: str) -> None:
+    loaded = modules_after(statement)
     assert {"ndcache", "numpy", "requests"} <= loaded
     assert not loaded & {"wgpu", "rich", "click", "safetensors", "tvm"}
+
+
+def modules_after(statement: str) -> set[str]:
+    code = f"{statement}; import sys, json; print(json.dumps([name.partition('.')[0] for name in sys.modules]))"
+    command = [sys.executable, "-c", code]
+    return set(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+
+
+@pytest.mark.parametrize("first", ["ndcache.workers", "ndcache.loader", "ndcache.tvm", "ndcache.errors", "ndcache.cli"])
+def test_names_are_there_whatever_is_imported_first(first: str) -> None:
+    uses = "assert callable(ndcache.fetch) and callable(ndcache.dump); ndcache.errors.NdcacheError"
+    code = f"import {first}, ndcache; {uses}"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_names_that_are_not_there() -> None:
+    assert not hasattr(ndcache, "loda")
+    assert not hasattr(ndcache, "__wrapped__")
+    with pytest.raises(ImportError, match="loda"):
+        exec("from ndcache import loda")
+    assert {"load", "NdcacheError", "__version__", "tvm"} <= set(dir(ndcache))
 
 
 @pytest.mark.parametrize("name", ["wgpu", "rich", "click", "safetensors"])
@@ -104,7 +133,7 @@ def test_every_module_says_what_it_is(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_all_of_every_module(name: str) -> None:
-    if name == "ndcache._version":
+    if name in ("ndcache._version", "ndcache.public"):
         return
     module = importlib.import_module(name)
     assert module.__all__ == sorted(module.__all__, key=_as_ruff_sorts)

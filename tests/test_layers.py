@@ -31,20 +31,21 @@ LAYERS: list[list[str]] = [
     ["devices.gpu"],
     ["devices", "transfer"],
     # 4: one shard; shards in order; the result
-    ["download", "fetch", "weights"],
+    ["download", "weights", "workers"],
     ["manifest_source"],
     ["remote"],
     # 5: the pipeline
     ["loader"],
     ["api"],
     # 6: faces
-    ["dump", "tensor_files", "terminal", "tvm"],
+    ["tensor_files", "terminal", "tvm", "writer"],
+    ["public"],
     ["", "demo", "doctor"],  # "" is ndcache/__init__.py
     ["cli"],
     ["__main__"],
 ]
 #: The first row of the faces: terminals begin there.
-FACES = LAYERS.index(["dump", "tensor_files", "terminal", "tvm"])
+FACES = LAYERS.index(["tensor_files", "terminal", "tvm", "writer"])
 
 PACKAGE = Path(ndcache.__file__).parent
 PLACE = {name: row for row, names in enumerate(LAYERS) for name in names}

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 import ndcache
-from ndcache.fetch import in_order
 from ndcache.stats import LoadStats
 from ndcache.stop import Stop
+from ndcache.workers import in_order
 
 
 def shards(*sizes: int) -> list[ndcache.Shard]:

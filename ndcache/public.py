@@ -1,0 +1,40 @@
+"""All that `import ndcache` gives, under the names that it has there."""
+
+from __future__ import annotations
+
+from . import errors
+from . import tvm as tvm
+from ._version import __version__
+from .api import delete, fetch, is_cached, load, read_manifest, stream, verify
+from .devices.gpu import GPUTensor
+from .errors import *  # noqa: F403 - every error is public
+from .loader import Loader, VerifyReport
+from .manifest import Manifest, Record, Shard
+from .progress import ProgressReport
+from .retry import RetryPolicy
+from .stats import LoadStats
+from .weights import Weights
+from .writer import dump
+
+__all__ = [
+    "GPUTensor",
+    "LoadStats",
+    "Loader",
+    "Manifest",
+    "ProgressReport",
+    "Record",
+    "RetryPolicy",
+    "Shard",
+    "VerifyReport",
+    "Weights",
+    "__version__",
+    "delete",
+    "dump",
+    "fetch",
+    "is_cached",
+    "load",
+    "read_manifest",
+    "stream",
+    "verify",
+]
+__all__ += errors.__all__
