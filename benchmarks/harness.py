@@ -91,6 +91,7 @@ class Result:
                         "gb_per_second": contender.file_bytes / median / 1e9,
                         "peak": max(self.values(contender.label, "peak"), default=None),
                         "ratio": self.ratio(contender.label, self.contenders[0].label),
+                        "profile": self._profile(contender.label, median),
                     }
                 )
         return {
@@ -99,6 +100,11 @@ class Result:
             "left_out": self.left_out,
             "targets": [self._judged(target) for target in self.targets],
         }
+
+    def _profile(self, label: str, median: float) -> dict[str, Any]:
+        """Where the time went in the round that is nearest to the median."""
+        ran = [each[label] for each in self.rounds if label in each]
+        return dict(min(ran, key=lambda measured: abs(measured["seconds"] - median)).get("profile", {}))
 
     def ratio(
         self, above: str, below: str, figure: str = "seconds", *, difference: bool = False

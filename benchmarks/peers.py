@@ -5,6 +5,7 @@ Each gives the number of bytes that it loaded or wrote, which the harness compar
 """
 
 import json
+import os
 import sys
 import time
 
@@ -24,10 +25,17 @@ def need(name):
         raise Unavailable(f"{name}: {error}") from error
 
 
+#: Of the work that was timed: seconds of CPU, those of processes that it started included, and stages if it has any.
+profile = {}
+
+
 def timed(work):
-    start = time.perf_counter()
+    before, start = os.times(), time.perf_counter()
     nbytes = work()
-    return time.perf_counter() - start, nbytes
+    seconds, after = time.perf_counter() - start, os.times()
+    profile["user"] = after.user + after.children_user - before.user - before.children_user
+    profile["system"] = after.system + after.children_system - before.system - before.children_system
+    return seconds, nbytes
 
 
 # --- ndcache
@@ -47,6 +55,7 @@ def ndcache_load(given):
 
     def work():
         weights = load(given.get("url") or given["directory"], device, **options)
+        profile["stages"] = {name: seconds for name, seconds in weights.stats.seconds.items() if seconds >= 0.001}
         return sum(tensor.nbytes for tensor in weights.values())
 
     return timed(work)
@@ -97,6 +106,70 @@ def empty_gpu(given):
     from ndcache import load  # noqa: F401
 
     return timed(open_gpu)[0], given["expect"]
+
+
+# --- what cannot be left out, alone
+
+
+def md5_alone(given):
+    """The digests of all files, by 8 threads."""
+    import hashlib
+    from concurrent.futures import ThreadPoolExecutor
+
+    def one(name):
+        with open(f"{given['directory']}/{name}", "rb") as file:
+            digest = hashlib.md5()
+            while data := file.read(1 << 18):
+                digest.update(data)
+            return digest.hexdigest()
+
+    def work():
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(one, given["shards"]))
+        return given["expect"]
+
+    return timed(work)
+
+
+def expand_alone(given):
+    """bfloat16 in memory → float32 in memory that is there already, by 8 threads: no files, no pages to be made."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    import ml_dtypes
+    import numpy
+
+    count, parts = given["expect"] // 4, 64
+    source = numpy.ones(count, ml_dtypes.bfloat16)
+    target = numpy.ones(count, numpy.float32)
+
+    def one(index):
+        part = slice(count * index // parts, count * (index + 1) // parts)
+        target[part] = source[part]
+
+    def work():
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(one, range(parts)))
+        return target.nbytes
+
+    return timed(work)
+
+
+def pages_alone(given):
+    """The expanded weights' memory, asked for and touched by 8 threads, and nothing put into it."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    import numpy
+
+    parts = 64
+
+    def one(index):
+        return numpy.full(given["expect"] // parts, 0, numpy.uint8)
+
+    def work():
+        with ThreadPoolExecutor(8) as pool:
+            return sum(array.nbytes for array in list(pool.map(one, range(parts))))
+
+    return timed(work)
 
 
 # --- downloaders; none of these compares a digest or syncs a file, but huggingface_hub and aria2c check sizes
@@ -414,7 +487,7 @@ def main():
     except Unavailable as error:
         print(json.dumps({"unavailable": str(error).splitlines()[0]}), flush=True)
         return
-    print(json.dumps({"seconds": seconds, "bytes": nbytes, "peak": peak_bytes()}), flush=True)
+    print(json.dumps({"seconds": seconds, "bytes": nbytes, "peak": peak_bytes(), "profile": profile}), flush=True)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,14 @@ from typing import Any
 
 
 def table(result: dict[str, Any], *, quick: bool) -> str:
-    """A suite's medians and ratios to its first contender, what was left out, and the targets."""
-    lines = [f"{result['suite']:34} {'seconds':>9} {'GB/s':>8} {'peak MiB':>9}   ratio to the first"]
+    """A suite's medians and ratios to its first contender, what was left out, the targets, and where the time went."""
+    lines = [f"{result['suite']:34} {'seconds':>9} {'GB/s':>8} {'CPU s':>7} {'peak MiB':>9}   ratio to the first"]
     for row in result["rows"]:
         peak = f"{row['peak'] / 2**20:9,.0f}" if row["peak"] else " " * 9
         speed = f"{row['gb_per_second']:8.2f}" if row["file_bytes"] else " " * 8
         ratio = _range(row["ratio"]) if row["ratio"] else ""
-        lines.append(f"{row['label']:34} {row['median']:9.4f} {speed} {peak}   {ratio}")
+        spent = row["profile"].get("user", 0) + row["profile"].get("system", 0)
+        lines.append(f"{row['label']:34} {row['median']:9.4f} {speed} {spent:7.2f} {peak}   {ratio}")
     lines += [f"left out: {label} ({reason})" for label, reason in result["left_out"].items()]
     for target in result["targets"]:
         if target["met"] is None:
@@ -24,6 +25,10 @@ def table(result: dict[str, Any], *, quick: bool) -> str:
         else:
             verdict = "tiny inputs say nothing" if quick else "met" if target["met"] else "MISSED"
             lines.append(f"target: {target['label']}: {_range(target)} {target['sign']} {target['bound']:g}: {verdict}")
+    for row in result["rows"]:
+        if stages := row["profile"].get("stages"):
+            words = ", ".join(f"{name} {seconds:.3f}" for name, seconds in stages.items())
+            lines.append(f"stats.seconds of {row['label']}: {words}")
     return "\n".join(lines)
 
 

@@ -70,6 +70,7 @@ def _cold(name: str, settings: Settings, folder: Path, model: dict[str, Any]) ->
                 make("aria2c", "aria2c"),
                 make("four quarters", "quarters"),
                 make("the seed's algorithm, CPU", "seed", loaded=True),
+                make("md5 alone", "md5_alone"),
             ],
             targets=[
                 Target("hf_transfer / ndcache load", "hf_transfer", "ndcache load", ">=", 1.2),
@@ -149,6 +150,8 @@ def warm_cpu(settings: Settings) -> Result:
                 make("TVM Python bf16", "tvm_python", loaded=True),
                 make("safetensors bf16, as stored", "safetensors_numpy"),
                 make("the seed's algorithm bf16", "seed", loaded=True),
+                make("expanding alone", "expand_alone", loaded=True),
+                make("fresh memory alone", "pages_alone", loaded=True),
                 make_raw("ndcache raw", "ndcache_load", loaded=True),
                 make_raw("TVM C++ raw", "tvm_cpp", loaded=True),
                 make_raw("safetensors raw", "safetensors_numpy"),
