@@ -2,13 +2,15 @@
 
 Run it as ``python tests/kills.py --kills 500 --seed 0``; it needs what the tests need, and a system that can fork.
 A model of 12 shards of 1 MiB is fetched by four workers from a server that gives each connection a fixed rate. When a
-fetch is complete the cache is deleted, and a new round begins. There are two modes:
+fetch is complete the cache is deleted, and a new round begins. There are three modes:
 
 random
     A kill comes at any moment. All bytes under real names are right, and at the end nothing is left lying about.
 apart
     A kill comes when at least another shard's worth of bytes has been sent since the last one. Then what is sent in all
     must not be over 1.15 times what was fetched, too.
+pieces
+    As random, but the model has two large shards, each of which comes in pieces, by all workers at once.
 
 What is counted as sent are the bytes of shards that the server's sockets took. What lay in buffers at a kill never
 reached the client, and counts, too; so the buffers at both ends are small. Processes are forked from one that has
@@ -44,7 +46,9 @@ import models
 import urllib3.connection
 from servers import FileServer
 
-import ndcache
+import ndcache.download
+import ndcache.parts
+import ndcache.public  # all of it, before anything is forked
 from ndcache.locate import locate
 
 #: Of a body, what is sent at once, and about what sockets hold.
@@ -52,9 +56,11 @@ _PIECE_BYTES = 1 << 13
 #: A safety net: nothing here takes so long.
 _TIMEOUT = 60.0
 
-MODES = ("random", "apart")
+MODES = ("random", "apart", "pieces")
 #: What may be sent in all in the mode ``apart``, in terms of what was fetched.
 MOST_SENT = 1.15
+#: Of a large shard: its pieces' bytes, and how often a note says what has come of it.
+_PIECES, _NOTED = (1 << 14, 1 << 16), 1 << 15
 
 
 # --- processes ----------------------------------------------------------------------------------------
@@ -408,7 +414,8 @@ class _Series:
         return model_directory(self.cache_dir, self.server.url)
 
     def start(self) -> Child:
-        return self.zygote.start(fetch, self.server.url, cache_dir=self.cache_dir, max_workers=4)
+        in_pieces = self.figures.mode == "pieces"
+        return self.zygote.start(fetch, self.server.url, in_pieces, cache_dir=self.cache_dir, max_workers=4)
 
     def check(self) -> None:
         self.figures.checked += check_published(self.directory, self.right)
@@ -442,8 +449,11 @@ class _Series:
         return "publishing" if self.shard_bytes in sizes or unknown else "bodies"
 
 
-def fetch(url: str, **options: Any) -> None:
+def fetch(url: str, in_pieces: bool = False, **options: Any) -> None:
     """Fetch through sockets with small buffers: what is in them at a kill is lost, whatever the client does."""
+    if in_pieces:  # in a process of its own
+        ndcache.download.RANGE_THRESHOLD, ndcache.download.PIECE_LIMITS = 1, _PIECES
+        ndcache.parts._NOTE_BYTES = _NOTED
     small = (socket.SOL_SOCKET, socket.SO_RCVBUF, _PIECE_BYTES)
     urllib3.connection.HTTPConnection.default_socket_options.append(small)
     ndcache.fetch(url, **options)
@@ -457,15 +467,17 @@ def run_kills(
     Parameters
     ----------
     kills, seed : int
-    mode : {"random", "apart"}
+    mode : {"random", "apart", "pieces"}
     folder : pathlib.Path
         An empty one, for the model and the cache.
     shards, shard_bytes : int
-        The model.
+        The model; with "pieces", its bytes are those of two shards.
     rate : int
         Bytes per second of each connection.
     """
     rng = random.Random(f"{mode} {seed}")
+    if mode == "pieces":
+        shards, shard_bytes = 2, shards * shard_bytes // 2
     arrays = [{f"t{index}": models.random_array((shard_bytes,), "uint8", index)} for index in range(shards)]
     models.write_model(folder / "model", arrays)
     figures = Figures(mode, shards * shard_bytes)
