@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ def synthetic(
     for number, size in enumerate(sizes):
         path = directory / f"params_shard_{number}.bin"
         _write(path, data, size)
+        os.utime(path, (number, number))  # or nginx would give all the same ETag, and huggingface_hub fetch one of them
         if size not in digests:  # shards of one size are alike
             with open(path, "rb") as file:
                 digests[size] = hashlib.md5(file.read(), usedforsecurity=False).hexdigest()
