@@ -334,7 +334,7 @@ class Downloader:
     def _receive(self, response: Response, part: Part, piece: Piece, stop: Stop) -> None:
         """Write the body to `part`; one byte more than there should be is asked for, to notice what is too long."""
         start, spent = piece.position, {"write": 0.0, "hash": 0.0}
-        with self.stats.timed("network", file=part.name, start=start) as others:
+        with self.stats.timed("network", file=part.name, start=start, nbytes=piece.end - start) as others:
             try:
                 while data := response.read_some(min(_READ_BYTES, piece.end + 1 - piece.position)):
                     stop.check()

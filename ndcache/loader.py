@@ -378,7 +378,7 @@ class Loader:
             with closing(arriving):
                 for shard, staged in arriving:
                     placed = device.place(staged, shard)
-                    for record, tensor in run.stats.timed_iterator("place", placed):
+                    for record, tensor in run.stats.timed_iterator("place", placed, file=shard.data_path):
                         run.stats.tensors += 1
                         yield record.name, tensor
                         run.stop.check()  # before the next one is made, which would be nobody's

@@ -121,10 +121,10 @@ class LoadStats:
             if self._trace is not None:
                 self._trace.add(phase, start, end, {**detail, **{f"{name} (s)": part for name, part in others.items()}})
 
-    def timed_iterator(self, phase: str, items: Iterator[T]) -> Iterator[T]:
+    def timed_iterator(self, phase: str, items: Iterator[T], **detail: Any) -> Iterator[T]:
         """`items`, with the time that they take to come added to ``seconds[phase]``."""
         while True:
-            with self.timed(phase):
+            with self.timed(phase, **detail):
                 item = next(items, _END)
             if item is _END:
                 return

@@ -31,12 +31,13 @@ def test_a_load_from_a_server(tmp_path: Path, serve: Serve) -> None:
     weights = ndcache.load(server.url, cache_dir=tmp_path / "cache", max_workers=3, trace=path)
     found = events(path)
     by_name = {name: [event for event in found if event["name"] == name] for name in {e["name"] for e in found}}
-    for name in ("network", "publish", "stage"):
+    for name in ("network", "publish", "stage", "place"):
         files = {event["args"]["file"] for event in by_name[name]}
         assert files >= {shard.data_path for shard in weights.manifest.shards}, name
     assert len(by_name["request"]) == weights.stats.requests
     assert len(by_name["manifest"]) == 1
     assert {"hash (s)", "write (s)"} <= by_name["network"][0]["args"].keys()
+    assert sum(event["args"]["nbytes"] for event in by_name["network"]) >= weights.stats.nbytes
     # Who did it.
     content = json.loads(path.read_text())["traceEvents"]
     threads = {event["tid"]: event["args"]["name"] for event in content if event["name"] == "thread_name"}
