@@ -70,6 +70,7 @@ def in_order(
     sizes = [shard.nbytes for shard in shards] if sizes is None else sizes
     results: dict[int, T] = {}
     done: SimpleQueue[_Done[T]] = SimpleQueue()
+    failed = threading.Event()
     begun = taken = in_flight = 0
     workers = _Workers(max_workers)
     if helpers is not None:
@@ -77,7 +78,7 @@ def in_order(
     try:
         while taken < len(shards):
             while begun < len(shards) and _may_begin(sizes[begun], begun - taken, in_flight, memory_limit, max_workers):
-                workers.submit(_run, work, shards[begun], begun, done)
+                workers.submit(_run, work, shards[begun], begun, done, failed)
                 in_flight += sizes[begun]
                 stats.peak_bytes_in_flight = max(stats.peak_bytes_in_flight, in_flight)
                 begun += 1
@@ -101,7 +102,7 @@ def in_worker(work: Callable[[], T], stop: Stop) -> T:
     results: dict[int, T] = {}
     workers = _Workers(1)
     try:
-        workers.submit(_run, lambda _: work(), None, 0, done)
+        workers.submit(_run, lambda _: work(), None, 0, done, threading.Event())
         _collect(done, results, 0, stop, lambda: None)
     except NdcacheError:
         raise  # of the work, which is over
@@ -151,13 +152,18 @@ class _Done(Generic[T]):
     error: BaseException | None
 
 
-def _run(work: Callable[[Any], T], item: Any, index: int, done: SimpleQueue[_Done[T]]) -> None:
+def _run(
+    work: Callable[[Any], T], item: Any, index: int, done: SimpleQueue[_Done[T]], failed: threading.Event
+) -> None:
+    if failed.is_set():
+        return  # The caller's thread, which is to stop everything, may be busy with a shard that came before.
     # Through a queue, and not the future that the executor makes: to wait for futures, the caller's thread would have
     # to take locks that the workers need, and Ctrl-C could leave one of them locked for ever.
     try:
         done.put(_Done(index, work(item), None))
     except BaseException as error:
         done.put(_Done(index, None, error))
+        failed.set()
 
 
 def _may_begin(nbytes: int, pending: int, in_flight: int, memory_limit: int, max_workers: int) -> bool:

@@ -124,7 +124,7 @@ def test_row_35_what_was_not_begun_is_never_begun_after_an_error() -> None:
 
     with pytest.raises(ndcache.NotFoundError):
         list(run(shards(*[1] * 100), work, max_workers=1))
-    assert len(begun) < 10
+    assert begun == ["0.bin"]
 
 
 @pytest.mark.parametrize("how", ["close", "drop", "raise", "cancel"])
