@@ -152,9 +152,7 @@ class _Done(Generic[T]):
     error: BaseException | None
 
 
-def _run(
-    work: Callable[[Any], T], item: Any, index: int, done: SimpleQueue[_Done[T]], failed: threading.Event
-) -> None:
+def _run(work: Callable[[Any], T], item: Any, index: int, done: SimpleQueue[_Done[T]], failed: threading.Event) -> None:
     if failed.is_set():
         return  # The caller's thread, which is to stop everything, may be busy with a shard that came before.
     # Through a queue, and not the future that the executor makes: to wait for futures, the caller's thread would have
