@@ -33,9 +33,9 @@ from .validator import Validator
 
 __all__ = ["Brought", "Downloader"]
 
-#: The most that is read at once: it is still in the CPU's cache when it is hashed and written. With 1 MiB, a cold fetch
-#: to a disk took a quarter longer (benchmarks/fetch.py, 9 and 15 pairs).
-_READ_BYTES = 1 << 18
+#: The most that is read at once: little enough to be in the CPU's cache when it is hashed and written. A cold fetch with
+#: 256 KiB takes 1.07 times as long in /dev/shm and 1.04 times to a disk (benchmarks/fetch.py, 15 pairs each).
+_READ_BYTES = 1 << 20
 #: Bytes of a file that comes in pieces, of which several may be under way at once.
 RANGE_THRESHOLD = 64 << 20
 #: Bytes of a piece, at least and at most: each costs a round trip, and what comes before it is its turn to be hashed

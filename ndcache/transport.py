@@ -33,7 +33,7 @@ __all__ = ["Hop", "Response", "Transport"]
 _MAX_REDIRECTS = 10
 _DRAIN_BYTES = 1 << 14
 #: Bytes per second of a connection that is read from in large pieces: a quarter of a second for each, at the most.
-_FAST = 1 << 20
+_FAST = 1 << 22
 #: What an address that a server gave for a while answers with when it has expired.
 _EXPIRED = (401, 403, 404, 410)
 _USER_AGENT = f"ndcache/{__version__}"
