@@ -33,8 +33,8 @@ from .validator import Validator
 
 __all__ = ["Brought", "Downloader"]
 
-#: The most that is read at once: little enough to be in the CPU's cache when it is hashed and written. A cold fetch with
-#: 256 KiB takes 1.07 times as long in /dev/shm and 1.04 times to a disk (benchmarks/fetch.py, 15 pairs each).
+#: The most that is read at once: little enough to be in the CPU's cache when it is hashed and written. A cold fetch
+#: with 256 KiB takes 1.07 times as long in /dev/shm and 1.04 times to a disk (benchmarks/fetch.py, 15 pairs each).
 _READ_BYTES = 1 << 20
 #: Bytes of a file that comes in pieces, of which several may be under way at once.
 RANGE_THRESHOLD = 64 << 20

@@ -356,7 +356,7 @@ class Loader:
     ) -> tuple[Shard, ...]:
         """The shards wanted, every one of which can be decoded and fits the device."""
         shards = run.model.manifest.select(names)
-        device.prepare(shards, decode=decode, copy=copy, memory_limit=self._memory_limit)
+        device.prepare(shards, decode=decode, copy=copy, memory_limit=self._memory_limit, stats=run.stats)
         return shards
 
     def _tensors(
@@ -370,7 +370,7 @@ class Loader:
 
         def work(shard: Shard) -> tuple[Obtained, Any]:
             obtained = run.model.obtain(shard)
-            with obtained.file, run.stats.timed("stage", file=shard.data_path):
+            with obtained.file:
                 return obtained, device.stage(obtained.file, shard)
 
         arriving = self._in_order(run, shards, work, progress, self._memory_limit, device.finish)

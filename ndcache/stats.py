@@ -16,8 +16,9 @@ __all__ = ["LoadStats"]
 
 T = TypeVar("T")
 _END = object()
-_CALLERS = ("manifest", "wait", "place", "finish", "total")
-_WORKERS = ("lock", "request", "network", "hash", "write", "publish", "backoff", "stage")
+_CALLERS = ("manifest", "wait", "place", "wait_buffers", "copy", "finish", "total")
+_WORKERS = ("lock", "request", "network", "hash", "write", "publish", "backoff")
+_DEVICES = ("read", "decode", "staging", "buffers")
 
 
 @dataclass
@@ -42,12 +43,14 @@ class LoadStats:
         The most bytes of shards that were asked for and not yet on the device.
     seconds : dict of str to float
         By phase. On the caller's thread, one after another: ``manifest``, ``wait`` (for the next shard),
-        ``place`` (on a GPU: having it copy), ``finish`` (waiting for the device); ``total`` is all of it.
+        ``place`` (making tensors; on a GPU, ``wait_buffers`` and ``copy`` are parts of it: waiting for the tensors'
+        buffers, and having the GPU copy and expand), ``finish`` (waiting for the device); ``total`` is all of it.
         In the workers, added up over all of them and at the same time as the others: ``lock`` (waiting for another
         process that downloads the same), ``request`` (until the headers have come), ``network`` (waiting for
         bodies and receiving them), ``hash`` (digests, of what comes and of files), ``write`` (to files), ``publish``
-        (fsync and rename), ``backoff`` (waiting before another try), ``stage`` (mapping or reading files, and on
-        the CPU expanding bfloat16).
+        (fsync and rename), ``backoff`` (waiting before another try), ``read`` (files into memory, or mapping them),
+        ``decode`` (on the CPU: expanding bfloat16, copies); on a GPU ``staging`` (making staging memory, and waiting
+        until the GPU has copied from it) and, in a thread of its own, ``buffers`` (making those of the tensors).
     integrity : dict of str to int
         How many shards were checked by what, now or when they were fetched: ``sha256``, ``md5``, or ``size`` alone
         (the manifest has no digest for them, or it was not computed: ``verify="never"``, local directories, shards
@@ -63,7 +66,7 @@ class LoadStats:
     requests: int = 0
     retries: int = 0
     peak_bytes_in_flight: int = 0
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_CALLERS + _WORKERS, 0.0))
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_CALLERS + _WORKERS + _DEVICES, 0.0))
     integrity: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -27,6 +28,7 @@ from ndcache.devices.layout import pieces
 from ndcache.devices.staging import Ring
 from ndcache.dtypes import DTYPES
 from ndcache.manifest import Record
+from ndcache.stats import LoadStats
 
 SHAPES: list[tuple[int, ...]] = [(), (1,), (3,), (4,), (5, 7), (0,), (3, 0, 2), (2, 3, 4, 5), (1025,)]
 
@@ -289,6 +291,23 @@ class TestGpu(Conformance):
         assert (caught.value.expected, caught.value.received) == (size, limit)
         assert server.shard_requests() == []
 
+    def test_a_trace_shows_what_each_thread_does(self, gpu: Any, tmp_path: Path) -> None:
+        models.write_model(tmp_path / "model", [{"t": np.ones(8, np.float32)}], encoding="f32-to-bf16")
+        stats = ndcache.load(tmp_path / "model", gpu, trace=tmp_path / "trace.json").stats
+        found = [event for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"] if "dur" in event]
+        sizes = {event["name"]: event["args"].get("nbytes") for event in found}
+        expected = {"read": 16, "staging": 16, "buffers": 32, "copy": 16}
+        assert {name: sizes[name] for name in expected} == expected
+        caller = next(event["tid"] for event in found if event["name"] == "place")
+        assert {event["name"] for event in found if event["tid"] == caller} >= {
+            "place",
+            "wait_buffers",
+            "copy",
+            "finish",
+        }
+        assert len({event["tid"] for event in found if event["name"] in ("place", "read", "buffers")}) == 3
+        assert stats.seconds["place"] >= stats.seconds["wait_buffers"] + stats.seconds["copy"]
+
     def test_row_38_a_limit_that_decoding_goes_over(self, gpu: Any, tmp_path: Path) -> None:
         """Stored as bfloat16 it fits, expanded it does not."""
         device = gpu_module.GpuDevice(gpu, is_ours=False)
@@ -298,9 +317,9 @@ class TestGpu(Conformance):
         text = path.read_text().replace('"shape": [8]', f'"shape": [{count}]')
         path.write_text(text.replace('"nbytes": 16', f'"nbytes": {2 * count}'))
         shards = ndcache.read_manifest(tmp_path).shards
-        device.prepare(shards, decode=False, copy=False, memory_limit=1)
+        device.prepare(shards, decode=False, copy=False, memory_limit=1, stats=LoadStats())
         with pytest.raises(ndcache.OutOfDeviceMemoryError, match="'t'"):
-            device.prepare(shards, decode=True, copy=False, memory_limit=1)
+            device.prepare(shards, decode=True, copy=False, memory_limit=1, stats=LoadStats())
 
     @pytest.mark.parametrize(
         ("failure", "error"),

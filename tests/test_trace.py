@@ -31,7 +31,7 @@ def test_a_load_from_a_server(tmp_path: Path, serve: Serve) -> None:
     weights = ndcache.load(server.url, cache_dir=tmp_path / "cache", max_workers=3, trace=path)
     found = events(path)
     by_name = {name: [event for event in found if event["name"] == name] for name in {e["name"] for e in found}}
-    for name in ("network", "publish", "stage", "place"):
+    for name in ("network", "publish", "read", "decode", "place"):
         files = {event["args"]["file"] for event in by_name[name]}
         assert files >= {shard.data_path for shard in weights.manifest.shards}, name
     assert len(by_name["request"]) == weights.stats.requests
@@ -42,7 +42,7 @@ def test_a_load_from_a_server(tmp_path: Path, serve: Serve) -> None:
     content = json.loads(path.read_text())["traceEvents"]
     threads = {event["tid"]: event["args"]["name"] for event in content if event["name"] == "thread_name"}
     assert {threads[event["tid"]] for event in by_name["wait"]} == {"MainThread"}
-    assert all(threads[event["tid"]].startswith("ndcache") for event in by_name["stage"])
+    assert all(threads[event["tid"]].startswith("ndcache") for event in by_name["read"] + by_name["decode"])
     # What one thread does lies within one another or apart.
     for thread in threads:
         ends: list[float] = []
@@ -52,7 +52,7 @@ def test_a_load_from_a_server(tmp_path: Path, serve: Serve) -> None:
             assert not ends or event["ts"] + event["dur"] <= ends[-1] + 0.002
             ends.append(event["ts"] + event["dur"])
     # The accounts are the same.
-    for phase in ("publish", "stage", "finish"):
+    for phase in ("publish", "read", "decode", "finish"):
         total = sum(event["dur"] for event in by_name[phase]) / 1e6
         assert total == pytest.approx(weights.stats.seconds[phase], abs=1e-4)
 
@@ -103,7 +103,7 @@ def test_written_when_a_stream_is_closed(tmp_path: Path) -> None:
     next(stream)
     assert not path.exists()
     stream.close()  # type: ignore[attr-defined]
-    assert "stage" in {event["name"] for event in events(path)}
+    assert "read" in {event["name"] for event in events(path)}
 
 
 def test_where_none_can_be_written(tmp_path: Path, serve: Serve) -> None:

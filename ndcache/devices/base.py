@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, BinaryIO, Generic, TypeVar
 
 from ..manifest import Record, Shard
+from ..stats import LoadStats
 
 __all__ = ["Device"]
 
@@ -30,7 +31,9 @@ class Device(ABC, Generic[Staged, Tensor]):
     name: str
 
     @abstractmethod
-    def prepare(self, shards: Sequence[Shard], *, decode: bool, copy: bool, memory_limit: int) -> None:
+    def prepare(
+        self, shards: Sequence[Shard], *, decode: bool, copy: bool, memory_limit: int, stats: LoadStats
+    ) -> None:
         """Say what will be loaded, before anything is fetched.
 
         Parameters
@@ -42,6 +45,8 @@ class Device(ABC, Generic[Staged, Tensor]):
             Give each tensor memory of its own, even where a view of the file would do.
         memory_limit : int
             Bytes of memory for shards on their way.
+        stats : LoadStats
+            Told how long what takes.
 
         Raises
         ------

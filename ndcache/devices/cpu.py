@@ -14,6 +14,7 @@ import numpy.typing as npt
 from ..decode import decode as decode_record
 from ..decode import stored
 from ..manifest import Record, Shard
+from ..stats import LoadStats
 from .base import Device
 from .reading import check_size
 
@@ -33,15 +34,20 @@ class CpuDevice(Device[list[Array], Array]):
     handle = "cpu"
     name = "cpu"
 
-    def prepare(self, shards: Sequence[Shard], *, decode: bool, copy: bool, memory_limit: int) -> None:
+    def prepare(
+        self, shards: Sequence[Shard], *, decode: bool, copy: bool, memory_limit: int, stats: LoadStats
+    ) -> None:
+        self._stats = stats
         self._decode = decode_record if decode else stored
         self._copy = copy
         self._map = sys.version_info >= (3, 13) or len(shards) <= _MAX_MAPS
 
     def stage(self, file: BinaryIO, shard: Shard) -> list[Array]:
-        data = map_shard(file, shard) if self._map else read_shard(file, shard)
-        arrays = [self._decode(record, data) for record in shard.records]
-        return [array if array.flags.writeable else array.copy() for array in arrays] if self._copy else arrays
+        with self._stats.timed("read", file=shard.data_path):
+            data = map_shard(file, shard) if self._map else read_shard(file, shard)
+        with self._stats.timed("decode", file=shard.data_path):
+            arrays = [self._decode(record, data) for record in shard.records]
+            return [array if array.flags.writeable else array.copy() for array in arrays] if self._copy else arrays
 
     def place(self, staged: list[Array], shard: Shard) -> Iterator[tuple[Record, Array]]:
         return zip(shard.records, staged, strict=True)

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from ..dtypes import DTYPES
 from ..errors import DeviceError, NoAdapterError, OutOfDeviceMemoryError
 from ..manifest import Record, Shard
+from ..stats import LoadStats
 from .base import Device
 from .expand import Expander
 from .layout import WORD, Piece, padded, pieces
@@ -152,7 +153,9 @@ class GpuDevice(Device[_Staged, GPUTensor]):
         self._under_way: set[_Staged] = set()
         self._filled: deque[_Staged] = deque()  # all of whose bytes are in chunks
 
-    def prepare(self, shards: Sequence[Shard], *, decode: bool, copy: bool, memory_limit: int) -> None:
+    def prepare(
+        self, shards: Sequence[Shard], *, decode: bool, copy: bool, memory_limit: int, stats: LoadStats
+    ) -> None:
         limit = self.handle.limits["max-buffer-size"]
         for shard in shards:
             for record in shard.records:
@@ -165,6 +168,7 @@ class GpuDevice(Device[_Staged, GPUTensor]):
                         received=limit,
                         hint="Nothing was fetched. Load it to the CPU, or leave it out with names=.",
                     )
+        self._stats = stats
         self._decode = decode
         self._memory_limit = memory_limit
         self._piece_bytes = min(_PIECE_BYTES, limit & -WORD, Expander.most(self.handle))
@@ -190,7 +194,8 @@ class GpuDevice(Device[_Staged, GPUTensor]):
 
     def place(self, staged: _Staged, shard: Shard) -> Iterator[tuple[Record, GPUTensor]]:
         with _device_errors():
-            staged.made.result()
+            with self._stats.timed("wait_buffers", file=shard.data_path):
+                staged.made.result()
             if staged.chunks:
                 self._submit([staged, *self._others_ready(staged)])
             while staged.rest and staged.file is not None:
@@ -231,19 +236,22 @@ class GpuDevice(Device[_Staged, GPUTensor]):
                 self.handle.destroy()
 
     def _make_buffers(self, staged: _Staged, shard: Shard) -> None:
-        for record in shard.records:
-            nbytes = math.prod(record.shape) * _dtype(record, self._decode).itemsize
-            staged.buffers.append(self.handle.create_buffer(size=max(padded(nbytes), WORD), usage=self._usage))
+        sizes = [math.prod(record.shape) * _dtype(record, self._decode).itemsize for record in shard.records]
+        with self._stats.timed("buffers", file=shard.data_path, nbytes=sum(sizes)):
+            for nbytes in sizes:
+                staged.buffers.append(self.handle.create_buffer(size=max(padded(nbytes), WORD), usage=self._usage))
 
     def _fill(self, staged: _Staged, file: BinaryIO, shard: Shard) -> None:
         """Read the next piece into a chunk of the ring."""
         piece = staged.rest[0]
-        chunk = self._ring.take(max(piece.nbytes, WORD))
-        for read in piece.reads:
-            end = read.at + read.nbytes
-            read_into(file, read.offset, chunk.view[read.at : end], shard)
-            if read.is_tail:
-                chunk.view[end : read.at + WORD] = bytes(WORD - read.nbytes)
+        with self._stats.timed("staging", nbytes=piece.nbytes):
+            chunk = self._ring.take(max(piece.nbytes, WORD))
+        with self._stats.timed("read", file=shard.data_path, nbytes=piece.nbytes):
+            for read in piece.reads:
+                end = read.at + read.nbytes
+                read_into(file, read.offset, chunk.view[read.at : end], shard)
+                if read.is_tail:
+                    chunk.view[end : read.at + WORD] = bytes(WORD - read.nbytes)
         staged.chunks.append((chunk, piece))
         del staged.rest[0]
 
@@ -256,13 +264,14 @@ class GpuDevice(Device[_Staged, GPUTensor]):
 
     def _submit(self, shards: Sequence[_Staged]) -> None:
         """Have the GPU copy all that was filled."""
-        encoder = self.handle.create_command_encoder()
-        for staged in shards:
-            for chunk, piece in staged.chunks:
+        filled = [(staged, chunk, piece) for staged in shards for chunk, piece in staged.chunks]
+        with self._stats.timed("copy", nbytes=sum(piece.nbytes for _, _, piece in filled)):
+            encoder = self.handle.create_command_encoder()
+            for staged, chunk, piece in filled:
                 chunk.unmap()
                 self._encode(encoder, chunk, piece, staged.buffers)
-        commands = encoder.finish()  # raises if the device was lost; to submit something then ends the process
-        self.handle.queue.submit([commands])
+            commands = encoder.finish()  # raises if the device was lost; to submit something then ends the process
+            self.handle.queue.submit([commands])
         for staged in shards:
             for chunk, _ in staged.chunks:
                 self._ring.submitted(chunk)
