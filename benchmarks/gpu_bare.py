@@ -2,10 +2,12 @@
 
 Run it as ``python benchmarks/gpu_bare.py``; it needs ndcache's dependencies and a GPU. Files of one shard each are
 written to memory (or where ``--directory`` says). First each kind of call is made alone. Then a loop makes them all at
-once, as a load of raw tensors must: threads read files into mapped staging buffers, one thread makes the tensors'
+once, as a load must: threads read files into mapped staging buffers, one thread makes the tensors'
 buffers, and the main thread has the GPU copy all that is ready with one submission, in whatever order it came. It
 parses nothing, checks nothing, keeps no order, and makes no tensors. Of the loop, the seconds of each kind of call are
 given: those of the main thread and of the one that makes buffers as they are, of the readers divided by their number.
+With ``--bf16`` what the files hold is expanded to float32 by the GPU, with ndcache's shader, on the way to the tensors,
+which then are twice as large as what ``--tensor-mib`` says.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from typing import Any
 
 import wgpu
 
+from ndcache.devices.expand import Expander
 from ndcache.devices.gpu import open_gpu
 
 MIB = 1 << 20
@@ -66,10 +69,21 @@ def fence(device: Any) -> None:
     device.queue.read_buffer(device.create_buffer(size=4, usage=USAGE), 0, 4)
 
 
-def bare(device: Any, files: list[int], shard: int, tensor: int, workers: int, ring: int) -> tuple[float, Timer]:
+def copy(encoder: Any, chunk: Any, buffers: list[Any], tensor: int, expander: Expander | None) -> None:
+    source, size = chunk, tensor
+    if expander is not None:
+        expander.encode(encoder, chunk, 0, chunk.size)
+        source, size = expander.expanded, 2 * tensor
+    for number, buffer in enumerate(buffers):
+        encoder.copy_buffer_to_buffer(source, number * size, buffer, 0, size)
+
+
+def bare(
+    device: Any, files: list[int], shard: int, tensor: int, workers: int, ring: int, expander: Expander | None
+) -> tuple[float, Timer]:
     """The loop; its seconds, and those of its calls."""
     timer, lock = Timer(), threading.Lock()
-    todo, per_shard = iter(range(len(files))), shard // tensor
+    todo, per_shard, size = iter(range(len(files))), shard // tensor, tensor * (1 if expander is None else 2)
     made: list[queue.SimpleQueue[list[Any]]] = [queue.SimpleQueue() for _ in files]
     filled: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
     free: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -79,7 +93,7 @@ def bare(device: Any, files: list[int], shard: int, tensor: int, workers: int, r
     def make() -> None:
         for shard_buffers in made:
             with timer("make tensors"):
-                shard_buffers.put([device.create_buffer(size=tensor, usage=USAGE) for _ in range(per_shard)])
+                shard_buffers.put([device.create_buffer(size=size, usage=USAGE) for _ in range(per_shard)])
 
     def next_chunk() -> Any:
         with lock:
@@ -121,8 +135,7 @@ def bare(device: Any, files: list[int], shard: int, tensor: int, workers: int, r
                 buffers = made[index].get()
             with timer("encode"):
                 chunk.unmap()
-                for number, buffer in enumerate(buffers):
-                    encoder.copy_buffer_to_buffer(chunk, number * tensor, buffer, 0, tensor)
+                copy(encoder, chunk, buffers, tensor, expander)
             tensors.extend(buffers)
         with timer("submit"):
             device.queue.submit([encoder.finish()])
@@ -144,11 +157,14 @@ def bare(device: Any, files: list[int], shard: int, tensor: int, workers: int, r
     return seconds, timer
 
 
-def alone(device: Any, files: list[int], shard: int, tensor: int, workers: int, ring: int) -> dict[str, float]:
+def alone(
+    device: Any, files: list[int], shard: int, tensor: int, workers: int, ring: int, expander: Expander | None
+) -> dict[str, float]:
     """Seconds of each kind of call when nothing else goes on."""
     timer = Timer()
+    size, per_shard = tensor * (1 if expander is None else 2), shard // tensor
     with timer("make tensors"):
-        buffers = [device.create_buffer(size=tensor, usage=USAGE) for _ in range(len(files) * shard // tensor)]
+        buffers = [device.create_buffer(size=size, usage=USAGE) for _ in range(len(files) * per_shard)]
     with timer("make staging"):
         chunks = [staging(device, shard) for _ in range(ring // shard)]
     todo, lock = iter(files), threading.Lock()
@@ -172,10 +188,8 @@ def alone(device: Any, files: list[int], shard: int, tensor: int, workers: int, 
     with timer("submit"):
         for index in range(len(files)):
             encoder = device.create_command_encoder()
-            for number in range(shard // tensor):
-                source = chunks[index % len(chunks)]
-                target = buffers[index * (shard // tensor) + number]
-                encoder.copy_buffer_to_buffer(source, number * tensor, target, 0, tensor)
+            targets = buffers[index * per_shard : (index + 1) * per_shard]
+            copy(encoder, chunks[index % len(chunks)], targets, tensor, expander)
             device.queue.submit([encoder.finish()])
     with timer("finish"):
         fence(device)
@@ -196,11 +210,13 @@ def main() -> None:
     parser.add_argument("--tensor-mib", type=int, default=8)
     parser.add_argument("--workers", type=int, nargs="+", default=[8])
     parser.add_argument("--ring-mib", type=int, default=512)
+    parser.add_argument("--bf16", action="store_true", help="have the GPU expand what the files hold")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--directory", default="/dev/shm" if os.path.isdir("/dev/shm") else None)
     options = parser.parse_args()
     shard, tensor, ring = (mib * MIB for mib in (options.shard_mib, options.tensor_mib, options.ring_mib))
     device = open_gpu("gpu").handle
+    expander = Expander(device, shard) if options.bf16 else None
     with tempfile.TemporaryDirectory(dir=options.directory) as folder:
         block = os.urandom(shard)
         paths = [Path(folder) / str(index) for index in range(round(options.gib * 1024 / options.shard_mib))]
@@ -209,7 +225,7 @@ def main() -> None:
         files = [os.open(path, os.O_RDONLY) for path in paths]
         gigabytes = len(files) * shard / 1e9
         for workers in options.workers:
-            given = (device, files, shard, tensor, workers, ring)
+            given = (device, files, shard, tensor, workers, ring, expander)
             first, _ = bare(*given)
             alone(*given)
             print(f"{workers} readers, each kind of call alone, in ms: {milliseconds(alone(*given))}", flush=True)

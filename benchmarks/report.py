@@ -56,7 +56,7 @@ def write_png(folder: Path, machine: dict[str, Any], result: dict[str, Any]) -> 
             axes.set_xlabel(word)
             axes.set_ylabel("seconds")
             axes.grid(alpha=0.3)
-    elif result["suite"] == "memory":
+    elif result["suite"].startswith("memory"):
         figure, axes = _bars(pyplot, rows, [row["peak"] / 2**20 for row in rows], None)
         axes.set_xlabel("the most memory, MiB")
     else:

@@ -221,32 +221,46 @@ def many(settings: Settings) -> Result:
 
 
 def memory(settings: Settings) -> Result:
-    """The most memory of a process: fetches of two sizes, and a load to the GPU beside nothing at all."""
+    """The most memory of a process: fetches of two sizes."""
     small, large = (MIB, 8 * MIB) if settings.quick else (64 * MIB, 512 * MIB)
     with _folder(settings) as folder:
         models = [inputs.synthetic(folder / str(size), size) for size in (small, large)]
-        gpu = inputs.synthetic(folder / "gpu", settings.bytes_or(1 << 30))
-        own = gpu["loaded"] / MIB if _has_software_gpu() else 0  # there, tensors lie in the process's memory, too
         with servers.nginx(folder) as (url, _):
             makes = [
                 _maker({**model, "url": f"{url}{size}/"}, model)
                 for model, size in zip(models, (small, large), strict=True)
             ]
-            make_gpu = _maker(gpu, gpu)
             result = Result(
                 "memory",
                 [
                     makes[0]("fetch, small", "ndcache_fetch"),
                     makes[1]("fetch, 8 times as large", "ndcache_fetch"),
-                    Contender("empty process with a GPU", "empty_gpu", {}, 1, 0),
-                    make_gpu("load to the GPU", "ndcache_load", loaded=True, gpu=True),
                 ],
-                targets=[
-                    _more_memory("fetch: MiB more", "fetch, 8 times as large", "fetch, small", 48),
-                    _more_memory("GPU: MiB more", "load to the GPU", "empty process with a GPU", 512 + 128 + own),
-                ],
+                targets=[_more_memory("MiB more", "fetch, 8 times as large", "fetch, small", 48)],
             )
             return rounds(result, settings.rounds, folder, settings.deadline)
+
+
+def memory_gpu(settings: Settings) -> Result:
+    """The most memory of a process: a load to the GPU, raw and expanded, beside a process that opens the GPU alone."""
+    with _folder(settings, memory=True) as folder:
+        size = settings.bytes_or(1 << 30)
+        raw, bf16 = inputs.synthetic(folder / "raw", size), inputs.synthetic(folder / "bf16", size, bf16=True)
+        # On a software GPU, tensors lie in the process's memory, too.
+        own = [model["loaded"] / MIB if _has_software_gpu() else 0 for model in (raw, bf16)]
+        result = Result(
+            "memory-gpu",
+            [
+                Contender("empty process with a GPU", "empty_gpu", {}, 1, 0),
+                _maker(raw, raw)("load, raw", "ndcache_load", loaded=True, gpu=True),
+                _maker(bf16, bf16)("load, bf16", "ndcache_load", loaded=True, gpu=True),
+            ],
+            targets=[
+                _more_memory("raw: MiB more", "load, raw", "empty process with a GPU", 512 + 128 + own[0]),
+                _more_memory("bf16: MiB more", "load, bf16", "empty process with a GPU", 512 + 128 + own[1]),
+            ],
+        )
+        return rounds(result, settings.rounds, folder, settings.deadline)
 
 
 def growth(settings: Settings) -> Result:
@@ -290,6 +304,7 @@ SUITES: dict[str, Callable[[Settings], Result]] = {
     "warm-gpu": warm_gpu,
     "many": many,
     "memory": memory,
+    "memory-gpu": memory_gpu,
     "growth": growth,
     "import": imports,
 }

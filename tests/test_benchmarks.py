@@ -36,12 +36,13 @@ def run(tmp_path: Path, *arguments: str) -> dict[str, Any]:
     ("suite", "contenders"),
     [
         ("cold", ["ndcache load", "ndcache fetch", "four quarters", "the seed's algorithm, CPU"]),
+        ("memory", ["fetch, small", "fetch, 8 times as large"]),
         ("warm-cpu", ["ndcache bf16", "the seed's algorithm bf16", "ndcache raw"]),
         ("import", ["import ndcache", "import requests, numpy"]),
     ],
 )
 def test_a_quick_run(tmp_path: Path, suite: str, contenders: list[str]) -> None:
-    if suite == "cold":
+    if suite in ("cold", "memory"):
         need_program("nginx")
     figures = run(tmp_path, suite)
     assert figures["quick"] is True
