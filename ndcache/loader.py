@@ -201,7 +201,7 @@ class Loader:
         try:
             run = self._open(source, trace=trace)
             shards = self._select(run, target, names, decode, copy)
-            with closing(self._tensors(run, target, shards, progress)) as arriving:
+            with closing(self._tensors(run, target, shards, progress, keeps_all=True)) as arriving:
                 for name, tensor in arriving:
                     tensors[name] = tensor
         except BaseException:
@@ -365,6 +365,8 @@ class Loader:
         device: Device[Any, Any],
         shards: Sequence[Shard],
         progress: Progress,
+        *,
+        keeps_all: bool = False,
     ) -> Generator[tuple[str, Any], None, None]:
         """The whole way: shards are obtained and staged by the workers, tensors made here, in manifest order."""
 
@@ -375,6 +377,7 @@ class Loader:
 
         arriving = self._in_order(run, shards, work, progress, self._memory_limit, device.finish)
         try:
+            device.begin(keeps_all=keeps_all)
             with closing(arriving):
                 for shard, staged in arriving:
                     placed = device.place(staged, shard)

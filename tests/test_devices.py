@@ -356,6 +356,28 @@ class TestGpu(Conformance):
         assert made
         assert {id(buffer) for buffer in destroyed} == {id(buffer) for buffer in made}
 
+    @pytest.mark.parametrize("call", ["create_buffer", "create_compute_pipeline"])
+    def test_row_38_no_memory_for_what_comes_later(
+        self, gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+    ) -> None:
+        import wgpu
+
+        arrays = {f"t{index}": models.random_array((1000 + 16 * index,), seed=index) for index in range(9)}
+        models.write_model(tmp_path, [{name: array} for name, array in arrays.items()], encoding="f32-to-bf16")
+        made, destroyed = watch_buffers(gpu, monkeypatch)
+        original = getattr(type(gpu), call)
+
+        def fail(*args: Any, **options: Any) -> Any:
+            if call != "create_buffer" or options["size"] == 4 * (1000 + 16 * 8):  # the last one's
+                raise wgpu.GPUOutOfMemoryError("no memory")
+            return original(*args, **options)
+
+        monkeypatch.setattr(type(gpu), call, fail)
+        with pytest.raises(ndcache.OutOfDeviceMemoryError):
+            ndcache.load(tmp_path, gpu)
+        assert {id(buffer) for buffer in made} <= {id(buffer) for buffer in destroyed}
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith("ndcache")]
+
     def test_row_38_a_device_that_is_lost(self, gpu: Any, tmp_path: Path) -> None:
         models.simple_model(tmp_path)
         opened = gpu_module.open_gpu("gpu")
@@ -456,7 +478,9 @@ class TestGpu(Conformance):
             ring.submitted(chunk)
         assert ring.take(1 << 16) is chunks[0]  # the oldest
         assert len(made) == 2
-        ring.take(1 << 18)  # of another size, for which there is no room otherwise
+        assert ring.take(40_000) is chunks[1]  # a larger one will do
+        ring.submitted(chunks[1])
+        ring.take(1 << 18)  # for which there is no room otherwise
         assert destroyed == [chunks[1].buffer]
         ring.take(1 << 18)  # what is over the limit is held by others, which are not waited for
         ring.destroy()

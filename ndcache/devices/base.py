@@ -55,6 +55,16 @@ class Device(ABC, Generic[Staged, Tensor]):
         """
 
     @abstractmethod
+    def begin(self, *, keeps_all: bool) -> None:
+        """Get ready for `stage`; `release` must be called afterwards.
+
+        Parameters
+        ----------
+        keeps_all : bool
+            Whether all tensors will be there at once in the end, so that memory for all of them may be asked for now.
+        """
+
+    @abstractmethod
     def stage(self, file: BinaryIO, shard: Shard) -> Staged:
         """Make the bytes of a shard's open file ready for `place`. Called from many threads at once."""
 

@@ -42,6 +42,9 @@ class CpuDevice(Device[list[Array], Array]):
         self._copy = copy
         self._map = sys.version_info >= (3, 13) or len(shards) <= _MAX_MAPS
 
+    def begin(self, *, keeps_all: bool) -> None:
+        pass
+
     def stage(self, file: BinaryIO, shard: Shard) -> list[Array]:
         with self._stats.timed("read", file=shard.data_path):
             data = map_shard(file, shard) if self._map else read_shard(file, shard)

@@ -43,13 +43,13 @@ class Expander:
     def __init__(self, device: wgpu.GPUDevice, nbytes: int) -> None:
         import wgpu
 
-        usage = wgpu.BufferUsage
-        self._stored = device.create_buffer(size=nbytes, usage=usage.STORAGE | usage.COPY_DST)
-        self.expanded = device.create_buffer(size=2 * nbytes, usage=usage.STORAGE | usage.COPY_SRC)
         module = device.create_shader_module(code=_SHADER)
         self._pipeline = device.create_compute_pipeline(
             layout="auto", compute={"module": module, "entry_point": "expand"}
         )
+        usage = wgpu.BufferUsage
+        self._stored = device.create_buffer(size=nbytes, usage=usage.STORAGE | usage.COPY_DST)
+        self.expanded = device.create_buffer(size=2 * nbytes, usage=usage.STORAGE | usage.COPY_SRC)
         self._group = device.create_bind_group(
             layout=self._pipeline.get_bind_group_layout(0),
             entries=[
