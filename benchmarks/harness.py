@@ -164,6 +164,7 @@ def measure(contender: Contender, folder: Path, timeout: float = 600) -> dict[st
     os.sync()
     with tempfile.TemporaryDirectory(dir=folder, prefix="out-") as out:
         given = {**contender.given, "out": out, "expect": contender.expect}
+        given.setdefault("memory", contender.expect + contender.file_bytes)
         environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *_paths()]), "HF_HUB_DISABLE_XET": "1"}
         if contender.given.get("ca"):
             environ["REQUESTS_CA_BUNDLE"] = environ["SSL_CERT_FILE"] = contender.given["ca"]
