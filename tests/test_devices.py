@@ -378,6 +378,21 @@ class TestGpu(Conformance):
         assert {id(buffer) for buffer in made} <= {id(buffer) for buffer in destroyed}
         assert not [thread for thread in threading.enumerate() if thread.name.startswith("ndcache")]
 
+    def test_row_38_a_device_that_fails_as_it_is_opened(self, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        destroyed = []
+
+        def fail(*_: Any) -> None:
+            raise RuntimeError("device lost")
+
+        def destroy(device: Any) -> None:
+            destroyed.append(device)
+
+        monkeypatch.setattr(type(gpu.queue), "read_buffer", fail)
+        monkeypatch.setattr(type(gpu), "destroy", destroy)
+        with pytest.raises(ndcache.DeviceError, match="device lost"):
+            gpu_module.open_gpu("gpu")
+        assert len(destroyed) == 1
+
     def test_row_38_a_device_that_is_lost(self, gpu: Any, tmp_path: Path) -> None:
         models.simple_model(tmp_path)
         opened = gpu_module.open_gpu("gpu")
