@@ -51,6 +51,8 @@ def have_memory(nbytes):
     """
     import subprocess
 
+    if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
+        nbytes = min(nbytes, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") // 2)
     subprocess.run([sys.executable, "-S", "-c", TOUCH, str(nbytes)], check=False)
 
 

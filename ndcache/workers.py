@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
@@ -82,9 +83,12 @@ def in_order(
                 in_flight += sizes[begun]
                 stats.peak_bytes_in_flight = max(stats.peak_bytes_in_flight, in_flight)
                 begun += 1
-            with stats.timed("wait"):
-                _collect(done, results, taken, stop, tick)
-            yield results.pop(taken)
+            is_limited = begun < len(shards) and in_flight + sizes[begun] > memory_limit
+            is_limited = is_limited and begun - taken - len(results) < max_workers
+            with stats.timed("memory_limit") if is_limited else nullcontext():
+                with stats.timed("wait"):
+                    _collect(done, results, taken, stop, tick)
+                yield results.pop(taken)
             in_flight -= sizes[taken]
             taken += 1
     except BaseException as error:

@@ -41,6 +41,14 @@ def test_results_come_in_order_whatever_finishes_first() -> None:
     assert list(run(shards(1, 1, 1, 1), work)) == ["0.bin", "1.bin", "2.bin", "3.bin"]
 
 
+@pytest.mark.parametrize(("memory_limit", "is_limited"), [(1, True), (4, True), (5, False), (1000, False)])
+def test_time_that_the_memory_limit_costs(memory_limit: int, is_limited: bool) -> None:
+    stats = LoadStats()
+    results = run(shards(1, 1, 1, 1, 1), name, max_workers=8, memory_limit=memory_limit, stats=stats)
+    assert len(list(results)) == 5
+    assert (stats.seconds["memory_limit"] > 0) is is_limited
+
+
 def test_no_shards() -> None:
     assert list(run([], name)) == []
 
