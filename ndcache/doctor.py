@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ._version import __version__
-from .devices.gpu import adapters, is_software
+from .devices.adapters import adapters, is_software
 from .errors import NoAdapterError, redact
 from .inventory import models
 from .terminal import format_size

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from servers import FileServer
 
 import ndcache
+from ndcache.devices import adapters as adapters_module
 from ndcache.devices import cpu as cpu_module
 from ndcache.devices import gpu as gpu_module
 from ndcache.devices import open_device
@@ -502,11 +503,11 @@ class TestGpu(Conformance):
         assert {id(buffer) for buffer in destroyed} == {id(buffer) for buffer in made}
 
     def test_real_adapters_go_first_and_each_is_counted_once(self, gpu: Any) -> None:
-        found = gpu_module.adapters()
+        found = adapters_module.adapters()
         assert found
         names = [adapter.info["device"] for adapter in found]
         assert len(names) == len(set(names))
-        software = [gpu_module.is_software(adapter) for adapter in found]
+        software = [adapters_module.is_software(adapter) for adapter in found]
         assert software == sorted(software)
 
 
@@ -596,7 +597,7 @@ def test_the_order_of_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
         Adapter("llvmpipe (LLVM 15)", "CPU", "OpenGL"),
     ]
     monkeypatch.setattr(wgpu.gpu, "enumerate_adapters_sync", lambda: found)
-    assert [(a.info["device"], a.info["backend_type"]) for a in gpu_module.adapters()] == [
+    assert [(a.info["device"], a.info["backend_type"]) for a in adapters_module.adapters()] == [
         ("NVIDIA H200", "Vulkan"),
         ("NVIDIA H200", "Vulkan"),
         ("Intel(R) UHD", "D3D12"),

@@ -25,7 +25,7 @@ LAYERS: list[list[str]] = [
     ["options", "parts", "pins", "validator"],
     ["cache"],
     # 3: devices, each above the one that it is built on; HTTP; a model in a directory
-    ["devices.base", "devices.expand", "devices.layout", "devices.reading", "devices.staging"],
+    ["devices.adapters", "devices.base", "devices.expand", "devices.layout", "devices.reading", "devices.staging"],
     ["inventory", "model", "transport"],
     ["devices.cpu"],
     ["devices.gpu"],
@@ -150,7 +150,7 @@ def test_terminals_are_for_faces(module: str) -> None:
 def test_wgpu_is_imported_when_asked_for(module: str) -> None:
     found = [lazy for name, lazy in imports(FILES[module].read_text("utf-8"), module) if name.split(".")[0] == "wgpu"]
     assert all(found)
-    assert not found or module in ("devices.expand", "devices.gpu", "devices.staging")
+    assert not found or module in ("devices.adapters", "devices.expand", "devices.gpu", "devices.staging")
 
 
 def test_wgpu_is_imported_at_all() -> None:

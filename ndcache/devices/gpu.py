@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
-import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,9 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ..dtypes import DTYPES
-from ..errors import DeviceError, NoAdapterError, OutOfDeviceMemoryError
+from ..errors import DeviceError, OutOfDeviceMemoryError
 from ..manifest import Record, Shard
 from ..stats import LoadStats
+from .adapters import adapter_name, find_adapter
 from .base import Device
 from .expand import Expander
 from .layout import WORD, Piece, padded, pieces
@@ -29,13 +28,10 @@ from .staging import Chunk, Ring
 if TYPE_CHECKING:
     import wgpu
 
-__all__ = ["GPUTensor", "GpuDevice", "adapters", "is_software", "open_gpu"]
+__all__ = ["GPUTensor", "GpuDevice", "open_gpu"]
 
 #: What is staged at once at most. Shards have 32 MiB at most, unless a single tensor is larger.
 _PIECE_BYTES = 33 << 20
-#: Of several ways to one adapter, the first of these.
-_BACKENDS = ("Vulkan", "Metal", "D3D12", "OpenGL")
-_ADAPTER_TYPES = ("DiscreteGPU", "IntegratedGPU", "VirtualGPU", "Unknown", "CPU")
 
 
 class GPUTensor:
@@ -142,7 +138,7 @@ class GpuDevice(Device[_Staged, GPUTensor]):
         import wgpu
 
         self.handle = handle
-        self.name = f"gpu ({_name(handle.adapter)})"
+        self.name = f"gpu ({adapter_name(handle.adapter)})"
         self._is_ours = is_ours
         usage = wgpu.BufferUsage
         self._usage = usage.STORAGE | usage.COPY_SRC | usage.COPY_DST
@@ -328,53 +324,6 @@ class GpuDevice(Device[_Staged, GPUTensor]):
             staged.file.close()
 
 
-def adapters() -> list[wgpu.GPUAdapter]:
-    """The adapters there are: real ones before software ones, each by its best backend only.
-
-    Raises
-    ------
-    NoAdapterError
-        wgpu itself cannot be loaded.
-    """
-    try:
-        import wgpu
-    except (ImportError, OSError) as error:
-        raise NoAdapterError(
-            f"wgpu cannot be loaded: {error}", hint="Install it anew: pip install --force-reinstall wgpu."
-        ) from error
-    with _quiet_drivers():
-        every = wgpu.gpu.enumerate_adapters_sync()
-    found: list[wgpu.GPUAdapter] = []
-    for backend in _BACKENDS:
-        better = [_name(adapter) for adapter in found]
-        found += [
-            adapter
-            for adapter in every
-            if adapter.info["backend_type"] == backend and not any(_same_name(_name(adapter), name) for name in better)
-        ]
-    return sorted(found, key=lambda adapter: _ADAPTER_TYPES.index(_type(adapter)))
-
-
-@contextmanager
-def _quiet_drivers() -> Iterator[None]:
-    """libwayland, asked for a display while adapters are listed, prints a line each time that it finds no
-    XDG_RUNTIME_DIR. It takes any absolute path, and nobody can have put a socket in this one.
-    """
-    if sys.platform != "linux" or "XDG_RUNTIME_DIR" in os.environ:
-        yield
-        return
-    os.environ["XDG_RUNTIME_DIR"] = os.devnull
-    try:
-        yield
-    finally:
-        os.environ.pop("XDG_RUNTIME_DIR", None)
-
-
-def is_software(adapter: wgpu.GPUAdapter) -> bool:
-    """Whether the adapter is a program on the CPU (lavapipe, SwiftShader, WARP)."""
-    return _type(adapter) == "CPU"
-
-
 def open_gpu(spec: str) -> GpuDevice | None:
     """Open ``"gpu"``, ``"gpu:N"``, or for ``"auto"`` the first real adapter, if any.
 
@@ -385,24 +334,9 @@ def open_gpu(spec: str) -> GpuDevice | None:
     DeviceError
         The adapter gives no device.
     """
-    if spec == "auto":
-        try:
-            found = [adapter for adapter in adapters() if not is_software(adapter)]
-        except NoAdapterError:
-            found = []
-        return _open(found[0]) if found else None
-    found, index = adapters(), int(spec.partition(":")[2] or 0)
-    if index >= len(found):
-        raise NoAdapterError(
-            f"there is no GPU adapter {index}, only {len(found)} (counted from 0)"
-            if found
-            else "there is no GPU adapter",
-            hint=_how_to_get_one() if not found else "ndcache doctor lists them.",
-        )
-    return _open(found[index])
-
-
-def _open(adapter: wgpu.GPUAdapter) -> GpuDevice:
+    adapter = find_adapter(spec)
+    if adapter is None:
+        return None
     features = [feature for feature in ("shader-f16",) if feature in adapter.features]
     with _device_errors():
         # Without this, buffers would be held to WebGPU's smallest guaranteed sizes.
@@ -419,30 +353,6 @@ def _open(adapter: wgpu.GPUAdapter) -> GpuDevice:
         opened.discard(())
         raise
     return opened
-
-
-def _how_to_get_one() -> str:
-    if sys.platform == "linux":
-        return (
-            "Install the driver of your GPU with its Vulkan part; a software adapter comes with the package "
-            "mesa-vulkan-drivers. Or load with device='cpu'."
-        )
-    return "Update the GPU's driver, or load with device='cpu'."
-
-
-def _type(adapter: wgpu.GPUAdapter) -> str:
-    kind = adapter.info["adapter_type"]
-    return kind if kind in _ADAPTER_TYPES else "Unknown"
-
-
-def _name(adapter: wgpu.GPUAdapter) -> str:
-    return str(adapter.info["device"])
-
-
-def _same_name(one: str, other: str) -> bool:
-    """OpenGL says "NVIDIA H200/PCIe/SSE2" where Vulkan says "NVIDIA H200"."""
-    first, second = (re.sub(r"\W+", " ", name).strip().casefold() for name in (one, other))
-    return first.startswith(second) or second.startswith(first)
 
 
 def _dtype(record: Record, decode: bool) -> np.dtype[Any]:
