@@ -40,8 +40,7 @@ def stored(record: Record, shard: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
     dtype = DTYPES.get(record.stored_dtype)
     if dtype is None:
         raise UnsupportedDtypeError(f"tensor {record.name!r} has the unknown dtype {record.dtype!r}")
-    data = shard[record.byte_offset : record.byte_offset + record.nbytes]
-    values: npt.NDArray[Any] = np.ndarray(record.shape, dtype, buffer=data)
+    values: npt.NDArray[Any] = np.ndarray(record.shape, dtype, buffer=shard, offset=record.byte_offset)
     return values
 
 

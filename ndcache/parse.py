@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from operator import itemgetter
 from typing import Any
 
 from .dtypes import DTYPES, canonical_name
@@ -19,6 +20,8 @@ __all__ = ["parse_manifest"]
 _MAX_DEPTH = 64  # of nesting in metadata; shallow enough that it can be pickled, copied and compared everywhere
 _MAX_INT = (1 << 63) - 1
 _MAX_DIMENSIONS = 32  # what every supported NumPy can hold
+_RECORD = {"name": str, "shape": list, "dtype": str, "format": str, "byteOffset": int, "nbytes": int}
+_record_fields, _record_types = itemgetter(*_RECORD), tuple(_RECORD.values())
 
 
 def parse_manifest(data: bytes, *, name: str = "tensor-cache.json", url: str | None = None) -> Manifest:
@@ -102,10 +105,8 @@ def _shard(value: Any, index: int) -> Shard:
     nbytes = get_field(value, "nbytes", int, where)
     if not 0 <= nbytes <= _MAX_INT:
         raise ManifestLayoutError(f"{where} has a size of {nbytes} bytes")
-    records = tuple(
-        _record(item, f"record {number} of {where}", nbytes)
-        for number, item in enumerate(get_field(value, "records", list, where))
-    )
+    items = get_field(value, "records", list, where)
+    records = tuple(_record(item, number, where, nbytes) for number, item in enumerate(items))
     _check_overlap(records, where)
     return Shard(
         data_path=data_path,
@@ -126,45 +127,57 @@ def _digest(value: Mapping[str, Any], key: str, length: int, where: str) -> str 
     return str(digest.lower())
 
 
-def _record(value: Any, where: str, shard_nbytes: int) -> Record:
-    if type(value) is not dict:
-        raise ManifestSyntaxError(f"{where} is {json_type(value)}, not an object")
-    name = get_field(value, "name", str, where)
-    where = f"tensor {shown(name)}"
-    shape = get_field(value, "shape", list, where)
+def _record(value: Any, number: int, shard: str, shard_nbytes: int) -> Record:
+    # There may be a million of them: what is to be said of a bad one is made up only then.
+    try:
+        name, shape, dtype, format_, byte_offset, nbytes = fields = _record_fields(value)
+        is_good = tuple(map(type, fields)) == _record_types and (name + dtype + format_).isascii()
+    except (KeyError, TypeError):
+        is_good = False
+    if not is_good:
+        name, shape, dtype, format_, byte_offset, nbytes = _check_fields(value, f"record {number} of {shard}")
     for size in shape:
         if type(size) is not int:
-            raise ManifestSyntaxError(f"the shape of {where} has {json_type(size)} in it")
-    record = Record(
-        name=name,
-        shape=tuple(shape),
-        dtype=canonical_name(get_field(value, "dtype", str, where)),
-        format=get_field(value, "format", str, where),
-        byte_offset=get_field(value, "byteOffset", int, where),
-        nbytes=get_field(value, "nbytes", int, where),
-    )
-    _check_layout(record, where, shard_nbytes)
+            raise ManifestSyntaxError(f"the shape of tensor {shown(name)} has {json_type(size)} in it")
+    record = Record(name, tuple(shape), canonical_name(dtype), format_, byte_offset, nbytes)
+    _check_layout(record, shard_nbytes)
     return record
 
 
-def _check_layout(record: Record, where: str, shard_nbytes: int) -> None:
-    if len(record.shape) > _MAX_DIMENSIONS or any(not 0 <= size <= _MAX_INT for size in record.shape):
-        raise ManifestLayoutError(f"{where} has the impossible shape {_short(record.shape)}")
+def _check_fields(value: Any, where: str) -> tuple[str, list[Any], str, str, int, int]:
+    """Say what is wrong with a record's fields, unless it is only that some are not ASCII."""
+    if type(value) is not dict:
+        raise ManifestSyntaxError(f"{where} is {json_type(value)}, not an object")
+    name = get_field(value, "name", str, where)
+    others = [get_field(value, key, kind, f"tensor {shown(name)}") for key, kind in _RECORD.items() if key != "name"]
+    return name, *others
+
+
+def _check_layout(record: Record, shard_nbytes: int) -> None:
+    shape, stored_dtype = record.shape, record.stored_dtype
+    if len(shape) > _MAX_DIMENSIONS or (shape and not 0 <= min(shape) <= max(shape) <= _MAX_INT):
+        raise ManifestLayoutError(f"{_tensor(record)} has the impossible shape {_short(shape)}")
     start, end = record.byte_offset, record.byte_offset + record.nbytes
     if start < 0 or record.nbytes < 0 or end > shard_nbytes:
-        raise ManifestLayoutError(f"{where} lies at bytes {start} to {end} of a shard of {shard_nbytes} bytes")
-    stored = DTYPES.get(record.stored_dtype)
+        raise ManifestLayoutError(
+            f"{_tensor(record)} lies at bytes {start} to {end} of a shard of {shard_nbytes} bytes"
+        )
+    stored = DTYPES.get(stored_dtype)
     if stored is None or record.format not in FORMATS:
         return  # nobody knows how many bytes it takes
     # An empty tensor too must have strides that fit, or NumPy cannot hold it.
-    if math.prod(size for size in record.shape if size) * 8 > _MAX_INT:
-        raise ManifestLayoutError(f"{where} has the impossible shape {_short(record.shape)}")
-    expected = math.prod(record.shape) * stored.itemsize
+    if math.prod(filter(None, shape)) * 8 > _MAX_INT:
+        raise ManifestLayoutError(f"{_tensor(record)} has the impossible shape {_short(shape)}")
+    expected = math.prod(shape) * stored.itemsize
     if expected != record.nbytes:
         raise ManifestLayoutError(
-            f"{where} has {record.nbytes} bytes, but {record.dtype} of shape "
-            f"{_short(record.shape)} stored as {record.stored_dtype} takes {expected}"
+            f"{_tensor(record)} has {record.nbytes} bytes, but {record.dtype} of shape "
+            f"{_short(shape)} stored as {stored_dtype} takes {expected}"
         )
+
+
+def _tensor(record: Record) -> str:
+    return f"tensor {shown(record.name)}"
 
 
 def _short(shape: Sequence[int]) -> str:

@@ -126,13 +126,28 @@ class LoadStats:
                 self._trace.add(phase, start, end, {**detail, **{f"{name} (s)": part for name, part in others.items()}})
 
     def timed_iterator(self, phase: str, items: Iterator[T], **detail: Any) -> Iterator[T]:
-        """`items`, with the time that they take to come added to ``seconds[phase]``."""
-        while True:
-            with self.timed(phase, **detail):
-                item = next(items, _END)
-            if item is _END:
-                return
-            yield item  # type: ignore[misc]
+        """`items`, with the time that they take to come added to ``seconds[phase]``, at the end if no trace is kept."""
+        if self._trace is not None:
+            while True:
+                with self.timed(phase, **detail):
+                    item = next(items, _END)
+                if item is _END:
+                    return
+                yield item  # type: ignore[misc]
+        spent, now = 0.0, time.perf_counter
+        try:
+            while True:
+                start = now()
+                try:
+                    item = next(items, _END)
+                finally:
+                    spent += now() - start
+                if item is _END:
+                    return
+                yield item  # type: ignore[misc]
+        finally:
+            with self._lock:
+                self.seconds[phase] += spent
 
     def shard_done(self, nbytes: int, *, from_cache: bool, checked: str) -> None:
         """One more shard was loaded, held to the check `checked`."""
