@@ -51,10 +51,12 @@ print(2**30 / 1e9 / seconds)
 """
 
 
-def tensors(gib: float, nbytes: int) -> Iterator[tuple[str, Any]]:
-    block = np.random.default_rng(0).standard_normal(nbytes // 4, np.float32)
+def tensors(gib: float, nbytes: int, *, unlike: bool) -> Iterator[tuple[str, Any]]:
+    """All of `nbytes`; or of sizes up to twice that, so that shards have many sizes, too."""
+    rng = np.random.default_rng(0)
+    block = rng.standard_normal(nbytes // 2, np.float32)
     for index in range(int(gib * 2**30 / nbytes)):
-        yield f"t{index}", block
+        yield f"t{index}", block[: rng.integers(1, len(block)) if unlike else nbytes // 4]
 
 
 def load(checkout: Path, directory: Path, workers: int, how: str, loads: int) -> dict[str, Any]:
@@ -73,6 +75,7 @@ def main() -> None:
     parser.add_argument("--against", type=Path, help="another checkout")
     parser.add_argument("--gib", type=float, default=4, help="of stored bytes")
     parser.add_argument("--tensor-mib", type=float, default=8, help="of float32")
+    parser.add_argument("--unlike", action="store_true", help="tensors, and so shards, of many sizes")
     parser.add_argument("--workers", type=int, nargs="+", default=[8])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--directory", default="/dev/shm" if os.path.isdir("/dev/shm") else None)
@@ -84,7 +87,7 @@ def main() -> None:
         for encode, factor in (("raw", 1), ("f32-to-bf16", 2)):
             directory = Path(folder) / encode
             nbytes = int(options.tensor_mib * 2**20)
-            ndcache.dump(tensors(options.gib * factor, nbytes), directory, encode=encode)
+            ndcache.dump(tensors(options.gib * factor, nbytes, unlike=options.unlike), directory, encode=encode)
             for workers in options.workers:
                 for how in ["decode"] if encode == "raw" else ["decode", "stored"]:
                     rounds = [

@@ -80,7 +80,7 @@ class Ring:
         size = _size_class(nbytes)
         with self._lock:
             # Memory that was used is ready at once, as copies on the GPU are fast; new one must be cleared first, and
-            # across the bus. So a larger one will do: with shards of unlike sizes, loads are 1.2 times as fast.
+            # across the bus. So a larger one will do, or shards of unlike sizes could not share (benchmarks/gpu.py).
             used = next((chunk for chunk in self._submitted if size <= chunk.buffer.size <= 2 * size), None)
             if used is not None:
                 self._submitted.remove(used)
