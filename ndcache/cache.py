@@ -23,7 +23,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import glob
-import json
 import os
 import secrets
 import shutil
@@ -46,7 +45,7 @@ from .locks import Turn, if_free, turn
 from .manifest import Manifest, Shard
 from .parts import Origin, Part, PartsFolder
 from .paths import STATE_DIRECTORY, check_path
-from .small_files import read_note
+from .small_files import read_note, write_note
 from .spans import Spans
 from .validator import Validator
 
@@ -402,9 +401,7 @@ class ArtifactCache:
     def _folder(self, name: str) -> Path:
         """A folder of ndcache's own state, made if need be; never one that a symlink leads to."""
         folder = self._state / name
-        if self._state.is_symlink() or folder.is_symlink():
-            raise _unsafe(folder)
-        if not folder.is_dir():
+        if not (_is_own_folder(self._state) and _is_own_folder(folder)):
             _make_directory(folder)
             if self._source:
                 self._write_small(self._state / "source.json", {"source": self._source})
@@ -412,15 +409,7 @@ class ArtifactCache:
 
     def _write_small(self, path: Path, content: dict[str, Any]) -> None:
         # First where it is cleared away if this process dies.
-        fresh = self._folder("parts") / f"{path.name}.{secrets.token_hex(8)}"
-        try:
-            with open(fresh, "x", encoding="utf-8") as file:
-                json.dump(content, file)
-            os.replace(fresh, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(fresh)
-            raise
+        write_note(path, content, self._folder("parts") / f"{path.name}.{secrets.token_hex(8)}")
 
     def _check_ours(self) -> None:
         if self.directory.is_symlink() or not self._state.is_dir() or self._state.is_symlink():
@@ -483,6 +472,17 @@ def _move(part: Path, target: Path) -> BinaryIO:
         file.close()
         raise
     return file
+
+
+def _is_own_folder(path: Path) -> bool:
+    """Whether there is a folder; raises if a symbolic link leads to one."""
+    try:
+        mode = os.lstat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    if stat.S_ISLNK(mode):
+        raise _unsafe(path)
+    return stat.S_ISDIR(mode)
 
 
 def _make_directory(directory: Path) -> None:

@@ -55,10 +55,13 @@ class Brought:
         Open for reading; None if the one in the cache is still right.
     is_whole : bool
         Whether it is all there and was checked; if not, it has the wanted bytes, and holes.
+    checked : tuple of str
+        The algorithms of the digests that were compared.
     """
 
     file: BinaryIO | None
     is_whole: bool
+    checked: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -242,7 +245,7 @@ class Downloader:
             if not transfer.has_whole_file:
                 with self.stats.timed("publish", file=shard.data_path):
                     return Brought(self.cache.settle(part, shard), is_whole=False)
-            expected = self._expected(shard, None if part.origin is None else part.origin.sha256)
+            expected = self._expected(shard, transfer.linked_sha256)
             self._compute(part, expected)
             self._catch_up(part, wait=True)
             transfer.check(url, expected)
@@ -256,7 +259,7 @@ class Downloader:
         etag = origin.etag if origin is not None and origin.url == redact(transfer.owner) else None
         with self.stats.timed("publish", file=shard.data_path):
             file = self.cache.publish(part, shard.data_path, etag=etag, claim=transfer.claim)
-        return Brought(file, is_whole=True)
+        return Brought(file, is_whole=True, checked=tuple(expected))
 
     def _bring(self, transfer: Transfer, url: str, piece: Piece | None) -> bool:
         """Ask for a piece, or for the whole file, once; False if the cached file is still right."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import json
 import os
 import re
 import secrets
@@ -25,7 +24,7 @@ from typing import Any, BinaryIO
 
 from .digests import new_digest
 from .errors import TransferError
-from .small_files import NO_LINKS, read_note
+from .small_files import NO_LINKS, read_note, write_note
 from .spans import Spans
 
 __all__ = ["Origin", "Part", "PartsFolder"]
@@ -252,9 +251,7 @@ class Part:
             return
         content = {**asdict(self.origin), **({"spans": list(self.spans)} if self._is_scattered else {})}
         fresh = _note(self.path).with_suffix(f".json.{secrets.token_hex(8)}")
-        with open(fresh, "x", encoding="utf-8") as file:
-            json.dump(content, file)
-        os.replace(fresh, _note(self.path))
+        write_note(_note(self.path), content, fresh)
         self._not_noted = 0
 
 

@@ -158,7 +158,7 @@ class RemoteModel(Model):
             self._set_aside_if_cut(shard)
             return None
         with cached.file:
-            return self._checked(shard) if self._has_right_bytes(shard, cached) else None
+            return self._checked(shard, cached.validator) if self._has_right_bytes(shard, cached) else None
 
     def finish(self) -> None:
         if self._offline:
@@ -228,12 +228,12 @@ class RemoteModel(Model):
     def _from_cache(self, shard: Shard) -> Obtained | None:
         cached = self._take_held(shard.data_path) or self._open(shard)
         if cached is None:
-            if not self._offline and not self._is_of_another_version(shard):
+            if not self._offline:
                 self._set_aside_if_cut(shard)
         elif cached.is_whole:
             try:
                 if self._is_good(shard, cached):
-                    return Obtained(cached.file, from_cache=True, checked=self._checked(shard))
+                    return Obtained(cached.file, from_cache=True, checked=self._checked(shard, cached.validator))
             except BaseException:
                 cached.file.close()
                 raise
@@ -244,7 +244,8 @@ class RemoteModel(Model):
 
     def _set_aside_if_cut(self, shard: Shard) -> None:
         # One of the right size was published by somebody else, just after it was not found.
-        if self._cache.size(shard.data_path) not in (None, shard.nbytes):
+        is_cut = self._cache.size(shard.data_path) not in (None, shard.nbytes)
+        if is_cut and not self._is_of_another_version(shard):
             self._cache.set_aside(shard.data_path)
 
     def _from_server(self, shard: Shard, *, is_alone: bool) -> Obtained:
@@ -256,9 +257,7 @@ class RemoteModel(Model):
         wanted = self._wanted(shard)
         brought = self._downloader.shard(shard, urls, claim, cached=old, is_alone=is_alone, wanted=wanted)
         if brought.file is not None:
-            return Obtained(
-                brought.file, from_cache=False, checked=self._checked(shard) if brought.is_whole else "size"
-            )
+            return Obtained(brought.file, from_cache=False, checked=self._strongest(brought.checked))
         assert old is not None
         file = self._cache.open_shard(shard)
         if file is None or not old.is_of(os.fstat(file.fileno())):
@@ -266,7 +265,7 @@ class RemoteModel(Model):
                 file.close()
             raise CacheUnavailableError(f"{name} was deleted or replaced just now") from FileNotFoundError(name)
         self._cache.try_to_remember(name, old.with_claim(claim))
-        return Obtained(file, from_cache=True, checked=self._checked(shard))
+        return Obtained(file, from_cache=True, checked=self._checked(shard, old))
 
     def _is_good(self, shard: Shard, cached: _Cached) -> bool:
         known = cached.judge(shard, self._claim(shard))
@@ -319,13 +318,12 @@ class RemoteModel(Model):
             self._cache.make_room(shards)
             self._cache.ensure_room(needed)
 
-    def _checked(self, shard: Shard) -> str:
-        """What the shard has been checked by, now or when it came."""
-        if self._verify == "never":
-            return "size"
-        known = self._cache.validator(shard.data_path)
-        kinds = {**shard.digests, **({} if known is None else known.digests)}
-        return next((kind for kind in _KINDS if kind in kinds), "size")
+    def _checked(self, shard: Shard, known: Validator | None) -> str:
+        """What a file of the cache has been checked by, now or when it came."""
+        return self._strongest({**shard.digests, **({} if known is None else known.digests)})
+
+    def _strongest(self, digests: Iterable[str]) -> str:
+        return "size" if self._verify == "never" else next((kind for kind in _KINDS if kind in digests), "size")
 
     def _claim(self, shard: Shard) -> str:
         """What the manifest says of the shard's content; without a digest, that it is of this manifest."""

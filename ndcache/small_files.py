@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import stat
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["NO_LINKS", "read_note"]
+__all__ = ["NO_LINKS", "read_note", "write_note"]
 
 _MAX_BYTES = 1 << 16
 #: For `os.open`: not through a symbolic link, and not waiting for whoever writes to a pipe.
@@ -27,3 +29,15 @@ def read_note(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def write_note(path: Path, content: Mapping[str, Any], fresh: Path) -> None:
+    """Write an object to a JSON file, by way of the new file `fresh` beside it: nobody sees half a note."""
+    try:
+        with open(fresh, "xb") as file:
+            file.write(json.dumps(content).encode())  # json.dump would write it word by word
+        os.replace(fresh, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(fresh)
+        raise

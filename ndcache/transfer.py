@@ -83,6 +83,8 @@ class Transfer:
         What is still to come, while it comes in pieces.
     hops : dict of str to Hop
         Where the servers have redirected to.
+    linked_sha256 : str or None
+        What the server has said of the content.
     """
 
     shard: Shard
@@ -100,6 +102,10 @@ class Transfer:
     is_asked_for: bool = field(default=False, init=False)
     pieces: Pieces | None = field(default=None, init=False)
     hops: dict[str, Hop] = field(default_factory=dict, init=False)
+    linked_sha256: str | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.linked_sha256 = None if self.part.origin is None else self.part.origin.sha256
 
     @property
     def is_complete(self) -> bool:
@@ -235,6 +241,7 @@ class Transfer:
             self.leave_pieces()
         if self.part.spans or self.part.origin is not None:
             self.part.restart()
+        self.linked_sha256 = response.linked_sha256
         if response.etag is not None:
             self.part.comes_from(redact(url), response.etag, self.claim, response.linked_sha256)
 

@@ -149,7 +149,7 @@ def test_a_full_disk_costs_the_memory_of_a_file_and_not_the_file(
 
     with cache.part("params_shard_0.bin") as part:
         part.write(b"abc")
-        monkeypatch.setattr(json, "dump", full)
+        monkeypatch.setattr(json, "dumps", full)
         cache.publish(part, "params_shard_0.bin").close()
     assert cache.has(shard(b"abc"))
     assert cache.is_known(shard(b"abc"), CLAIM) is None

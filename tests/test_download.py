@@ -617,6 +617,16 @@ def test_hugging_faces_sha256_is_compared(downloader: Downloader, scripted: Scri
         fetched(downloader, [scripted.url + "params_shard_0.bin"], shard)
 
 
+def test_hugging_faces_sha256_is_compared_whatever_the_storage_says(
+    downloader: Downloader, scripted: ScriptedServer
+) -> None:
+    etag = f'"{hashlib.sha256(DATA).hexdigest()}"'
+    scripted.script["/storage/shard"] = [reply(200, OTHER)]  # without an ETag nobody goes on from there
+    scripted.script[PATH] = [reply(302, headers={"Location": "/storage/shard", "X-Linked-Etag": etag})]
+    with pytest.raises(ndcache.ChecksumError, match="sha256"):
+        fetched(downloader, [scripted.url + "params_shard_0.bin"], replace(SHARD, md5sum=None))
+
+
 def test_a_digest_from_where_it_redirects_is_not_one(downloader: Downloader, scripted: ScriptedServer) -> None:
     other = ScriptedServer()
     try:
