@@ -257,6 +257,7 @@ class Downloader:
         # What a mirror calls a version says nothing to the source, which will be asked.
         origin = part.origin
         etag = origin.etag if origin is not None and origin.url == redact(transfer.owner) else None
+        self.helpers.relieve()
         with self.stats.timed("publish", file=shard.data_path):
             file = self.cache.publish(part, shard.data_path, etag=etag, claim=transfer.claim)
         return Brought(file, is_whole=True, checked=tuple(expected))

@@ -102,7 +102,7 @@ class Loader:
     Parameters
     ----------
     max_workers : int
-        Threads that fetch shards, and so the most bodies under way at once. Default 8.
+        Threads that fetch shards, and so the most bodies under way at once; two more store what has come. Default 8.
     cache_dir : path-like, optional
         The cache's top directory. Default: NDCACHE_HOME, else the system's place for caches.
     scope : str

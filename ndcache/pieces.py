@@ -21,15 +21,20 @@ class Helpers:
     ----------
     most : int
         How many there are.
+    relieve : callable
+        Called by a worker that needs no connection any more: another one may begin beside what it has still to do.
     """
 
     def __init__(self) -> None:
         self.most = 0
+        self.relieve: Callable[[], None] = lambda: None
         self._submit: Callable[[Callable[[], None]], object] | None = None
 
-    def open(self, submit: Callable[[Callable[[], None]], object], most: int) -> None:
+    def open(
+        self, submit: Callable[[Callable[[], None]], object], most: int, relieve: Callable[[], None] = lambda: None
+    ) -> None:
         """There are so many from now on; `submit` has one of them run something when it has nothing else to do."""
-        self._submit, self.most = submit, most
+        self._submit, self.most, self.relieve = submit, most, relieve
 
     def ask(self, task: Callable[[], None]) -> None:
         """Have `task` run as soon as a worker has nothing else to do, if that comes to pass."""

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import ndcache
+from ndcache.pieces import Helpers
 from ndcache.stats import LoadStats
 from ndcache.stop import Stop
 from ndcache.workers import in_order
@@ -68,6 +69,31 @@ def test_never_more_than_max_workers(max_workers: int) -> None:
 
     barrier = threading.Barrier(max_workers)
     list(run(shards(*[1] * 12), work, max_workers=max_workers))
+    assert peak == max_workers
+
+
+@pytest.mark.parametrize("max_workers", [1, 3])
+def test_who_is_relieved_has_another_begin(max_workers: int) -> None:
+    lock, helpers = threading.Lock(), Helpers()
+    together, relieved = threading.Barrier(max_workers), threading.Barrier(2)
+    unrelieved = peak = 0
+
+    def work(shard: ndcache.Shard) -> str:
+        nonlocal unrelieved, peak
+        with lock:
+            unrelieved += 1
+            peak = max(peak, unrelieved)
+        together.wait(30)  # none goes on before max_workers of them are here
+        with lock:
+            unrelieved -= 1
+        helpers.relieve()
+        relieved.wait(30)  # with max_workers=1: for one that has begun although this one is not done
+        helpers.relieve()  # twice is once
+        return shard.data_path
+
+    count = 4 * max_workers  # which are begun before the first one's turn comes
+    arrived = list(run(shards(*[1] * count), work, max_workers=max_workers, helpers=helpers))
+    assert arrived == [f"{index}.bin" for index in range(count)]
     assert peak == max_workers
 
 
