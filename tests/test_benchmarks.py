@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from requirements_for_tests import need_program
 
+pytestmark = pytest.mark.once
+
 _ROOT = Path(__file__).parent.parent
 
 

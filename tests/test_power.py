@@ -16,6 +16,8 @@ from power import Disk, NotModelledError, Replay, Step
 from servers import Connection, FileServer, Request, ScriptedServer, reply, then_close
 from servers import Step as Answer
 
+pytestmark = pytest.mark.once
+
 MANIFEST = "tensor-cache.json"
 SHARD_BYTES = 300_000
 FETCH = "import sys, ndcache; ndcache.fetch(sys.argv[1], cache_dir=sys.argv[2], retries=0)"

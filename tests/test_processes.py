@@ -280,6 +280,7 @@ def fork_at_any_moment(busy_url: str, url: str, cache_dir: Path, times: int) -> 
 # --- row 25: killed -----------------------------------------------------------------------------------
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("mode", kills.MODES)
 def test_row_25_after_each_kill_every_file_is_right(tmp_path: Path, mode: str) -> None:
     figures = kills.run_kills(25, 0, mode, tmp_path, shards=8, shard_bytes=1 << 19)
