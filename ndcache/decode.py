@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from typing import Any
 
 import ml_dtypes
@@ -14,6 +16,7 @@ from .manifest import Record
 
 __all__ = ["decode", "encode_bf16", "stored"]
 
+_HUGE_PAGE = 2 << 20
 _BF16_MAX = np.uint32(0x7F7F0000).view(np.float32)  # the largest finite bfloat16
 
 
@@ -52,10 +55,23 @@ def decode(record: Record, shard: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
     values = stored(record, shard)
     if not record.is_bf16_encoded:
         return values
-    expanded = np.empty(record.shape, np.float32)
+    expanded = _fresh(record.shape)
     # ml_dtypes' cast is several times as fast as shifting integers (benchmarks/decode.py).
     expanded[...] = values
     return expanded
+
+
+def _fresh(shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+    """A new array of float32, which begins with a huge page if it is large.
+
+    NumPy has asked the system for huge pages; what lies before the first whole one and after the last comes in pages of
+    4 KiB, each of which costs a page fault. 1 GiB of bfloat16 in tensors of 8 MiB takes 0.85 of the time (7 pairs).
+    """
+    nbytes = math.prod(shape) * 4
+    if sys.platform != "linux" or nbytes < 2 * _HUGE_PAGE:
+        return np.empty(shape, np.float32)
+    memory = np.empty(nbytes + _HUGE_PAGE, np.uint8)  # what is not written to is never there
+    return np.ndarray(shape, np.float32, buffer=memory, offset=-memory.ctypes.data % _HUGE_PAGE)
 
 
 def encode_bf16(values: npt.NDArray[np.float32]) -> npt.NDArray[Any]:

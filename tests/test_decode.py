@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import ml_dtypes
@@ -63,6 +64,19 @@ def test_bf16_is_expanded(shape: tuple[int, ...], offset: int) -> None:
     assert not np.shares_memory(found, shard)
     assert stored(record, shard).dtype == ml_dtypes.bfloat16
     assert stored(record, shard).tobytes() == values.tobytes()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nobody asks for huge pages")
+def test_large_tensors_begin_with_a_huge_page() -> None:
+    values = random_array((2, (1 << 19) + 1), "bfloat16")
+    record = Record("w", values.shape, "float32", "f32-to-bf16", 3, values.nbytes)
+    found = [decode(record, in_shard(values.tobytes(), 3)) for _ in range(2)]
+    for array in found:
+        assert array.ctypes.data % (2 << 20) == 0
+        assert array.flags.c_contiguous
+        assert array.flags.writeable
+        assert array.tobytes() == values.astype(np.float32).tobytes()
+    assert not np.shares_memory(*found)
 
 
 @pytest.mark.parametrize("offset", [0, 1])
