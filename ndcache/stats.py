@@ -16,7 +16,7 @@ __all__ = ["LoadStats"]
 
 T = TypeVar("T")
 _END = object()
-_CALLERS = ("manifest", "wait", "place", "wait_buffers", "copy", "finish", "memory_limit", "total")
+_CALLERS = ("manifest", "wait", "place", "wait_buffers", "shader", "copy", "finish", "memory_limit", "total")
 _WORKERS = ("lock", "request", "network", "hash", "write", "publish", "backoff")
 _DEVICES = ("read", "decode", "staging", "buffers")
 
@@ -43,9 +43,10 @@ class LoadStats:
         The most bytes of shards that were asked for and not yet on the device.
     seconds : dict of str to float
         By phase. On the caller's thread, one after another: ``manifest``, ``wait`` (for the next shard),
-        ``place`` (making tensors; on a GPU, ``wait_buffers`` and ``copy`` are parts of it: waiting for the tensors'
-        buffers, and having the GPU copy and expand), ``finish`` (waiting for the device); ``total`` is all of it, and
-        ``memory_limit`` the part of it in which a worker had nothing to do because that let no further shard begin.
+        ``place`` (making tensors; on a GPU, ``wait_buffers``, ``shader`` and ``copy`` are parts of it: waiting for the
+        tensors' buffers, making what expands bfloat16, and having the GPU copy and expand), ``finish`` (waiting for
+        the device); ``total`` is all of it, and ``memory_limit`` the part of it in which a worker had nothing to do
+        because that let no further shard begin.
         In the workers, added up over all of them and at the same time as the others: ``lock`` (waiting for another
         process that downloads the same), ``request`` (until the headers have come), ``network`` (waiting for
         bodies and receiving them), ``hash`` (digests, of what comes and of files), ``write`` (to files), ``publish``

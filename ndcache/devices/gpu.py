@@ -143,7 +143,7 @@ class GpuDevice(Device[_Staged, GPUTensor]):
         usage = wgpu.BufferUsage
         self._usage = usage.STORAGE | usage.COPY_SRC | usage.COPY_DST
         self._fence_buffer: wgpu.GPUBuffer | None = None
-        self._expander: Future[Expander] | None = None
+        self._expander: Expander | None = None
         self._made: dict[str, Future[list[wgpu.GPUBuffer]]] = {}  # by shard, until they are handed out
         self._failure: BaseException | None = None  # why no more of them are made
         self._under_way: set[_Staged] = set()
@@ -174,9 +174,6 @@ class GpuDevice(Device[_Staged, GPUTensor]):
         self._ring = Ring(self.handle, self._memory_limit)
         # Drivers make one buffer after the other, however many threads ask: one for it leaves the others to read.
         self._maker = ThreadPoolExecutor(1, thread_name_prefix="ndcache-buffers")
-        self._compiler = ThreadPoolExecutor(1, thread_name_prefix="ndcache-shader")  # 0.1 s, beside the first reads
-        if self._decode and any(record.is_bf16_encoded for shard in self._shards for record in shard.records):
-            self._expander = self._compiler.submit(Expander, self.handle, self._piece_bytes)
         if keeps_all:
             for shard in self._shards:
                 self._made[shard.data_path] = self._maker.submit(self._make_buffers, shard)
@@ -201,8 +198,6 @@ class GpuDevice(Device[_Staged, GPUTensor]):
         with _device_errors():
             with self._stats.timed("wait_buffers", file=shard.data_path):
                 buffers = staged.made.result()
-                if self._expander is not None:
-                    self._expander.result()
             if self._failure is not None:
                 raise self._failure  # no need to wait for the shard whose tensors it is that find no memory
             if staged.chunks:
@@ -223,7 +218,6 @@ class GpuDevice(Device[_Staged, GPUTensor]):
 
     def release(self) -> None:
         self._maker.shutdown(cancel_futures=True)
-        self._compiler.shutdown()
         self._filled.clear()
         for staged in list(self._under_way):
             self._end(staged)
@@ -233,9 +227,9 @@ class GpuDevice(Device[_Staged, GPUTensor]):
                     buffer.destroy()
         self._made.clear()
         self._ring.destroy()
-        if self._expander is not None and self._expander.exception() is None:
-            self._expander.result().destroy()
-        self._expander = None
+        if self._expander is not None:
+            self._expander.destroy()
+            self._expander = None
         if self._fence_buffer is not None:
             self._fence_buffer.destroy()
             self._fence_buffer = None
@@ -287,6 +281,11 @@ class GpuDevice(Device[_Staged, GPUTensor]):
     def _submit(self, shards: Sequence[_Staged]) -> None:
         """Have the GPU copy all that was filled."""
         filled = [(staged, chunk, piece) for staged in shards for chunk, piece in staged.chunks]
+        if self._expander is None and any(copy.is_expanded for _, _, piece in filled for copy in piece.copies):
+            # The first one of a process takes 0.12 s, in which cffi parses the names of C types: Python that would hold
+            # up the threads which begin to read. They have begun by now, and this one has nothing else to do.
+            with self._stats.timed("shader"):
+                self._expander = Expander(self.handle, self._piece_bytes)
         with self._stats.timed("copy", nbytes=sum(piece.nbytes for _, _, piece in filled)):
             encoder = self.handle.create_command_encoder()
             for staged, chunk, piece in filled:
@@ -307,10 +306,9 @@ class GpuDevice(Device[_Staged, GPUTensor]):
         buffers: Sequence[wgpu.GPUBuffer],
     ) -> None:
         start, end = piece.expanded
-        expander = self._expander.result() if self._expander is not None else None
+        expander, copy = self._expander, encoder.copy_buffer_to_buffer
         if expander is not None and end:
             expander.encode(encoder, chunk.buffer, start, end)
-        copy = encoder.copy_buffer_to_buffer
         for part in piece.copies:
             if part.is_expanded:
                 assert expander is not None
@@ -346,8 +344,9 @@ def open_gpu(spec: str) -> GpuDevice | None:
         )
     opened = GpuDevice(device, is_ours=True)
     try:
-        # A driver gets ready with its first submission, and slows down all else meanwhile: on an H100, 0.13 s here save
-        # 0.2 s of the first load. (The shader is not compiled here: that would take more than it saves.)
+        # What a process does first takes long, and slows down all else meanwhile: cffi parses the names of C types, the
+        # driver gets ready. On an H100, 0.13 s for a submission here save 0.2 s of the first load. (The shader is not
+        # made here: not every load needs it, and it would save no more than it takes.)
         opened.finish()
     except BaseException:
         opened.discard(())
