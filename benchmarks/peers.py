@@ -35,7 +35,9 @@ alive = []
 memory = {"bytes": 0}
 TOUCH = """
 import mmap, sys
-with mmap.mmap(-1, int(sys.argv[1])) as fresh:
+# Private, as the memory of arrays is: that of shared maps comes in other pages, and leaves free memory as it was.
+private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+with mmap.mmap(-1, int(sys.argv[1]), **private) as fresh:
     if hasattr(mmap, "MADV_HUGEPAGE"):
         fresh.madvise(mmap.MADV_HUGEPAGE)
     for start in range(0, len(fresh), 4096):
