@@ -243,9 +243,11 @@ class RemoteModel(Model):
         return None if cached is None else Obtained(cached.file, from_cache=True, checked="size")
 
     def _set_aside_if_cut(self, shard: Shard) -> None:
-        # One of the right size was published by somebody else, just after it was not found.
-        is_cut = self._cache.size(shard.data_path) not in (None, shard.nbytes)
-        if is_cut and not self._is_of_another_version(shard):
+        def is_cut() -> bool:
+            return self._cache.size(shard.data_path) not in (None, shard.nbytes)
+
+        # The last look is for one of the right size that was published by somebody else meanwhile.
+        if is_cut() and not self._is_of_another_version(shard) and is_cut():
             self._cache.set_aside(shard.data_path)
 
     def _from_server(self, shard: Shard, *, is_alone: bool) -> Obtained:

@@ -86,7 +86,7 @@ def in_order(
     try:
         while taken < len(shards):
             while begun < len(shards) and _may_begin(sizes[begun], begun - taken, in_flight, memory_limit, max_workers):
-                posts.submit(functools.partial(_run, work, shards[begun], begun, done, failed))
+                posts.submit(functools.partial(_run, work, shards[begun], begun, done, failed, stop))
                 in_flight += sizes[begun]
                 stats.peak_bytes_in_flight = max(stats.peak_bytes_in_flight, in_flight)
                 begun += 1
@@ -113,7 +113,7 @@ def in_worker(work: Callable[[], T], stop: Stop) -> T:
     results: dict[int, T] = {}
     workers = _Workers(1)
     try:
-        workers.submit(_run, lambda _: work(), None, 0, done, threading.Event())
+        workers.submit(_run, lambda _: work(), None, 0, done, threading.Event(), stop)
         _collect(done, results, 0, stop, lambda: None)
     except NdcacheError:
         raise  # of the work, which is over
@@ -170,7 +170,7 @@ class _Posts:
 
     def leave(self) -> None:
         """Leave the post of this thread, if it has one, to the next task."""
-        if self._mine.is_manned:
+        if getattr(self._mine, "is_manned", False):
             self._mine.is_manned = False
             self._vacant.release()
 
@@ -192,9 +192,17 @@ class _Done(Generic[T]):
     error: BaseException | None
 
 
-def _run(work: Callable[[Any], T], item: Any, index: int, done: SimpleQueue[_Done[T]], failed: threading.Event) -> None:
-    if failed.is_set():
-        return  # The caller's thread, which is to stop everything, may be busy with a shard that came before.
+def _run(
+    work: Callable[[Any], T],
+    item: Any,
+    index: int,
+    done: SimpleQueue[_Done[T]],
+    failed: threading.Event,
+    stop: Stop,
+) -> None:
+    # After a failure, the caller's thread, which is to stop everything, may be busy with a shard that came before.
+    if failed.is_set() or stop.is_set:
+        return
     # Through a queue, and not the future that the executor makes: to wait for futures, the caller's thread would have
     # to take locks that the workers need, and Ctrl-C could leave one of them locked for ever.
     try:

@@ -190,6 +190,23 @@ def test_row_36_going_away_stops_the_workers(how: str) -> None:
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("ndcache")]
 
 
+def test_row_36_what_waits_for_its_turn_is_never_begun_after_going_away() -> None:
+    stop, begun, reached = Stop(), list[str](), threading.Event()
+
+    def work(shard: ndcache.Shard) -> None:
+        begun.append(shard.data_path)
+        if shard.data_path == "1.bin":
+            reached.set()
+            with pytest.raises(ndcache.CancelledError):
+                stop.sleep(1000)
+
+    results = run(shards(1, 1, 1, 1), work, max_workers=1, stop=stop)
+    next(results)
+    assert reached.wait(30)
+    results.close()
+    assert begun == ["0.bin", "1.bin"]
+
+
 def test_ticks_come_on_the_callers_thread_while_it_waits() -> None:
     ticked = threading.Event()
     threads: set[threading.Thread] = set()
