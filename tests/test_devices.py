@@ -448,6 +448,26 @@ class TestGpu(Conformance):
         )
         assert (child.returncode, child.stdout) == (0, "DeviceError\n"), child.stderr
 
+    def test_row_38_a_device_that_is_destroyed_while_a_thread_waits_for_it(self) -> None:
+        """It would wait for ever: nobody polls the device any more."""
+        script = (
+            "import threading\n"
+            "from concurrent.futures import ThreadPoolExecutor\n"
+            "from ndcache.devices.gpu import open_gpu\n"
+            "from ndcache.devices.staging import Chunk\n"
+            "device, asked = open_gpu('gpu').handle, threading.Event()\n"
+            "chunk = Chunk(device, 4096)\n"
+            "chunk.unmap()\n"
+            "device._poller._poll_func = lambda block: asked.set()  # which brings no answer\n"
+            "with ThreadPoolExecutor(1) as pool:\n"
+            "    mapping = pool.submit(chunk.map)\n"
+            "    assert asked.wait(60)\n"
+            "    device.destroy()\n"
+            "    print(repr(mapping.exception(60)))\n"
+        )
+        child = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True, timeout=120)
+        assert (child.returncode, child.stdout) == (0, "RuntimeError('it was destroyed')\n"), child.stderr
+
     @pytest.mark.parametrize("memory_limit", [1, 1000, 1 << 20])
     @pytest.mark.parametrize("encoding", ["raw", "f32-to-bf16"])
     def test_shards_that_are_staged_in_pieces(

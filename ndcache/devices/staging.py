@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Chunk", "Ring"]
 
+#: Seconds between looks whether a device that does not answer was destroyed.
+_LOOK_AFTER = 1.0
+
 
 class Chunk:
     """One staging buffer, mapped.
@@ -30,13 +33,20 @@ class Chunk:
         import wgpu
 
         usage = wgpu.BufferUsage
+        self._device = device
         self.buffer = device.create_buffer(size=nbytes, usage=usage.MAP_WRITE | usage.COPY_SRC, mapped_at_creation=True)
         self._is_own = False
         self._open_view()
 
     def map(self) -> None:
         """Wait until the GPU has copied what it was told to, and map it again."""
-        self.buffer.map_sync("WRITE")
+        promise = self.buffer.map_async("WRITE")
+        # `sync_wait` would wait for ever if the device's owner destroys it now: the thread that polls ends with it.
+        arrived = getattr(promise, "_thread_event", None)
+        while arrived is not None and not arrived.wait(_LOOK_AFTER):
+            if getattr(self._device, "_poller", arrived) is None:
+                raise RuntimeError("it was destroyed")
+        promise.sync_wait()
         self._open_view()
 
     def unmap(self) -> None:
