@@ -1,8 +1,10 @@
-"""How fast a cold fetch from nginx on loopback is, digests on; against another checkout of ndcache if one is given.
+"""Time a cold fetch from nginx on loopback, or a warm load, against another checkout of ndcache if one is given.
 
 Run it as ``python benchmarks/fetch.py [--against DIRECTORY]``; it needs ndcache, NumPy and nginx. A model of random
-bytes, 1 GiB in shards of 32 MiB unless told otherwise, is fetched into an empty cache by a fresh process each time; the
-checkouts take turns (A B A B …). Printed are the medians and, of the pairs, the ratio.
+bytes, 1 GiB in shards of 32 MiB unless told otherwise, is fetched into an empty cache by a fresh process each time,
+with digests. With ``--warm`` the model is float32 stored as bfloat16, and is loaded from a cache that has it. The
+checkouts take turns (A B A B …). With ``--control`` the other checkout runs twice in each round (B B A B B A …), which
+shows how far one version is from itself. Printed are the medians and the ratios within the rounds.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,13 +27,13 @@ import numpy as np
 import ndcache
 
 ROOT = Path(__file__).parent.parent
-FETCH = """
+TIMED = """
 import os, sys, time
 import ndcache
 assert os.path.dirname(os.path.dirname(ndcache.__file__)) == os.environ["PYTHONPATH"], ndcache.__file__
-fetch = ndcache.fetch  # with all that it imports
+verb = getattr(ndcache, sys.argv[5])  # with all that it imports
 start = time.perf_counter()
-fetch(sys.argv[1], cache_dir=sys.argv[2], max_workers=int(sys.argv[3]), verify=sys.argv[4])
+result = verb(sys.argv[1], cache_dir=sys.argv[2], max_workers=int(sys.argv[3]), verify=sys.argv[4])
 print(time.perf_counter() - start)
 """
 
@@ -65,18 +67,30 @@ def nginx(directory: Path) -> Iterator[str]:
             process.wait()
 
 
-def seconds(checkout: Path, url: str, options: argparse.Namespace) -> float:
+def seconds(checkout: Path, url: str, cache: Path, verb: str, options: argparse.Namespace) -> float:
+    """Return the seconds that a verb takes in a fresh process with this checkout."""
+    command = [sys.executable, "-c", TIMED, url, str(cache), str(options.workers), options.verify, verb]
+    environ = {**os.environ, "PYTHONPATH": str(checkout.resolve())}
+    return float(subprocess.run(command, cwd=checkout, env=environ, check=True, capture_output=True, text=True).stdout)
+
+
+def cold(checkout: Path, url: str, options: argparse.Namespace) -> float:
+    """Time a fetch into an empty cache."""
     with tempfile.TemporaryDirectory(dir=options.cache) as cache:
-        command = [sys.executable, "-c", FETCH, url, cache, str(options.workers), options.verify]
-        environ = {**os.environ, "PYTHONPATH": str(checkout.resolve())}
-        return float(
-            subprocess.run(command, cwd=checkout, env=environ, check=True, capture_output=True, text=True).stdout
-        )
+        return seconds(checkout, url, Path(cache), "fetch", options)
+
+
+def show(label: str, pairs: Iterable[tuple[float, float]]) -> None:
+    """Print the ratios of pairs of seconds: median, smallest, largest."""
+    ratios = [one / other for one, other in pairs]
+    print(f"{label}: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--against", type=Path, help="another checkout")
+    parser.add_argument("--control", action="store_true", help="run the other checkout twice in each round")
+    parser.add_argument("--warm", action="store_true", help="load from a cache that has the model")
     parser.add_argument("--shards", type=int, default=32)
     parser.add_argument("--shard-mib", type=float, default=32)
     parser.add_argument("--workers", type=int, default=8)
@@ -87,20 +101,32 @@ def main() -> None:
     if shutil.which("nginx") is None:
         raise SystemExit("nginx is not installed")
     rng, size = np.random.default_rng(0), int(options.shard_mib * 2**20)
-    checkouts = [ROOT, *([options.against] if options.against else [])]
-    with tempfile.TemporaryDirectory() as folder:
+    others = [options.against] * (1 + options.control) if options.against else []
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory(dir=options.cache) as cache:
         os.chmod(folder, 0o755)
-        tensors = ((f"t{index}", rng.integers(0, 256, size, np.uint8)) for index in range(options.shards))
-        ndcache.dump(tensors, folder, shard_bytes=size)
+        if options.warm:
+            floats = ((f"t{index}", rng.random(size // 2, np.float32)) for index in range(options.shards))
+            ndcache.dump(floats, folder, shard_bytes=size)
+        else:
+            tensors = ((f"t{index}", rng.integers(0, 256, size, np.uint8)) for index in range(options.shards))
+            ndcache.dump(tensors, folder, encode="raw", shard_bytes=size)
         with nginx(Path(folder)) as url:
-            seconds(ROOT, url, options)  # warm up
-            rounds = [[seconds(checkout, url, options) for checkout in checkouts] for _ in range(options.rounds)]
+
+            def timed(checkout: Path) -> float:
+                if options.warm:
+                    return seconds(checkout, url, Path(cache), "load", options)
+                return cold(checkout, url, options)
+
+            for checkout in [ROOT, *others]:
+                timed(checkout)  # warm up, or fill the cache
+            rounds = [[timed(checkout) for checkout in [*others, ROOT]] for _ in range(options.rounds)]
     gigabytes = options.shards * size / 1e9
-    for checkout, times in zip(checkouts, zip(*rounds, strict=True), strict=True):
+    for checkout, times in zip([*others, ROOT], zip(*rounds, strict=True), strict=True):
         print(f"{gigabytes / statistics.median(times):.3f} GB/s  {statistics.median(times):.3f} s  {checkout.name}")
-    if options.against:
-        ratios = [ours / theirs for ours, theirs in rounds]
-        print(f"seconds here / there: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
+    if others:
+        show("seconds here / there", ((times[-1], other) for times in rounds for other in times[:-1]))
+    if options.control:
+        show("seconds there / there", ((second, first) for first, second, _ in rounds))
 
 
 if __name__ == "__main__":
