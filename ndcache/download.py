@@ -22,7 +22,7 @@ from .errors import (
 )
 from .manifest import Shard
 from .parts import Part
-from .pieces import Helpers, Piece, Pieces
+from .pieces import Piece, Pieces
 from .retry import RetryPolicy, with_retries
 from .spans import Spans
 from .stats import LoadStats
@@ -30,6 +30,7 @@ from .stop import Stop
 from .transfer import Transfer, unasked
 from .transport import Hop, Response, Transport
 from .validator import Validator
+from .workers import Workers
 
 __all__ = ["Brought", "Downloader"]
 
@@ -78,8 +79,8 @@ class Downloader:
         Where files go.
     digests : bool
         Whether digests are checked, or sizes only.
-    helpers : Helpers
-        Who else may bring pieces of a large file.
+    workers : Workers
+        Of the load, some of whom may bring pieces of a large file. Without threads unless given.
     """
 
     transport: Transport
@@ -88,7 +89,7 @@ class Downloader:
     stats: LoadStats
     cache: ArtifactCache
     digests: bool = True
-    helpers: Helpers = field(default_factory=Helpers)
+    workers: Workers = field(default_factory=Workers)
     _failing: set[int] = field(default_factory=set)  # which of the URLs are tried last
 
     def shard(
@@ -142,7 +143,7 @@ class Downloader:
                     is_checked=bool(expected),
                     is_alone=is_alone,
                 )
-            in_pieces = self.helpers.most > 0 and (shard.nbytes > RANGE_THRESHOLD or wanted is not None)
+            in_pieces = self.workers.most > 0 and (shard.nbytes > RANGE_THRESHOLD or wanted is not None)
             transfer = Transfer(
                 shard,
                 claim,
@@ -152,7 +153,7 @@ class Downloader:
                 Spans([(0, shard.nbytes)]) if wanted is None else wanted,
                 self.stop,
                 PIECE_LIMITS if in_pieces else None,
-                self.helpers.most,
+                self.workers.most,
                 is_inherited=bool(part.spans),
             )
             self.stats.count(resumed_bytes=transfer.wanted.nbytes - transfer.missing.nbytes)
@@ -257,7 +258,7 @@ class Downloader:
         # What a mirror calls a version says nothing to the source, which will be asked.
         origin = part.origin
         etag = origin.etag if origin is not None and origin.url == redact(transfer.owner) else None
-        self.helpers.relieve()
+        self.workers.relieve()
         with self.stats.timed("publish", file=shard.data_path):
             file = self.cache.publish(part, shard.data_path, etag=etag, claim=transfer.claim)
         return Brought(file, is_whole=True, checked=tuple(expected))
@@ -275,7 +276,7 @@ class Downloader:
                     self._compute(transfer.part, self._expected(transfer.shard, response.linked_sha256))
                 if pieces is not None and pieces is transfer.pieces:
                     for _ in range(pieces.vacancies()):
-                        self.helpers.ask(functools.partial(self._help, transfer, pieces, url))
+                        self.workers.ask(functools.partial(self._help, transfer, pieces, url))
                 coming = piece if piece is not None and response.status == 206 else Piece(0, transfer.shard.nbytes)
                 try:
                     self._receive(response, transfer.part, coming, self.stop)

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -33,16 +33,16 @@ from .locate import Location, hf_endpoint, locate
 from .manifest import Manifest, NameFilter, Shard
 from .model import LocalModel, Model, Obtained
 from .options import check_options
-from .pieces import Helpers
 from .progress import Progress, Reporter
 from .remote import RemoteModel
 from .retry import RetryPolicy
 from .stats import LoadStats
 from .stop import Stop
+from .stop_iteration import Carried, carried, delivered
 from .trace import Trace
 from .transport import Transport
 from .weights import Weights
-from .workers import in_order
+from .workers import Workers, in_order
 
 if TYPE_CHECKING:
     import wgpu
@@ -90,7 +90,7 @@ class _Run:
     model: Model
     stop: Stop
     stats: LoadStats
-    helpers: Helpers
+    workers: Workers
     started: float
 
 
@@ -183,7 +183,7 @@ class Loader:
         trace: str | os.PathLike[str] | None = None,
     ) -> Weights:
         """Load a model's weights, downloading what is not cached: see `ndcache.load`."""
-        with _tracing(trace) as events:
+        with _tracing(trace) as events, delivered():
             return self._load(source, device, names, decode, copy, progress, events)
 
     def _load(
@@ -199,11 +199,11 @@ class Loader:
         target = open_device(device)
         tensors: dict[str, Any] = {}
         try:
-            run = self._open(source, trace=trace)
-            shards = self._select(run, target, names, decode, copy)
-            with closing(self._tensors(run, target, shards, progress, keeps_all=True)) as arriving:
-                for name, tensor in arriving:
-                    tensors[name] = tensor
+            with self._opened(source, trace=trace, has_serial=target.has_serial) as run:
+                shards = self._select(run, target, names, decode, copy)
+                with closing(self._tensors(run, target, shards, progress, keeps_all=True)) as arriving:
+                    for name, tensor in arriving:
+                        tensors[name] = tensor
         except BaseException:
             target.discard(tensors.values())
             raise
@@ -221,17 +221,38 @@ class Loader:
         trace: str | os.PathLike[str] | None = None,
     ) -> Iterator[tuple[str, Any]]:
         """Like `load`, but give each tensor as soon as it is there: see `ndcache.stream`."""
-        with ExitStack() as until_it_runs:
-            events = until_it_runs.enter_context(_tracing(trace))
+        arriving = self._stream(source, device, names, decode, copy, progress, trace)
+        with delivered():
+            next(arriving)  # so that what is wrong with the model, or the options, is said here
+        return arriving
+
+    def _stream(
+        self,
+        source: Source,
+        device: str | wgpu.GPUDevice,
+        names: NameFilter,
+        decode: bool,
+        copy: bool,
+        progress: Progress,
+        trace: str | os.PathLike[str] | None,
+    ) -> Generator[tuple[str, Any], None, None]:
+        """What comes first says that it runs, and so will be closed; then come the tensors."""
+        with _tracing(trace) as events:
             target = open_device(device)
+            is_open = False
             try:
-                run = self._open(source, trace=events)
-                shards = self._select(run, target, names, decode, copy)
-            except BaseException:
-                target.discard(())
+                with self._opened(source, trace=events, has_serial=target.has_serial) as run:
+                    shards = self._select(run, target, names, decode, copy)
+                    is_open = True
+                    yield "", None
+                    yield from self._tensors(run, target, shards, progress)
+            except BaseException as error:
+                if not is_open:
+                    target.discard(())
+                elif isinstance(error, Carried):
+                    # Which makes it a RuntimeError, as from any generator. It must not end the caller's loop silently.
+                    raise error.error from None
                 raise
-            tracing = until_it_runs.pop_all()
-        return _within(tracing, self._tensors(run, target, shards, progress))
 
     def fetch(
         self,
@@ -242,51 +263,51 @@ class Loader:
         trace: str | os.PathLike[str] | None = None,
     ) -> Path:
         """Bring a model into the cache without decoding it: see `ndcache.fetch`."""
-        with _tracing(trace) as events:
+        with _tracing(trace) as events, delivered():
             return self._fetch(source, names, progress, events)
 
     def _fetch(self, source: Source, names: NameFilter, progress: Progress, trace: Trace | None) -> Path:
-        run = self._open(source, trace=trace)
-        shards = run.model.manifest.shards_with(names)
+        with self._opened(source, trace=trace) as run:
+            shards = run.model.manifest.shards_with(names)
 
-        def work(shard: Shard) -> tuple[Obtained, None]:
-            obtained = run.model.obtain(shard)
-            obtained.file.close()
-            return obtained, None
+            def work(shard: Shard) -> tuple[Obtained, None]:
+                obtained = run.model.obtain(shard)
+                obtained.file.close()
+                return obtained, None
 
-        # Nothing waits for a device: only the disk is the limit.
-        with closing(self._in_order(run, shards, work, progress, memory_limit=sys.maxsize)) as arriving:
-            for _ in arriving:
-                pass
-        return run.model.directory
+            # Nothing waits for a device: only the disk is the limit.
+            with closing(self._in_order(run, shards, work, progress, memory_limit=sys.maxsize)) as arriving:
+                for _ in arriving:
+                    pass
+            return run.model.directory
 
     def read_manifest(self, source: Source) -> Manifest:
         """The model's manifest, parsed and checked: see `ndcache.read_manifest`."""
-        return self._open(source).model.manifest
+        with self._opened(source, max_workers=1) as run:
+            return run.model.manifest
 
     def is_cached(self, source: Source) -> bool:
         """Whether the manifest and every shard of the right size are on disk: see `ndcache.is_cached`."""
         try:
-            model = self._open(source, offline=True).model
+            with self._opened(source, offline=True) as run:
+                return all(run.model.has(shard) for shard in run.model.manifest.shards)
         except (OfflineError, NotFoundError, ManifestError):
             return False
-        return all(model.has(shard) for shard in model.manifest.shards)
 
     def verify(self, source: Source) -> VerifyReport:
         """Compute the digests of what is cached, and set aside what is bad: see `ndcache.verify`."""
         try:
-            run = self._open(source, offline=True)
+            with self._opened(source, offline=True) as run:
+                return self._verify_all(run)
         except OfflineError as error:
             raise NotFoundError(f"{locate(source)} is not in the cache") from error
+
+    def _verify_all(self, run: _Run) -> VerifyReport:
         shards = run.model.manifest.shards
         present = [shard for shard in shards if run.model.has(shard, of_any_size=True)]
+        run.workers.start(len(present))
         results = in_order(
-            present,
-            run.model.check,
-            max_workers=self._max_workers,
-            memory_limit=sys.maxsize,
-            stop=run.stop,
-            stats=run.stats,
+            present, run.model.check, workers=run.workers, memory_limit=sys.maxsize, stats=run.stats
         )
         with closing(results):
             checked = {shard.data_path: kind for shard, kind in zip(present, results, strict=True) if kind}
@@ -323,33 +344,44 @@ class Loader:
 
     # --- the pipeline
 
-    def _open(self, source: Source, *, offline: bool = False, trace: Trace | None = None) -> _Run:
-        """Find the model and read its manifest."""
+    @contextmanager
+    def _opened(
+        self,
+        source: Source,
+        *,
+        offline: bool = False,
+        trace: Trace | None = None,
+        max_workers: int | None = None,
+        has_serial: bool = False,
+    ) -> Iterator[_Run]:
+        """Find the model and read its manifest; at the end of the block, no thread is left."""
         location = locate(source)
-        stop, stats, helpers = Stop(self._cancel), LoadStats(), Helpers()
+        stop, stats = Stop(self._cancel), LoadStats()
         stats.record_to(trace)
         started = time.perf_counter()
-        model: Model
-        with stats.timed("manifest"):
-            if location.directory is not None:
-                model = LocalModel(
-                    location.directory,
-                    location.manifest_names,
-                    verify=self._verify,
-                    stop=stop,
-                    stats=stats,
-                    pins=self._pins,
-                )
-            else:
-                model = RemoteModel(
-                    location,
-                    self._downloader(location, stop, stats, helpers),
-                    mirrors=[_mirror(mirror) for mirror in self._mirrors],
-                    verify=self._verify,
-                    offline=self._offline or offline,
-                    pins=self._pins,
-                )
-        return _Run(model, stop, stats, helpers, started)
+        with Workers(max_workers or self._max_workers, stop, has_serial=has_serial) as workers:
+            with stats.timed("manifest"):
+                model = self._model(location, workers, stats, offline=self._offline or offline)
+            yield _Run(model, stop, stats, workers, started)
+
+    def _model(self, location: Location, workers: Workers, stats: LoadStats, *, offline: bool) -> Model:
+        if location.directory is not None:
+            return LocalModel(
+                location.directory,
+                location.manifest_names,
+                verify=self._verify,
+                stop=workers.stop,
+                stats=stats,
+                pins=self._pins,
+            )
+        return RemoteModel(
+            location,
+            self._downloader(location, workers, stats),
+            mirrors=[_mirror(mirror) for mirror in self._mirrors],
+            verify=self._verify,
+            offline=offline,
+            pins=self._pins,
+        )
 
     def _select(
         self, run: _Run, device: Device[Any, Any], names: NameFilter, decode: bool, copy: bool
@@ -377,14 +409,16 @@ class Loader:
 
         arriving = self._in_order(run, shards, work, progress, self._memory_limit, device.finish)
         try:
-            device.begin(keeps_all=keeps_all)
-            with closing(arriving):
+            with carried(), closing(arriving):
+                run.stop.resume()
+                run.workers.start(1)
+                device.begin(run.workers, keeps_all=keeps_all)
                 for shard, staged in arriving:
                     placed = device.place(staged, shard)
                     for record, tensor in run.stats.timed_iterator("place", placed, file=shard.data_path):
                         run.stats.tensors += 1
                         yield record.name, tensor
-                        run.stop.check()  # before the next one is made, which would be nobody's
+                        run.stop.resume()  # before the next one is made, which would be nobody's
         finally:
             device.release()
 
@@ -398,24 +432,24 @@ class Loader:
         finish: Callable[[], None] = lambda: None,
     ) -> Generator[tuple[Shard, T], None, None]:
         """Each shard with what `work` made of it; it is done, and reported, when the next one is asked for."""
-        with closing(run.model):
+        with carried(), closing(run.model):
             run.model.prepare(shards)
             sizes = [run.model.nbytes(shard) for shard in shards]
+            cache_only = all(run.model.is_ready(shard) for shard in shards)
+            run.workers.start(len(shards) if cache_only else None)
             reporter = Reporter(
                 progress,
                 sizes,
-                cache_only=all(run.model.is_ready(shard) for shard in shards),
+                cache_only=cache_only,
                 received=lambda: run.stats.network_bytes + run.stats.resumed_bytes,
             )
             results = in_order(
                 shards,
                 work,
+                workers=run.workers,
                 sizes=sizes,
-                max_workers=self._max_workers,
                 memory_limit=memory_limit,
-                stop=run.stop,
                 stats=run.stats,
-                helpers=run.helpers,
                 tick=reporter.tick,
             )
             with closing(reporter), closing(results):
@@ -432,17 +466,15 @@ class Loader:
         run.stats.seconds["total"] = time.perf_counter() - run.started
         logger.info("%s: %s", run.model.directory, run.stats)
 
-    def _downloader(
-        self, location: Location, stop: Stop, stats: LoadStats, helpers: Helpers | None = None
-    ) -> Downloader:
+    def _downloader(self, location: Location, workers: Workers, stats: LoadStats) -> Downloader:
         return Downloader(
             self._transport,
             self._policy,
-            stop,
+            workers.stop,
             stats,
             self._cache(location),
             digests=self._verify != "never",
-            helpers=helpers or Helpers(),
+            workers=workers,
         )
 
     def _cache(self, location: Location) -> ArtifactCache:
@@ -463,11 +495,6 @@ def _tracing(path: str | os.PathLike[str] | None) -> Iterator[Trace | None]:
             trace.write()
         except OSError as error:
             logger.warning("the trace was not written: %s", error)  # what was loaded, or failed first, matters more
-
-
-def _within(context: AbstractContextManager[Any], items: Generator[T, None, None]) -> Generator[T, None, None]:
-    with context:
-        yield from items
 
 
 def _mirror(source: str) -> Location:

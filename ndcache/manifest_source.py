@@ -28,7 +28,6 @@ from .pins import Pins, manifest_names_to_try, open_manifest
 from .retry import RetryPolicy, with_retries
 from .strict_json import MAX_MANIFEST_BYTES
 from .validator import Validator
-from .workers import in_worker
 
 __all__ = ["ManifestSource", "offline_error"]
 
@@ -154,7 +153,8 @@ class ManifestSource:
             return self._request_once(location, name, cached)
 
         # In a worker, so that this thread can cancel it, and end it if the server drips.
-        return in_worker(lambda: with_retries(once, policy, stop, stats), stop)
+        to_come = None if cached is None else len(cached[0].shards)
+        return self.downloader.workers.run(lambda: with_retries(once, policy, stop, stats), tasks_to_come=to_come)
 
     def _request_once(self, location: Location, name: str, cached: Opened | None) -> Opened:
         known = None if cached is None else self._known(name, cached[1])

@@ -2,45 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from .spans import Span, Spans
 from .stop import Stop
 
-__all__ = ["Helpers", "Piece", "Pieces"]
-
-
-class Helpers:
-    """The other workers of a load, which one of them can ask for help. Until it begins there are none.
-
-    Attributes
-    ----------
-    most : int
-        How many there are.
-    relieve : callable
-        Called by a worker that needs no connection any more: another one may begin beside what it has still to do.
-    """
-
-    def __init__(self) -> None:
-        self.most = 0
-        self.relieve: Callable[[], None] = lambda: None
-        self._submit: Callable[[Callable[[], None]], object] | None = None
-
-    def open(
-        self, submit: Callable[[Callable[[], None]], object], most: int, relieve: Callable[[], None] = lambda: None
-    ) -> None:
-        """There are so many from now on; `submit` has one of them run something when it has nothing else to do."""
-        self._submit, self.most, self.relieve = submit, most, relieve
-
-    def ask(self, task: Callable[[], None]) -> None:
-        """Have `task` run as soon as a worker has nothing else to do, if that comes to pass."""
-        if self._submit is not None:
-            with contextlib.suppress(RuntimeError):  # the load is ending
-                self._submit(task)
+__all__ = ["Piece", "Pieces"]
 
 
 @dataclass(eq=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures.thread  # noqa: F401 - registers its hook first
 import os
 import threading
 import time
@@ -14,7 +13,7 @@ from dataclasses import dataclass, field
 
 from .errors import CancelledError
 
-__all__ = ["Stop", "Watch"]
+__all__ = ["Stop", "Watch", "is_ending"]
 
 #: Bytes per second below which a server does not send but drips.
 _MIN_RATE = 1024
@@ -101,18 +100,32 @@ class Watch:
             self._marks.append((now, self._nbytes))
 
 
-#: What is to be stopped when the interpreter ends, so that a stream left open does not hold it up.
+#: All there are, so that none whose consumer is gone holds up the end of the interpreter.
 _live: weakref.WeakSet[Stop] = weakref.WeakSet()
+_has_main_thread_ended = False
 
 
-def _stop_all() -> None:
+def is_ending() -> bool:
+    """Whether the main thread has come to its end, so that no thread can begin any more."""
+    return _has_main_thread_ended
+
+
+def _main_thread_ends() -> None:
+    global _has_main_thread_ended
+    _has_main_thread_ended = True
     for stop in list(_live):
-        stop.set()
+        if stop._is_abandoned:
+            stop.set()
 
 
-# Before concurrent.futures, whose own hook joins the workers: the last to register is the first to be called.
-if hasattr(threading, "_register_atexit"):
-    threading._register_atexit(_stop_all)
+try:
+    # Before concurrent.futures, whose own hook joins the workers: the last to register is the first to be called.
+    import concurrent.futures.thread
+
+    if hasattr(threading, "_register_atexit"):
+        threading._register_atexit(_main_thread_ends)
+except RuntimeError:  # Python is ending, and this was not imported before
+    _has_main_thread_ended = True
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_live.clear)
 
@@ -122,7 +135,8 @@ class Stop:
     """The order to stop, for all threads of one load.
 
     The caller's thread sets it; the workers look at it, sleep on it, and have their sockets shut under them by it, so
-    that none waits for a server that does not answer.
+    that none waits for a server that does not answer. When the main thread ends, a load goes on only if Python waits
+    for the thread that waits for the load.
 
     Parameters
     ----------
@@ -138,6 +152,9 @@ class Stop:
     _event: threading.Event = field(default_factory=threading.Event, init=False)
     _watches: set[Watch] = field(default_factory=set, init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
+    _when_set: list[Callable[[], None]] = field(default_factory=list, init=False)
+    _consumer: threading.Thread = field(default_factory=threading.current_thread, init=False)
+    _began_late: bool = field(default_factory=is_ending, init=False)
 
     def __post_init__(self) -> None:
         _live.add(self)
@@ -151,6 +168,14 @@ class Stop:
         """Whether the order has been given, here or further up."""
         return self._event.is_set() or (self.parent is not None and self.parent.is_set)
 
+    @property
+    def _is_abandoned(self) -> bool:
+        """Whether nobody will take what is loaded, now that the main thread has ended."""
+        if self.parent is not None or self._began_late:  # late, there are no threads: who loads is at work
+            return False
+        consumer = self._consumer
+        return consumer is threading.main_thread() or consumer.daemon or not consumer.is_alive()
+
     def set(self) -> None:
         """Stop everything: wake the sleepers, shut the sockets."""
         if os.getpid() != self._pid:
@@ -160,6 +185,17 @@ class Stop:
             watches = list(self._watches)
         for watch in watches:
             watch.wake()
+        for callback in self._when_set:
+            callback()
+
+    def on_set(self, callback: Callable[[], None]) -> None:
+        """Have `callback` called, perhaps more than once, when the order is given."""
+        self._when_set.append(callback)
+
+    def resume(self) -> None:
+        """The consumer goes on, perhaps in another thread than before; raises as `check` does."""
+        self._consumer = threading.current_thread()
+        self.check()
 
     def look(self) -> None:
         """What the caller's thread does now and then while it waits: end what is cancelled, or waits in vain."""
@@ -175,6 +211,12 @@ class Stop:
             self.parent.check()
         if self.cancel is not None and self.cancel.is_set():
             self.set()
+        if _has_main_thread_ended and self._is_abandoned:
+            self.set()
+            raise CancelledError(
+                "the load was stopped, as Python is shutting down",
+                hint="Python waits for threads that are not daemons: load in one of them, or end the load before.",
+            )
         if self._event.is_set():
             raise CancelledError("the load was cancelled", hint="The shards that had come are kept.")
 

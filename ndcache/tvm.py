@@ -34,7 +34,7 @@ from .paths import check_path
 from .progress import ProgressCallback
 from .stats import LoadStats
 from .stop import Stop
-from .workers import in_worker
+from .workers import Workers
 
 if TYPE_CHECKING:
     import wgpu
@@ -312,9 +312,9 @@ class ArtifactCache:
             error = OfflineError(f"offline, and not in the cache: {redact(url)}")
             error.missing = (name,)
             raise error
-        stop = Stop(loader._cancel)
-        downloader = loader._downloader(location, stop, LoadStats())
-        in_worker(lambda: downloader.file(name, _file_url(url), _MAX_FILE_BYTES), stop)
+        with Workers(1, Stop(loader._cancel)) as workers:
+            downloader = loader._downloader(location, workers, LoadStats())
+            workers.run(lambda: downloader.file(name, _file_url(url), _MAX_FILE_BYTES), tasks_to_come=0)
         return downloader.cache, name
 
     def _found(self, url: str) -> tuple[_ModelCache, str] | None:

@@ -1,25 +1,30 @@
-"""Shards in manifest order, fetched by a bounded pool of workers, handed to the caller's thread."""
+"""The threads of one call, and shards in manifest order, fetched by them and handed to the caller's thread."""
 
 from __future__ import annotations
 
 import functools
 import itertools
+import logging
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from typing import Any, Generic, TypeVar
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from .errors import CancelledError, NdcacheError
 from .manifest import Shard
-from .pieces import Helpers
+from .serial import Serial
 from .stats import LoadStats
-from .stop import Stop
+from .stop import Stop, is_ending
+from .stop_iteration import Carried
 
-__all__ = ["in_order", "in_worker"]
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
+
+__all__ = ["Workers", "in_order"]
 
 #: Seconds between looks at ``cancel`` and movements of the bar while nothing else happens. Also what lets Ctrl-C
 #: through on Windows, where a wait without an end cannot be interrupted.
@@ -28,44 +33,222 @@ _TICK = 0.1
 #: no connection is to wait for that. With 20 MiB/s for each of 8, a load to a disk takes 0.95 times as long (6 pairs);
 #: with more of them, one that is limited by the CPU takes longer (benchmarks/fetch.py).
 _SPARE = 2
+#: Seconds between looks of an idle thread whether somebody still waits for the load.
+_LOOK_AFTER = 1.0
 
 T = TypeVar("T")
+logger = logging.getLogger("ndcache")
+
+
+class Workers:
+    """The threads of one call. They begin together, as later the main thread may have ended, and no thread can begin.
+
+    Where none can begin at all (the main thread has ended already, the system allows no more), the thread that asks for
+    work does it itself. So can what was never started.
+
+    Tasks are begun in the order in which they come, by no more than `max_workers` threads at once, beside those that
+    were relieved.
+
+    Parameters
+    ----------
+    max_workers : int
+    stop : Stop, optional
+        When it is set, the threads end.
+    has_serial : bool
+        Whether there is one thread more, for `serial`.
+    """
+
+    _numbers = itertools.count(1)
+
+    def __init__(self, max_workers: int = 1, stop: Stop | None = None, *, has_serial: bool = False) -> None:
+        self.max_workers = max_workers
+        self.stop = Stop() if stop is None else stop
+        self._has_serial = has_serial
+        self._name = f"ndcache-{next(self._numbers)}"
+        self._executor: ThreadPoolExecutor | None = None
+        self._serial: Serial | None = None
+        self._count = 0
+        # Queues, and no locks: Ctrl-C in the caller's thread could leave one locked that the workers need.
+        self._tasks: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._posts: SimpleQueue[None] = SimpleQueue()
+        self._mine = threading.local()
+        for _ in range(max_workers):
+            self._posts.put(None)
+
+    def start(self, tasks: int | None = None) -> None:
+        """Have as many threads as so many tasks can use; by default, all. What can be done with fewer is done if must be.
+
+        Parameters
+        ----------
+        tasks : int, optional
+            How many there will be at once.
+        """
+        most = self.max_workers + _SPARE
+        wanted = self._has_serial + (most if tasks is None else max(1, min(tasks, most)))
+        if self._count >= wanted or is_ending():
+            return
+        try:
+            if self._executor is None:
+                from concurrent.futures import ThreadPoolExecutor  # which cannot be imported once Python is ending
+
+                self._executor = ThreadPoolExecutor(wanted, thread_name_prefix=self._name)
+                self.stop.on_set(self._close)
+            while self._count < wanted:
+                # One task for as long as the thread lives: after the main thread has ended, none could be submitted.
+                self._executor.submit(self._serve)
+                self._count += 1
+        except RuntimeError as error:
+            logger.debug("%d threads instead of %d: %s", self._count, wanted, error)
+
+    @property
+    def has_threads(self) -> bool:
+        """Whether there are any; if not, whoever asks for work has to do it."""
+        return self._count > 0
+
+    @property
+    def most(self) -> int:
+        """How many there are to help one of them."""
+        return max(0, min(self.max_workers, self._count) - 1)
+
+    def submit(self, task: Callable[[], None]) -> None:
+        """Have a thread run `task` when it is its turn; without threads, this one. Nobody hears of what it raises."""
+        if self.has_threads:
+            self._tasks.put(task)
+        else:
+            task()
+
+    def ask(self, task: Callable[[], None]) -> None:
+        """Have `task` run as soon as a thread has nothing else to do, if that comes to pass."""
+        if self.has_threads:
+            self._tasks.put(task)
+
+    def relieve(self) -> None:
+        """Called by a task that needs no connection any more: the next one may begin beside what it has still to do."""
+        if getattr(self._mine, "is_manned", False):
+            self._mine.is_manned = False
+            self._posts.put(None)
+
+    def run(self, work: Callable[[], T], *, tasks_to_come: int | None = None) -> T:
+        """``work()`` in one of the threads, while the caller's thread looks after the `Stop`.
+
+        Parameters
+        ----------
+        work : callable
+        tasks_to_come : int, optional
+            How many tasks there will be at once afterwards, whose threads begin meanwhile; by default, for all.
+        """
+        self.start(1)
+        done: SimpleQueue[_Done[T]] = SimpleQueue()
+        results: dict[int, T] = {}
+        try:
+            self.submit(functools.partial(_run, lambda _: work(), None, 0, done, threading.Event(), self.stop))
+            self.start(tasks_to_come)
+            _collect(done, results, 0, self.stop, lambda: None)
+        except NdcacheError:
+            raise  # of the work, which is over
+        except BaseException:
+            self.stop.set()
+            raise
+        return results[0]
+
+    def serial(self) -> Serial:
+        """A thread for what must be done one after the other; if there is none to spare, who asks does it."""
+        self._serial = Serial(has_thread=self._has_serial and self._count > 1)
+
+        def serve(serial: Serial = self._serial) -> None:
+            self.relieve()
+            serial.serve()
+
+        if self._serial.has_thread:
+            self.submit(serve)
+        return self._serial
+
+    def end(self) -> None:
+        """Forget what has not begun, and wait for what has. No thread is left, even if Ctrl-C came as it was made."""
+        if self._executor is None:
+            return
+        with suppress(Empty):
+            while True:
+                self._tasks.get_nowait()
+        if self._serial is not None:
+            self._serial.cancel()
+        self._close()
+        # Garbage may be collected in any thread.
+        is_one_of_them = getattr(self._mine, "is_serving", False)
+        self._executor.shutdown(wait=not is_one_of_them, cancel_futures=True)
+        for thread in () if is_one_of_them else threading.enumerate():
+            if thread.name.startswith(f"{self._name}_"):  # which the pool may not know of yet
+                _join(thread)
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        try:
+            if error is not None:
+                self.stop.set()
+            self.end()
+        finally:
+            self.end()  # also if Ctrl-C came while it waited
+
+    def _close(self) -> None:
+        """Have the threads go when what was submitted so far is done."""
+        if self._serial is not None:
+            self._serial.close()
+        self._tasks.put(None)
+        self._posts.put(None)
+
+    def _serve(self) -> None:
+        self._mine.is_serving = True
+        while True:
+            self._posts.get()
+            self._mine.is_manned = True
+            task = self._next()
+            if task is None:
+                self._close()  # for the next thread
+                return
+            with suppress(BaseException):
+                task()
+            del task  # and what it holds
+            self.relieve()
+
+    def _next(self) -> Callable[[], None] | None:
+        while True:
+            try:
+                return self._tasks.get(timeout=_LOOK_AFTER)
+            except Empty:
+                with suppress(CancelledError):
+                    self.stop.check()  # if nobody waits any more, this sets it
 
 
 def in_order(
     shards: Sequence[Shard],
     work: Callable[[Shard], T],
     *,
+    workers: Workers,
     sizes: Sequence[int] | None = None,
-    max_workers: int,
     memory_limit: int,
-    stop: Stop,
     stats: LoadStats,
-    helpers: Helpers | None = None,
     tick: Callable[[], None] = lambda: None,
 ) -> Generator[T, None, None]:
-    """Run ``work(shard)`` for every shard in worker threads; yield the results in the order of `shards`.
+    """Run ``work(shard)`` for every shard in `workers`; yield the results in the order of `shards`.
 
-    At most `max_workers` run at once, beside two that were relieved (see `Helpers`). No shard is begun while more than
-    `memory_limit` bytes of shards are under way or waiting for their turn, unless it is the next one. The shard whose
-    result was yielded counts until the next result is asked for. Close the generator (or let it end): then no thread is
-    left.
+    No shard is begun while more than `memory_limit` bytes of shards are under way or waiting for their turn, unless it
+    is the next one. The shard whose result was yielded counts until the next result is asked for. Close the generator
+    (or let it end): then no thread is left.
 
     Parameters
     ----------
     shards : sequence of Shard
     work : callable
-        Called in the workers; must look at `stop`.
+        Must look at the `Stop` of `workers`, which is set when something failed, or when the caller goes away.
+    workers : Workers
+        Already started, and used for nothing else any more.
     sizes : sequence of int, optional
         The bytes that each shard counts. Default: those that it has.
-    max_workers : int
     memory_limit : int
         In bytes of the shards.
-    stop : Stop
-        Set when something failed, or when the caller goes away.
     stats : LoadStats
-    helpers : Helpers, optional
-        Through which those who work can have others help them, for as long as this goes on.
     tick : callable
         Called on the caller's thread about every 0.1 s while it waits.
 
@@ -73,22 +256,21 @@ def in_order(
     ------
     NdcacheError
         The first error of any shard, at once, whichever's turn it is; those of other shards attached.
+    Carried
+        Work, or `tick`, raised StopIteration.
     """
     sizes = [shard.nbytes for shard in shards] if sizes is None else sizes
+    stop, max_workers = workers.stop, workers.max_workers if workers.has_threads else 0
     results: dict[int, T] = {}
     done: SimpleQueue[_Done[T]] = SimpleQueue()
     failed = threading.Event()
     begun = taken = in_flight = 0
-    workers = _Workers(max_workers + _SPARE)
-    posts = _Posts(max_workers, workers)
-    if helpers is not None:
-        helpers.open(posts.submit, max_workers - 1, posts.leave)
     try:
         while taken < len(shards):
             while begun < len(shards) and _may_begin(sizes[begun], begun - taken, in_flight, memory_limit, max_workers):
-                posts.submit(functools.partial(_run, work, shards[begun], begun, done, failed, stop))
                 in_flight += sizes[begun]
                 stats.peak_bytes_in_flight = max(stats.peak_bytes_in_flight, in_flight)
+                workers.submit(functools.partial(_run, work, shards[begun], begun, done, failed, stop))
                 begun += 1
             is_limited = begun < len(shards) and in_flight + sizes[begun] > memory_limit
             is_limited = is_limited and begun - taken - len(results) < max_workers
@@ -102,44 +284,11 @@ def in_order(
         stop.set()
         workers.end()
         _attach_others(error, done)
+        if isinstance(error, StopIteration):
+            raise Carried(error) from None
         raise
     finally:
         workers.end()
-
-
-def in_worker(work: Callable[[], T], stop: Stop) -> T:
-    """``work()`` in a worker thread, while the caller's thread looks after `stop`."""
-    done: SimpleQueue[_Done[T]] = SimpleQueue()
-    results: dict[int, T] = {}
-    workers = _Workers(1)
-    try:
-        workers.submit(_run, lambda _: work(), None, 0, done, threading.Event(), stop)
-        _collect(done, results, 0, stop, lambda: None)
-    except NdcacheError:
-        raise  # of the work, which is over
-    except BaseException:
-        stop.set()
-        raise
-    finally:
-        workers.end()
-    return results[0]
-
-
-class _Workers(ThreadPoolExecutor):
-    """A pool that leaves no thread behind, even if Ctrl-C comes while it makes one and does not know of it yet."""
-
-    _numbers = itertools.count(1)
-
-    def __init__(self, max_workers: int) -> None:
-        self._name = f"ndcache-{next(self._numbers)}"
-        super().__init__(max_workers, thread_name_prefix=self._name)
-
-    def end(self) -> None:
-        """Forget what has not begun, and wait for what has."""
-        self.shutdown(wait=True, cancel_futures=True)
-        for thread in threading.enumerate():
-            if thread.name.startswith(f"{self._name}_"):
-                _join(thread)
 
 
 def _join(thread: threading.Thread) -> None:
@@ -152,35 +301,6 @@ def _join(thread: threading.Thread) -> None:
             if time.monotonic() > deadline:
                 return
         time.sleep(0.001)
-
-
-class _Posts:
-    """What tasks, in the order in which they come, need one of to begin, and may leave to the next before they end."""
-
-    def __init__(self, count: int, workers: ThreadPoolExecutor) -> None:
-        self._vacant = threading.Semaphore(count)
-        self._workers = workers
-        self._tasks: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self._mine = threading.local()
-
-    def submit(self, task: Callable[[], None]) -> None:
-        """Have a worker run `task` when it is its turn."""
-        self._tasks.put(task)
-        self._workers.submit(self._run_next)
-
-    def leave(self) -> None:
-        """Leave the post of this thread, if it has one, to the next task."""
-        if getattr(self._mine, "is_manned", False):
-            self._mine.is_manned = False
-            self._vacant.release()
-
-    def _run_next(self) -> None:
-        self._vacant.acquire()
-        self._mine.is_manned = True
-        try:
-            self._tasks.get_nowait()()  # only now, as of many who wait any may be the first to get a post
-        finally:
-            self.leave()
 
 
 @dataclass(frozen=True)

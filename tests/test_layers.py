@@ -19,10 +19,10 @@ LAYERS: list[list[str]] = [
     ["_version", "dtypes", "errors", "progress", "trace"],
     ["stats"],
     # 1: values from outside, checked
-    ["locate", "manifest", "paths", "spans", "stop", "strict_json"],
+    ["locate", "manifest", "paths", "serial", "spans", "stop", "stop_iteration", "strict_json"],
     # 2: one concern each
     ["connections", "decode", "digests", "failures", "locks", "parse", "pieces", "retry", "small_files"],
-    ["options", "parts", "pins", "validator"],
+    ["options", "parts", "pins", "validator", "workers"],
     ["cache"],
     # 3: devices, each above the one that it is built on; HTTP; a model in a directory
     ["devices.adapters", "devices.base", "devices.expand", "devices.layout", "devices.reading", "devices.staging"],
@@ -31,7 +31,7 @@ LAYERS: list[list[str]] = [
     ["devices.gpu"],
     ["devices", "transfer"],
     # 4: one shard; shards in order; the result
-    ["download", "weights", "workers"],
+    ["download", "weights"],
     ["manifest_source"],
     ["remote"],
     # 5: the pipeline

@@ -132,7 +132,7 @@ one = stop.Stop()
 one.add(stop.Watch(60, [lambda: ended.append("shut")]))
 with one._lock:  # as of a thread that looks just then
     if os.fork() == 0:
-        stop._stop_all()
+        stop._main_thread_ends()
         one.set()
         os._exit(len(ended))
 _, status = os.wait()

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from typing import Any
 
 import pytest
 
 import ndcache
-from ndcache.pieces import Helpers
 from ndcache.stats import LoadStats
 from ndcache.stop import Stop
-from ndcache.workers import in_order
+from ndcache.workers import Workers, in_order
 
 
 def shards(*sizes: int) -> list[ndcache.Shard]:
     return [ndcache.Shard(f"{index}.bin", size, None, None, "raw-shard", ()) for index, size in enumerate(sizes)]
 
 
-def run(items: Sequence[ndcache.Shard], work: Callable[[ndcache.Shard], Any], **options: Any) -> Any:
-    settings = {"max_workers": 4, "memory_limit": 1000, "stop": Stop(), "stats": LoadStats(), **options}
-    return in_order(items, work, **settings)
+def run(
+    items: Sequence[ndcache.Shard],
+    work: Callable[[ndcache.Shard], Any],
+    *,
+    max_workers: int = 4,
+    stop: Stop | None = None,
+    workers: Workers | None = None,
+    **options: Any,
+) -> Generator[Any, None, None]:
+    workers = workers or Workers(max_workers, stop)
+    workers.start()
+    return in_order(items, work, **{"workers": workers, "memory_limit": 1000, "stats": LoadStats(), **options})
 
 
 def name(shard: ndcache.Shard) -> str:
@@ -74,7 +82,7 @@ def test_never_more_than_max_workers(max_workers: int) -> None:
 
 @pytest.mark.parametrize("max_workers", [1, 3])
 def test_who_is_relieved_has_another_begin(max_workers: int) -> None:
-    lock, helpers = threading.Lock(), Helpers()
+    lock, workers = threading.Lock(), Workers(max_workers)
     together, relieved = threading.Barrier(max_workers), threading.Barrier(2)
     unrelieved = peak = 0
 
@@ -86,13 +94,13 @@ def test_who_is_relieved_has_another_begin(max_workers: int) -> None:
         together.wait(30)  # none goes on before max_workers of them are here
         with lock:
             unrelieved -= 1
-        helpers.relieve()
+        workers.relieve()
         relieved.wait(30)  # with max_workers=1: for one that has begun although this one is not done
-        helpers.relieve()  # twice is once
+        workers.relieve()  # twice is once
         return shard.data_path
 
     count = 4 * max_workers  # which are begun before the first one's turn comes
-    arrived = list(run(shards(*[1] * count), work, max_workers=max_workers, helpers=helpers))
+    arrived = list(run(shards(*[1] * count), work, workers=workers))
     assert arrived == [f"{index}.bin" for index in range(count)]
     assert peak == max_workers
 
@@ -251,7 +259,7 @@ def test_row_36_ctrl_c_while_a_thread_is_begun(monkeypatch: pytest.MonkeyPatch, 
 
     monkeypatch.setattr(threading.Thread, "start", pressed)
     monkeypatch.setattr(threading, name, pressed_inside)
-    results = in_order(shards(1, 1, 1, 1), work, max_workers=4, memory_limit=100, stop=stop, stats=LoadStats())
-    with pytest.raises(KeyboardInterrupt):
-        list(results)
+    with pytest.raises(KeyboardInterrupt), Workers(4, stop) as workers:
+        workers.start()
+        list(run(shards(1, 1, 1, 1), work, workers=workers))
     assert [thread.is_alive() for thread in threads] == [False] * begun

@@ -8,6 +8,7 @@ from typing import Any, BinaryIO, Generic, TypeVar
 
 from ..manifest import Record, Shard
 from ..stats import LoadStats
+from ..workers import Workers
 
 __all__ = ["Device"]
 
@@ -25,10 +26,13 @@ class Device(ABC, Generic[Staged, Tensor]):
         What users see as `Weights.device`.
     name : str
         The device in words.
+    has_serial : bool
+        Whether `begin` asks for a thread of its own.
     """
 
     handle: Any
     name: str
+    has_serial = False
 
     @abstractmethod
     def prepare(
@@ -55,11 +59,13 @@ class Device(ABC, Generic[Staged, Tensor]):
         """
 
     @abstractmethod
-    def begin(self, *, keeps_all: bool) -> None:
+    def begin(self, workers: Workers, *, keeps_all: bool) -> None:
         """Get ready for `stage`; `release` must be called afterwards.
 
         Parameters
         ----------
+        workers : Workers
+            Of the load.
         keeps_all : bool
             Whether all tensors will be there at once in the end, so that memory for all of them may be asked for now.
         """

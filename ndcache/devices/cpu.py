@@ -15,6 +15,7 @@ from ..decode import decode as decode_record
 from ..decode import stored
 from ..manifest import Record, Shard
 from ..stats import LoadStats
+from ..workers import Workers
 from .base import Device
 from .reading import check_size
 
@@ -42,7 +43,7 @@ class CpuDevice(Device[list[Array], Array]):
         self._copy = copy
         self._map = sys.version_info >= (3, 13) or len(shards) <= _MAX_MAPS
 
-    def begin(self, *, keeps_all: bool) -> None:
+    def begin(self, workers: Workers, *, keeps_all: bool) -> None:
         pass
 
     def stage(self, file: BinaryIO, shard: Shard) -> list[Array]:

@@ -6,7 +6,7 @@ import math
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -18,6 +18,7 @@ from ..dtypes import DTYPES
 from ..errors import DeviceError, OutOfDeviceMemoryError
 from ..manifest import Record, Shard
 from ..stats import LoadStats
+from ..workers import Workers
 from .adapters import adapter_name, find_adapter
 from .base import Device
 from .expand import Expander
@@ -134,6 +135,8 @@ class GpuDevice(Device[_Staged, GPUTensor]):
         Whether `discard` destroys it, too.
     """
 
+    has_serial = True
+
     def __init__(self, handle: wgpu.GPUDevice, *, is_ours: bool) -> None:
         import wgpu
 
@@ -170,10 +173,10 @@ class GpuDevice(Device[_Staged, GPUTensor]):
         self._memory_limit = memory_limit
         self._piece_bytes = min(_PIECE_BYTES, limit & -WORD, Expander.most(self.handle))
 
-    def begin(self, *, keeps_all: bool) -> None:
+    def begin(self, workers: Workers, *, keeps_all: bool) -> None:
         self._ring = Ring(self.handle, self._memory_limit)
         # Drivers make one buffer after the other, however many threads ask: one for it leaves the others to read.
-        self._maker = ThreadPoolExecutor(1, thread_name_prefix="ndcache-buffers")
+        self._maker = workers.serial()
         if keeps_all:
             for shard in self._shards:
                 self._made[shard.data_path] = self._maker.submit(self._make_buffers, shard)
@@ -217,7 +220,7 @@ class GpuDevice(Device[_Staged, GPUTensor]):
             self.handle.queue.read_buffer(self._fence_buffer, 0, 4)
 
     def release(self) -> None:
-        self._maker.shutdown(cancel_futures=True)
+        self._maker.cancel()
         self._filled.clear()
         for staged in list(self._under_way):
             self._end(staged)
