@@ -23,7 +23,16 @@ else:
 
     def __getattr__(name: str) -> typing.Any:
         if not name.startswith("__") or name == "__all__":
-            public = importlib.import_module(".public", __name__)
+            try:
+                public = importlib.import_module(".public", __name__)
+            except RuntimeError as error:
+                # Some libraries register what is to be done when the main thread ends.
+                if "after shutdown" not in str(error):
+                    raise
+                raise importlib.import_module(".errors", __name__).NdcacheError(
+                    "ndcache cannot be imported any more, as Python is shutting down",
+                    hint="What `import ndcache` gives is imported when the first of it is used: use some of it before.",
+                ) from error
             globals().update({each: getattr(public, each) for each in public.__all__}, __all__=public.__all__)
             if name in globals():
                 return globals()[name]

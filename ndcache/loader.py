@@ -199,7 +199,8 @@ class Loader:
         target = open_device(device)
         tensors: dict[str, Any] = {}
         try:
-            with self._opened(source, trace=trace, has_serial=target.has_serial) as run:
+            with self._workers(has_serial=target.has_serial) as workers:
+                run = self._open(source, workers, trace=trace)
                 shards = self._select(run, target, names, decode, copy)
                 with closing(self._tensors(run, target, shards, progress, keeps_all=True)) as arriving:
                     for name, tensor in arriving:
@@ -241,7 +242,8 @@ class Loader:
             target = open_device(device)
             is_open = False
             try:
-                with self._opened(source, trace=events, has_serial=target.has_serial) as run:
+                with self._workers(has_serial=target.has_serial) as workers:
+                    run = self._open(source, workers, trace=events)
                     shards = self._select(run, target, names, decode, copy)
                     is_open = True
                     yield "", None
@@ -267,7 +269,8 @@ class Loader:
             return self._fetch(source, names, progress, events)
 
     def _fetch(self, source: Source, names: NameFilter, progress: Progress, trace: Trace | None) -> Path:
-        with self._opened(source, trace=trace) as run:
+        with self._workers() as workers:
+            run = self._open(source, workers, trace=trace)
             shards = run.model.manifest.shards_with(names)
 
             def work(shard: Shard) -> tuple[Obtained, None]:
@@ -283,22 +286,23 @@ class Loader:
 
     def read_manifest(self, source: Source) -> Manifest:
         """The model's manifest, parsed and checked: see `ndcache.read_manifest`."""
-        with self._opened(source, max_workers=1) as run:
-            return run.model.manifest
+        with self._workers(1) as workers:
+            return self._open(source, workers).model.manifest
 
     def is_cached(self, source: Source) -> bool:
         """Whether the manifest and every shard of the right size are on disk: see `ndcache.is_cached`."""
         try:
-            with self._opened(source, offline=True) as run:
-                return all(run.model.has(shard) for shard in run.model.manifest.shards)
+            with self._workers(1) as workers:
+                model = self._open(source, workers, offline=True).model
+                return all(model.has(shard) for shard in model.manifest.shards)
         except (OfflineError, NotFoundError, ManifestError):
             return False
 
     def verify(self, source: Source) -> VerifyReport:
         """Compute the digests of what is cached, and set aside what is bad: see `ndcache.verify`."""
         try:
-            with self._opened(source, offline=True) as run:
-                return self._verify_all(run)
+            with delivered(), self._workers() as workers:
+                return self._verify_all(self._open(source, workers, offline=True))
         except OfflineError as error:
             raise NotFoundError(f"{locate(source)} is not in the cache") from error
 
@@ -306,9 +310,7 @@ class Loader:
         shards = run.model.manifest.shards
         present = [shard for shard in shards if run.model.has(shard, of_any_size=True)]
         run.workers.start(len(present))
-        results = in_order(
-            present, run.model.check, workers=run.workers, memory_limit=sys.maxsize, stats=run.stats
-        )
+        results = in_order(present, run.model.check, workers=run.workers, memory_limit=sys.maxsize, stats=run.stats)
         with closing(results):
             checked = {shard.data_path: kind for shard, kind in zip(present, results, strict=True) if kind}
         found = {shard.data_path for shard in present}
@@ -344,25 +346,18 @@ class Loader:
 
     # --- the pipeline
 
-    @contextmanager
-    def _opened(
-        self,
-        source: Source,
-        *,
-        offline: bool = False,
-        trace: Trace | None = None,
-        max_workers: int | None = None,
-        has_serial: bool = False,
-    ) -> Iterator[_Run]:
-        """Find the model and read its manifest; at the end of the block, no thread is left."""
+    def _workers(self, max_workers: int | None = None, *, has_serial: bool = False) -> Workers:
+        return Workers(max_workers or self._max_workers, Stop(self._cancel), has_serial=has_serial)
+
+    def _open(self, source: Source, workers: Workers, *, offline: bool = False, trace: Trace | None = None) -> _Run:
+        """Find the model and read its manifest."""
         location = locate(source)
-        stop, stats = Stop(self._cancel), LoadStats()
+        stats = LoadStats()
         stats.record_to(trace)
         started = time.perf_counter()
-        with Workers(max_workers or self._max_workers, stop, has_serial=has_serial) as workers:
-            with stats.timed("manifest"):
-                model = self._model(location, workers, stats, offline=self._offline or offline)
-            yield _Run(model, stop, stats, workers, started)
+        with stats.timed("manifest"):
+            model = self._model(location, workers, stats, offline=self._offline or offline)
+        return _Run(model, workers.stop, stats, workers, started)
 
     def _model(self, location: Location, workers: Workers, stats: LoadStats, *, offline: bool) -> Model:
         if location.directory is not None:

@@ -198,9 +198,10 @@ class Manifest:
         wanted = self._predicate(names)
         chosen = []
         for shard in self.shards:
-            records = tuple(record for record in shard.records if wanted(record.name))
+            # A list, and no generator, which would make a RuntimeError of a predicate's StopIteration.
+            records = [record for record in shard.records if wanted(record.name)]
             if records:
-                chosen.append(replace(shard, records=records))
+                chosen.append(replace(shard, records=tuple(records)))
         return tuple(chosen)
 
     def _predicate(self, names: NameFilter) -> Callable[[str], bool]:

@@ -467,7 +467,7 @@ def _remove(path: Path) -> None:
 @functools.cache
 def _boot() -> str:
     try:
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        with open("/proc/sys/kernel/random/boot_id", encoding="utf-8") as file:
             return file.read().strip()
     except OSError:
         return ""  # who cannot tell goes on only where a digest will show what is wrong

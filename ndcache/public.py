@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from . import errors
+from . import stop as _stop  # noqa: F401 - before Python is shutting down, if it is about to
 from . import tvm as tvm
 from ._version import __version__
 from .api import delete, fetch, is_cached, load, read_manifest, stream, verify

@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class Serial:
-    """Does one thing after the other in the thread that calls `serve`; without one, or after its end, who submits it does.
+    """Does one thing after the other, in the thread that calls `serve`; without it, whoever submits something does it.
 
     Not an executor: to one, nothing can be submitted once the main thread has ended.
 

@@ -102,17 +102,16 @@ class Watch:
 
 #: All there are, so that none whose consumer is gone holds up the end of the interpreter.
 _live: weakref.WeakSet[Stop] = weakref.WeakSet()
-_has_main_thread_ended = False
+_main_thread_has_ended = threading.Event()
 
 
 def is_ending() -> bool:
     """Whether the main thread has come to its end, so that no thread can begin any more."""
-    return _has_main_thread_ended
+    return _main_thread_has_ended.is_set()
 
 
 def _main_thread_ends() -> None:
-    global _has_main_thread_ended
-    _has_main_thread_ended = True
+    _main_thread_has_ended.set()
     for stop in list(_live):
         if stop._is_abandoned:
             stop.set()
@@ -120,12 +119,12 @@ def _main_thread_ends() -> None:
 
 try:
     # Before concurrent.futures, whose own hook joins the workers: the last to register is the first to be called.
-    import concurrent.futures.thread
+    import concurrent.futures.thread  # noqa: F401
 
     if hasattr(threading, "_register_atexit"):
         threading._register_atexit(_main_thread_ends)
 except RuntimeError:  # Python is ending, and this was not imported before
-    _has_main_thread_ended = True
+    _main_thread_has_ended.set()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_live.clear)
 
@@ -211,7 +210,7 @@ class Stop:
             self.parent.check()
         if self.cancel is not None and self.cancel.is_set():
             self.set()
-        if _has_main_thread_ended and self._is_abandoned:
+        if is_ending() and self._is_abandoned:
             self.set()
             raise CancelledError(
                 "the load was stopped, as Python is shutting down",

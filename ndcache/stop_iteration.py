@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import TracebackType
 
 __all__ = ["Carried", "carried", "delivered"]
 
@@ -30,10 +31,12 @@ def carried() -> Iterator[None]:
         raise Carried(error) from None
 
 
-@contextmanager
-def delivered() -> Iterator[None]:
+class delivered:  # noqa: N801 - used as a function, but one of contextlib's is a generator, too
     """Around what uses such a generator: the StopIteration is raised as what it is."""
-    try:
-        yield
-    except Carried as carrier:
-        raise carrier.error from carrier.error.__cause__
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if isinstance(error, Carried):
+            raise error.error from error.error.__cause__

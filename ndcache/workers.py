@@ -35,6 +35,8 @@ _TICK = 0.1
 _SPARE = 2
 #: Seconds between looks of an idle thread whether somebody still waits for the load.
 _LOOK_AFTER = 1.0
+#: Seconds between looks at threads that have not said that they go.
+_SOON = 0.05
 
 T = TypeVar("T")
 logger = logging.getLogger("ndcache")
@@ -44,7 +46,7 @@ class Workers:
     """The threads of one call. They begin together, as later the main thread may have ended, and no thread can begin.
 
     Where none can begin at all (the main thread has ended already, the system allows no more), the thread that asks for
-    work does it itself. So can what was never started.
+    work does it itself. So does what was never started.
 
     Tasks are begun in the order in which they come, by no more than `max_workers` threads at once, beside those that
     were relieved.
@@ -58,25 +60,31 @@ class Workers:
         Whether there is one thread more, for `serial`.
     """
 
+    # Ctrl-C can come between any two steps of the main thread. So it shares queues with the threads, and no lock that
+    # it could leave locked; it begins one thread, which begins the next one; and it waits until the threads have said
+    # that they go before it joins them: before Python 3.13, a join that Ctrl-C ends takes the thread for dead.
+
     _numbers = itertools.count(1)
 
     def __init__(self, max_workers: int = 1, stop: Stop | None = None, *, has_serial: bool = False) -> None:
         self.max_workers = max_workers
         self.stop = Stop() if stop is None else stop
         self._has_serial = has_serial
+        self._serial: Serial | None = None
         self._name = f"ndcache-{next(self._numbers)}"
         self._executor: ThreadPoolExecutor | None = None
-        self._serial: Serial | None = None
-        self._count = 0
-        # Queues, and no locks: Ctrl-C in the caller's thread could leave one locked that the workers need.
+        self._wanted = self._begun = self._gone = 0  # threads
+        self._has_ended = False
+        self._beginning = threading.Lock()
         self._tasks: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._posts: SimpleQueue[None] = SimpleQueue()
+        self._goodbyes: SimpleQueue[None] = SimpleQueue()
         self._mine = threading.local()
         for _ in range(max_workers):
             self._posts.put(None)
 
     def start(self, tasks: int | None = None) -> None:
-        """Have as many threads as so many tasks can use; by default, all. What can be done with fewer is done if must be.
+        """Have as many threads as so many tasks can use; by default, all. What must be is done with fewer.
 
         Parameters
         ----------
@@ -85,30 +93,28 @@ class Workers:
         """
         most = self.max_workers + _SPARE
         wanted = self._has_serial + (most if tasks is None else max(1, min(tasks, most)))
-        if self._count >= wanted or is_ending():
+        if self._wanted >= wanted or is_ending():
             return
-        try:
-            if self._executor is None:
-                from concurrent.futures import ThreadPoolExecutor  # which cannot be imported once Python is ending
+        self._wanted = wanted
+        if self._executor is not None:
+            self.ask(self._begin_next)
+            return
+        from concurrent.futures import ThreadPoolExecutor  # which cannot be imported any more once Python is ending
 
-                self._executor = ThreadPoolExecutor(wanted, thread_name_prefix=self._name)
-                self.stop.on_set(self._close)
-            while self._count < wanted:
-                # One task for as long as the thread lives: after the main thread has ended, none could be submitted.
-                self._executor.submit(self._serve)
-                self._count += 1
-        except RuntimeError as error:
-            logger.debug("%d threads instead of %d: %s", self._count, wanted, error)
+        # To what its threads do first, as after the main thread has ended nothing can be submitted to it.
+        self._executor = ThreadPoolExecutor(most + self._has_serial, self._name, initializer=self._serve)
+        self.stop.on_set(self._close)
+        self._begin()
 
     @property
     def has_threads(self) -> bool:
         """Whether there are any; if not, whoever asks for work has to do it."""
-        return self._count > 0
+        return self._begun > 0
 
     @property
     def most(self) -> int:
         """How many there are to help one of them."""
-        return max(0, min(self.max_workers, self._count) - 1)
+        return max(0, min(self.max_workers, self._wanted - self._has_serial) - 1)
 
     def submit(self, task: Callable[[], None]) -> None:
         """Have a thread run `task` when it is its turn; without threads, this one. Nobody hears of what it raises."""
@@ -135,14 +141,13 @@ class Workers:
         ----------
         work : callable
         tasks_to_come : int, optional
-            How many tasks there will be at once afterwards, whose threads begin meanwhile; by default, for all.
+            How many tasks there will be at once afterwards, whose threads begin now; by default, for all.
         """
-        self.start(1)
+        self.start(tasks_to_come)
         done: SimpleQueue[_Done[T]] = SimpleQueue()
         results: dict[int, T] = {}
         try:
             self.submit(functools.partial(_run, lambda _: work(), None, 0, done, threading.Event(), self.stop))
-            self.start(tasks_to_come)
             _collect(done, results, 0, self.stop, lambda: None)
         except NdcacheError:
             raise  # of the work, which is over
@@ -153,32 +158,39 @@ class Workers:
 
     def serial(self) -> Serial:
         """A thread for what must be done one after the other; if there is none to spare, who asks does it."""
-        self._serial = Serial(has_thread=self._has_serial and self._count > 1)
+        self._serial = serial = Serial(has_thread=self._has_serial and self.has_threads)
 
-        def serve(serial: Serial = self._serial) -> None:
+        def serve() -> None:
             self.relieve()
             serial.serve()
 
-        if self._serial.has_thread:
-            self.submit(serve)
-        return self._serial
+        self.ask(serve)
+        return serial
 
     def end(self) -> None:
-        """Forget what has not begun, and wait for what has. No thread is left, even if Ctrl-C came as it was made."""
-        if self._executor is None:
+        """Forget what has not begun, and wait for what has: then there is no thread left."""
+        if self._executor is None or self._has_ended:
             return
+        self._executor.shutdown(wait=False, cancel_futures=True)
         with suppress(Empty):
             while True:
                 self._tasks.get_nowait()
         if self._serial is not None:
             self._serial.cancel()
         self._close()
-        # Garbage may be collected in any thread.
-        is_one_of_them = getattr(self._mine, "is_serving", False)
-        self._executor.shutdown(wait=not is_one_of_them, cancel_futures=True)
-        for thread in () if is_one_of_them else threading.enumerate():
-            if thread.name.startswith(f"{self._name}_"):  # which the pool may not know of yet
-                _join(thread)
+        if getattr(self._mine, "is_serving", False):
+            return  # garbage may be collected in any thread
+        while self._gone < self._begun:
+            with suppress(Empty):
+                self._goodbyes.get(timeout=_SOON)
+                self._gone += 1
+                continue
+            if not any(thread.is_alive() for thread in self._threads()):
+                break  # Ctrl-C came while one was begun, or counted
+        self._executor.shutdown()
+        for thread in self._threads():  # which the pool may not know of
+            _join(thread)
+        self._has_ended = True
 
     def __enter__(self) -> Workers:
         return self
@@ -191,21 +203,31 @@ class Workers:
         finally:
             self.end()  # also if Ctrl-C came while it waited
 
-    def _close(self) -> None:
-        """Have the threads go when what was submitted so far is done."""
-        if self._serial is not None:
-            self._serial.close()
-        self._tasks.put(None)
-        self._posts.put(None)
+    def _begin(self) -> None:
+        """Begin one thread more."""
+        assert self._executor is not None
+        self._begun += 1
+        try:
+            self._executor.submit(_nothing)
+        except RuntimeError as error:  # too late, or too many for the system
+            self._begun -= 1
+            logger.debug("%d threads instead of %d: %s", self._begun, self._wanted, error)
+
+    def _begin_next(self) -> None:
+        with self._beginning:
+            if self._begun < self._wanted:
+                self._begin()
 
     def _serve(self) -> None:
         self._mine.is_serving = True
+        self._begin_next()
         while True:
             self._posts.get()
             self._mine.is_manned = True
             task = self._next()
             if task is None:
                 self._close()  # for the next thread
+                self._goodbyes.put(None)
                 return
             with suppress(BaseException):
                 task()
@@ -219,6 +241,16 @@ class Workers:
             except Empty:
                 with suppress(CancelledError):
                     self.stop.check()  # if nobody waits any more, this sets it
+
+    def _close(self) -> None:
+        """Have the threads go when what was submitted so far is done."""
+        if self._serial is not None:
+            self._serial.close()
+        self._tasks.put(None)
+        self._posts.put(None)
+
+    def _threads(self) -> list[threading.Thread]:
+        return [thread for thread in threading.enumerate() if thread.name.startswith(f"{self._name}_")]
 
 
 def in_order(
@@ -289,6 +321,10 @@ def in_order(
         raise
     finally:
         workers.end()
+
+
+def _nothing() -> None:
+    pass
 
 
 def _join(thread: threading.Thread) -> None:
