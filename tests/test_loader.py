@@ -286,7 +286,7 @@ KINDS_OF_REPORTS: dict[str, Callable[[ndcache.ProgressReport], bool]] = {
 
 @pytest.mark.parametrize("kind", KINDS_OF_REPORTS)
 @pytest.mark.parametrize("is_cached", [False, True], ids=["fetched", "cached"])
-@pytest.mark.parametrize("raised", [LookupError, ndcache.ConnectError, SystemExit])
+@pytest.mark.parametrize("raised", [LookupError, ndcache.ConnectError, SystemExit, StopIteration, GeneratorExit])
 def test_row_39_an_error_of_a_callback_is_the_one_raised(
     model: Path, serve: Serve, cache_dir: Path, kind: str, is_cached: bool, raised: type[BaseException]
 ) -> None:
@@ -323,6 +323,41 @@ def test_row_39_a_predicate_of_the_callers_that_raises(model: Path, serve: Serve
         ndcache.load(server.url, names=names)
     assert caught.value is error
     assert server.shard_requests() == []
+
+
+@pytest.mark.parametrize("where", ["progress", "names", "cancel", "session"])
+@pytest.mark.parametrize("verb", ["load", "fetch"])
+def test_row_39_a_stop_iteration_is_the_exception_raised(model: Path, serve: Serve, where: str, verb: str) -> None:
+    models.simple_model(model)
+    server, error = serve(model), StopIteration("mine")
+
+    def fail(*_: Any, **__: Any) -> bool:
+        raise error
+
+    option: Any = fail
+    if where == "cancel":
+        option = threading.Event()
+        option.is_set = fail
+    with requests.Session() as session:
+        session.hooks["response"] = [fail]
+        options = {where: session if where == "session" else option}
+        with pytest.raises(StopIteration) as caught:
+            getattr(ndcache, verb)(server.url, **options)
+        assert caught.value is error
+    assert not loading_threads()
+
+
+def test_row_39_a_stop_iteration_does_not_end_a_stream_silently(model: Path, serve: Serve) -> None:
+    models.simple_model(model)
+    error = StopIteration("mine")
+
+    def fail(report: ndcache.ProgressReport) -> None:
+        if report.shards_done:
+            raise error
+
+    with pytest.raises(RuntimeError) as caught:
+        list(ndcache.stream(serve(model).url, progress=fail))
+    assert caught.value.__cause__ is error
 
 
 # --- the cache ----------------------------------------------------------------------------------------
