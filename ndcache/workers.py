@@ -171,6 +171,7 @@ class Workers:
         """Forget what has not begun, and wait for what has: then there is no thread left."""
         if self._executor is None or self._has_ended:
             return
+        self._wanted = 0
         self._executor.shutdown(wait=False, cancel_futures=True)
         with suppress(Empty):
             while True:
@@ -211,7 +212,8 @@ class Workers:
             self._executor.submit(_nothing)
         except RuntimeError as error:  # too late, or too many for the system
             self._begun -= 1
-            logger.debug("%d threads instead of %d: %s", self._begun, self._wanted, error)
+            if self._begun < self._wanted:
+                logger.debug("%d threads instead of %d: %s", self._begun, self._wanted, error)
 
     def _begin_next(self) -> None:
         with self._beginning:
