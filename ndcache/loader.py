@@ -196,7 +196,7 @@ class Loader:
         progress: Progress,
         trace: Trace | None,
     ) -> Weights:
-        target = open_device(device)
+        target = self._device(device)
         tensors: dict[str, Any] = {}
         try:
             with self._workers(has_serial=target.has_serial) as workers:
@@ -206,7 +206,7 @@ class Loader:
                     for name, tensor in arriving:
                         tensors[name] = tensor
         except BaseException:
-            target.discard(tensors.values())
+            target.discard(tensors)
             raise
         return Weights(tensors, manifest=run.model.manifest, device=target, stats=run.stats)
 
@@ -239,7 +239,7 @@ class Loader:
     ) -> Generator[tuple[str, Any], None, None]:
         """What comes first says that it runs, and so will be closed; then come the tensors."""
         with _tracing(trace) as events:
-            target = open_device(device)
+            target = self._device(device)
             is_open = False
             try:
                 with self._workers(has_serial=target.has_serial) as workers:
@@ -250,7 +250,7 @@ class Loader:
                     yield from self._tensors(run, target, shards, progress)
             except BaseException as error:
                 if not is_open:
-                    target.discard(())
+                    target.discard({})
                 elif isinstance(error, Carried):
                     # Which makes it a RuntimeError, as from any generator. It must not end the caller's loop silently.
                     raise error.error from None
@@ -377,6 +377,9 @@ class Loader:
             offline=offline,
             pins=self._pins,
         )
+
+    def _device(self, device: str | wgpu.GPUDevice) -> Device[Any, Any]:
+        return open_device(device, None if self._cancel is None else Stop(self._cancel).look)
 
     def _select(
         self, run: _Run, device: Device[Any, Any], names: NameFilter, decode: bool, copy: bool

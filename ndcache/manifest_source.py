@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from .caller import warn_caller
 from .download import Downloader
 from .errors import (
     CacheError,
@@ -83,7 +82,7 @@ class ManifestSource:
             if isinstance(error, NotFoundError) and (renamed := self._under_another_name(name)):
                 return renamed
             message = f"using the cached manifest of {self.bases[0]}: {error}"
-            warnings.warn(message, RuntimeWarning, stacklevel=_depth_below_caller())
+            warn_caller(message)
             return cached
 
     @property
@@ -207,14 +206,6 @@ class ManifestSource:
 
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def _depth_below_caller() -> int:
-    """The ``stacklevel`` that makes a warning name the line that called ndcache."""
-    depth, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__package__", "") in ("ndcache", "ndcache.devices"):
-        depth, frame = depth + 1, frame.f_back
-    return depth
 
 
 def _conditions(known: Validator | None) -> dict[str, str]:

@@ -11,7 +11,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TextIO, TypeAlias
 
@@ -209,14 +210,28 @@ class Bar:
         self._next_line = 0
 
     def __call__(self, report: ProgressReport) -> None:
-        if self._file is None:
-            return
+        if self._file is not None:
+            with self._unless_nobody_listens():
+                self._show(report, self._file)
+
+    @contextmanager
+    def _unless_nobody_listens(self) -> Iterator[None]:
+        """Show no more once the file cannot be written (closed, full, a pipe without a reader): that ends no load."""
+        try:
+            yield
+        except (OSError, ValueError):
+            self._file = None
+            if self._bar is not None:
+                self._bar.disable = True  # or it would write once more when it is closed
+                self._bar = None
+
+    def _show(self, report: ProgressReport, file: TextIO) -> None:
         if report.phase == "start":
             self.close()
             self._next_line = 0
             return
-        if not _is_terminal(self._file):
-            self._line(report, self._file)
+        if not _is_terminal(file):
+            self._line(report, file)
             return
         if self._bar is None:
             self._bar = _Tqdm(
@@ -225,8 +240,8 @@ class Bar:
                 unit="iB",
                 unit_scale=True,
                 unit_divisor=1024,
-                dynamic_ncols=_has_width(self._file),
-                file=self._file,
+                dynamic_ncols=_has_width(file),
+                file=file,
             )
         self._bar.set_postfix_str(f"{report.shards_done}/{report.shards_total} shards", refresh=False)
         self.tick(report.bytes_done)
@@ -236,13 +251,15 @@ class Bar:
     def tick(self, bytes_done: int) -> None:
         """Move the bar; it never goes back."""
         if self._bar is not None:
-            self._bar.update(max(bytes_done - self._bar.n, 0))
-            self._bar.refresh()
+            with self._unless_nobody_listens():
+                self._bar.update(max(bytes_done - self._bar.n, 0))
+                self._bar.refresh()
 
     def close(self) -> None:
         """Leave the bar as it stands and end its line."""
         if self._bar is not None:
-            self._bar.close()
+            with self._unless_nobody_listens():
+                self._bar.close()
             self._bar = None
 
     def _line(self, report: ProgressReport, file: TextIO) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import signal
 import sys
 import threading
@@ -24,6 +23,7 @@ from rich.text import Text
 from tqdm import tqdm
 
 from .errors import NdcacheError
+from .streams import own_process
 
 __all__ = [
     "VERBOSE",
@@ -57,15 +57,26 @@ class _Terminated(BaseException):
 class Commands(click.Group):
     """The commands, with what is true of them all: how they fail and how they are stopped."""
 
+    def main(self, *args: Any, **extra: Any) -> Any:
+        """Run a command, in a process that is its own."""
+        with own_process():
+            try:
+                try:
+                    return super().main(*args, **extra)
+                except SystemExit as end:
+                    if not end.code:
+                        sys.stdout.flush()
+                    raise
+            except OSError as error:  # of what click itself prints, as for --help
+                if not isinstance(error, BrokenPipeError):
+                    say(f"error: {message(error)}")
+                raise SystemExit(1) from error
+
     def invoke(self, ctx: click.Context) -> Any:
         with _messages(), _sigterm():
             try:
-                try:
-                    return super().invoke(ctx)
-                finally:
-                    sys.stdout.flush()  # here, where a broken pipe is caught
+                return super().invoke(ctx)
             except BrokenPipeError:  # whoever reads has enough, as `head` does
-                _drop_stdout()
                 ctx.exit(1)
             except KeyboardInterrupt:
                 say("interrupted")
@@ -75,7 +86,7 @@ class Commands(click.Group):
                 ctx.exit(143)
             except _EXPECTED as error:
                 if ctx.meta.get(VERBOSE):
-                    traceback.print_exception(error)
+                    say("".join(traceback.format_exception(error)).rstrip())
                 say(f"error: {message(error)}")
                 ctx.exit(1)
 
@@ -89,11 +100,7 @@ class _Lines(logging.Handler):
 
 @contextmanager
 def _messages() -> Iterator[None]:
-    """Warnings and logs as plain lines, and no character that the terminal's encoding lacks ends a command."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            is_utf8 = stream.encoding.lower().replace("-", "") == "utf8"
-            stream.reconfigure(errors="surrogateescape" if is_utf8 else "backslashreplace")
+    """Show warnings and logs as plain lines."""
     handler = _Lines()
     logger.addHandler(handler)
     # Of other libraries' records, Python would print the warnings: wgpu has some on what drivers lack.
@@ -122,14 +129,6 @@ def _sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
-
-
-def _drop_stdout() -> None:
-    """What is still buffered must not fail again when the interpreter ends."""
-    try:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError:
-        pass  # not a real file
 
 
 def message(error: BaseException) -> str:

@@ -65,7 +65,7 @@ class Weights(Mapping[str, Any]):
         """
         if self._tensors is not None:
             tensors, self._tensors = self._tensors, None
-            self._discard(tensors.values())
+            self._discard(tensors)
 
     def __enter__(self) -> Weights:
         return self

@@ -16,7 +16,7 @@ import ndcache
 
 LAYERS: list[list[str]] = [
     # 0: names and words
-    ["_version", "dtypes", "errors", "progress", "trace"],
+    ["_version", "caller", "dtypes", "errors", "progress", "trace"],
     ["stats"],
     # 1: values from outside, checked
     ["locate", "manifest", "paths", "serial", "spans", "stop", "stop_iteration", "strict_json"],
@@ -25,7 +25,8 @@ LAYERS: list[list[str]] = [
     ["options", "parts", "pins", "validator", "workers"],
     ["cache"],
     # 3: devices, each above the one that it is built on; HTTP; a model in a directory
-    ["devices.adapters", "devices.base", "devices.expand", "devices.layout", "devices.reading", "devices.staging"],
+    ["devices.adapters", "devices.base", "devices.expand", "devices.layout", "devices.reading"],
+    ["devices.limits", "devices.shield", "devices.staging"],
     ["inventory", "model", "transport"],
     ["devices.cpu"],
     ["devices.gpu"],
@@ -38,6 +39,7 @@ LAYERS: list[list[str]] = [
     ["loader"],
     ["api"],
     # 6: faces
+    ["streams"],
     ["tensor_files", "terminal", "tvm", "writer"],
     ["public"],
     ["", "demo", "doctor"],  # "" is ndcache/__init__.py
@@ -45,7 +47,7 @@ LAYERS: list[list[str]] = [
     ["__main__"],
 ]
 #: The first row of the faces: terminals begin there.
-FACES = LAYERS.index(["tensor_files", "terminal", "tvm", "writer"])
+FACES = LAYERS.index(["streams"])
 
 PACKAGE = Path(ndcache.__file__).parent
 PLACE = {name: row for row, names in enumerate(LAYERS) for name in names}

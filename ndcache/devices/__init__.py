@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Callable
 from typing import Any
 
 from .base import Device
@@ -20,8 +21,10 @@ def is_device_name(text: str) -> bool:
     return re.fullmatch(r"cpu|auto|gpu(:[0-9]{1,4})?", text) is not None
 
 
-def open_device(device: Any) -> Device[Any, Any]:
-    """What the ``device`` option names: ``"cpu"``, ``"gpu"``, ``"gpu:N"``, ``"auto"`` or a `wgpu.GPUDevice`.
+def open_device(device: Any, look: Callable[[], None] | None = None) -> Device[Any, Any]:
+    """Open what the ``device`` option names: ``"cpu"``, ``"gpu"``, ``"gpu:N"``, ``"auto"`` or a `wgpu.GPUDevice`.
+
+    While a driver is waited for, `look` is called about every 0.1 s, to raise what is to end the wait.
 
     Raises
     ------
@@ -39,7 +42,7 @@ def open_device(device: Any) -> Device[Any, Any]:
         raise ValueError(f"device is 'cpu', 'gpu', 'gpu:N' or 'auto', not {device!r}")
     if device == "cpu":
         return CpuDevice()
-    opened = open_gpu(device) or CpuDevice()
+    opened = open_gpu(device, look) or CpuDevice()
     if device == "auto":
         logger.info("device 'auto' is %s", opened.name)
     return opened

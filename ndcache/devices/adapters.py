@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import glob
+import inspect
 import os
 import re
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -14,15 +17,40 @@ from ..errors import NoAdapterError
 if TYPE_CHECKING:
     import wgpu
 
-__all__ = ["adapter_name", "adapters", "find_adapter", "is_software"]
+__all__ = ["adapter_name", "adapters", "find_adapter", "is_software", "one_at_a_time"]
 
 #: Of several ways to one adapter, the first of these.
 _BACKENDS = ("Vulkan", "Metal", "D3D12", "OpenGL")
 _ADAPTER_TYPES = ("DiscreteGPU", "IntegratedGPU", "VirtualGPU", "Unknown", "CPU")
+#: What Linux has where there is a GPU, whether or not a driver for Vulkan is installed.
+_GPU_FILES = ("/dev/dri/renderD*", "/dev/nvidia[0-9]*", "/dev/dxg")
+
+#: In a list, so that a fork can have another one.
+_lock = [threading.Lock()]
+#: The adapters of this process, once some were found. They are kept: to list them takes milliseconds each time, makes
+#: some drivers print lines, and is not safe (see `_list_adapters`), nor is dropping them.
+_known: list[wgpu.GPUAdapter] = []
+
+
+@contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Let one thread of ours at a time list adapters or open one in the block."""
+    with _lock[0]:
+        yield
+
+
+def _renew_lock() -> None:
+    _lock[0] = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)  # The thread that held it is not there.
 
 
 def adapters() -> list[wgpu.GPUAdapter]:
-    """The adapters there are: real ones before software ones, each by its best backend only.
+    """Return the adapters there are: real ones before software ones, each by its best backend only.
+
+    They are listed once in a process, unless there are none.
 
     Raises
     ------
@@ -30,13 +58,19 @@ def adapters() -> list[wgpu.GPUAdapter]:
         wgpu itself cannot be loaded.
     """
     try:
-        import wgpu
+        import wgpu  # noqa: F401
     except (ImportError, OSError) as error:
         raise NoAdapterError(
             f"wgpu cannot be loaded: {error}", hint="Install it anew: pip install --force-reinstall wgpu."
         ) from error
-    with _quiet_drivers():
-        every = wgpu.gpu.enumerate_adapters_sync()
+    with one_at_a_time():
+        if not _known:
+            _known.extend(_best(_list_adapters()))
+        return list(_known)
+
+
+def _best(every: Iterable[wgpu.GPUAdapter]) -> list[wgpu.GPUAdapter]:
+    every = list(every)
     found: list[wgpu.GPUAdapter] = []
     for backend in _BACKENDS:
         better = [adapter_name(adapter) for adapter in found]
@@ -83,19 +117,44 @@ def adapter_name(adapter: wgpu.GPUAdapter) -> str:
     return str(adapter.info["device"])
 
 
-@contextmanager
-def _quiet_drivers() -> Iterator[None]:
-    """libwayland, asked for a display while adapters are listed, prints a line each time that it finds no
-    XDG_RUNTIME_DIR. It takes any absolute path, and nobody can have put a socket in this one.
+def _list_adapters() -> list[wgpu.GPUAdapter]:
+    """Give wgpu's adapters, without those of OpenGL where these could only be others' doubles.
+
+    The OpenGL part of wgpu has one context for a process. When it is used in two threads at once (listing and dropping
+    adapters is enough), one of them finds it taken, and wgpu ends the process. Our own threads take turns. The caller's
+    cannot be told to; but Vulkan, Metal and D3D12 have no such fault.
     """
-    if sys.platform != "linux" or "XDG_RUNTIME_DIR" in os.environ:
-        yield
-        return
-    os.environ["XDG_RUNTIME_DIR"] = os.devnull
+    import wgpu
+
+    found = _list_primary()
+    if found is not None and (any(not is_software(adapter) for adapter in found) or not _has_hardware(found)):
+        return found
+    return list(wgpu.gpu.enumerate_adapters_sync())
+
+
+def _list_primary() -> list[wgpu.GPUAdapter] | None:
+    """List the adapters of Vulkan, Metal and D3D12 alone; None where this version of wgpu does not let us."""
+    from wgpu.backends import wgpu_native
+    from wgpu.backends.wgpu_native import _helpers, _mappings
+
     try:
-        yield
-    finally:
-        os.environ.pop("XDG_RUNTIME_DIR", None)
+        ffi, list_adapters = wgpu_native.ffi, wgpu_native.lib.wgpuInstanceEnumerateAdapters
+        create = wgpu_native.gpu._create_adapter
+        if len(inspect.signature(create).parameters) != 1:
+            return None
+        kinds = ffi.typeof(list_adapters).args  # by name, cffi would have to parse them
+        instance, options = _helpers.get_wgpu_instance(), ffi.new(kinds[1])
+        options.backends = _mappings.native_flags["InstanceBackend.Primary"]
+        handles = ffi.new(ffi.typeof("WGPUAdapter[]"), list_adapters(instance, options, ffi.NULL))
+        list_adapters(instance, options, handles)
+    except (AttributeError, KeyError, IndexError):
+        return None
+    return [create(handle) for handle in handles]
+
+
+def _has_hardware(found: Sequence[wgpu.GPUAdapter]) -> bool:
+    """Whether there could be a GPU that only OpenGL knows, beside software that Vulkan found."""
+    return not found or sys.platform != "linux" or any(glob.glob(pattern) for pattern in _GPU_FILES)
 
 
 def _how_to_get_one() -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO, Generic, TypeVar
 
 from ..manifest import Record, Shard
@@ -94,5 +94,8 @@ class Device(ABC, Generic[Staged, Tensor]):
         """Free what was needed for loading: no thread is in `stage` or `place` any more. Never raises."""
 
     @abstractmethod
-    def discard(self, tensors: Iterable[Tensor]) -> None:
-        """Free tensors of this device, and the device itself unless it is the caller's."""
+    def discard(self, tensors: dict[str, Tensor]) -> None:
+        """Free tensors of this device, which leaves none in `tensors`, and the device itself unless it is the caller's.
+
+        The device cannot be used afterwards.
+        """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import mmap
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -62,8 +62,8 @@ class CpuDevice(Device[list[Array], Array]):
     def release(self) -> None:
         pass
 
-    def discard(self, tensors: Iterable[Array]) -> None:
-        pass  # memory goes with its last reference
+    def discard(self, tensors: dict[str, Array]) -> None:
+        tensors.clear()  # memory goes with its last reference
 
 
 def map_shard(file: BinaryIO, shard: Shard) -> Bytes:

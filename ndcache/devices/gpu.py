@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -17,13 +17,16 @@ import numpy.typing as npt
 from ..dtypes import DTYPES
 from ..errors import DeviceError, OutOfDeviceMemoryError
 from ..manifest import Record, Shard
+from ..serial import Serial
 from ..stats import LoadStats
 from ..workers import Workers
-from .adapters import adapter_name, find_adapter
+from .adapters import adapter_name, find_adapter, one_at_a_time
 from .base import Device
 from .expand import Expander
 from .layout import WORD, Piece, padded, pieces
+from .limits import check_limits
 from .reading import check_size, read_into
+from .shield import CallThread, shielded
 from .staging import Chunk, Ring
 
 if TYPE_CHECKING:
@@ -82,7 +85,7 @@ class GPUTensor:
         if self.nbytes == 0:
             return np.empty(self.shape, self.dtype)
         with _device_errors():
-            data = self.device.queue.read_buffer(self.buffer, 0, padded(self.nbytes))
+            data = shielded(lambda: self.device.queue.read_buffer(self.buffer, 0, padded(self.nbytes)), undo=_nothing)
         return np.frombuffer(data, np.uint8)[: self.nbytes].view(self.dtype).reshape(self.shape)
 
     def _release(self) -> None:
@@ -145,6 +148,9 @@ class GpuDevice(Device[_Staged, GPUTensor]):
         self._is_ours = is_ours
         usage = wgpu.BufferUsage
         self._usage = usage.STORAGE | usage.COPY_SRC | usage.COPY_DST
+        self._ring: Ring | None = None  # while something is loaded, as is `_maker`
+        self._maker: Serial | None = None
+        self._caller: CallThread | None = None
         self._fence_buffer: wgpu.GPUBuffer | None = None
         self._expander: Expander | None = None
         self._made: dict[str, Future[list[wgpu.GPUBuffer]]] = {}  # by shard, until they are handed out
@@ -155,38 +161,33 @@ class GpuDevice(Device[_Staged, GPUTensor]):
     def prepare(
         self, shards: Sequence[Shard], *, decode: bool, copy: bool, memory_limit: int, stats: LoadStats
     ) -> None:
-        limit = self.handle.limits["max-buffer-size"]
-        for shard in shards:
-            for record in shard.records:
-                nbytes = math.prod(record.shape) * _dtype(record, decode).itemsize
-                if padded(nbytes) > limit:
-                    raise OutOfDeviceMemoryError(
-                        f"tensor {record.name!r} takes {nbytes:,} bytes, the device's buffers at most {limit:,}",
-                        shard=shard.data_path,
-                        expected=nbytes,
-                        received=limit,
-                        hint="Nothing was fetched. Load it to the CPU, or leave it out with names=.",
-                    )
+        sizes = (
+            (shard, record, math.prod(record.shape) * _dtype(record, decode).itemsize)
+            for shard in shards
+            for record in shard.records
+        )
+        check_limits(self.handle, sizes, is_ours=self._is_ours)
         self._shards = shards
         self._stats = stats
         self._decode = decode
         self._memory_limit = memory_limit
-        self._piece_bytes = min(_PIECE_BYTES, limit & -WORD, Expander.most(self.handle))
+        self._piece_bytes = min(_PIECE_BYTES, self.handle.limits["max-buffer-size"] & -WORD, Expander.most(self.handle))
 
     def begin(self, workers: Workers, *, keeps_all: bool) -> None:
+        shielded(self._start_calls)
         self._ring = Ring(self.handle, self._memory_limit)
         # Drivers make one buffer after the other, however many threads ask: one for it leaves the others to read.
         self._maker = workers.serial()
         if keeps_all:
             for shard in self._shards:
-                self._made[shard.data_path] = self._maker.submit(self._make_buffers, shard)
+                self._made[shard.data_path] = self._make(shard)
 
     def stage(self, file: BinaryIO, shard: Shard) -> _Staged:
         check_size(file, shard)
         todo = list(pieces(shard.records, self._piece_bytes, decode=self._decode))
         with _device_errors():
             if shard.data_path not in self._made:
-                self._made[shard.data_path] = self._maker.submit(self._make_buffers, shard)
+                self._made[shard.data_path] = self._make(shard)
             staged = _Staged(self._made[shard.data_path], todo)
             self._under_way.add(staged)
             if shard.nbytes <= self._memory_limit or len(todo) == 1:
@@ -214,13 +215,28 @@ class GpuDevice(Device[_Staged, GPUTensor]):
 
     def finish(self) -> None:
         with _device_errors():
-            if self._fence_buffer is None:
-                self._fence_buffer = self.handle.create_buffer(size=4, usage=self._usage)
-            # The queue works in order: what can be read now was written after all that came before.
-            self.handle.queue.read_buffer(self._fence_buffer, 0, 4)
+            shielded(self._wait_for_queue, undo=_nothing)
 
     def release(self) -> None:
-        self._maker.cancel()
+        shielded(self._release)
+
+    def discard(self, tensors: dict[str, GPUTensor]) -> None:
+        with _device_errors():
+            shielded(lambda: self._discard(tensors))
+
+    def _start_calls(self) -> None:
+        with suppress(RuntimeError):  # The interpreter is about to end, and starts no more threads.
+            self._caller = CallThread()
+
+    def _wait_for_queue(self) -> None:
+        if self._fence_buffer is None:
+            self._fence_buffer = self.handle.create_buffer(size=4, usage=self._usage)
+        # The queue works in order: what can be read now was written after all that came before.
+        self.handle.queue.read_buffer(self._fence_buffer, 0, 4)
+
+    def _release(self) -> None:
+        if self._maker is not None:
+            self._maker.cancel()
         self._filled.clear()
         for staged in list(self._under_way):
             self._end(staged)
@@ -229,7 +245,11 @@ class GpuDevice(Device[_Staged, GPUTensor]):
                 for buffer in made.result():
                     buffer.destroy()
         self._made.clear()
-        self._ring.destroy()
+        if self._ring is not None:
+            self._ring.destroy()
+        if self._caller is not None:
+            self._caller.end()
+            self._caller = None
         if self._expander is not None:
             self._expander.destroy()
             self._expander = None
@@ -237,12 +257,18 @@ class GpuDevice(Device[_Staged, GPUTensor]):
             self._fence_buffer.destroy()
             self._fence_buffer = None
 
-    def discard(self, tensors: Iterable[GPUTensor]) -> None:
-        with _device_errors():
-            for tensor in tensors:
-                tensor._release()
-            if self._is_ours:
-                self.handle.destroy()
+    def _discard(self, tensors: dict[str, GPUTensor]) -> None:
+        # Not left to the destructors of wgpu's objects, where Ctrl-C would be lost.
+        while tensors:
+            tensors.popitem()[1]._release()
+        if self._is_ours:
+            self.handle.destroy()
+            getattr(self.handle, "_release", bool)()
+        self.handle = None
+
+    def _make(self, shard: Shard) -> Future[list[wgpu.GPUBuffer]]:
+        assert self._maker is not None
+        return self._maker.submit(self._make_buffers, shard)
 
     def _make_buffers(self, shard: Shard) -> list[wgpu.GPUBuffer]:
         if self._failure is not None:
@@ -262,9 +288,11 @@ class GpuDevice(Device[_Staged, GPUTensor]):
 
     def _fill(self, staged: _Staged, file: BinaryIO, shard: Shard) -> None:
         """Read the next piece into a chunk of the ring."""
+        ring = self._ring
+        assert ring is not None
         piece = staged.rest[0]
         with self._stats.timed("staging", nbytes=piece.nbytes):
-            chunk = self._ring.take(max(piece.nbytes, WORD))
+            chunk = shielded(lambda: ring.take(max(piece.nbytes, WORD)), thread=self._caller)
         with self._stats.timed("read", file=shard.data_path, nbytes=piece.nbytes):
             for read in piece.reads:
                 end = read.at + read.nbytes
@@ -288,18 +316,25 @@ class GpuDevice(Device[_Staged, GPUTensor]):
             # The first one of a process takes 0.12 s, in which cffi parses the names of C types: Python that would hold
             # up the threads which begin to read. They have begun by now, and this one has nothing else to do.
             with self._stats.timed("shader"):
-                self._expander = Expander(self.handle, self._piece_bytes)
+                shielded(self._make_expander, thread=self._caller)
         with self._stats.timed("copy", nbytes=sum(piece.nbytes for _, _, piece in filled)):
-            encoder = self.handle.create_command_encoder()
-            for staged, chunk, piece in filled:
-                chunk.unmap()
-                self._encode(encoder, chunk, piece, staged.made.result())
-            commands = encoder.finish()  # raises if the device was lost; to submit something then ends the process
-            self.handle.queue.submit([commands])
+            shielded(lambda: self._submit_copies(filled), thread=self._caller)
+        assert self._ring is not None
         for staged in shards:
             for chunk, _ in staged.chunks:
                 self._ring.submitted(chunk)
             staged.chunks.clear()
+
+    def _make_expander(self) -> None:
+        self._expander = Expander(self.handle, self._piece_bytes)
+
+    def _submit_copies(self, filled: Sequence[tuple[_Staged, Chunk, Piece]]) -> None:
+        encoder = self.handle.create_command_encoder()
+        for staged, chunk, piece in filled:
+            chunk.unmap()
+            self._encode(encoder, chunk, piece, staged.made.result())
+        commands = encoder.finish()  # raises if the device was lost; to submit something then ends the process
+        self.handle.queue.submit([commands])
 
     def _encode(
         self,
@@ -326,8 +361,14 @@ class GpuDevice(Device[_Staged, GPUTensor]):
             staged.file.close()
 
 
-def open_gpu(spec: str) -> GpuDevice | None:
+def open_gpu(spec: str, look: Callable[[], None] | None = None) -> GpuDevice | None:
     """Open ``"gpu"``, ``"gpu:N"``, or for ``"auto"`` the first real adapter, if any.
+
+    Parameters
+    ----------
+    spec : str
+    look : callable, optional
+        Called about every 0.1 s; what it raises ends the wait for the driver.
 
     Raises
     ------
@@ -336,11 +377,20 @@ def open_gpu(spec: str) -> GpuDevice | None:
     DeviceError
         The adapter gives no device.
     """
+    return shielded(lambda: _open(spec), look=look, undo=_close)
+
+
+def _close(opened: GpuDevice | None) -> None:
+    if opened is not None:
+        opened.discard({})
+
+
+def _open(spec: str) -> GpuDevice | None:
     adapter = find_adapter(spec)
     if adapter is None:
         return None
     features = [feature for feature in ("shader-f16",) if feature in adapter.features]
-    with _device_errors():
+    with _device_errors(), one_at_a_time():
         # Without this, buffers would be held to WebGPU's smallest guaranteed sizes.
         device = adapter.request_device_sync(
             label="ndcache", required_features=features, required_limits=dict(adapter.limits)
@@ -352,9 +402,13 @@ def open_gpu(spec: str) -> GpuDevice | None:
         # made here: not every load needs it, and it would save no more than it takes.)
         opened.finish()
     except BaseException:
-        opened.discard(())
+        opened.discard({})
         raise
     return opened
+
+
+def _nothing(_: object) -> None:
+    """Undo a call that leaves nothing behind."""
 
 
 def _dtype(record: Record, decode: bool) -> np.dtype[Any]:

@@ -41,6 +41,11 @@ class Chunk:
     def map(self) -> None:
         """Wait until the GPU has copied what it was told to, and map it again."""
         promise = self.buffer.map_async("WRITE")
+        if not hasattr(promise, "sync_wait"):  # wgpu 0.26: a coroutine
+            promise.close()
+            self.buffer.map_sync("WRITE")
+            self._open_view()
+            return
         # `sync_wait` would wait for ever if the device's owner destroys it now: the thread that polls ends with it.
         arrived = getattr(promise, "_thread_event", None)
         while arrived is not None and not arrived.wait(_LOOK_AFTER):

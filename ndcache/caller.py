@@ -1,0 +1,20 @@
+"""Warnings that name the caller's line."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+__all__ = ["warn_caller"]
+
+
+def warn_caller(message: str) -> None:
+    """Give a `RuntimeWarning` for the line that called ndcache."""
+    warnings.warn(message, RuntimeWarning, stacklevel=_depth_below_caller())
+
+
+def _depth_below_caller() -> int:
+    depth, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__package__", "") in ("ndcache", "ndcache.devices"):
+        depth, frame = depth + 1, frame.f_back
+    return depth
