@@ -258,6 +258,7 @@ class GpuDevice(Device[_Staged, GPUTensor]):
             self._fence_buffer = None
 
     def _discard(self, tensors: dict[str, GPUTensor]) -> None:
+        self._release()  # unless that has been done: an interrupt may have come just before it
         # Not left to the destructors of wgpu's objects, where Ctrl-C would be lost.
         while tensors:
             tensors.popitem()[1]._release()

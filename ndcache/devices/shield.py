@@ -65,7 +65,7 @@ class CallThread:
 
     def __init__(self) -> None:
         self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name="ndcache-calls", daemon=True)
+        self._thread = threading.Thread(target=_make_calls, args=(self._calls,), name="ndcache-calls", daemon=True)
         self._thread.start()
 
     def submit(self, call: Callable[[], None]) -> None:
@@ -77,10 +77,14 @@ class CallThread:
         self._calls.put(None)
         self._thread.join()
 
-    def _work(self) -> None:
-        while (call := self._calls.get()) is not None:
-            call()
-            del call  # or it would keep what it gave until the next one
+    def __del__(self) -> None:
+        self._calls.put(None)  # where an interrupt kept `end` from being called
+
+
+def _make_calls(calls: SimpleQueue[Callable[[], None] | None]) -> None:
+    while (call := calls.get()) is not None:
+        call()
+        del call  # or it would keep what it gave until the next one
 
 
 class _Call(Generic[T]):
