@@ -25,7 +25,8 @@ import requests
 from ._version import __version__
 from .connections import WatchedAdapter, waker, watch_adapters, watching
 from .errors import NdcacheError, ProtocolError, RedirectError, StallError, TransferError, redact
-from .failures import FAILURES, is_broken_connection, raise_for_status, raise_transfer_error
+from .failures import FAILURES, is_broken_connection, raise_for_status, raise_transfer_error, retry_after
+from .limits import Permit
 from .stop import Stop, Watch
 
 __all__ = ["Hop", "Response", "Transport"]
@@ -76,9 +77,12 @@ class Response:
         Where it redirects to.
     linked_sha256 : str or None
         The file's digest, as the server that was asked says of a file that lies elsewhere (Hugging Face).
+    permit : Permit or None
+        Given back when the body is read or given up.
     """
 
     linked_sha256: str | None = None
+    permit: Permit | None = None
 
     def __init__(self, raw: requests.Response, stop: Stop, watch: Watch, location: str | None = None) -> None:
         self.status: int = raw.status_code
@@ -162,6 +166,8 @@ class Response:
         finally:
             self._raw.close()
             self._stop.remove(self._watch)
+            if self.permit is not None:
+                self.permit.done()
 
 
 class Transport:
@@ -201,6 +207,7 @@ class Transport:
         *,
         owner: str | None = None,
         hops: dict[str, Hop] | None = None,
+        enter: Callable[[str], Permit] | None = None,
     ) -> Response:
         """Ask for `url`; the answer is 200, 206, 304 or 416, anything else is raised.
 
@@ -216,6 +223,8 @@ class Transport:
             A URL of the origin that the caller's session is for, if that is not `url` itself (a mirror).
         hops : dict of str to Hop, optional
             Where redirects of a URL led to last, so that they are followed once, and again after a failure. Kept here.
+        enter : callable, optional
+            Wait until a request to a URL may be made; called for `url` and for wherever it redirects to.
 
         Raises
         ------
@@ -228,15 +237,22 @@ class Transport:
         hops = {} if hops is None else hops
         if (known := hops.get(url)) is not None:
             try:
-                return self._follow(url, known, headers, stop, owner, hops)
+                return self._follow(url, known, headers, stop, owner, hops, enter)
             except TransferError as error:
                 hops.pop(url, None)
                 if error.status not in _EXPIRED:
                     raise
-        return self._follow(url, Hop(url), headers, stop, owner, hops)
+        return self._follow(url, Hop(url), headers, stop, owner, hops, enter)
 
     def _follow(
-        self, first: str, hop: Hop, headers: Mapping[str, str], stop: Stop, owner: str | None, hops: dict[str, Hop]
+        self,
+        first: str,
+        hop: Hop,
+        headers: Mapping[str, str],
+        stop: Stop,
+        owner: str | None,
+        hops: dict[str, Hop],
+        enter: Callable[[str], Permit] | None,
     ) -> Response:
         """Ask where redirects of `first` have led to, and go on from there."""
         url, is_home, linked_sha256 = hop.url, hop.is_home, hop.linked_sha256
@@ -246,13 +262,9 @@ class Transport:
         while True:
             seen.add(url)
             is_home = is_home and _origin(url) == home  # who has been elsewhere does not come back as himself
-            response = self._send(
-                url,
-                headers,
-                stop,
-                self._sessions()[0 if is_owners and is_home else 1],
-                auth if is_home else _no_auth,
-            )
+            session = self._sessions()[0 if is_owners and is_home else 1]
+            permit = None if enter is None else enter(url)
+            response = self._send_with(permit, url, headers, stop, session, auth if is_home else _no_auth)
             if response.status in (301, 302, 303, 307, 308) and response.location:
                 with response:
                     if is_home:
@@ -275,6 +287,29 @@ class Transport:
             for session in {own, bare} - {self._given}:
                 session.close()
         self._made.clear()
+
+    def _send_with(
+        self,
+        permit: Permit | None,
+        url: str,
+        headers: Mapping[str, str],
+        stop: Stop,
+        session: requests.Session,
+        auth: Callable[[Any], Any] | None,
+    ) -> Response:
+        """Send a request, and give the permit for it over to its answer."""
+        try:
+            response = self._send(url, headers, stop, session, auth)
+        except BaseException as error:
+            if permit is not None:
+                if isinstance(error, TransferError) and error.status is not None:  # a hook of the session's raised it
+                    permit.answered(error.status, getattr(error, "retry_after", None))
+                permit.done()
+            raise
+        if permit is not None:
+            permit.answered(response.status, retry_after(response.status, response.headers))
+            response.permit = permit
+        return response
 
     def _send(
         self,

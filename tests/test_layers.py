@@ -21,6 +21,7 @@ LAYERS: list[list[str]] = [
     # 1: values from outside, checked
     ["locate", "manifest", "paths", "serial", "spans", "stop", "stop_iteration", "strict_json"],
     # 2: one concern each
+    ["limits"],
     ["connections", "decode", "digests", "failures", "locks", "parse", "pieces", "retry", "small_files"],
     ["options", "parts", "pins", "validator", "workers"],
     ["cache"],
