@@ -210,6 +210,8 @@ class Downloader:
         headers: Mapping[str, str],
         stop: Stop | None = None,
         hops: dict[str, Hop] | None = None,
+        *,
+        may_be_encoded: bool = False,
     ) -> Response:
         """`Transport.get`, counted, and at the pace that the server accepts."""
         stop = stop or self.stop
@@ -223,7 +225,9 @@ class Downloader:
                 finally:
                     others["rate_limit"] = others.get("rate_limit", 0.0) + time.perf_counter() - begun
 
-            response = self.transport.get(url, headers, stop, owner=owner, hops=hops, enter=enter)
+            response = self.transport.get(
+                url, headers, stop, owner=owner, hops=hops, enter=enter, may_be_encoded=may_be_encoded
+            )
         self._served.gave(origin_of(response.url))
         if response.url != url:
             self._served.gave(origin_of(url))  # which told where to go
@@ -291,7 +295,7 @@ class Downloader:
         request, pieces = transfer.request(url, piece), transfer.pieces
         try:
             with self.get(url, transfer.owner, request.headers, hops=transfer.hops) as response:
-                if response.status == 304 and "If-None-Match" in request.headers:
+                if transfer.is_unchanged(request, response):
                     return False
                 if not transfer.accept(url, request, response):
                     return True
@@ -310,6 +314,8 @@ class Downloader:
                     raise transfer.truncated(url)
         except NdcacheError as error:
             transfer.hops.pop(url, None)  # it may be the fault of where that led to
+            if transfer.drop_condition(request, error):
+                return True
             if isinstance(error, TruncatedError):
                 raise transfer.truncated(url) from error.__cause__
             raise

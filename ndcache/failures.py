@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 import requests
 import urllib3
 
+from .content_coding import encoding_of
 from .errors import (
     AuthError,
     ConnectError,
@@ -47,11 +48,14 @@ _LIMITED = "Try again later, or with fewer connections (max_workers)."
 _LONGEST_RESET = 300.0
 
 
-def raise_for_status(status: int, headers: Mapping[str, str], url: str) -> None:
-    """Raise the error that an answer's status means; 200, 206, 304 and 416 mean none."""
+def raise_for_status(status: int, headers: Mapping[str, str], url: str, *, may_be_encoded: bool = False) -> None:
+    """Raise the error that an answer's status means; 200, 206, 304 and 416 mean none.
+
+    A body must be as it is, without a Content-Encoding, unless it `may_be_encoded`.
+    """
     if status in (200, 206, 304, 416):
-        encoding = headers.get("Content-Encoding", "identity").strip().lower()
-        if encoding not in ("identity", ""):
+        encoding = encoding_of(headers.get("Content-Encoding"))
+        if encoding and status in (200, 206) and not may_be_encoded:
             raise ProtocolError(
                 f"the server sent a body encoded as {encoding[:40]!r} although none was asked for",
                 url=url,

@@ -6,24 +6,31 @@ import contextlib
 import hashlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from .caller import warn_caller
 from .download import Downloader
 from .errors import (
+    AuthError,
     CacheError,
     ChecksumError,
+    ConnectError,
     ManifestError,
+    ManifestSyntaxError,
     NdcacheError,
     NotFoundError,
     OfflineError,
-    ProtocolError,
+    RateLimitedError,
+    StallError,
+    TLSError,
     TransferError,
 )
 from .locate import Location
 from .manifest import Manifest
-from .pins import Pins, manifest_names_to_try, open_manifest
+from .manifest_request import ManifestBody, NotThereError, refusal_of, request_manifest
+from .parse import parse_manifest
+from .pins import Pins, check_manifest_pin, manifest_names_to_try, open_manifest
 from .retry import RetryPolicy
 from .strict_json import MAX_MANIFEST_BYTES
 from .validator import Validator
@@ -35,6 +42,8 @@ logger = logging.getLogger("ndcache")
 #: A manifest, and the SHA-256 of its bytes.
 Opened: TypeAlias = tuple[Manifest, str]
 _FAILURES = (TransferError, ManifestError, ChecksumError)
+#: Failures that say nothing of the request itself.
+_NO_ANSWER = (ConnectError, StallError, TLSError, RateLimitedError)
 _ONE_TRY = RetryPolicy(retries=0)
 
 
@@ -78,9 +87,14 @@ class ManifestSource:
         try:
             # One request and no second try: there is something to fall back on.
             return self._request(self.bases[0], name, _ONE_TRY, cached)
-        except _FAILURES as error:
-            if isinstance(error, NotFoundError) and (renamed := self._under_another_name(name)):
-                return renamed
+        except (*_FAILURES, NotThereError) as failure:
+            error: NdcacheError = failure
+            if isinstance(failure, NotThereError):
+                if renamed := self._under_another_name(name):
+                    return renamed
+                error = failure.reason
+            if not isinstance(error, _NO_ANSWER):
+                self._forget_version(name)
             message = f"using the cached manifest of {self.bases[0]}: {error}"
             warn_caller(message)
             return cached
@@ -95,7 +109,7 @@ class ManifestSource:
             if data is None:
                 continue
             try:
-                manifest = open_manifest(data, name=name, url=str(self.bases[0]), pins=self.pins)
+                manifest = self._parsed(data, name, str(self.bases[0]))
             except (ManifestError, ChecksumError) as error:
                 logger.warning("the cached manifest is of no use: %s", str(error))
                 continue
@@ -109,7 +123,7 @@ class ManifestSource:
                 continue
             try:
                 opened = self._request(self.bases[0], name, _ONE_TRY)
-            except _FAILURES:
+            except (*_FAILURES, NotThereError):
                 continue
             with contextlib.suppress(CacheError):  # a read-only cache asks for both next time, too
                 self.downloader.cache.set_aside(old)
@@ -131,48 +145,62 @@ class ManifestSource:
 
     def _of(self, location: Location) -> Opened:
         """The first there is under one of its usual names."""
-        first: NotFoundError | None = None
+        first: NdcacheError | None = None
         for name in self._names:
             try:
                 return self._request(location, name, self.downloader.policy)
-            except NotFoundError as error:
-                first = first or error
+            except NotThereError as error:
+                first = first or error.reason
         assert first is not None
-        raise NotFoundError(
-            f"there is no {' or '.join(self._names)} at {location} (status {first.status})",
+        if isinstance(first, (NotFoundError, AuthError)):
+            raise self._no_such_file(location, first) from first
+        raise first
+
+    def _no_such_file(self, location: Location, first: NotFoundError | AuthError) -> TransferError:
+        names = " or ".join(self._names)
+        if isinstance(first, NotFoundError):
+            return NotFoundError(
+                f"there is no {names} at {location} (status {first.status})",
+                url=str(location),
+                status=first.status,
+                hint="Give the URL of the directory that holds the manifest, or of the manifest itself.",
+            )
+        return AuthError(
+            f"the server refuses access to {names} at {location}, or has no such file (status {first.status})",
             url=str(location),
             status=first.status,
-            hint="Give the URL of the directory that holds the manifest, or of the manifest itself.",
-        ) from first
+            hint=first.hint,
+        )
 
     def _request(self, location: Location, name: str, policy: RetryPolicy, cached: Opened | None = None) -> Opened:
-        def once() -> Opened:
-            return self._request_once(location, name, cached)
-
-        # In a worker, so that this thread can cancel it, and end it if the server drips.
-        to_come = None if cached is None else len(cached[0].shards)
-        return self.downloader.workers.run(lambda: self.downloader.retrying(once, policy), tasks_to_come=to_come)
-
-    def _request_once(self, location: Location, name: str, cached: Opened | None) -> Opened:
-        known = None if cached is None else self._known(name, cached[1])
+        stop = self.downloader.stop
         url, owner = location.url(name), self.bases[0].url(name)
-        with self.downloader.get(url, owner, _conditions(known)) as response:
-            if response.status == 304 and cached is not None and known is not None:
-                return cached
-            if response.status != 200:
-                raise ProtocolError(
-                    f"the server answered with status {response.status}", url=url, status=response.status
-                )
-            length = response.content_length
-            data = response.read(MAX_MANIFEST_BYTES)
-            headers = response.headers
-        if length is not None and len(data) < length <= MAX_MANIFEST_BYTES:
-            raise ProtocolError("the manifest came only in part", url=url, shard=name)
-        manifest = open_manifest(data, name=name, url=url, pins=self.pins)
-        # What a mirror calls a version says nothing to the source.
-        etag, last_modified = (headers.get("ETag"), headers.get("Last-Modified")) if url == owner else (None, None)
-        self._keep(name, data, etag, last_modified)
-        return manifest, _sha256(data)
+        known = None if cached is None else self._known(name, cached[1])
+
+        def once() -> ManifestBody | None:
+            body = request_manifest(self.downloader, url, owner, known)
+            if body is not None and body.is_manifest:
+                check_manifest_pin(body.data, name, url, self.pins)
+            return body
+
+        # In a worker, so that this thread can cancel it, and end it if the server drips. Parsing is for this thread:
+        # it can be interrupted here, and would have to be waited for there.
+        to_come = None if cached is None else len(cached[0].shards)
+        body = self.downloader.workers.run(lambda: self.downloader.retrying(once, policy), tasks_to_come=to_come)
+        if body is None:
+            assert cached is not None
+            return cached
+        if not body.is_manifest:
+            try:
+                parse_manifest(body.data, name=name, url=url, check=stop.look)
+            except ManifestSyntaxError as error:
+                raise refusal_of(body, error) from error
+        manifest = self._parsed(body.data, name, url)
+        self._keep(name, body)
+        return manifest, _sha256(body.data)
+
+    def _parsed(self, data: bytes, name: str, url: str) -> Manifest:
+        return open_manifest(data, name=name, url=url, pins=self.pins, check=self.downloader.stop.look)
 
     def _known(self, name: str, digest: str) -> Validator | None:
         """What is known of the cached manifest that was read: its ETag, unless that is of other bytes.
@@ -182,18 +210,25 @@ class ManifestSource:
         known = self.downloader.cache.validator(name)
         return known if known is not None and known.digests.get("sha256") == digest else None
 
-    def _keep(self, name: str, data: bytes, etag: str | None, last_modified: str | None) -> None:
+    def _forget_version(self, name: str) -> None:
+        """Ask for the manifest without a condition next time: perhaps this one is what the server failed at."""
         cache = self.downloader.cache
+        known = cache.validator(name)
+        if known is not None and known.conditions:
+            cache.try_to_remember(name, replace(known, etag=None, last_modified=None))
+
+    def _keep(self, name: str, body: ManifestBody) -> None:
+        cache, data = self.downloader.cache, body.data
         try:
             if cache.read(name, MAX_MANIFEST_BYTES) == data:
                 mtime_ns = cache.path(name).stat().st_mtime_ns
-                known = Validator(len(data), mtime_ns, {"sha256": _sha256(data)}, etag, last_modified)
+                known = Validator(len(data), mtime_ns, {"sha256": _sha256(data)}, body.etag, body.last_modified)
                 cache.try_to_remember(name, known)
                 return
             with cache.part(name) as part:
                 part.compute("sha256", self.downloader.stop.check)
                 part.write(data)
-                cache.publish(part, name, etag=etag, last_modified=last_modified).close()
+                cache.publish(part, name, etag=body.etag, last_modified=body.last_modified).close()
         except (NdcacheError, FileNotFoundError) as error:
             # Another process that keeps its own, most likely the same one, is no reason to worry. As to others: what is
             # cached can still be served, and what must be written will say so.
@@ -204,14 +239,6 @@ class ManifestSource:
 
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def _conditions(known: Validator | None) -> dict[str, str]:
-    if known is None:
-        return {}
-    if known.etag:
-        return {"If-None-Match": known.etag}
-    return {"If-Modified-Since": known.last_modified} if known.last_modified else {}
 
 
 def offline_error(location: Location, missing: list[str]) -> OfflineError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -92,7 +92,8 @@ class LocalModel(Model):
         self._stop = stop
         self._stats = stats
         self._pins = pins
-        super().__init__(_read_manifest(directory, manifest_names_to_try(manifest_names, pins), pins), directory)
+        names = manifest_names_to_try(manifest_names, pins)
+        super().__init__(_read_manifest(directory, names, pins, stop.look), directory)
 
     def has(self, shard: Shard, *, of_any_size: bool = False) -> bool:
         try:
@@ -166,7 +167,7 @@ class LocalModel(Model):
         return self.directory.joinpath(*shard.data_path.split("/"))
 
 
-def _read_manifest(directory: Path, names: Sequence[str], pins: Pins) -> Manifest:
+def _read_manifest(directory: Path, names: Sequence[str], pins: Pins, check: Callable[[], None]) -> Manifest:
     for name in names:
         try:
             with open(directory / name, "rb") as file:
@@ -175,7 +176,7 @@ def _read_manifest(directory: Path, names: Sequence[str], pins: Pins) -> Manifes
             continue
         except OSError as error:
             raise NotFoundError(f"{directory / name} cannot be read: {error.strerror}") from error
-        return open_manifest(data, name=name, url=str(directory / name), pins=pins)
+        return open_manifest(data, name=name, url=str(directory / name), pins=pins, check=check)
     raise NotFoundError(
         f"there is no {' or '.join(names)} in {directory}",
         hint="Give the directory that holds the manifest, or the manifest itself.",

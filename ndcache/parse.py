@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any
 
 from .dtypes import DTYPES, canonical_name
 from .errors import ManifestError, ManifestLayoutError, ManifestLimitError, ManifestSyntaxError, UnsafePathError, redact
+from .json_reader import TOO_LARGE, JsonReader
 from .manifest import FORMATS, Manifest, Record, Shard
 from .paths import check_path, file_key
-from .strict_json import MAX_RECORDS, MAX_SHARDS, get_field, has_surrogate, json_type, parse_json, shown
+from .strict_json import MAX_RECORDS, MAX_SHARDS, get_field, has_surrogate, json_type, shown
 
 __all__ = ["parse_manifest"]
 
@@ -21,20 +23,30 @@ _MAX_DEPTH = 64  # of nesting in metadata; shallow enough that it can be pickled
 _MAX_INT = (1 << 63) - 1
 _MAX_DIMENSIONS = 32  # what every supported NumPy can hold
 _RECORD = {"name": str, "shape": list, "dtype": str, "format": str, "byteOffset": int, "nbytes": int}
+_SORTED_AT_ONCE = 1 << 16
+_byte_offset = attrgetter("byte_offset")
 _record_fields, _record_types = itemgetter(*_RECORD), tuple(_RECORD.values())
 
 
-def parse_manifest(data: bytes, *, name: str = "tensor-cache.json", url: str | None = None) -> Manifest:
-    """Parse and check a manifest.
+def parse_manifest(
+    data: bytes,
+    *,
+    name: str = "tensor-cache.json",
+    url: str | None = None,
+    check: Callable[[], None] = lambda: None,
+) -> Manifest:
+    """Parse and check a manifest, so that Ctrl-C comes through in every 0.1 s or so.
 
     Parameters
     ----------
     data : bytes
-        The file's content, UTF-8.
+        The file's content: UTF-8, with or without a byte order mark.
     name : str
         The file's name, kept as `Manifest.name` and used in messages.
     url : str, optional
         Where it came from, for messages.
+    check : callable
+        Called now and then; may raise to end it.
 
     Raises
     ------
@@ -42,7 +54,7 @@ def parse_manifest(data: bytes, *, name: str = "tensor-cache.json", url: str | N
         Whatever is wrong, as one of its four subclasses.
     """
     try:
-        return _manifest(parse_json(data), name)
+        return _manifest(JsonReader(data, check), name)
     except ManifestError as error:
         error.shard, error.url = name, None if url is None else redact(url)
         raise
@@ -67,16 +79,41 @@ def _check_metadata(metadata: Mapping[str, Any]) -> None:
     raise ManifestSyntaxError("the manifest's metadata is nested too deeply")
 
 
-def _manifest(value: Any, name: str) -> Manifest:
-    if type(value) is not dict:
-        raise ManifestSyntaxError(f"the manifest is {json_type(value)}, not an object")
-    metadata = get_field(value, "metadata", dict, "the manifest", None) or {}
-    _check_metadata(metadata)
-    items = get_field(value, "records", list, "the manifest")
-    if len(items) > MAX_SHARDS:
-        raise ManifestLimitError(f"the manifest has more than {MAX_SHARDS} shards")
-    shards, seen, total = [], set[str](), 0
-    for index, item in enumerate(items):
+def _manifest(reader: JsonReader, name: str) -> Manifest:
+    if reader.peek() != "{":
+        raise ManifestSyntaxError(f"the manifest is {json_type(reader.value())}, not an object")
+    where = "the manifest"
+    metadata: Mapping[str, Any] = {}
+    shards: list[Shard] | None = None
+    for key in reader.members():
+        if key == "records":
+            if reader.peek() != "[":
+                get_field({key: reader.value()}, key, list, where)  # which it is not
+            shards = _shards(reader)
+        else:
+            value = reader.value()
+            if key == "metadata":
+                metadata = get_field({key: value}, key, dict, where, None) or {}
+                _check_metadata(metadata)
+    reader.end()
+    if shards is None:
+        raise ManifestSyntaxError(f"{where} has no 'records'")
+    _check_paths(shards)
+    if sum(shard.nbytes for shard in shards) > _MAX_INT:
+        raise ManifestLayoutError("the shards' sizes add up to more than 2**63 bytes")
+    return Manifest(metadata, tuple(shards), name)
+
+
+def _shards(reader: JsonReader) -> list[Shard]:
+    shards, seen, total = list[Shard](), set[str](), 0
+    for index, _ in enumerate(reader.elements()):
+        if index == MAX_SHARDS:
+            raise ManifestLimitError(f"the manifest has more than {MAX_SHARDS} shards")
+        item = reader.small_value()
+        if item is TOO_LARGE and reader.peek() == "{":
+            item = _large_shard(reader, index)
+        elif item is TOO_LARGE:
+            item = reader.value()
         shard = _shard(item, index)
         shards.append(shard)
         total += len(shard.records)
@@ -86,10 +123,24 @@ def _manifest(value: Any, name: str) -> Manifest:
             if record.name in seen:
                 raise ManifestSyntaxError(f"the manifest has the tensor {shown(record.name)} twice")
             seen.add(record.name)
-    _check_paths(shards)
-    if sum(shard.nbytes for shard in shards) > _MAX_INT:
-        raise ManifestLayoutError("the shards' sizes add up to more than 2**63 bytes")
-    return Manifest(metadata, tuple(shards), name)
+    return shards
+
+
+def _large_shard(reader: JsonReader, index: int) -> dict[str, Any]:
+    """Read a shard whose records are too many to be in memory all at once as anything but `Record`."""
+    return {
+        key: _records(reader, f"shard {index}") if key == "records" and reader.peek() == "[" else reader.value()
+        for key in reader.members()
+    }
+
+
+def _records(reader: JsonReader, shard: str) -> list[Record]:
+    records = list[Record]()
+    for number, _ in enumerate(reader.elements()):
+        if number == MAX_RECORDS:
+            raise ManifestLimitError(f"the manifest has more than {MAX_RECORDS} records")
+        records.append(_record(reader.value(), number, shard))
+    return records
 
 
 def _shard(value: Any, index: int) -> Shard:
@@ -106,7 +157,9 @@ def _shard(value: Any, index: int) -> Shard:
     if not 0 <= nbytes <= _MAX_INT:
         raise ManifestLayoutError(f"{where} has a size of {nbytes} bytes")
     items = get_field(value, "records", list, where)
-    records = tuple(_record(item, number, where, nbytes) for number, item in enumerate(items))
+    records = tuple(item if type(item) is Record else _record(item, number, where) for number, item in enumerate(items))
+    for record in records:
+        _check_layout(record, nbytes)
     _check_overlap(records, where)
     return Shard(
         data_path=data_path,
@@ -127,7 +180,7 @@ def _digest(value: Mapping[str, Any], key: str, length: int, where: str) -> str 
     return str(digest.lower())
 
 
-def _record(value: Any, number: int, shard: str, shard_nbytes: int) -> Record:
+def _record(value: Any, number: int, shard: str) -> Record:
     # There may be a million of them: what is to be said of a bad one is made up only then.
     try:
         name, shape, dtype, format_, byte_offset, nbytes = fields = _record_fields(value)
@@ -139,9 +192,7 @@ def _record(value: Any, number: int, shard: str, shard_nbytes: int) -> Record:
     for size in shape:
         if type(size) is not int:
             raise ManifestSyntaxError(f"the shape of tensor {shown(name)} has {json_type(size)} in it")
-    record = Record(name, tuple(shape), canonical_name(dtype), format_, byte_offset, nbytes)
-    _check_layout(record, shard_nbytes)
-    return record
+    return Record(name, tuple(shape), canonical_name(dtype), format_, byte_offset, nbytes)
 
 
 def _check_fields(value: Any, where: str) -> tuple[str, list[Any], str, str, int, int]:
@@ -186,10 +237,16 @@ def _short(shape: Sequence[int]) -> str:
 
 def _check_overlap(records: Sequence[Record], where: str) -> None:
     end, before = 0, ""
-    for record in sorted((record for record in records if record.nbytes), key=lambda record: record.byte_offset):
+    for record in _by_offset([record for record in records if record.nbytes]):
         if record.byte_offset < end:
             raise ManifestLayoutError(f"the tensors {shown(before)} and {shown(record.name)} of {where} overlap")
         end, before = record.byte_offset + record.nbytes, record.name
+
+
+def _by_offset(records: list[Record]) -> Iterable[Record]:
+    """Sort in pieces: Ctrl-C does not come through before a sort has ended."""
+    pieces = (records[start : start + _SORTED_AT_ONCE] for start in range(0, len(records), _SORTED_AT_ONCE))
+    return heapq.merge(*(sorted(piece, key=_byte_offset) for piece in pieces), key=_byte_offset)
 
 
 def _check_paths(shards: Sequence[Shard]) -> None:

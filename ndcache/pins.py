@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
@@ -11,7 +11,7 @@ from .errors import ChecksumError, ManifestLayoutError
 from .manifest import Manifest
 from .parse import parse_manifest
 
-__all__ = ["Pins", "manifest_names_to_try", "open_manifest"]
+__all__ = ["Pins", "check_manifest_pin", "manifest_names_to_try", "open_manifest"]
 
 #: By file name: the algorithm and the hex digest.
 Pins: TypeAlias = Mapping[str, tuple[str, str]]
@@ -32,8 +32,12 @@ def manifest_names_to_try(names: Sequence[str], pins: Pins) -> tuple[str, ...]:
     return pinned or tuple(names)
 
 
-def open_manifest(data: bytes, *, name: str, url: str, pins: Pins) -> Manifest:
+def open_manifest(
+    data: bytes, *, name: str, url: str, pins: Pins, check: Callable[[], None] = lambda: None
+) -> Manifest:
     """Parse a manifest, which must be what the caller has pinned, and give its shards their pins.
+
+    `check` is called now and then; it may raise to end it.
 
     Raises
     ------
@@ -42,9 +46,8 @@ def open_manifest(data: bytes, *, name: str, url: str, pins: Pins) -> Manifest:
     ManifestError
         It cannot be used, or a pin is of no file of this model.
     """
-    if name in pins:
-        _check(data, name, url, *pins[name])
-    manifest = parse_manifest(data, name=name, url=url)
+    check_manifest_pin(data, name, url, pins)
+    manifest = parse_manifest(data, name=name, url=url, check=check)
     if not pins:
         return manifest
     files = {shard.data_path for shard in manifest.shards}
@@ -60,7 +63,11 @@ def _is_manifest(name: str) -> bool:
     return "/" not in name and name.endswith(".json")  # as no shard's path does
 
 
-def _check(data: bytes, name: str, url: str, algorithm: str, expected: str) -> None:
+def check_manifest_pin(data: bytes, name: str, url: str, pins: Pins) -> None:
+    """Raise `ChecksumError` unless a manifest is what the caller has pinned, if it is pinned."""
+    if name not in pins:
+        return
+    algorithm, expected = pins[name]
     actual = hashlib.new(algorithm, data).hexdigest()
     if actual != expected:
         raise ChecksumError(

@@ -335,4 +335,4 @@ class RemoteModel(Model):
         for name in self._cache.manifest_names():
             if name != self.manifest.name and (data := self._cache.read(name, MAX_MANIFEST_BYTES)):
                 with contextlib.suppress(ManifestError):  # some other JSON
-                    yield parse_manifest(data, name=name)
+                    yield parse_manifest(data, name=name, check=self._downloader.stop.look)

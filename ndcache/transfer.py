@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from .errors import (
     ChecksumError,
+    NdcacheError,
     ProtocolError,
     RangeError,
     RemoteChangedError,
@@ -25,8 +26,9 @@ from .parts import Part
 from .pieces import Piece, Pieces
 from .spans import Span, Spans
 from .stop import Stop
+from .strict_json import WEB_PAGE
 from .transport import Hop, Response
-from .validator import Validator
+from .validator import Validator, may_blame_condition
 
 __all__ = ["Request", "Transfer", "unasked"]
 
@@ -75,6 +77,8 @@ class Transfer:
         Whether the first bytes are what somebody else left.
     with_ranges : bool
         Whether the server may be asked for a part of the file.
+    is_stream : bool
+        Whether the file is asked for in one piece from now on, as nothing told which version its ranges were of.
     changes : int
         How often the file changed on the server.
     is_asked_for : bool
@@ -99,13 +103,18 @@ class Transfer:
     is_inherited: bool = False
     with_ranges: bool = True
     changes: int = 0
+    is_stream: bool = field(default=False, init=False)
     is_asked_for: bool = field(default=False, init=False)
     pieces: Pieces | None = field(default=None, init=False)
     hops: dict[str, Hop] = field(default_factory=dict, init=False)
     linked_sha256: str | None = field(init=False)
+    _etags: set[str] = field(default_factory=set, init=False)  # of all versions that were begun or gone on with
 
     def __post_init__(self) -> None:
-        self.linked_sha256 = None if self.part.origin is None else self.part.origin.sha256
+        origin = self.part.origin
+        self.linked_sha256 = None if origin is None else origin.sha256
+        if origin is not None:
+            self._etags.add(origin.etag)
 
     @property
     def is_complete(self) -> bool:
@@ -135,7 +144,7 @@ class Transfer:
         """The piece to ask this server for next; None is the whole file, or that others bring what is left."""
         if self.pieces is None:
             has_some = self._is_of(url)
-            if not self.with_ranges or not (has_some or self.piece_limits or self.is_partial):
+            if not self.with_ranges or self.is_stream or not (has_some or self.piece_limits or self.is_partial):
                 return None
             spans = self.missing if has_some else self.wanted
             self.pieces = Pieces(spans, self.stop, self.piece_limits, self.most_helpers)
@@ -168,21 +177,36 @@ class Transfer:
             if request.is_rest:
                 if self.is_of_version(response):
                     return True
-                self._note_change(url)
+                self._start_over(url, response.etag)
                 return False
             if response.etag is not None:
                 self._begin(url, response, keep_pieces=True)
                 return True
+            self.is_stream = True
         if response.status != 200:  # another range, one that could not be gone on with, or 416: the file is shorter
             self.with_ranges = False
             self.leave_pieces()
             return False
         _check_length(response, self.shard)
         if request.is_rest and not self.is_of_version(response):
-            self._note_change(url)
+            self._start_over(url, response.etag)
         else:
             self.with_ranges = request.span is None  # the server may not care for them
         self._begin(url, response)
+        return True
+
+    def is_unchanged(self, request: Request, response: Response) -> bool:
+        """Whether an answer says that the file in the cache is still right."""
+        is_asked = response.status == 304 and "If-None-Match" in request.headers
+        return is_asked and self.cached is not None and self.cached.is_confirmed_by(response.headers)
+
+    def drop_condition(self, request: Request, error: NdcacheError) -> bool:
+        """Ask without a condition from now on if it may be what the server failed at; return whether it may."""
+        if "If-None-Match" not in request.headers or not (
+            isinstance(error, TransferError) and (error.status == 304 or may_blame_condition(error.status))
+        ):
+            return False
+        self.cached = None
         return True
 
     def is_of_version(self, response: Response) -> bool:
@@ -243,10 +267,17 @@ class Transfer:
             self.part.restart()
         self.linked_sha256 = response.linked_sha256
         if response.etag is not None:
+            self.is_stream = self.is_stream or (self.changes > 0 and response.etag in self._etags)
+            self._etags.add(response.etag)
             self.part.comes_from(redact(url), response.etag, self.claim, response.linked_sha256)
 
-    def _note_change(self, url: str) -> None:
+    def _start_over(self, url: str, etag: str | None) -> None:
+        """Throw away what is of another version than what the server has now, or whose version it does not tell."""
         self.restart()
+        if etag is None or etag in self._etags:
+            # It leaves the ETag out of ranges, gives them one of their own, or is several servers that do not agree.
+            self.is_stream = True
+            return
         self.changes += 1
         if self.changes > 1:
             raise RemoteChangedError(
@@ -282,7 +313,7 @@ def _check_length(response: Response, shard: Shard) -> None:
 def _what_it_is(response: Response, length: int) -> str:
     kind = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
     if kind in ("text/html", "application/xhtml+xml"):
-        return "It is a web page: check the URL, and whether it needs a login."
+        return WEB_PAGE
     if length < 512 and response.read(512).startswith(b"version https://git-lfs"):
         return "It is a git-lfs pointer, not the file: serve the file itself (git lfs pull)."
     return "The manifest and the shard are of different versions, or the upload is not complete."

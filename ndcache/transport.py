@@ -208,6 +208,7 @@ class Transport:
         owner: str | None = None,
         hops: dict[str, Hop] | None = None,
         enter: Callable[[str], Permit] | None = None,
+        may_be_encoded: bool = False,
     ) -> Response:
         """Ask for `url`; the answer is 200, 206, 304 or 416, anything else is raised.
 
@@ -225,6 +226,8 @@ class Transport:
             Where redirects of a URL led to last, so that they are followed once, and again after a failure. Kept here.
         enter : callable, optional
             Wait until a request to a URL may be made; called for `url` and for wherever it redirects to.
+        may_be_encoded : bool
+            Whether the body may come with a Content-Encoding. It is not decoded here.
 
         Raises
         ------
@@ -237,12 +240,12 @@ class Transport:
         hops = {} if hops is None else hops
         if (known := hops.get(url)) is not None:
             try:
-                return self._follow(url, known, headers, stop, owner, hops, enter)
+                return self._follow(url, known, headers, stop, owner, hops, enter, may_be_encoded)
             except TransferError as error:
                 hops.pop(url, None)
                 if error.status not in _EXPIRED:
                     raise
-        return self._follow(url, Hop(url), headers, stop, owner, hops, enter)
+        return self._follow(url, Hop(url), headers, stop, owner, hops, enter, may_be_encoded)
 
     def _follow(
         self,
@@ -253,6 +256,7 @@ class Transport:
         owner: str | None,
         hops: dict[str, Hop],
         enter: Callable[[str], Permit] | None,
+        may_be_encoded: bool,
     ) -> Response:
         """Ask where redirects of `first` have led to, and go on from there."""
         url, is_home, linked_sha256 = hop.url, hop.is_home, hop.linked_sha256
@@ -272,7 +276,7 @@ class Transport:
                     url = _target(url, response.location, seen)
                 continue
             try:
-                raise_for_status(response.status, response.headers, response.url)
+                raise_for_status(response.status, response.headers, response.url, may_be_encoded=may_be_encoded)
             except BaseException:
                 response.__exit__(Exception)
                 raise

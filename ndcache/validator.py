@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import email.utils
 import os
+import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .manifest import Shard
 
-__all__ = ["Validator"]
+__all__ = ["Validator", "may_blame_condition", "settled_date"]
+
+#: ETags that can be sent back: any in quotes, and without them what several servers give. Not ``*`` or ``""``, which
+#: could be of any version.
+_ETAG = re.compile(r'(?:W/)?"[\x21\x23-\x7e]{1,256}"|[\w.:+/=~-]{1,256}', re.ASCII)
+_DATE = re.compile(r"[A-Z][a-z]{2}, [0-9]{2} [A-Z][a-z]{2} [0-9]{4} [0-9]{2}:[0-9]{2}:[0-9]{2} GMT")
 
 
 @dataclass(frozen=True)
 class Validator:
     """What was true of a file when it was published.
+
+    An ETag or a date that cannot be sent back is dropped: from an answer, and from a note of any age.
 
     Attributes
     ----------
@@ -34,6 +44,29 @@ class Validator:
     etag: str | None = None
     last_modified: str | None = None
     claim: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.etag is not None and not _ETAG.fullmatch(self.etag):
+            object.__setattr__(self, "etag", None)
+        if self.last_modified is not None and _seconds(self.last_modified) is None:
+            object.__setattr__(self, "last_modified", None)
+
+    @property
+    def conditions(self) -> dict[str, str]:
+        """The headers that ask a server for the file only if it has another version."""
+        if self.etag is not None:
+            return {"If-None-Match": self.etag}
+        # With a date to come, no later version would be newer.
+        seconds = None if self.last_modified is None else _seconds(self.last_modified)
+        if self.last_modified is not None and seconds is not None and seconds <= time.time():
+            return {"If-Modified-Since": self.last_modified}
+        return {}
+
+    def is_confirmed_by(self, headers: Mapping[str, str]) -> bool:
+        """Whether a 304 to a request with `conditions` is about this version, if it says about which one."""
+        if self.etag is not None:
+            return headers.get("ETag", self.etag).removeprefix("W/") == self.etag.removeprefix("W/")
+        return headers.get("Last-Modified", self.last_modified) == self.last_modified
 
     def is_of(self, status: os.stat_result) -> bool:
         """Whether a file is still the one that was published, by size and time."""
@@ -97,3 +130,25 @@ class Validator:
         name = claim.partition(" ")[0]
         others = [old for old in (self.claim or "").split("\n") if old and old.partition(" ")[0] != name]
         return replace(self, claim="\n".join([claim, *others]))
+
+
+def may_blame_condition(status: int | None) -> bool:
+    """Whether a request may have been refused for the condition in it, and not for access, pace or the file."""
+    return status is not None and 400 <= status < 500 and status not in (401, 403, 404, 407, 408, 410, 429)
+
+
+def settled_date(headers: Mapping[str, str]) -> str | None:
+    """Return an answer's Last-Modified, unless the file may change in that second once more (RFC 9110, 8.8.2.2)."""
+    modified, now = headers.get("Last-Modified"), _seconds(headers.get("Date", ""))
+    then = None if modified is None else _seconds(modified)
+    return modified if then is not None and then < (time.time() if now is None else now) else None
+
+
+def _seconds(date: str) -> float | None:
+    """Read a date of HTTP, as seconds since 1970; None if it is not in its usual form."""
+    if not _DATE.fullmatch(date):
+        return None
+    try:
+        return email.utils.parsedate_to_datetime(date).timestamp()
+    except (ValueError, OverflowError):
+        return None

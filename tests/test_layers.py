@@ -22,7 +22,8 @@ LAYERS: list[list[str]] = [
     ["locate", "manifest", "paths", "serial", "spans", "stop", "stop_iteration", "strict_json"],
     # 2: one concern each
     ["limits"],
-    ["connections", "decode", "digests", "failures", "locks", "parse", "pieces", "retry", "small_files"],
+    ["connections", "content_coding", "decode", "digests", "json_reader", "locks", "pieces", "retry", "small_files"],
+    ["failures", "parse"],
     ["options", "parts", "pins", "validator", "workers"],
     ["cache"],
     # 3: devices, each above the one that it is built on; HTTP; a model in a directory
@@ -34,6 +35,7 @@ LAYERS: list[list[str]] = [
     ["devices", "transfer"],
     # 4: one shard; shards in order; the result
     ["download", "weights"],
+    ["manifest_request"],
     ["manifest_source"],
     ["remote"],
     # 5: the pipeline
