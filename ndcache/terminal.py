@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import click
+from rich.cells import cell_len
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
 
@@ -169,18 +169,23 @@ def print_facts(facts: Iterable[tuple[str, str]]) -> None:
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print a table. Columns whose names end in a space are numbers, and set to the right."""
-    # A row is a line, whatever its length: what a terminal folds by itself can still be copied.
-    console = Console(file=sys.stdout, highlight=False, width=1 << 20)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        justify: Any = "right" if column.endswith(" ") else "left"
-        table.add_column(column.strip(), justify=justify, no_wrap=True)
-    for row in rows:
-        table.add_row(*(Text(shown(cell)) for cell in row))
-    with console.capture() as capture:
-        console.print(table)
-    for line in capture.get().splitlines():
-        click.echo(line.rstrip(), color=True)
+    # Not rich's Table, which takes 0.3 ms for each row: models have 100,000 tensors.
+    cells = [[shown(cell) for cell in row] for row in rows]
+    headers = [column.strip() for column in columns]
+    widths = [max(map(cell_len, column)) for column in zip(headers, *cells, strict=True)]
+
+    def line(row: Sequence[str]) -> str:
+        # A row is a line, whatever its length: what a terminal folds by itself can still be copied.
+        spaces = (" " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True))
+        parts = (
+            space + cell if column.endswith(" ") else cell + space
+            for cell, space, column in zip(row, spaces, columns, strict=True)
+        )
+        return "  ".join(parts).rstrip()
+
+    Console(file=sys.stdout, highlight=False).print(Text(line(headers), style="bold"), soft_wrap=True)
+    for row in cells:
+        click.echo(line(row))
 
 
 def print_json(value: Any) -> None:
