@@ -656,10 +656,8 @@ def test_row_34_everything_cached(model: Path, serve: Serve, verb: str) -> None:
     "step",
     [
         reply(401),
-        reply(403),
         reply(429, headers={"Retry-After": "100"}),
         reply(500),
-        reply(200, b"<!doctype html><p>Sign in"),
         reply(302, headers={"Location": "/tensor-cache.json"}),
         then_close(b""),
         then_close(reply(200, b'{"records": [', length=1000)),
@@ -827,9 +825,9 @@ def test_row_16_one_request_and_no_more(
     assert type(caught.value) is error
     assert (caught.value.status, caught.value.retryable) == (status, False)
     assert len(scripted.requests_for(where)) == 1
-    # Of a manifest that is not there, the other name is asked for, once, too.
+    # The manifest may be there under its other name, unless it is not said who may ask at all.
     other_name = scripted.requests_for("/ndarray-cache.json")
-    assert len(other_name) == (where == WHERE[0] and error is ndcache.NotFoundError)
+    assert len(other_name) == (where == WHERE[0] and status != 401)
 
 
 @pytest.mark.parametrize("where", WHERE)
@@ -943,7 +941,7 @@ def test_row_14_garbage_is_no_more_than_the_usual_wait(
 @pytest.mark.parametrize(
     ("manifest", "error"),
     [
-        (b"<!doctype html><p>Sign in", ndcache.ManifestSyntaxError),
+        (b'{"records": [{}]}', ndcache.ManifestSyntaxError),
         (b'{"records": [{"dataPath": "../../x", "nbytes": 0, "records": []}]}', ndcache.UnsafePathError),
         (b'{"records": [{"dataPath": "x", "nbytes": -1, "records": []}]}', ndcache.ManifestLayoutError),
     ],

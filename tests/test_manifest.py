@@ -5,14 +5,20 @@ The numbers in the names of the tests are those of the list of faults that the p
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import json
 import math
 import os
 import pickle
+import signal
+import subprocess
+import sys
+import time
 import tracemalloc
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -506,6 +512,54 @@ OVERSIZED: dict[str, Callable[[], bytes]] = {
 }
 
 
+def filled(start: bytes, items: Callable[[int], bytes], count: int, end: bytes) -> bytes:
+    """So many different items with commas between them, in 64 MiB."""
+    text = start + b",".join(map(items, range(1_000_000, 1_000_000 + count)))
+    return text + b" " * ((64 << 20) - len(text) - len(end)) + end
+
+
+_RECORD = b'{"name":"%d","shape":[1],"dtype":"int8","format":"raw","byteOffset":%d,"nbytes":1}'
+_FACE = b'"\xf0\x9f\x98\x80%s",' % (b"a" * (15 << 20))  # four bytes for each character, once it is decoded
+
+#: The most that may be in a manifest, in several forms: some are refused, but not before they were looked at.
+LARGEST: dict[str, Callable[[], bytes]] = {
+    "records in no order": lambda: filled(
+        b'{"records":[{"dataPath":"a.bin","format":"raw-shard","nbytes":9999999,"records":[',
+        lambda index: _RECORD % (index, 1_000_000 + index * 7919 % 1_000_003),
+        720_000,
+        b"]}]}",
+    ),
+    "keys": lambda: filled(b'{"metadata":{', lambda index: b'"%d":1' % index, 2_000_000, b'},"records":[]}'),
+    "strings": lambda: b'{"metadata":{"a":[' + b'"10000000",' * 5_600_000 + b'1]},"records":[]}',
+    "long texts": lambda: b'{"metadata":{"a":[' + _FACE * 4 + b'1]},"records":[]}',
+    "deep and wide": lambda: (
+        b'{"metadata":{"a":['
+        + (b'{"a":[' * 25 + b" " * (1 << 20) + b"1" + b"]}" * 25 + b",") * 60
+        + b'1]},"records":[]}'
+    ),
+}
+
+
+def print_costs(form: str) -> None:
+    """Parse the form of this name; print how many bytes memory grew by, and the seconds that a signal waited."""
+
+    def memory(name: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith(name)).split()[1]) << 10
+
+    data, seen = LARGEST[form](), list[float]()
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = memory("VmRSS")
+    signal.signal(signal.SIGALRM, lambda *_: seen.append(time.monotonic()))
+    seen.append(time.monotonic())
+    signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)
+    with contextlib.suppress(ManifestError):
+        parse(data)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    seen.append(time.monotonic())
+    print(memory("VmHWM") - before, max(later - earlier for earlier, later in pairwise(seen)))
+
+
 @pytest.mark.parametrize("make", OVERSIZED.values(), ids=OVERSIZED)
 def test_row_22_memory_flat(make: Callable[[], bytes]) -> None:
     assert peak_of(make()) < 1 << 20
@@ -533,6 +587,31 @@ def test_row_22_records(monkeypatch: pytest.MonkeyPatch, shards: list[int], acce
         assert len(parse(value)) == 3
     else:
         check_refused(value, ManifestLimitError)
+
+
+@pytest.mark.once
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+@pytest.mark.parametrize("form", LARGEST)
+def test_row_22_row_36_the_largest_manifests(form: str) -> None:
+    """Ctrl-C comes through, and there are at most so many bytes besides the file's."""
+    command = [sys.executable, "-c", f"import test_manifest; test_manifest.print_costs({form!r})"]
+    child = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    nbytes, seconds = child.stdout.split()
+    assert int(nbytes) < 450 << 20
+    assert float(seconds) < 2  # 0.1 where nothing else runs
+
+
+def test_row_36_what_may_end_it_is_called_for_each_mebibyte() -> None:
+    data, calls = LARGEST["strings"](), 0
+
+    def check() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        parse_manifest(data, check=check)
 
 
 def test_a_manifest_of_the_largest_size_is_read() -> None:
@@ -929,7 +1008,7 @@ def test_errors_say_where() -> None:
 
 
 def test_errors_have_their_cause() -> None:
-    assert isinstance(check_refused(b"{", ManifestSyntaxError).__cause__, json.JSONDecodeError)
+    assert isinstance(check_refused(b'{"records": [}', ManifestSyntaxError).__cause__, json.JSONDecodeError)
     assert isinstance(check_refused(b"\xff", ManifestSyntaxError).__cause__, UnicodeDecodeError)
     assert isinstance(check_refused(b"[" * DEEP, ManifestSyntaxError).__cause__, RecursionError)
 

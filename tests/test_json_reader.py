@@ -1,0 +1,126 @@
+"""The reader of untrusted JSON: the same values and refusals wherever a window ends."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ndcache import json_reader
+from ndcache.errors import ManifestLimitError, ManifestSyntaxError
+from ndcache.json_reader import JsonReader
+
+
+@pytest.fixture(params=[24, 64, 1 << 20])
+def _window(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a window have so few bytes that values lie across its end."""
+    monkeypatch.setattr(json_reader, "_WINDOW_BYTES", request.param)
+    monkeypatch.setattr(json_reader, "_LEAST_WINDOW_BYTES", request.param)
+
+
+def read(data: bytes) -> Any:
+    reader = JsonReader(data)
+    value = reader.value()
+    reader.end()
+    return value
+
+
+VALUES: Any = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=20,
+)
+
+
+@pytest.mark.parametrize("size", [8, 13, 64])
+@settings(deadline=None, derandomize=True, database=None)
+@given(VALUES, st.booleans(), st.sampled_from([None, 1]))
+def test_values(size: int, value: Any, ascii_only: bool, indent: int | None) -> None:
+    text = json.dumps(value, ensure_ascii=ascii_only, indent=indent).encode("utf-8", "surrogatepass")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_reader, "_WINDOW_BYTES", size)
+        patch.setattr(json_reader, "_LEAST_WINDOW_BYTES", size)
+        for start in (b"", b"\xef\xbb\xbf"):
+            # What may not be read: a number of more characters than the window, or text that is none.
+            with contextlib.suppress(ManifestSyntaxError):
+                assert read(start + text) == value
+
+
+@pytest.mark.usefixtures("_window")
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1",
+        "-1",
+        "1.5e+10",
+        '"\u00e9\U0001f600\\ud83d\\ude00"',
+        '{"a": [1, 2, {"b": null}], "c": "\u20ac"}',
+        "[[], {}, [[]], [{}]]",
+        " \n\t[1 , 2]\r\n ",
+        '{"a":1e+2,"b":[12345678901234567890]}',
+    ],
+)
+def test_texts(text: str) -> None:
+    assert read(text.encode()) == json.loads(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "Expecting value: line 1 column 1 (byte 0)"),
+        ("[1,]", "Expecting value: line 1 column 4 (byte 3)"),
+        ("[1 2]", "Expecting ',' delimiter"),
+        ("[1", "Expecting ',' delimiter"),
+        ("[", "Expecting value"),
+        ('{"a" 1}', "Expecting ':' delimiter"),
+        ('{"a": 1,}', "Expecting property name"),
+        ('{"a": 1', "Expecting ',' delimiter"),
+        ("{1: 1}", "Expecting property name"),
+        ('{"a": 1, "b": 2, "a": 3}', "has the key 'a' twice"),
+        ('["abc', "Unterminated string"),
+        ('["a\nb"]', "Invalid control character"),
+        ('["\\x"]', "Invalid \\escape"),
+        ("[1] 2", "Extra data: line 1 column 5 (byte 4)"),
+        ("[\n\n x]", "Expecting value: line 3 column 2 (byte 4)"),
+        ("[nul]", "Expecting value"),
+        ("[01]", "Expecting ',' delimiter"),
+        ("[NaN]", "NaN"),
+        ("[-Infinity]", "-Infinity"),
+        ("[1e999]", "too large"),
+        ("[" * 100_000, "nested too deeply"),
+    ],
+)
+@pytest.mark.parametrize("size", [16, 1 << 20])
+def test_row_21_what_is_refused(monkeypatch: pytest.MonkeyPatch, text: str, words: str, size: int) -> None:
+    monkeypatch.setattr(json_reader, "_WINDOW_BYTES", size)
+    monkeypatch.setattr(json_reader, "_LEAST_WINDOW_BYTES", size)
+    with pytest.raises(ManifestSyntaxError) as caught:
+        read(text.encode())
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ['"%s"' % ("a" * 99), '{"%s": 1}' % ("a" * 99), '["%s"]' % ("\\n" * 99)])
+def test_row_22_a_text_has_a_limit(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    for name, size in (("_WINDOW_BYTES", 8), ("_LEAST_WINDOW_BYTES", 8), ("MAX_TEXT_BYTES", 64)):
+        monkeypatch.setattr(json_reader, name, size)
+    with pytest.raises(ManifestLimitError, match="a text of more than"):
+        read(text.encode())
+    monkeypatch.setattr(json_reader, "MAX_TEXT_BYTES", 1 << 10)
+    assert read(text.encode()) == json.loads(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[1,2,3,4,5,6]", "[[1,2],[3,4]]", "[[[[[[]]]]]]", '{"a":1,"b":2,"c":3,"d":4,"e":5,"f":6}', '[{"a":[1,2,3,4]}]'],
+)
+def test_row_22_values_have_a_limit(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setattr(json_reader, "_WINDOW_BYTES", 8)
+    monkeypatch.setattr(json_reader, "_LEAST_WINDOW_BYTES", 8)
+    assert read(text.encode()) == json.loads(text)
+    monkeypatch.setattr(json_reader, "MAX_VALUES", 4)
+    with pytest.raises(ManifestLimitError, match="more than 4 values"):
+        read(text.encode())
