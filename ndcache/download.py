@@ -20,6 +20,7 @@ from .errors import (
     TruncatedError,
     redact,
 )
+from .hub import at_commit, branch
 from .manifest import Shard
 from .parts import Part
 from .pieces import Piece, Pieces
@@ -29,6 +30,7 @@ from .stats import LoadStats
 from .stop import Stop
 from .transfer import Transfer, unasked
 from .transport import Hop, Response, Transport
+from .urls import parse
 from .validator import Validator
 from .workers import Workers
 
@@ -91,6 +93,7 @@ class Downloader:
     digests: bool = True
     workers: Workers = field(default_factory=Workers)
     _failing: set[int] = field(default_factory=set)  # which of the URLs are tried last
+    _commits: dict[str, str] = field(default_factory=dict)  # of branches on Hugging Face
 
     def shard(
         self,
@@ -204,10 +207,16 @@ class Downloader:
         stop: Stop | None = None,
         hops: dict[str, Hop] | None = None,
     ) -> Response:
-        """`Transport.get`, counted."""
+        """`Transport.get`, counted; a branch stays at the commit that it had when it was asked for first."""
         self.stats.count(requests=1)
+        name = branch(url)
+        commit = self._commits.get(name) if name else None
+        start = at_commit(url, commit) if commit else None
         with self.stats.timed("request", url=redact(url), range=headers.get("Range")):
-            return self.transport.get(url, headers, stop or self.stop, owner=owner, hops=hops)
+            response = self.transport.get(url, headers, stop or self.stop, owner=owner, hops=hops, start=start)
+        if name and response.commit:
+            self._commits.setdefault(name, response.commit)
+        return response
 
     def _from_any(self, transfer: Transfer, urls: Sequence[str]) -> Brought:
         errors: dict[int, NdcacheError] = {}
@@ -257,7 +266,7 @@ class Downloader:
             return self._shard_once(transfer, url)
         # What a mirror calls a version says nothing to the source, which will be asked.
         origin = part.origin
-        etag = origin.etag if origin is not None and origin.url == redact(transfer.owner) else None
+        etag = origin.etag if origin is not None and origin.url == parse(transfer.owner).address else None
         self.workers.relieve()
         with self.stats.timed("publish", file=shard.data_path):
             file = self.cache.publish(part, shard.data_path, etag=etag, claim=transfer.claim)

@@ -69,8 +69,8 @@ def raise_for_status(status: int, headers: Mapping[str, str], url: str) -> None:
 
 
 def _login(url: str) -> str:
-    if (urlsplit(url).hostname or "").endswith("huggingface.co"):
-        return "For a gated or private repository, accept its terms on its page and set HF_TOKEN."
+    if f".{urlsplit(url).hostname}".endswith(".huggingface.co") or "/resolve/" in url:
+        return "For a gated or private repository, accept its terms on its page, and set HF_TOKEN or run hf auth login."
     return "Check the URL, or give credentials: https://user:password@host/, netrc, or a session of your own."
 
 
@@ -102,7 +102,8 @@ def raise_transfer_error(error: Exception, url: str) -> NoReturn:
 
 
 def _shows_no_secrets(error: BaseException) -> bool:
-    return type(error) is OSError or isinstance(error, _SYSTEM_ERRORS)
+    # Some quote what the server sent.
+    return (type(error) is OSError or isinstance(error, _SYSTEM_ERRORS)) and str(error).isprintable()
 
 
 _SYSTEM_ERRORS = (

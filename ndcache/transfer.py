@@ -18,7 +18,6 @@ from .errors import (
     SizeMismatchError,
     TransferError,
     TruncatedError,
-    redact,
 )
 from .manifest import Shard
 from .parts import Part
@@ -26,6 +25,7 @@ from .pieces import Piece, Pieces
 from .spans import Span, Spans
 from .stop import Stop
 from .transport import Hop, Response
+from .urls import parse
 from .validator import Validator
 
 __all__ = ["Request", "Transfer", "unasked"]
@@ -233,7 +233,7 @@ class Transfer:
         """Whether what has come is of a version that this server has given."""
         origin = self.part.origin
         has_begun = bool(self.part.spans) or self.pieces is not None  # whose helpers may bring the first bytes
-        return has_begun and origin is not None and origin.url == redact(url)
+        return has_begun and origin is not None and origin.url == parse(url).address
 
     def _begin(self, url: str, response: Response, *, keep_pieces: bool = False) -> None:
         self.is_asked_for = True
@@ -243,7 +243,7 @@ class Transfer:
             self.part.restart()
         self.linked_sha256 = response.linked_sha256
         if response.etag is not None:
-            self.part.comes_from(redact(url), response.etag, self.claim, response.linked_sha256)
+            self.part.comes_from(parse(url).address, response.etag, self.claim, response.linked_sha256)
 
     def _note_change(self, url: str) -> None:
         self.restart()

@@ -18,15 +18,16 @@ import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urljoin, urlsplit
 
 import requests
 
 from ._version import __version__
-from .connections import WatchedAdapter, waker, watch_adapters, watching
+from .connections import WatchedAdapter, WrongOriginError, waker, watch_adapters, watching
 from .errors import NdcacheError, ProtocolError, RedirectError, StallError, TransferError, redact
 from .failures import FAILURES, is_broken_connection, raise_for_status, raise_transfer_error
+from .hub import Login, commit_of
 from .stop import Stop, Watch
+from .urls import Url, parse
 
 __all__ = ["Hop", "Response", "Transport"]
 
@@ -76,9 +77,12 @@ class Response:
         Where it redirects to.
     linked_sha256 : str or None
         The file's digest, as the server that was asked says of a file that lies elsewhere (Hugging Face).
+    commit : str or None
+        The commit that this is of, as the server that was asked says (Hugging Face).
     """
 
     linked_sha256: str | None = None
+    commit: str | None = None
 
     def __init__(self, raw: requests.Response, stop: Stop, watch: Watch, location: str | None = None) -> None:
         self.status: int = raw.status_code
@@ -175,8 +179,8 @@ class Transport:
         Seconds to connect, and to wait for the next bytes.
     max_connections : int
         Connections kept for reuse.
-    bearer : tuple of str, optional
-        An origin and the token to send to it (Hugging Face).
+    login : Login, optional
+        Has a token for one origin (Hugging Face).
     """
 
     def __init__(
@@ -185,12 +189,12 @@ class Transport:
         session: requests.Session | None = None,
         timeout: tuple[float, float] = (10.0, 30.0),
         max_connections: int = 8,
-        bearer: tuple[str, str] | None = None,
+        login: Login | None = None,
     ) -> None:
         self._given = session
         self._timeout = timeout
         self._max_connections = max_connections
-        self._bearer = bearer
+        self._login = login
         self._made: dict[int, tuple[requests.Session, requests.Session]] = {}
 
     def get(
@@ -201,6 +205,7 @@ class Transport:
         *,
         owner: str | None = None,
         hops: dict[str, Hop] | None = None,
+        start: str | None = None,
     ) -> Response:
         """Ask for `url`; the answer is 200, 206, 304 or 416, anything else is raised.
 
@@ -216,9 +221,13 @@ class Transport:
             A URL of the origin that the caller's session is for, if that is not `url` itself (a mirror).
         hops : dict of str to Hop, optional
             Where redirects of a URL led to last, so that they are followed once, and again after a failure. Kept here.
+        start : str, optional
+            What to ask for in place of `url`: another URL of the same origin.
 
         Raises
         ------
+        ValueError
+            A URL that cannot be read, or not by everybody in the same way.
         TransferError
             As one of its subclasses.
         CancelledError
@@ -233,19 +242,19 @@ class Transport:
                 hops.pop(url, None)
                 if error.status not in _EXPIRED:
                     raise
-        return self._follow(url, Hop(url), headers, stop, owner, hops)
+        return self._follow(url, Hop(start or url), headers, stop, owner, hops)
 
     def _follow(
         self, first: str, hop: Hop, headers: Mapping[str, str], stop: Stop, owner: str | None, hops: dict[str, Hop]
     ) -> Response:
         """Ask where redirects of `first` have led to, and go on from there."""
-        url, is_home, linked_sha256 = hop.url, hop.is_home, hop.linked_sha256
-        home, seen = _origin(first), {first}
-        is_owners = owner is None or _origin(owner) == home
-        auth = self._auth(first) or (None if is_owners else _no_auth)
+        url, is_home, linked_sha256, commit = parse(hop.url), hop.is_home, hop.linked_sha256, None
+        asked, seen = parse(first), {first}
+        is_owners = owner is None or parse(owner).origin == asked.origin
+        auth = self._auth(asked) or (None if is_owners else _no_auth)
         while True:
-            seen.add(url)
-            is_home = is_home and _origin(url) == home  # who has been elsewhere does not come back as himself
+            seen.add(str(url))
+            is_home = is_home and url.origin == asked.origin  # who has been elsewhere does not come back as himself
             response = self._send(
                 url,
                 headers,
@@ -253,6 +262,8 @@ class Transport:
                 self._sessions()[0 if is_owners and is_home else 1],
                 auth if is_home else _no_auth,
             )
+            if is_home:
+                commit = commit or commit_of(response.headers)
             if response.status in (301, 302, 303, 307, 308) and response.location:
                 with response:
                     if is_home:
@@ -265,8 +276,9 @@ class Transport:
                 response.__exit__(Exception)
                 raise
             response.linked_sha256 = (is_home and _linked_sha256(response.headers)) or linked_sha256
-            if url != first:
-                hops[first] = Hop(url, is_home, linked_sha256)
+            response.commit = commit
+            if str(url) != str(asked):
+                hops[first] = Hop(str(url), is_home, linked_sha256)
             return response
 
     def close(self) -> None:
@@ -278,7 +290,7 @@ class Transport:
 
     def _send(
         self,
-        url: str,
+        url: Url,
         headers: Mapping[str, str],
         stop: Stop,
         session: requests.Session,
@@ -297,9 +309,9 @@ class Transport:
         watch = Watch(patience=self._timeout[1])
         stop.add(watch)
         try:
-            with watching(watch):
+            with watching(watch, url.origin):
                 raw = session.get(
-                    url,
+                    str(url),  # without a user, which requests and netrc would each read in their own way
                     headers={"Accept-Encoding": "identity", **headers},
                     auth=auth,
                     timeout=self._timeout,
@@ -311,29 +323,31 @@ class Transport:
             stop.remove(watch)
             if isinstance(error, requests.RequestException) and error.response is not None:
                 error.response.close()  # of a hook of the caller's session that raised
-            _check(stop, watch, url)
+            _check(stop, watch, str(url))
             if watch.reused and not is_second and is_broken_connection(error):
                 # The server had closed the kept connection just then, which is nobody's failure (RFC 9112, 9.3.1).
                 return self._send(url, headers, stop, session, auth, is_second=True)
-            raise_transfer_error(error, url)
+            raise_transfer_error(error, str(url))
+        except WrongOriginError as error:
+            stop.remove(watch)
+            raise RedirectError(f"the request would go elsewhere: {error}", url=str(url)) from None
         except BaseException:
             stop.remove(watch)
             raise
         if watch.is_woken:  # and what there was of the answer looked like a whole one
             raw.close()
             stop.remove(watch)
-            _check(stop, watch, url)
+            _check(stop, watch, str(url))
         if not watch.wakers:  # a connection that is not ours: a session of the caller's, a SOCKS proxy
             watch.add_waker(waker(raw))
         watch.waiting = False
         return Response(raw, stop, watch, *held)
 
-    def _auth(self, url: str) -> Callable[[Any], Any] | None:
+    def _auth(self, url: Url) -> Callable[[Any], Any] | None:
         """What the user gave for this URL: the token of its origin, or a user and password in it."""
-        if self._bearer is not None and _origin(url) == _origin(self._bearer[0]):
-            return _Bearer(self._bearer[1])
-        user, password = requests.utils.get_auth_from_url(url)
-        return requests.auth.HTTPBasicAuth(user, password) if user or password else None
+        if self._login is not None and (token := self._login.token(url.origin)):
+            return _Bearer(token)
+        return None if url.credentials is None else requests.auth.HTTPBasicAuth(*map(_header_bytes, url.credentials))
 
     def _sessions(self) -> tuple[requests.Session, requests.Session]:
         """The session for the origin asked for, and one without secrets for where it redirects."""
@@ -396,24 +410,26 @@ def _linked_sha256(headers: Mapping[str, str]) -> str | None:
     return match[1] if match else None
 
 
-def _origin(url: str) -> tuple[str, str | None, int | None]:
-    parts = urlsplit(url)
-    scheme = parts.scheme.lower()
-    return scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(scheme)
+def _header_bytes(text: str) -> bytes:
+    """A user or password as requests sends it, or in UTF-8 where requests cannot (RFC 7617, 2.1)."""
+    try:
+        return text.encode("latin-1")
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "surrogatepass")
 
 
-def _target(url: str, target: str, seen: set[str]) -> str:
+def _target(url: Url, target: str, seen: set[str]) -> Url:
     with contextlib.suppress(UnicodeError):
         target = target.encode("latin-1").decode("utf-8")  # as browsers read the header
+    scheme = re.match(r"\s*([A-Za-z][A-Za-z0-9+.-]*):", target)
+    if scheme is not None and scheme[1].lower() not in ("http", "https"):
+        raise RedirectError(f"the server redirects to {scheme[1][:20]}:", url=str(url))
     try:
-        new = urljoin(url, target)
-        scheme, host, _ = _origin(new)
+        new = url.join(target)
     except ValueError as error:
-        raise RedirectError("the server redirects to an unreadable address", url=url) from error
-    if scheme not in ("http", "https") or not host:
-        raise RedirectError(f"the server redirects to {scheme or 'nowhere'}:", url=url)
-    if scheme == "http" and _origin(url)[0] == "https":
-        raise RedirectError(f"the server redirects from https to {redact(new)}", url=url)
-    if new in seen or len(seen) > _MAX_REDIRECTS:
-        raise RedirectError("the server redirects in a circle, or too often", url=url)
+        raise RedirectError(f"the server redirects to an address that cannot be used: {error}", url=str(url)) from None
+    if new.scheme == "http" and url.scheme == "https":
+        raise RedirectError(f"the server redirects from https to {redact(str(new))}", url=str(url))
+    if str(new) in seen or len(seen) > _MAX_REDIRECTS:
+        raise RedirectError("the server redirects in a circle, or too often", url=str(url))
     return new
