@@ -194,11 +194,12 @@ def _checked_host(host: str) -> str:
 def _to_ascii(host: str) -> str:
     import idna  # of requests; most hosts need none
 
+    name = host.lower()
     # What normalising changes, full stops and digits of other scripts among it, is read as different hosts.
-    if unicodedata.normalize("NFKC", host.lower()) != host.lower():
+    if name.isascii() or unicodedata.normalize("NFKC", name) != name:
         raise UrlError("its host has characters that stand for others")
     try:
-        return ".".join(idna.encode(label, strict=True, std3_rules=True).decode() for label in host.lower().split("."))
+        return ".".join(idna.encode(label, strict=True, std3_rules=True).decode() for label in name.split("."))
     except idna.IDNAError:
         raise UrlError("its host cannot be a host's name") from None
 
