@@ -98,7 +98,11 @@ def raise_transfer_error(error: Exception, url: str) -> NoReturn:
             raise_for_status(item.response.status_code, item.response.headers, url)
     # Their own text may hold the whole URL, or a header with a token in it; that of the system's errors does not.
     cause = next((e for e in reversed(chain) if _shows_no_secrets(e)), None)
-    raise _transfer_error(chain, url) from cause
+    translated = _transfer_error(chain, url)
+    try:
+        raise translated from cause
+    finally:
+        translated.__context__ = None  # is suppressed, and yet shown by who looks for it
 
 
 def _shows_no_secrets(error: BaseException) -> bool:

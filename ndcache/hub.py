@@ -36,7 +36,7 @@ _PAGE = re.compile(
     rf"/(?P<repo>[\w.-]+/[\w.-]+)(?:/(?:tree|blob|resolve)/(?P<revision>{_REVISION.replace('@', '')})(?P<rest>/.*)?)?"
 )
 #: A file's URL: up to the revision, the revision, and the rest.
-_FILE = re.compile(r"(.*?/[^/]+/[^/]+/resolve/)([^/?#]+)(/.*)")
+_FILE = re.compile(r"([^?#]*?/[^/?#]+/[^/?#]+/resolve/)([^/?#]+)(/.*)")
 _COMMIT = re.compile("[0-9a-f]{40}")
 #: Characters of a token, at the most; most have some forty.
 _MAX_TOKEN = 4096
@@ -96,7 +96,8 @@ def canonical(url: Url, endpoint: Url) -> str | None:
 
 def at_commit(url: str, commit: str) -> str:
     """Return a file's URL at another revision."""
-    return _FILE.sub(lambda match: f"{match[1]}{commit}{match[3]}", url, count=1)
+    match = _FILE.fullmatch(url)
+    return url if match is None else f"{match[1]}{commit}{match[3]}"
 
 
 def branch(url: str) -> str | None:

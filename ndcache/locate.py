@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import os
@@ -160,10 +161,11 @@ def _file_name(name: str) -> str:
 
 
 def _file_url(url: str) -> Location:
-    try:
+    parts = None
+    with contextlib.suppress(ValueError):  # which has a password in its text
         parts = urlsplit(url)
-    except ValueError:
-        raise ValueError(f"this file:// URL cannot be read: {redact(url)}") from None
+    if parts is None:
+        raise ValueError(f"this file:// URL cannot be read: {redact(url)}")
     if parts.netloc not in ("", "localhost"):
         raise ValueError(f"a file:// URL names no host, this one does: {redact(url)}")
     return _local(Path(url2pathname(parts.path)))

@@ -63,7 +63,7 @@ def _redact_other(text: str) -> str:
         if "@" in later:
             return _UNREADABLE
         return (start if re.match(r"\s*(https?\W|hf:|[/\\]*$)", start, re.IGNORECASE) else "") + after
-    if is_typo and re.search("@|%40|[:;](?![0-9]{1,5}(/|$))", shown[len(start) :] + later):
+    if (is_typo and "@" in later) or ((is_typo or is_hf) and re.search("[:;](?![0-9]{1,5}(/|$))", shown[len(start) :])):
         return _UNREADABLE
     return shown
 
