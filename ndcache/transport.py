@@ -37,6 +37,7 @@ _DRAIN_BYTES = 1 << 14
 _FAST = 1 << 22
 #: What an address that a server gave for a while answers with when it has expired.
 _EXPIRED = (401, 403, 404, 410)
+_AUTH = "Authorization"
 _USER_AGENT = f"ndcache/{__version__}"
 
 
@@ -344,10 +345,13 @@ class Transport:
         return Response(raw, stop, watch, *held)
 
     def _auth(self, url: Url) -> Callable[[Any], Any] | None:
-        """What the user gave for this URL: the token of its origin, or a user and password in it."""
-        if self._login is not None and (token := self._login.token(url.origin)):
-            return _Bearer(token)
-        return None if url.credentials is None else requests.auth.HTTPBasicAuth(*map(_header_bytes, url.credentials))
+        """What the user gave for this URL: a user and password in it, or the token of its origin."""
+        if url.credentials is not None:
+            return requests.auth.HTTPBasicAuth(*map(_header_bytes, url.credentials))
+        if self._login is None or (self._given is not None and (self._given.auth or _AUTH in self._given.headers)):
+            return None  # what the caller has set goes before what happens to be there
+        token = self._login.token(url.origin)
+        return None if token is None else _Bearer(token)
 
     def _sessions(self) -> tuple[requests.Session, requests.Session]:
         """The session for the origin asked for, and one without secrets for where it redirects."""
@@ -395,7 +399,7 @@ class _Bearer(requests.auth.AuthBase):
         self._token = token
 
     def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        request.headers["Authorization"] = f"Bearer {self._token}"
+        request.headers[_AUTH] = f"Bearer {self._token}"
         return request
 
 

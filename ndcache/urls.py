@@ -10,7 +10,7 @@ from __future__ import annotations
 import ipaddress
 import re
 import unicodedata
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple
 from urllib.parse import quote, unquote, urljoin
 
@@ -63,8 +63,8 @@ class Url:
     host: str
     port: int | None
     path: str
-    query: str
-    user: str | None
+    query: str = field(repr=False)
+    user: str | None = field(repr=False)
     written_host: str
 
     @property
@@ -118,7 +118,7 @@ class Url:
         there = parse(urljoin(str(self), target))
         if there.origin != self.origin:
             raise UrlError("it is relative, and leads elsewhere")
-        return replace(there, user=self.user)
+        return there
 
     def __str__(self) -> str:
         return self.root + (self.path or "/") + (f"?{self.query}" if self.query else "")

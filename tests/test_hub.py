@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 from models import assert_same, simple_model
 from servers import Connection, FileServer, Request, ScriptedServer, reply, then_close
 
@@ -207,6 +208,22 @@ def test_row_43_the_login_goes_along_to_no_redirect(
     assert weights["layer.0"].tobytes() == shard
     assert [request.headers.get("authorization") for request in scripted.requests] == ["Bearer hf_secret"] * 2
     assert [request.headers.get("authorization") for request in gated.requests] == [None]
+
+
+@pytest.mark.parametrize("given", ["auth", "header", "URL"])
+def test_row_43_what_the_caller_gives_goes_before_the_login(
+    gated: FileServer, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    with requests.Session() as session:
+        if given == "auth":
+            session.auth = ("user", "password")
+        elif given == "header":
+            session.headers["Authorization"] = "Bearer mine"
+        else:
+            monkeypatch.setenv("HF_ENDPOINT", gated.url.replace("//", "//user:password@"))
+        ndcache.load("hf://o/m", session=session)
+    sent = {request.headers.get("authorization") for request in gated.requests}
+    assert sent == {"Bearer mine" if given == "header" else "Basic dXNlcjpwYXNzd29yZA=="}
 
 
 # --- endpoints ----------------------------------------------------------------------------------------
