@@ -91,7 +91,7 @@ def canonical(url: Url, endpoint: Url) -> str | None:
     if url.origin != endpoint.origin or not url.path.startswith(f"{endpoint.path}/"):
         return None
     path = url.path[len(endpoint.path) :]
-    return HF_ENDPOINT + path if re.match("/[^/]+/[^/]+/resolve/[^/]+/", path) else None
+    return HF_ENDPOINT + path if re.match("(/datasets|/spaces)?/[^/]+/[^/]+/resolve/[^/]+/", path) else None
 
 
 def at_commit(url: str, commit: str) -> str:

@@ -23,11 +23,11 @@ import requests
 
 from ._version import __version__
 from .connections import WatchedAdapter, WrongOriginError, waker, watch_adapters, watching
-from .errors import NdcacheError, ProtocolError, RedirectError, StallError, TransferError, redact
+from .errors import ConnectError, NdcacheError, ProtocolError, RedirectError, StallError, TransferError, redact
 from .failures import FAILURES, is_broken_connection, raise_for_status, raise_transfer_error
 from .hub import Login, commit_of
 from .stop import Stop, Watch
-from .urls import Url, parse
+from .urls import Origin, Url, UrlError, parse, parse_proxy
 
 __all__ = ["Hop", "Response", "Transport"]
 
@@ -197,6 +197,7 @@ class Transport:
         self._max_connections = max_connections
         self._login = login
         self._made: dict[int, tuple[requests.Session, requests.Session]] = {}
+        self._proxies_checked: set[tuple[int, Origin]] = set()
 
     def get(
         self,
@@ -306,6 +307,9 @@ class Transport:
             if target := answer.headers.pop("Location", None):
                 held.append(target)
 
+        if (id(session), url.origin) not in self._proxies_checked:
+            _check_proxy(session, url)
+            self._proxies_checked.add((id(session), url.origin))
         given = session.hooks.get("response") or []
         watch = Watch(patience=self._timeout[1])
         stop.add(watch)
@@ -392,6 +396,23 @@ def _check(stop: Stop, watch: Watch, url: str) -> None:
     stop.check()
     if watch.overdue:
         raise StallError("the server sends next to nothing", url=url, hint="Try again later.")
+
+
+def _check_proxy(session: requests.Session, url: Url) -> None:
+    """Raise unless the proxy that a request goes through, if any, has an address that all read alike."""
+    proxies = session.merge_environment_settings(str(url), {}, None, None, None)["proxies"]
+    value = requests.utils.select_proxy(str(url), proxies)
+    try:
+        if value:
+            parse_proxy(value)
+    except UrlError as mistake:
+        error = ConnectError(
+            f"the address of the proxy cannot be used: {mistake}",
+            url=str(url),
+            hint="Check HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and session.proxies: http://host:port.",
+        )
+        error.retryable = False  # type: ignore[misc]
+        raise error from None
 
 
 class _Bearer(requests.auth.AuthBase):

@@ -16,7 +16,7 @@ from urllib.parse import quote, unquote, urljoin
 
 from .queries import query_digest
 
-__all__ = ["Origin", "Url", "UrlError", "parse", "quoted"]
+__all__ = ["Origin", "Url", "UrlError", "parse", "parse_proxy", "quoted"]
 
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 #: Read differently wherever they stand: urlsplit drops some, urllib3 ends the host at a backslash.
@@ -151,6 +151,18 @@ def parse(text: str) -> Url:
         user if at else None,
         host.lower(),
     )
+
+
+def parse_proxy(text: str) -> Url:
+    """Read the address of a proxy, whose scheme may be one of SOCKS, which is then given as http, or missing.
+
+    Raises
+    ------
+    UrlError
+    """
+    scheme, separator, rest = text.partition("://")
+    is_bare = not separator or scheme.lower() in ("socks4", "socks4a", "socks5", "socks5h")
+    return parse(f"http://{rest if separator else text}" if is_bare else text)
 
 
 def _split_port(rest: str) -> tuple[str, str | None]:

@@ -400,6 +400,24 @@ def test_row_41_a_proxy_is_told_the_origin_that_was_judged(
     transport.close()
 
 
+@pytest.mark.parametrize("given", ["variable", "session"])
+@pytest.mark.parametrize(
+    "proxy", ["http://user:secret@evil\\@127.0.0.1:9/", "http://", "user:p/w@127.0.0.1:9", "http://a:b@:8080"]
+)
+def test_row_41_a_proxy_that_can_be_misread(proxy: str, given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args: asked.append(args))
+    with requests.Session() as session:
+        if given == "session":
+            session.proxies = {"http": proxy}
+        else:
+            monkeypatch.setenv("HTTP_PROXY", proxy)
+        with pytest.raises(ndcache.ConnectError, match="proxy") as caught:
+            ndcache.load("http://home.test/", session=session, retries=5)
+    assert caught.value.attempts in (None, 1)
+    assert not asked
+
+
 def test_row_41_netrc_is_read_for_the_host_that_is_asked(
     scripted: ScriptedServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
