@@ -37,7 +37,9 @@ def _redact_url(text: str) -> str:
         url = parse(text)
     except UrlError:
         # Harmless is a host and a path, whatever is wrong with them; a number may be a port.
-        is_harmless = re.fullmatch(r"[\[\w.-]*(:[0-9:]*\]?)*(/[^:;@%\\]*)?", shown) and not re.search("@|%40", text)
+        is_harmless = re.fullmatch(
+            r"(\[[0-9A-Fa-f:.]*\]?|[\w.-]*)(:[0-9]{0,5})?(/[^:;@%\\]*)?", shown
+        ) and not re.search("@|%40", text)
         return start + separator + shown if is_harmless else _UNREADABLE
     host, _, path = shown.partition("/")
     if not path and "@" in later:

@@ -7,6 +7,7 @@ mean another host.
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import re
 import unicodedata
@@ -124,6 +125,7 @@ class Url:
         return self.root + (self.path or "/") + (f"?{self.query}" if self.query else "")
 
 
+@functools.lru_cache(maxsize=256)  # each request asks several times
 def parse(text: str) -> Url:
     """Read an http(s) URL.
 

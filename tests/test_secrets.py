@@ -19,7 +19,7 @@ from models import simple_model
 from servers import FileServer, ScriptedServer, reply, then_close
 
 import ndcache
-from ndcache import tvm
+from ndcache import doctor, tvm
 from ndcache.errors import NdcacheError, redact
 from ndcache.shown import printable
 
@@ -144,6 +144,20 @@ def test_row_42_a_mistyped_url_shows_no_password(
             assert SECRET not in everything(error), template
         assert not any(SECRET in str(item.message) for item in warned), template
     assert SECRET not in log.text
+
+
+def test_row_42_nor_does_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
+    for template in MISTYPED:
+        for name in ("HTTP_PROXY", "all_proxy", "HF_ENDPOINT"):
+            monkeypatch.setenv(name, template.replace("{}", SECRET))
+        assert SECRET not in str(doctor._environment_facts()), template
+
+
+@pytest.mark.parametrize("text", [":", "/", "@", "a:", "[:", "a/", "%40", "://", ";", "?", "\x1b"])
+def test_row_42_no_text_takes_long(text: str) -> None:
+    for start in ("", "http://", "http:", "hf://", "user:", "C:/"):
+        redact(start + text * 20_000)
+        redact(start + text * 20_000 + "!")
 
 
 @pytest.mark.parametrize("arguments", [["load"], ["--verbose", "load"], ["rm"], ["verify"]])
