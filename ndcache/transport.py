@@ -253,7 +253,7 @@ class Transport:
         url, is_home, linked_sha256, commit = parse(hop.url), hop.is_home, hop.linked_sha256, None
         asked, seen = parse(first), {first}
         is_owners = owner is None or parse(owner).origin == asked.origin
-        auth = self._auth(asked) or (None if is_owners else _no_auth)
+        auth = self._auth(asked, self._given if is_owners else None) or (None if is_owners else _no_auth)
         while True:
             seen.add(str(url))
             is_home = is_home and url.origin == asked.origin  # who has been elsewhere does not come back as himself
@@ -348,12 +348,15 @@ class Transport:
         watch.waiting = False
         return Response(raw, stop, watch, *held)
 
-    def _auth(self, url: Url) -> Callable[[Any], Any] | None:
-        """What the user gave for this URL: a user and password in it, or the token of its origin."""
+    def _auth(self, url: Url, session: requests.Session | None) -> Callable[[Any], Any] | None:
+        """What the user gave for this URL: a user and password in it, else the token of its origin.
+
+        What the caller's `session` has for it goes before what happens to be in the environment.
+        """
         if url.credentials is not None:
             return requests.auth.HTTPBasicAuth(*map(_header_bytes, url.credentials))
-        if self._login is None or (self._given is not None and (self._given.auth or _AUTH in self._given.headers)):
-            return None  # what the caller has set goes before what happens to be there
+        if self._login is None or (session is not None and (session.auth or _AUTH in session.headers)):
+            return None
         token = self._login.token(url.origin)
         return None if token is None else _Bearer(token)
 

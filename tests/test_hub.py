@@ -226,6 +226,17 @@ def test_row_43_what_the_caller_gives_goes_before_the_login(
     assert sent == {"Bearer mine" if given == "header" else "Basic dXNlcjpwYXNzd29yZA=="}
 
 
+def test_row_43_a_mirror_on_hugging_face_has_the_login(gated: FileServer, scripted: ScriptedServer) -> None:
+    """And nothing of the caller's session, which is for the source."""
+    manifest = (gated.directory / "o/m/resolve/main/tensor-cache.json").read_bytes()
+    scripted.script["/tensor-cache.json"] = [reply(200, manifest)]
+    with requests.Session() as session:
+        session.auth = ("user", "password")
+        ndcache.load(scripted.url, mirrors=["hf://o/m"], session=session)
+    assert {request.headers.get("authorization") for request in gated.requests} == {"Bearer hf_secret"}
+    assert {request.headers.get("authorization") for request in scripted.requests} == {"Basic dXNlcjpwYXNzd29yZA=="}
+
+
 # --- endpoints ----------------------------------------------------------------------------------------
 
 
