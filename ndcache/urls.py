@@ -158,13 +158,18 @@ def parse(text: str) -> Url:
 def parse_proxy(text: str) -> Url:
     """Read the address of a proxy, whose scheme may be one of SOCKS, which is then given as http, or missing.
 
+    An ``@`` in its password is common, and read alike.
+
     Raises
     ------
     UrlError
     """
-    scheme, separator, rest = text.partition("://")
-    is_bare = not separator or scheme.lower() in ("socks4", "socks4a", "socks5", "socks5h")
-    return parse(f"http://{rest if separator else text}" if is_bare else text)
+    scheme, _, rest = text.rpartition("://")
+    user, at, host = rest.rpartition("@")
+    if not re.search("[/?#]", user):
+        rest = user.replace("@", "%40") + at + host
+    is_http = scheme.lower() in ("", "socks4", "socks4a", "socks5", "socks5h")
+    return parse(f"{'http' if is_http else scheme}://{rest}")
 
 
 def _split_port(rest: str) -> tuple[str, str | None]:

@@ -25,7 +25,7 @@ from ndcache.hub import Login
 from ndcache.locate import locate
 from ndcache.stop import Stop, Watch
 from ndcache.transport import Transport
-from ndcache.urls import Origin, UrlError, parse
+from ndcache.urls import Origin, UrlError, parse, parse_proxy
 
 # --- what is read, and how ----------------------------------------------------------------------------
 
@@ -416,6 +416,21 @@ def test_row_41_a_proxy_that_can_be_misread(proxy: str, given: str, monkeypatch:
             ndcache.load("http://home.test/", session=session, retries=5)
     assert caught.value.attempts in (None, 1)
     assert not asked
+
+
+@pytest.mark.parametrize(
+    ("text", "origin", "credentials"),
+    [
+        ("proxy:3128", ("http", "proxy", 3128), None),
+        ("proxy", ("http", "proxy", 80), None),
+        ("https://user:p@ss@proxy:3128/", ("https", "proxy", 3128), ("user", "p@ss")),
+        ("user:pw@proxy:3128", ("http", "proxy", 3128), ("user", "pw")),
+        ("socks5h://user:pw@127.0.0.1:1080", ("http", "127.0.0.1", 1080), ("user", "pw")),
+    ],
+)
+def test_addresses_of_proxies(text: str, origin: tuple[str, str, int], credentials: tuple[str, str] | None) -> None:
+    url = parse_proxy(text)
+    assert (url.origin, url.credentials) == (origin, credentials)
 
 
 def test_row_41_netrc_is_read_for_the_host_that_is_asked(
