@@ -477,8 +477,8 @@ class Loader:
 
     def _cache(self, location: Location) -> ArtifactCache:
         first, *others = self._directories(location)
-        if others and not first.is_dir():
-            first = next((directory for directory in others if directory.is_dir()), first)  # of an earlier version
+        if others and not os.path.isdir(first):
+            first = next(filter(os.path.isdir, others), first)  # of an earlier version
         return ArtifactCache(first, location.label)
 
     def _directories(self, location: Location) -> list[Path]:

@@ -74,8 +74,13 @@ class Location:
         return self._shown(self.identities[0]) if self.is_remote else str(self.directory)
 
     @property
+    def cache_key(self) -> str:
+        """The name of its directory in the cache: readable, and unique by the digest at its end."""
+        return self.cache_keys[0]
+
+    @property
     def cache_keys(self) -> tuple[str, ...]:
-        """Directory names, readable, and unique by the digest at their end. New caches have the first one."""
+        """The same, and then what earlier versions called the directory."""
         query = identifying_query(self.query)
         return tuple(_cache_key(identity, query) for identity in self.identities)
 

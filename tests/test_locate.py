@@ -387,19 +387,19 @@ DIFFERENT = [
 
 
 def test_one_key_for_one_model() -> None:
-    assert len({remote(source).cache_keys[0] for source in SAME}) == 1
-    assert remote("https://huggingface.co/owner/name").cache_keys[0] == remote("HF://owner/name@main").cache_keys[0]
-    assert remote("https://host/ü b/").cache_keys[0] == remote("https://host/%C3%BC%20b/").cache_keys[0]
+    assert len({remote(source).cache_key for source in SAME}) == 1
+    assert remote("https://huggingface.co/owner/name").cache_key == remote("HF://owner/name@main").cache_key
+    assert remote("https://host/ü b/").cache_key == remote("https://host/%C3%BC%20b/").cache_key
 
 
 def test_another_key_for_another_model() -> None:
-    keys = [remote(source).cache_keys[0] for source in DIFFERENT]
+    keys = [remote(source).cache_key for source in DIFFERENT]
     assert len({key.lower() for key in keys}) == len(DIFFERENT)  # on a file system without letter case, too
 
 
 @pytest.mark.parametrize("source", [*SAME, *DIFFERENT, "https://con/", "https://host/..", "https://-/-/"])
 def test_keys_are_directory_names(source: str) -> None:
-    key = remote(source).cache_keys[0]
+    key = remote(source).cache_key
     assert set(key) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
     assert key[0] not in ".-"
     assert "secret" not in key
@@ -410,13 +410,13 @@ def test_keys_are_directory_names(source: str) -> None:
 
 def test_keys_stay_what_they_are() -> None:
     # A cache filled by an earlier version must be found again.
-    assert remote("https://host/a/model/").cache_keys[0] == "host--a--model--015aba53029ce047"
+    assert remote("https://host/a/model/").cache_key == "host--a--model--015aba53029ce047"
 
 
 @pytest.mark.parametrize("source", ["https://user:secret@host/model?sig=secret", "https://secret@host/x.json#secret"])
 def test_row_40_secrets(source: str) -> None:
     location = remote(source)
     assert "secret" in location.base + location.query
-    for shown in (str(location), repr(location), f"{location}", location.cache_keys[0]):
+    for shown in (str(location), repr(location), f"{location}", location.cache_key):
         assert "secret" not in shown
         assert "host" in shown or shown.startswith("Location(")
