@@ -354,7 +354,7 @@ class Transport:
         What the caller's `session` has for it goes before what happens to be in the environment.
         """
         if url.credentials is not None:
-            return requests.auth.HTTPBasicAuth(*map(_header_bytes, url.credentials))
+            return requests.auth.HTTPBasicAuth(*url.credentials)
         if self._login is None or (session is not None and (session.auth or _AUTH in session.headers)):
             return None
         token = self._login.token(url.origin)
@@ -436,14 +436,6 @@ def _linked_sha256(headers: Mapping[str, str]) -> str | None:
     """Of files in its large-file storage, Hugging Face gives the SHA-256 where it redirects to the storage."""
     match = re.fullmatch(r'"?([0-9a-f]{64})"?', headers.get("X-Linked-Etag", "").strip())
     return match[1] if match else None
-
-
-def _header_bytes(text: str) -> bytes:
-    """A user or password as requests sends it, or in UTF-8 where requests cannot (RFC 7617, 2.1)."""
-    try:
-        return text.encode("latin-1")
-    except UnicodeEncodeError:
-        return text.encode("utf-8", "surrogatepass")
 
 
 def _target(url: Url, target: str, seen: set[str]) -> Url:

@@ -347,7 +347,7 @@ def _file_url(url: str) -> str:
     file = replace(parse(base), query=location.query)
     if file.path.rpartition("/")[2] == "" or re.search(r"/([?#].*)?$", url):
         raise ValueError(f"this URL names a directory, not a file: {redact(url)}")
-    return file.secret_root + file.path + (f"?{file.query}" if file.query else "")
+    return file.with_user
 
 
 def _places(url: str) -> Iterator[tuple[Location, str]]:

@@ -121,6 +121,11 @@ class Url:
             raise UrlError("it is relative, and leads elsewhere")
         return there
 
+    @property
+    def with_user(self) -> str:
+        """The text with the user and password."""
+        return self.secret_root + str(self)[len(self.root) :]
+
     def __str__(self) -> str:
         return self.root + (self.path or "/") + (f"?{self.query}" if self.query else "")
 
