@@ -169,10 +169,10 @@ class Login:
         """The token, empty if there is none, and where it comes from."""
         if self._environ.get("HF_HUB_DISABLE_IMPLICIT_TOKEN", "").upper() in ("1", "ON", "YES", "TRUE"):
             return "", ""
-        if token := _stripped(self._environ.get("HF_TOKEN", "")):
+        if token := self._environ.get("HF_TOKEN", "").strip():
             return token, "HF_TOKEN"
         path = token_path(self._environ)
-        return _stripped(_read(path)), path
+        return _read(path).strip(), path
 
 
 def token_path(environ: Mapping[str, str]) -> str:
@@ -199,7 +199,3 @@ def _read(path: str) -> str:
         return ""
     finally:
         os.close(handle)
-
-
-def _stripped(token: str) -> str:
-    return token.replace("\r", "").replace("\n", "").strip()

@@ -44,8 +44,9 @@ def _redact_url(text: str) -> str:
     host, _, path = shown.partition("/")
     if not path and "@" in later:
         return _UNREADABLE  # "user:1234#secret@host" has no user, and the port 1234; it was hardly meant so
-    if url.port is not None and "@" in path:
-        return f"{start}{separator}{host.partition(':')[0]}/…@{path.rpartition('@')[2]}"  # nor was "user:1234/5@host"
+    before, at, after = path.rpartition("@")
+    if at and (url.port is not None or ":" in before):
+        return f"{start}{separator}{host.partition(':')[0]}/…@{after}"  # nor was "user:1234/5@host"
     return start + separator + shown
 
 

@@ -174,7 +174,10 @@ def parse_proxy(text: str) -> Url:
     if not re.search("[/?#]", user):
         rest = user.replace("@", "%40") + at + host
     is_http = scheme.lower() in ("", "socks4", "socks4a", "socks5", "socks5h")
-    return parse(f"{'http' if is_http else scheme}://{rest}")
+    url = parse(f"{'http' if is_http else scheme}://{rest}")
+    if "@" in url.path:
+        raise UrlError("it has an @ behind its host")
+    return url
 
 
 def _split_port(rest: str) -> tuple[str, str | None]:

@@ -204,6 +204,8 @@ SECRETS = [
     ("https://host/a.bin#secret", "https://host/a.bin"),
     ("https://host/a.bin?x#secret?secret", "https://host/a.bin"),
     ("https://host/a@b/c:d", "https://host/a@b/c:d"),
+    ("http://http//user:secret@host/a", "http://http/…@host/a"),
+    ("https://user:1234/secret@host/a", "https://user/…@host/a"),
     ("https://[::1]:80/a", "https://[::1]:80/a"),
     ("https://u:secret@[::1]/a", "https://[::1]/a"),
     ("//user:secret@host/a", "//host/a"),

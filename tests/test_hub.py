@@ -144,6 +144,7 @@ def test_row_43_what_is_no_token(kind: str, tmp_path: Path) -> None:
 
 
 UNSENDABLE = [
+    b"hf\na",
     b"hf_\x00\xff\xfe\x80",
     "hf_ü".encode(),
     "hf_–x".encode(),
