@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from .cache import ArtifactCache
 from .errors import (
@@ -21,6 +21,7 @@ from .errors import (
     redact,
 )
 from .hub import at_commit, branch
+from .limits import Limits, Permit, Served, is_refusal, origin_of
 from .manifest import Shard
 from .parts import Part
 from .pieces import Piece, Pieces
@@ -46,6 +47,8 @@ RANGE_THRESHOLD = 64 << 20
 PIECE_LIMITS = (16 << 20, 64 << 20)
 
 logger = logging.getLogger("ndcache")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,8 @@ class Downloader:
         Whether digests are checked, or sizes only.
     workers : Workers
         Of the load, some of whom may bring pieces of a large file. Without threads unless given.
+    limits : Limits
+        What the servers accept; several loads may share it.
     """
 
     transport: Transport
@@ -92,8 +97,10 @@ class Downloader:
     cache: ArtifactCache
     digests: bool = True
     workers: Workers = field(default_factory=Workers)
+    limits: Limits = field(default_factory=Limits)
     _failing: set[int] = field(default_factory=set)  # which of the URLs are tried last
     _commits: dict[str, str] = field(default_factory=dict)  # of branches on Hugging Face
+    _served: Served = field(default_factory=Served)
 
     def shard(
         self,
@@ -197,7 +204,7 @@ class Downloader:
                     self.cache.publish(part, name, etag=etag, last_modified=last_modified).close()
                 return self.cache.path(name)
 
-        return with_retries(once, self.policy, self.stop, self.stats)
+        return self.retrying(once)
 
     def get(
         self,
@@ -207,16 +214,36 @@ class Downloader:
         stop: Stop | None = None,
         hops: dict[str, Hop] | None = None,
     ) -> Response:
-        """`Transport.get`, counted; a branch stays at the commit that it had when it was asked for first."""
-        self.stats.count(requests=1)
-        name = branch(url)
+        """`Transport.get`, counted, and at the pace that the server accepts.
+
+        A branch stays at the commit that it had when it was asked for first.
+        """
+        stop, name = stop or self.stop, branch(url)
         commit = self._commits.get(name) if name else None
         start = at_commit(url, commit) if commit else None
-        with self.stats.timed("request", url=redact(url), range=headers.get("Range")):
-            response = self.transport.get(url, headers, stop or self.stop, owner=owner, hops=hops, start=start)
+        self.stats.count(requests=1)
+        with self.stats.timed("request", url=redact(url), range=headers.get("Range")) as others:
+
+            def enter(url: str) -> Permit:
+                begun = time.perf_counter()
+                try:
+                    return self.limits.of(url).enter(stop)
+                finally:
+                    others["rate_limit"] = others.get("rate_limit", 0.0) + time.perf_counter() - begun
+
+            response = self.transport.get(url, headers, stop, owner=owner, hops=hops, enter=enter, start=start)
         if name and response.commit:
             self._commits.setdefault(name, response.commit)
+        self._served.gave(origin_of(response.url))
+        if response.url != url:
+            self._served.gave(origin_of(url))  # which told where to go
         return response
+
+    def retrying(
+        self, attempt: Callable[[], T], policy: RetryPolicy | None = None, progress: Callable[[], int] = lambda: 0
+    ) -> T:
+        """`with_retries`, as the load's policy says if there is no other."""
+        return with_retries(attempt, policy or self.policy, self.stop, self.stats, progress, self._served)
 
     def _from_any(self, transfer: Transfer, urls: Sequence[str]) -> Brought:
         errors: dict[int, NdcacheError] = {}
@@ -226,12 +253,9 @@ class Downloader:
             if index > 0 and self._expected(transfer.shard, None):
                 transfer.want_whole_file()
             try:
-                return with_retries(
+                return self.retrying(
                     lambda url=urls[index]: self._shard_once(transfer, url),  # type: ignore[misc]
-                    self.policy,
-                    self.stop,
-                    self.stats,
-                    lambda: transfer.part.furthest,
+                    progress=lambda: transfer.part.furthest,
                 )
             except (TransferError, IntegrityError) as error:
                 error.shard = transfer.shard.data_path
@@ -321,7 +345,9 @@ class Downloader:
                             is_good = piece.position == piece.end
                     self._catch_up(part)
                 except (NdcacheError, OSError) as error:
-                    logger.debug("a piece of %s did not come: %s", transfer.shard.data_path, error)
+                    if isinstance(error, NdcacheError) and is_refusal(error):
+                        self._served.note_limit(error)
+                    logger.debug("a piece of %s did not come: %s", transfer.shard.data_path, str(error))
                     is_good = False
                 except BaseException as error:
                     pieces.retire(error)
@@ -347,12 +373,13 @@ class Downloader:
 
     def _receive(self, response: Response, part: Part, piece: Piece, stop: Stop) -> None:
         """Write the body to `part`; one byte more than there should be is asked for, to notice what is too long."""
-        start, spent = piece.position, {"write": 0.0, "hash": 0.0}
+        start, spent, origin = piece.position, {"write": 0.0, "hash": 0.0}, origin_of(response.url)
         with self.stats.timed("network", file=part.name, start=start, nbytes=piece.end - start) as others:
             try:
                 while data := response.read_some(min(_READ_BYTES, piece.end + 1 - piece.position)):
                     stop.check()
                     self.stats.count(network_bytes=len(data))
+                    self._served.gave(origin)
                     if piece.position + len(data) > piece.end:
                         raise SizeMismatchError(
                             "the server sends more than there should be",

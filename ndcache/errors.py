@@ -215,7 +215,7 @@ class ServerError(TransferError):
 
 
 class RateLimitedError(TransferError):
-    """The server asks to come back later: status 429, or 503 with Retry-After.
+    """The server asks to come back later, and gives nothing else meanwhile: status 429, or 503 with Retry-After.
 
     Attributes
     ----------

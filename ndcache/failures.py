@@ -29,7 +29,7 @@ from .errors import (
     TruncatedError,
 )
 
-__all__ = ["FAILURES", "is_broken_connection", "raise_for_status", "raise_transfer_error"]
+__all__ = ["FAILURES", "is_broken_connection", "raise_for_status", "raise_transfer_error", "retry_after"]
 
 #: What requests, urllib3 and http.client raise when something is wrong with the network or the server.
 FAILURES = (
@@ -39,6 +39,12 @@ FAILURES = (
     OSError,
     ValueError,
 )
+
+
+#: What to try when a server says that there are too many requests.
+_LIMITED = "Try again later, or with fewer connections (max_workers)."
+#: Seconds of a wait that a server does not ask for, but lets expect.
+_LONGEST_RESET = 300.0
 
 
 def raise_for_status(status: int, headers: Mapping[str, str], url: str) -> None:
@@ -52,20 +58,42 @@ def raise_for_status(status: int, headers: Mapping[str, str], url: str) -> None:
                 status=status,
             )
         return
-    wait = headers.get("Retry-After")
-    if status == 429 or (status == 503 and wait is not None):
+    if status == 429 or (status == 503 and "Retry-After" in headers):
         error = RateLimitedError(
-            f"the server asks to come back later (status {status})", url=url, status=status, hint="Try again later."
+            f"the server asks to come back later (status {status})", url=url, status=status, hint=_LIMITED
         )
-        error.retry_after = _seconds(wait)
+        error.retry_after = retry_after(status, headers)
         raise error
     if status in (401, 403):
         raise AuthError(f"the server refuses access (status {status})", url=url, status=status, hint=_login(url))
     if status in (404, 410):
         raise NotFoundError(f"the server has no such file (status {status})", url=url, status=status)
     if status == 408 or status >= 500:
-        raise ServerError(f"the server failed (status {status})", url=url, status=status, hint="Try again later.")
+        hint = _LIMITED if status == 503 else "Try again later."
+        raise ServerError(f"the server failed (status {status})", url=url, status=status, hint=hint)
     raise ProtocolError(f"the server answered with status {status}", url=url, status=status)
+
+
+def retry_after(status: int, headers: Mapping[str, str]) -> float | None:
+    """Return for how many seconds a server that refuses a request asks to wait; None if it does not say, or garbage."""
+    if status not in (429, 503):
+        return None
+    seconds = _seconds(headers.get("Retry-After"))
+    return _reset(headers) if seconds is None and status == 429 else seconds
+
+
+def _reset(headers: Mapping[str, str]) -> float | None:
+    """Return the seconds until the server's count begins anew, where it tells that in a usual form.
+
+    That is ``RateLimit: "name";r=0;t=30`` (Hugging Face), or a header of its own: seconds, or a time since 1970.
+    """
+    match = re.search(r";\s*t=([0-9]{1,9})\b", headers.get("RateLimit", "")[:1000])
+    text = match[1] if match else headers.get("RateLimit-Reset", headers.get("X-RateLimit-Reset", "")).strip()
+    if not re.fullmatch(r"[0-9]{1,10}", text):
+        return None
+    seconds = float(text) if int(text) < 10**9 else float(text) - time.time()
+    # These headers mean different things to different servers; only Retry-After is a reason to give up.
+    return seconds if 0 < seconds <= _LONGEST_RESET else None
 
 
 def _login(url: str) -> str:

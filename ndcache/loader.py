@@ -30,6 +30,7 @@ from .download import Downloader
 from .errors import ManifestError, NotFoundError, OfflineError, UnsafeCacheError
 from .hub import Login
 from .inventory import cache_root
+from .limits import Limits
 from .locate import Location, locate
 from .manifest import Manifest, NameFilter, Shard
 from .model import LocalModel, Model, Obtained
@@ -156,6 +157,7 @@ class Loader:
         self._root = cache_root(cache_dir, environ.get("NDCACHE_HOME"))
         self._scope = quote(scope, safe="")
         self._policy = retries if isinstance(retries, RetryPolicy) else RetryPolicy(retries)
+        self._limits = Limits(self._policy.backoff / 4, self._policy.budget)
         self._verify = verify
         self._offline = offline or any(_is_set(environ.get(name)) for name in ("NDCACHE_OFFLINE", "HF_HUB_OFFLINE"))
         self._mirrors = [mirrors] if isinstance(mirrors, str) else list(mirrors)
@@ -473,6 +475,7 @@ class Loader:
             self._cache(location),
             digests=self._verify != "never",
             workers=workers,
+            limits=self._limits,
         )
 
     def _cache(self, location: Location) -> ArtifactCache:

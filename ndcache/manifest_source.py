@@ -24,7 +24,7 @@ from .errors import (
 from .locate import Location
 from .manifest import Manifest
 from .pins import Pins, manifest_names_to_try, open_manifest
-from .retry import RetryPolicy, with_retries
+from .retry import RetryPolicy
 from .strict_json import MAX_MANIFEST_BYTES
 from .validator import Validator
 
@@ -146,14 +146,12 @@ class ManifestSource:
         ) from first
 
     def _request(self, location: Location, name: str, policy: RetryPolicy, cached: Opened | None = None) -> Opened:
-        stop, stats = self.downloader.stop, self.downloader.stats
-
         def once() -> Opened:
             return self._request_once(location, name, cached)
 
         # In a worker, so that this thread can cancel it, and end it if the server drips.
         to_come = None if cached is None else len(cached[0].shards)
-        return self.downloader.workers.run(lambda: with_retries(once, policy, stop, stats), tasks_to_come=to_come)
+        return self.downloader.workers.run(lambda: self.downloader.retrying(once, policy), tasks_to_come=to_come)
 
     def _request_once(self, location: Location, name: str, cached: Opened | None) -> Opened:
         known = None if cached is None else self._known(name, cached[1])

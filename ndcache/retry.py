@@ -1,4 +1,9 @@
-"""What is tried again, how often, and after how long."""
+"""What is tried again, how often, and after how long.
+
+A server that limits requests (429, 503) refuses what it will give a moment later: as long as it gives others something,
+that is no failure, and not counted. It is only asked less and less often, so that a file that alone is refused does not
+slow down the rest.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +16,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from .errors import NdcacheError, RateLimitedError
+from .limits import Served, is_refusal
 from .stats import LoadStats
 from .stop import Stop
 
@@ -21,6 +27,8 @@ logger = logging.getLogger("ndcache")
 T = TypeVar("T")
 
 
+#: Refusals in a row after which the waits of a file do not get longer, while others are served.
+_MOST_COUNTED = 4
 #: Bytes of progress after which all failures so far are forgotten.
 _PROGRESS_BYTES = 1 << 20
 
@@ -66,9 +74,8 @@ class RetryPolicy:
         if error.max_retries is not None and of_this_kind > error.max_retries:
             return None
         asked = error.retry_after if isinstance(error, RateLimitedError) else None
-        if asked is not None:
-            return asked if spent + asked <= self.budget else None
         wait = random.uniform(0, min(self.max_backoff, self.backoff * 2.0 ** min(failures - 1, 64)))
+        wait = max(wait, asked or 0.0)  # for as long as it asks, but a server that asks for no wait is not hurried
         return wait if spent + wait <= self.budget else None
 
 
@@ -78,32 +85,43 @@ def with_retries(
     stop: Stop,
     stats: LoadStats | None = None,
     progress: Callable[[], int] = lambda: 0,
+    served: Served | None = None,
 ) -> T:
     """`attempt()`, tried again as `policy` says. The last error knows how many tries there were.
 
-    `progress` says how many bytes are there for good; bytes that come a second time do not count.
+    `progress` says how many bytes are there for good; bytes that come a second time do not count. A try that a
+    server refused, because there were too many, does not count if it has given something to anybody since the try
+    before, as `served` knows.
     """
-    tries, failures, first_failure = 0, 0, 0.0
+    tries, failures, first_failure, refusals = 0, 0, 0.0, 0
     kinds: Counter[type[NdcacheError]] = Counter()
-    mark = progress()
+    mark, since = progress(), time.monotonic()
     while True:
         try:
             return attempt()
         except NdcacheError as error:
             now = time.monotonic()
             if progress() - mark >= _PROGRESS_BYTES:
-                mark, failures, first_failure = progress(), 0, now
+                mark, failures, first_failure, refusals = progress(), 0, now, 0
+            is_refused = is_refusal(error)
+            if is_refused and served is not None and served.has_given(error, since):
+                failures, first_failure, refusals = 0, now, refusals + 1
+            since = now
             tries, failures = tries + 1, failures + 1
             kinds[type(error)] += 1
             first_failure = first_failure or now
             error.attempts = tries
-            delay = policy.delay(error, failures, kinds[type(error)], now - first_failure)
+            patience = max(failures, min(refusals, _MOST_COUNTED, policy.retries))
+            delay = policy.delay(error, patience, kinds[type(error)], now - first_failure)
             if delay is None:
                 raise
-            logger.warning("trying again in %.1f s (try %d): %s", delay, tries + 1, str(error))
+            if is_refused and served is not None:
+                served.note_limit(error)
+            level = logging.DEBUG if is_refused and served is not None else logging.WARNING
+            logger.log(level, "trying again in %.1f s (try %d): %s", delay, tries + 1, str(error))
         if stats is None:
             stop.sleep(delay)
         else:
-            with stats.timed("backoff"):
+            with stats.timed("rate_limit" if is_refused else "backoff"):
                 stop.sleep(delay)
             stats.count(retries=1)

@@ -17,7 +17,7 @@ __all__ = ["LoadStats"]
 T = TypeVar("T")
 _END = object()
 _CALLERS = ("manifest", "wait", "place", "wait_buffers", "shader", "copy", "finish", "memory_limit", "total")
-_WORKERS = ("lock", "request", "network", "hash", "write", "publish", "backoff")
+_WORKERS = ("lock", "request", "network", "hash", "write", "publish", "backoff", "rate_limit")
 _DEVICES = ("read", "decode", "staging", "buffers")
 
 
@@ -50,7 +50,8 @@ class LoadStats:
         In the workers, added up over all of them and at the same time as the others: ``lock`` (waiting for another
         process that downloads the same), ``request`` (until the headers have come), ``network`` (waiting for
         bodies and receiving them), ``hash`` (digests, of what comes and of files), ``write`` (to files), ``publish``
-        (fsync and rename), ``backoff`` (waiting before another try), ``read`` (files into memory, or mapping them),
+        (fsync and rename), ``backoff`` (waiting before another try), ``rate_limit`` (waiting because the server limits
+        requests or connections), ``read`` (files into memory, or mapping them),
         ``decode`` (on the CPU: expanding bfloat16, copies); on a GPU ``staging`` (making staging memory, and waiting
         until the GPU has copied from it) and, in a thread of its own, ``buffers`` (making those of the tensors).
     integrity : dict of str to int

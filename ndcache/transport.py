@@ -24,8 +24,9 @@ import requests
 from ._version import __version__
 from .connections import WatchedAdapter, WrongOriginError, waker, watch_adapters, watching
 from .errors import ConnectError, NdcacheError, ProtocolError, RedirectError, StallError, TransferError, redact
-from .failures import FAILURES, is_broken_connection, raise_for_status, raise_transfer_error
+from .failures import FAILURES, is_broken_connection, raise_for_status, raise_transfer_error, retry_after
 from .hub import Login, commit_of
+from .limits import Permit
 from .stop import Stop, Watch
 from .urls import Origin, Url, UrlError, parse, parse_proxy
 
@@ -80,10 +81,13 @@ class Response:
         The file's digest, as the server that was asked says of a file that lies elsewhere (Hugging Face).
     commit : str or None
         The commit that this is of, as the server that was asked says (Hugging Face).
+    permit : Permit or None
+        Given back when the body is read or given up.
     """
 
     linked_sha256: str | None = None
     commit: str | None = None
+    permit: Permit | None = None
 
     def __init__(self, raw: requests.Response, stop: Stop, watch: Watch, location: str | None = None) -> None:
         self.status: int = raw.status_code
@@ -167,6 +171,8 @@ class Response:
         finally:
             self._raw.close()
             self._stop.remove(self._watch)
+            if self.permit is not None:
+                self.permit.done()
 
 
 class Transport:
@@ -207,6 +213,7 @@ class Transport:
         *,
         owner: str | None = None,
         hops: dict[str, Hop] | None = None,
+        enter: Callable[[str], Permit] | None = None,
         start: str | None = None,
     ) -> Response:
         """Ask for `url`; the answer is 200, 206, 304 or 416, anything else is raised.
@@ -223,6 +230,8 @@ class Transport:
             A URL of the origin that the caller's session is for, if that is not `url` itself (a mirror).
         hops : dict of str to Hop, optional
             Where redirects of a URL led to last, so that they are followed once, and again after a failure. Kept here.
+        enter : callable, optional
+            Wait until a request to a URL may be made; called for `url` and for wherever it redirects to.
         start : str, optional
             What to ask for in place of `url`: another URL of the same origin.
 
@@ -239,15 +248,22 @@ class Transport:
         hops = {} if hops is None else hops
         if (known := hops.get(url)) is not None:
             try:
-                return self._follow(url, known, headers, stop, owner, hops)
+                return self._follow(url, known, headers, stop, owner, hops, enter)
             except TransferError as error:
                 hops.pop(url, None)
                 if error.status not in _EXPIRED:
                     raise
-        return self._follow(url, Hop(start or url), headers, stop, owner, hops)
+        return self._follow(url, Hop(start or url), headers, stop, owner, hops, enter)
 
     def _follow(
-        self, first: str, hop: Hop, headers: Mapping[str, str], stop: Stop, owner: str | None, hops: dict[str, Hop]
+        self,
+        first: str,
+        hop: Hop,
+        headers: Mapping[str, str],
+        stop: Stop,
+        owner: str | None,
+        hops: dict[str, Hop],
+        enter: Callable[[str], Permit] | None,
     ) -> Response:
         """Ask where redirects of `first` have led to, and go on from there."""
         url, is_home, linked_sha256, commit = parse(hop.url), hop.is_home, hop.linked_sha256, None
@@ -257,13 +273,9 @@ class Transport:
         while True:
             seen.add(str(url))
             is_home = is_home and url.origin == asked.origin  # who has been elsewhere does not come back as himself
-            response = self._send(
-                url,
-                headers,
-                stop,
-                self._sessions()[0 if is_owners and is_home else 1],
-                auth if is_home else _no_auth,
-            )
+            session = self._sessions()[0 if is_owners and is_home else 1]
+            permit = None if enter is None else enter(str(url))
+            response = self._send_with(permit, url, headers, stop, session, auth if is_home else _no_auth)
             if is_home:
                 commit = commit or commit_of(response.headers)
             if response.status in (301, 302, 303, 307, 308) and response.location:
@@ -289,6 +301,29 @@ class Transport:
             for session in {own, bare} - {self._given}:
                 session.close()
         self._made.clear()
+
+    def _send_with(
+        self,
+        permit: Permit | None,
+        url: Url,
+        headers: Mapping[str, str],
+        stop: Stop,
+        session: requests.Session,
+        auth: Callable[[Any], Any] | None,
+    ) -> Response:
+        """Send a request, and give the permit for it over to its answer."""
+        try:
+            response = self._send(url, headers, stop, session, auth)
+        except BaseException as error:
+            if permit is not None:
+                if isinstance(error, TransferError) and error.status is not None:  # a hook of the session's raised it
+                    permit.answered(error.status, getattr(error, "retry_after", None))
+                permit.done()
+            raise
+        if permit is not None:
+            permit.answered(response.status, retry_after(response.status, response.headers))
+            response.permit = permit
+        return response
 
     def _send(
         self,

@@ -32,6 +32,65 @@ class Request:
 # --- a directory --------------------------------------------------------------------------------------
 
 
+class ConnectionLimit:
+    """So many bodies at once, as nginx's ``limit_conn``.
+
+    Attributes
+    ----------
+    status : int
+        Of the answers beyond it.
+    headers : dict of str to str
+        Of the same.
+    peak : int
+        The most bodies that were under way at once.
+    refused : int
+        Requests beyond the limit so far.
+    """
+
+    def __init__(self, most: int, *, status: int = 503, headers: Mapping[str, str] | None = None) -> None:
+        self.most = most
+        self.status = status
+        self.headers = dict(headers or {})
+        self.peak = self.refused = 0
+        self._now = 0
+        self._lock = threading.Lock()
+
+    def enter(self) -> bool:
+        """Whether a request is answered; `leave` it then."""
+        with self._lock:
+            is_free = self._is_free()
+            self.refused += not is_free
+            self._now += is_free
+            self.peak = max(self.peak, self._now)
+            return is_free
+
+    def leave(self) -> None:
+        with self._lock:
+            self._now -= 1
+
+    def _is_free(self) -> bool:
+        return self._now < self.most
+
+
+class RateLimit(ConnectionLimit):
+    """So many requests per second, after `burst` at once, as nginx's ``limit_req … nodelay``."""
+
+    def __init__(
+        self, rate: float, burst: int = 0, *, status: int = 429, headers: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(0, status=status, headers=headers)
+        self._rate, self._burst = rate, burst
+        self._excess, self._last = 0.0, -1e9
+
+    def _is_free(self) -> bool:
+        now = time.monotonic()
+        excess = max(self._excess - self._rate * (now - self._last) + 1, 0.0)
+        if excess > self._burst:
+            return False  # and what is refused does not count
+        self._excess, self._last = excess, now
+        return True
+
+
 class _HTTPServer(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
@@ -45,6 +104,8 @@ class FileServer:
     directory : pathlib.Path
     rate : int, optional
         Bytes per second of each connection.
+    limit : ConnectionLimit, optional
+        For all but JSON.
 
     Attributes
     ----------
@@ -60,8 +121,9 @@ class FileServer:
         While it is clear, no body goes on, but the manifest's unless `gated_manifest`.
     """
 
-    def __init__(self, directory: Path, *, rate: int | None = None) -> None:
+    def __init__(self, directory: Path, *, rate: int | None = None, limit: ConnectionLimit | None = None) -> None:
         self.directory = Path(directory)
+        self.limit = limit
         self.rate = rate
         self.requests: list[Request] = []
         self.peak_bodies = 0
@@ -106,6 +168,20 @@ class FileServer:
         request = Request("GET", handler.path, {**headers, "x-test-peer": str(handler.client_address[1])})
         with self._lock:
             self.requests.append(request)
+        if self.limit is None or request.path.endswith(".json"):
+            self._answer_file(handler, request)
+        elif self.limit.enter():
+            try:
+                self._answer_file(handler, request)
+            finally:
+                self.limit.leave()
+        else:
+            handler.send_response(self.limit.status)
+            for name, value in {**self.limit.headers, "Content-Length": "0"}.items():
+                handler.send_header(name, value)
+            handler.end_headers()
+
+    def _answer_file(self, handler: BaseHTTPRequestHandler, request: Request) -> None:
         status = self.status.get(request.path)
         path = self.directory / unquote(request.path).lstrip("/")
         if status is not None or not path.is_file():

@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -21,7 +22,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from models import random_array, simple_model, write_model
-from servers import FileServer, ScriptedServer, reply, then_stall
+from servers import Connection, FileServer, Request, ScriptedServer, reply, then_stall
 
 import ndcache
 from ndcache import cli, doctor
@@ -635,7 +636,7 @@ def test_row_36_signals_in_each_phase(
         for path in (tmp_path / "model").iterdir()
     }
     data = (tmp_path / "model" / "params_shard_1.bin").read_bytes()
-    manifest, shard = "/tensor-cache.json", "/params_shard_1.bin"
+    manifest, shard, is_refused = "/tensor-cache.json", "/params_shard_1.bin", threading.Event()
     scripted.script = dict(good)
     with contextlib.ExitStack() as while_it_runs:
         if phase == "the manifest's headers":
@@ -644,7 +645,14 @@ def test_row_36_signals_in_each_phase(
             headers = {"ETag": '"params_shard_1.bin"'}
             scripted.script[shard] = [then_stall(reply(200, data[:HALF], headers, length=len(data)))]
         elif phase == "a retry":
-            scripted.script[shard] = [reply(503, headers={"Retry-After": "200"})]
+
+            def refuse(connection: Connection, request: Request) -> None:
+                while not other_is_through(cache_dir):  # or it would wait as well
+                    time.sleep(0.01)
+                connection.send(reply(503, headers={"Retry-After": "200"}))
+                is_refused.set()
+
+            scripted.script[shard] = [refuse]
         elif phase == "a lock":
             state = ndcache.fetch(scripted.url, names="layer.0") / ".ndcache"
             (state / "locks").mkdir(exist_ok=True)
@@ -670,7 +678,7 @@ def test_row_36_signals_in_each_phase(
         elif phase == "a shard's body":
             wait_until(lambda: other_is_through(cache_dir) and HALF in sizes(cache_dir.rglob("parts/*")), process)
         elif phase == "a retry":
-            wait_until(lambda: other_is_through(cache_dir) and scripted.requests_for(shard), process)
+            wait_until(is_refused.is_set, process)
         else:
             # After the first shard only the other one is under way; in one of 128 GiB there is no line before the end.
             line = "0/2" if phase == "hashing" else "1/2"

@@ -24,6 +24,7 @@ LAYERS: list[list[str]] = [
     ["hub", "manifest", "paths", "serial", "spans", "stop", "stop_iteration", "strict_json"],
     ["locate"],
     # 2: one concern each
+    ["limits"],
     ["connections", "decode", "digests", "failures", "locks", "parse", "pieces", "retry", "small_files"],
     ["options", "parts", "pins", "validator", "workers"],
     ["cache"],
