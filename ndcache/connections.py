@@ -18,11 +18,14 @@ from requests.adapters import HTTPAdapter
 from urllib3 import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import ConnectTimeoutError, LocationParseError, NameResolutionError, NewConnectionError
+from urllib3.util import parse_url
 from urllib3.util.connection import allowed_gai_family
 
+from .shown import printable
 from .stop import Watch
+from .urls import Origin
 
-__all__ = ["WatchedAdapter", "waker", "watch_adapters", "watching"]
+__all__ = ["WatchedAdapter", "WrongOriginError", "waker", "watch_adapters", "watching"]
 
 _current = threading.local()
 
@@ -48,13 +51,16 @@ def waker(raw: requests.Response) -> Callable[[], None]:
 
 
 @contextmanager
-def watching(watch: Watch) -> Iterator[None]:
-    """Have `watch` know how to wake this thread while it makes a request in the block, and afterwards."""
-    _current.watch = watch
+def watching(watch: Watch, origin: Origin) -> Iterator[None]:
+    """Have `watch` know how to wake this thread while it makes a request in the block, and afterwards.
+
+    The request goes to `origin` or nowhere.
+    """
+    _current.watch, _current.origin = watch, origin
     try:
         yield
     finally:
-        _current.watch = None
+        _current.watch = _current.origin = None
 
 
 class _WithoutQueries(logging.Filter):
@@ -62,7 +68,7 @@ class _WithoutQueries(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         if getattr(_current, "watch", None) is not None:
-            record.msg, record.args = re.sub(r"\?[^\s'\"]+", "?…", record.getMessage()), None
+            record.msg, record.args = printable(re.sub(r"\?[^\s'\"]+", "?…", record.getMessage())), None
             record.exc_info = None
         return True
 
@@ -166,6 +172,40 @@ class _TLSPool(HTTPSConnectionPool):
     ConnectionCls = _WatchedTLS
 
 
+class WrongOriginError(Exception):
+    """A request was about to go to another origin than the one that was judged."""
+
+
+def _check_origin(pool: HTTPConnectionPool, url: str) -> None:
+    """Raise unless a request goes to the origin that it is for: all above have read its URL, each in its own way.
+
+    Sessions of the caller's have pools without this, as they may ask others for a token, within a request of ours.
+    """
+    origin: Origin | None = getattr(_current, "origin", None)
+    if origin is None:
+        return
+    is_at_proxy = pool.proxy is not None and url[:5].lower() == "http:"  # which is told the whole URL
+    target = parse_url(url) if is_at_proxy else pool
+    found = (target.scheme or "", (target.host or "").strip("[]"), target.port or origin.port)
+    if found != origin:
+        raise WrongOriginError(f"to {found[0]}://{found[1]}:{found[2]}")
+
+
+class _OwnPool(_Pool):
+    def urlopen(self, method: str, url: str, *args: Any, **kwargs: Any) -> Any:
+        _check_origin(self, url)
+        return super().urlopen(method, url, *args, **kwargs)
+
+
+class _OwnTLSPool(_TLSPool):
+    def urlopen(self, method: str, url: str, *args: Any, **kwargs: Any) -> Any:
+        _check_origin(self, url)
+        return super().urlopen(method, url, *args, **kwargs)
+
+
+_OWN_POOLS = {"http": _OwnPool, "https": _OwnTLSPool}
+
+
 def watch_adapters(session: requests.Session) -> None:
     """Have a session of the caller's make connections that can be watched, if its adapters are those of requests."""
     for adapter in session.adapters.values():
@@ -179,10 +219,10 @@ def watch_adapters(session: requests.Session) -> None:
 class WatchedAdapter(HTTPAdapter):
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
         super().init_poolmanager(*args, **kwargs)
-        self.poolmanager.pool_classes_by_scheme = {"http": _Pool, "https": _TLSPool}
+        self.poolmanager.pool_classes_by_scheme = _OWN_POOLS
 
     def proxy_manager_for(self, *args: Any, **kwargs: Any) -> urllib3.ProxyManager:
         manager: urllib3.ProxyManager = super().proxy_manager_for(*args, **kwargs)
         if type(manager) is urllib3.ProxyManager:  # a SOCKS manager has connections of its own
-            manager.pool_classes_by_scheme = {"http": _Pool, "https": _TLSPool}
+            manager.pool_classes_by_scheme = _OWN_POOLS
         return manager

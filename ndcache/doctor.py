@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 from collections.abc import Iterator
 from importlib import metadata
@@ -13,6 +14,7 @@ from typing import Any
 from ._version import __version__
 from .devices.adapters import adapters, is_software
 from .errors import NoAdapterError, redact
+from .hub import token_path
 from .inventory import models
 from .terminal import format_size
 
@@ -84,6 +86,8 @@ def _environment_facts() -> list[tuple[str, str]]:
     facts = [(name, environ[name]) for name in ("NDCACHE_HOME", "NDCACHE_OFFLINE", "HF_HUB_OFFLINE") if name in environ]
     if environ.get("HF_TOKEN"):
         facts.append(("HF_TOKEN", "set"))
+    elif os.path.exists(path := token_path(environ)):
+        facts.append(("token", f"in {path}, for Hugging Face"))
     if "HF_ENDPOINT" in environ:
         facts.append(("HF_ENDPOINT", redact(environ["HF_ENDPOINT"])))
     # On Windows the two spellings are one variable.
@@ -95,5 +99,5 @@ def _environment_facts() -> list[tuple[str, str]]:
 def _proxy(value: str) -> str:
     """A proxy's address without its user and password, however badly they are written."""
     scheme, _, rest = value.rpartition("://")
-    address = redact("//" + rest.rpartition("@")[2]).removeprefix("//")
-    return f"{scheme}://{address}" if scheme else address
+    address = redact("http://" + rest.rpartition("@")[2]).removeprefix("http://")
+    return f"{scheme}://{address}" if re.fullmatch("[A-Za-z0-9]+", scheme) else address

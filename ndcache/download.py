@@ -20,6 +20,7 @@ from .errors import (
     TruncatedError,
     redact,
 )
+from .hub import at_commit, branch
 from .limits import Limits, Permit, Served, is_refusal, origin_of
 from .manifest import Shard
 from .parts import Part
@@ -30,6 +31,7 @@ from .stats import LoadStats
 from .stop import Stop
 from .transfer import Transfer, unasked
 from .transport import Hop, Response, Transport
+from .urls import parse
 from .validator import Validator
 from .workers import Workers
 
@@ -97,6 +99,7 @@ class Downloader:
     workers: Workers = field(default_factory=Workers)
     limits: Limits = field(default_factory=Limits)
     _failing: set[int] = field(default_factory=set)  # which of the URLs are tried last
+    _commits: dict[str, str] = field(default_factory=dict)  # of branches on Hugging Face
     _served: Served = field(default_factory=Served)
 
     def shard(
@@ -213,8 +216,13 @@ class Downloader:
         *,
         may_be_encoded: bool = False,
     ) -> Response:
-        """`Transport.get`, counted, and at the pace that the server accepts."""
-        stop = stop or self.stop
+        """`Transport.get`, counted, and at the pace that the server accepts.
+
+        A branch stays at the commit that it had when it was asked for first.
+        """
+        stop, name = stop or self.stop, branch(url)
+        commit = self._commits.get(name) if name else None
+        start = at_commit(url, commit) if commit else None
         self.stats.count(requests=1)
         with self.stats.timed("request", url=redact(url), range=headers.get("Range")) as others:
 
@@ -226,8 +234,17 @@ class Downloader:
                     others["rate_limit"] = others.get("rate_limit", 0.0) + time.perf_counter() - begun
 
             response = self.transport.get(
-                url, headers, stop, owner=owner, hops=hops, enter=enter, may_be_encoded=may_be_encoded
+                url,
+                headers,
+                stop,
+                owner=owner,
+                hops=hops,
+                enter=enter,
+                may_be_encoded=may_be_encoded,
+                start=start,
             )
+        if name and response.commit:
+            self._commits.setdefault(name, response.commit)
         self._served.gave(origin_of(response.url))
         if response.url != url:
             self._served.gave(origin_of(url))  # which told where to go
@@ -284,7 +301,7 @@ class Downloader:
             return self._shard_once(transfer, url)
         # What a mirror calls a version says nothing to the source, which will be asked.
         origin = part.origin
-        etag = origin.etag if origin is not None and origin.url == redact(transfer.owner) else None
+        etag = origin.etag if origin is not None and origin.url == parse(transfer.owner).address else None
         self.workers.relieve()
         with self.stats.timed("publish", file=shard.data_path):
             file = self.cache.publish(part, shard.data_path, etag=etag, claim=transfer.claim)

@@ -41,9 +41,10 @@
 from __future__ import annotations
 
 import copyreg
-import re
 from typing import Any, ClassVar
-from urllib.parse import urlsplit, urlunsplit
+
+from .shown import printable
+from .shown import redact as redact
 
 __all__ = [
     "AuthError",
@@ -81,20 +82,6 @@ __all__ = [
     "UnsupportedDtypeError",
     "UnsupportedFormatError",
 ]
-
-
-def redact(url: str) -> str:
-    """`url` without what may be secret: user, password, query and fragment."""
-    try:
-        parts = urlsplit(url)
-        parts.port  # noqa: B018 - "user:pass/word@host" has its password at the place of a port
-    except ValueError:
-        return "(unreadable URL)" if "@" in url else re.split("[?#]", url)[0]
-    if not parts.netloc:
-        # A local path, or a URL with a typing mistake: "https:/user:password@host/", "user:password@host/".
-        return re.sub(r"^([A-Za-z][A-Za-z0-9+.-]*:)?(/*)[^/@]*:[^/@]*@", r"\1\2", url.partition("?")[0])
-    host = parts.netloc.rpartition("@")[2]
-    return urlunsplit((parts.scheme, host, parts.path, "", ""))
 
 
 class NdcacheError(Exception):
@@ -142,6 +129,7 @@ class NdcacheError(Exception):
         attempts: int | None = None,
         hint: str | None = None,
     ) -> None:
+        message = printable(message)
         super().__init__(message)
         self.message = message
         self.url = None if url is None else redact(url)
@@ -150,7 +138,7 @@ class NdcacheError(Exception):
         self.expected = expected
         self.received = received
         self.attempts = attempts
-        self.hint = hint
+        self.hint = None if hint is None else printable(hint)
         self.others: tuple[NdcacheError, ...] = ()
 
     def __str__(self) -> str:
@@ -163,7 +151,7 @@ class NdcacheError(Exception):
             text += f", after {self.attempts} tries"
         if self.others:
             text += f"; {len(self.others)} more failed"
-        return f"{text}. {self.hint}" if self.hint else text
+        return printable(f"{text}. {self.hint}" if self.hint else text)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Not BaseException's way, which would call __init__ with the message alone.

@@ -101,8 +101,8 @@ def _reset(headers: Mapping[str, str]) -> float | None:
 
 
 def _login(url: str) -> str:
-    if (urlsplit(url).hostname or "").endswith("huggingface.co"):
-        return "For a gated or private repository, accept its terms on its page and set HF_TOKEN."
+    if f".{urlsplit(url).hostname}".endswith(".huggingface.co") or "/resolve/" in url:
+        return "For a gated or private repository, accept its terms on its page, and set HF_TOKEN or run hf auth login."
     return "Check the URL, or give credentials: https://user:password@host/, netrc, or a session of your own."
 
 
@@ -130,11 +130,16 @@ def raise_transfer_error(error: Exception, url: str) -> NoReturn:
             raise_for_status(item.response.status_code, item.response.headers, url)
     # Their own text may hold the whole URL, or a header with a token in it; that of the system's errors does not.
     cause = next((e for e in reversed(chain) if _shows_no_secrets(e)), None)
-    raise _transfer_error(chain, url) from cause
+    translated = _transfer_error(chain, url)
+    try:
+        raise translated from cause
+    finally:
+        translated.__context__ = None  # is suppressed, and yet shown by who looks for it
 
 
 def _shows_no_secrets(error: BaseException) -> bool:
-    return type(error) is OSError or isinstance(error, _SYSTEM_ERRORS)
+    # Some quote what the server sent.
+    return (type(error) is OSError or isinstance(error, _SYSTEM_ERRORS)) and str(error).isprintable()
 
 
 _SYSTEM_ERRORS = (

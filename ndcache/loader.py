@@ -28,9 +28,10 @@ from .devices.base import Device
 from .digests import parse_sri
 from .download import Downloader
 from .errors import ManifestError, NotFoundError, OfflineError, UnsafeCacheError
+from .hub import Login
 from .inventory import cache_root
 from .limits import Limits
-from .locate import Location, hf_endpoint, locate
+from .locate import Location, locate
 from .manifest import Manifest, NameFilter, Shard
 from .model import LocalModel, Model, Obtained
 from .options import check_options
@@ -163,12 +164,11 @@ class Loader:
         self._pins = {name: parse_sri(text) for name, text in (integrity or {}).items()}
         self._memory_limit = memory_limit
         self._cancel = cancel
-        token = (environ.get("HF_TOKEN") or "").strip()
         self._transport = Transport(
             session=session,
             timeout=timeout if isinstance(timeout, tuple) else (timeout, timeout),
             max_connections=max_workers,
-            bearer=(hf_endpoint(environ), token) if token else None,
+            login=Login(environ),
         )
 
     # --- the verbs
@@ -327,7 +327,7 @@ class Loader:
         """Remove a model from the cache; the bytes freed: see `ndcache.delete`."""
         location = locate(source)
         if location.directory is None:
-            return self._cache(location).delete()
+            return sum(ArtifactCache(directory).delete() for directory in self._directories(location))
         directory = location.directory.resolve()
         if self._root.resolve() not in directory.parents:
             raise UnsafeCacheError(
@@ -479,7 +479,13 @@ class Loader:
         )
 
     def _cache(self, location: Location) -> ArtifactCache:
-        return ArtifactCache(self._root / self._scope / location.cache_key, str(location))
+        first, *others = self._directories(location)
+        if others and not os.path.isdir(first):
+            first = next(filter(os.path.isdir, others), first)  # of an earlier version
+        return ArtifactCache(first, location.label)
+
+    def _directories(self, location: Location) -> list[Path]:
+        return [self._root / self._scope / key for key in location.cache_keys]
 
 
 @contextmanager

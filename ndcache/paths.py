@@ -59,7 +59,7 @@ def _unsafe(path: str) -> str | None:
         or len(path.encode("utf-8", "surrogatepass")) + 2 * (path.count("/") + path.count("%")) > _MAX_PATH
     ):
         return f"is longer than {_MAX_PATH} bytes"
-    if any(unicodedata.category(c) in ("Cc", "Cf", "Cs") for c in path):
+    if any(unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") for c in path):
         return "has control, invisible or surrogate characters"
     if any(c in '\\:*?"<>|' for c in path):
         return "has a character that not every file system can hold"

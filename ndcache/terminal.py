@@ -23,6 +23,7 @@ from rich.text import Text
 from tqdm import tqdm
 
 from .errors import NdcacheError
+from .shown import printable as shown
 from .streams import own_process
 
 __all__ = [
@@ -142,12 +143,6 @@ def message(error: BaseException) -> str:
     else:
         text = str(error) or type(error).__name__
     return shown(text)
-
-
-def shown(text: str) -> str:
-    """`text` in one line and without characters that do something to a terminal: names come from anywhere."""
-    line = " ".join(text.splitlines())
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
 def say(line: str) -> None:

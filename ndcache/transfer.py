@@ -19,7 +19,6 @@ from .errors import (
     SizeMismatchError,
     TransferError,
     TruncatedError,
-    redact,
 )
 from .manifest import Shard
 from .parts import Part
@@ -28,6 +27,7 @@ from .spans import Span, Spans
 from .stop import Stop
 from .strict_json import WEB_PAGE
 from .transport import Hop, Response
+from .urls import parse
 from .validator import Validator, may_blame_condition
 
 __all__ = ["Request", "Transfer", "unasked"]
@@ -257,7 +257,7 @@ class Transfer:
         """Whether what has come is of a version that this server has given."""
         origin = self.part.origin
         has_begun = bool(self.part.spans) or self.pieces is not None  # whose helpers may bring the first bytes
-        return has_begun and origin is not None and origin.url == redact(url)
+        return has_begun and origin is not None and origin.url == parse(url).address
 
     def _begin(self, url: str, response: Response, *, keep_pieces: bool = False) -> None:
         self.is_asked_for = True
@@ -269,7 +269,7 @@ class Transfer:
         if response.etag is not None:
             self.is_stream = self.is_stream or (self.changes > 0 and response.etag in self._etags)
             self._etags.add(response.etag)
-            self.part.comes_from(redact(url), response.etag, self.claim, response.linked_sha256)
+            self.part.comes_from(parse(url).address, response.etag, self.claim, response.linked_sha256)
 
     def _start_over(self, url: str, etag: str | None) -> None:
         """Throw away what is of another version than what the server has now, or whose version it does not tell."""

@@ -18,16 +18,17 @@ import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urljoin, urlsplit
 
 import requests
 
 from ._version import __version__
-from .connections import WatchedAdapter, waker, watch_adapters, watching
-from .errors import NdcacheError, ProtocolError, RedirectError, StallError, TransferError, redact
+from .connections import WatchedAdapter, WrongOriginError, waker, watch_adapters, watching
+from .errors import ConnectError, NdcacheError, ProtocolError, RedirectError, StallError, TransferError, redact
 from .failures import FAILURES, is_broken_connection, raise_for_status, raise_transfer_error, retry_after
+from .hub import Login, commit_of
 from .limits import Permit
 from .stop import Stop, Watch
+from .urls import Origin, Url, UrlError, parse, parse_proxy
 
 __all__ = ["Hop", "Response", "Transport"]
 
@@ -37,6 +38,7 @@ _DRAIN_BYTES = 1 << 14
 _FAST = 1 << 22
 #: What an address that a server gave for a while answers with when it has expired.
 _EXPIRED = (401, 403, 404, 410)
+_AUTH = "Authorization"
 _USER_AGENT = f"ndcache/{__version__}"
 
 
@@ -77,11 +79,14 @@ class Response:
         Where it redirects to.
     linked_sha256 : str or None
         The file's digest, as the server that was asked says of a file that lies elsewhere (Hugging Face).
+    commit : str or None
+        The commit that this is of, as the server that was asked says (Hugging Face).
     permit : Permit or None
         Given back when the body is read or given up.
     """
 
     linked_sha256: str | None = None
+    commit: str | None = None
     permit: Permit | None = None
 
     def __init__(self, raw: requests.Response, stop: Stop, watch: Watch, location: str | None = None) -> None:
@@ -181,8 +186,8 @@ class Transport:
         Seconds to connect, and to wait for the next bytes.
     max_connections : int
         Connections kept for reuse.
-    bearer : tuple of str, optional
-        An origin and the token to send to it (Hugging Face).
+    login : Login, optional
+        Has a token for one origin (Hugging Face).
     """
 
     def __init__(
@@ -191,13 +196,14 @@ class Transport:
         session: requests.Session | None = None,
         timeout: tuple[float, float] = (10.0, 30.0),
         max_connections: int = 8,
-        bearer: tuple[str, str] | None = None,
+        login: Login | None = None,
     ) -> None:
         self._given = session
         self._timeout = timeout
         self._max_connections = max_connections
-        self._bearer = bearer
+        self._login = login
         self._made: dict[int, tuple[requests.Session, requests.Session]] = {}
+        self._proxies_checked: set[tuple[int, Origin]] = set()
 
     def get(
         self,
@@ -209,6 +215,7 @@ class Transport:
         hops: dict[str, Hop] | None = None,
         enter: Callable[[str], Permit] | None = None,
         may_be_encoded: bool = False,
+        start: str | None = None,
     ) -> Response:
         """Ask for `url`; the answer is 200, 206, 304 or 416, anything else is raised.
 
@@ -228,9 +235,13 @@ class Transport:
             Wait until a request to a URL may be made; called for `url` and for wherever it redirects to.
         may_be_encoded : bool
             Whether the body may come with a Content-Encoding. It is not decoded here.
+        start : str, optional
+            What to ask for in place of `url`: another URL of the same origin.
 
         Raises
         ------
+        ValueError
+            A URL that cannot be read, or not by everybody in the same way.
         TransferError
             As one of its subclasses.
         CancelledError
@@ -245,7 +256,7 @@ class Transport:
                 hops.pop(url, None)
                 if error.status not in _EXPIRED:
                     raise
-        return self._follow(url, Hop(url), headers, stop, owner, hops, enter, may_be_encoded)
+        return self._follow(url, Hop(start or url), headers, stop, owner, hops, enter, may_be_encoded)
 
     def _follow(
         self,
@@ -259,16 +270,18 @@ class Transport:
         may_be_encoded: bool,
     ) -> Response:
         """Ask where redirects of `first` have led to, and go on from there."""
-        url, is_home, linked_sha256 = hop.url, hop.is_home, hop.linked_sha256
-        home, seen = _origin(first), {first}
-        is_owners = owner is None or _origin(owner) == home
-        auth = self._auth(first) or (None if is_owners else _no_auth)
+        url, is_home, linked_sha256, commit = parse(hop.url), hop.is_home, hop.linked_sha256, None
+        asked, seen = parse(first), {first}
+        is_owners = owner is None or parse(owner).origin == asked.origin
+        auth = self._auth(asked, self._given if is_owners else None) or (None if is_owners else _no_auth)
         while True:
-            seen.add(url)
-            is_home = is_home and _origin(url) == home  # who has been elsewhere does not come back as himself
+            seen.add(str(url))
+            is_home = is_home and url.origin == asked.origin  # who has been elsewhere does not come back as himself
             session = self._sessions()[0 if is_owners and is_home else 1]
-            permit = None if enter is None else enter(url)
+            permit = None if enter is None else enter(str(url))
             response = self._send_with(permit, url, headers, stop, session, auth if is_home else _no_auth)
+            if is_home:
+                commit = commit or commit_of(response.headers)
             if response.status in (301, 302, 303, 307, 308) and response.location:
                 with response:
                     if is_home:
@@ -281,8 +294,9 @@ class Transport:
                 response.__exit__(Exception)
                 raise
             response.linked_sha256 = (is_home and _linked_sha256(response.headers)) or linked_sha256
-            if url != first:
-                hops[first] = Hop(url, is_home, linked_sha256)
+            response.commit = commit
+            if str(url) != str(asked):
+                hops[first] = Hop(str(url), is_home, linked_sha256)
             return response
 
     def close(self) -> None:
@@ -295,7 +309,7 @@ class Transport:
     def _send_with(
         self,
         permit: Permit | None,
-        url: str,
+        url: Url,
         headers: Mapping[str, str],
         stop: Stop,
         session: requests.Session,
@@ -317,7 +331,7 @@ class Transport:
 
     def _send(
         self,
-        url: str,
+        url: Url,
         headers: Mapping[str, str],
         stop: Stop,
         session: requests.Session,
@@ -332,13 +346,16 @@ class Transport:
             if target := answer.headers.pop("Location", None):
                 held.append(target)
 
+        if (id(session), url.origin) not in self._proxies_checked:
+            _check_proxy(session, url)
+            self._proxies_checked.add((id(session), url.origin))
         given = session.hooks.get("response") or []
         watch = Watch(patience=self._timeout[1])
         stop.add(watch)
         try:
-            with watching(watch):
+            with watching(watch, url.origin):
                 raw = session.get(
-                    url,
+                    str(url),  # without a user, which requests and netrc would each read in their own way
                     headers={"Accept-Encoding": "identity", **headers},
                     auth=auth,
                     timeout=self._timeout,
@@ -350,29 +367,37 @@ class Transport:
             stop.remove(watch)
             if isinstance(error, requests.RequestException) and error.response is not None:
                 error.response.close()  # of a hook of the caller's session that raised
-            _check(stop, watch, url)
+            _check(stop, watch, str(url))
             if watch.reused and not is_second and is_broken_connection(error):
                 # The server had closed the kept connection just then, which is nobody's failure (RFC 9112, 9.3.1).
                 return self._send(url, headers, stop, session, auth, is_second=True)
-            raise_transfer_error(error, url)
+            raise_transfer_error(error, str(url))
+        except WrongOriginError as error:
+            stop.remove(watch)
+            raise RedirectError(f"the request would go elsewhere: {error}", url=str(url)) from None
         except BaseException:
             stop.remove(watch)
             raise
         if watch.is_woken:  # and what there was of the answer looked like a whole one
             raw.close()
             stop.remove(watch)
-            _check(stop, watch, url)
+            _check(stop, watch, str(url))
         if not watch.wakers:  # a connection that is not ours: a session of the caller's, a SOCKS proxy
             watch.add_waker(waker(raw))
         watch.waiting = False
         return Response(raw, stop, watch, *held)
 
-    def _auth(self, url: str) -> Callable[[Any], Any] | None:
-        """What the user gave for this URL: the token of its origin, or a user and password in it."""
-        if self._bearer is not None and _origin(url) == _origin(self._bearer[0]):
-            return _Bearer(self._bearer[1])
-        user, password = requests.utils.get_auth_from_url(url)
-        return requests.auth.HTTPBasicAuth(user, password) if user or password else None
+    def _auth(self, url: Url, session: requests.Session | None) -> Callable[[Any], Any] | None:
+        """What the user gave for this URL: a user and password in it, else the token of its origin.
+
+        What the caller's `session` has for it goes before what happens to be in the environment.
+        """
+        if url.credentials is not None:
+            return requests.auth.HTTPBasicAuth(*url.credentials)
+        if self._login is None or (session is not None and (session.auth or _AUTH in session.headers)):
+            return None
+        token = self._login.token(url.origin)
+        return None if token is None else _Bearer(token)
 
     def _sessions(self) -> tuple[requests.Session, requests.Session]:
         """The session for the origin asked for, and one without secrets for where it redirects."""
@@ -415,12 +440,29 @@ def _check(stop: Stop, watch: Watch, url: str) -> None:
         raise StallError("the server sends next to nothing", url=url, hint="Try again later.")
 
 
+def _check_proxy(session: requests.Session, url: Url) -> None:
+    """Raise unless the proxy that a request goes through, if any, has an address that all read alike."""
+    proxies = session.merge_environment_settings(str(url), {}, None, None, None)["proxies"]
+    value = requests.utils.select_proxy(str(url), proxies)
+    try:
+        if value:
+            parse_proxy(value)
+    except UrlError as mistake:
+        error = ConnectError(
+            f"the address of the proxy cannot be used: {mistake}",
+            url=str(url),
+            hint="Check HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and session.proxies: http://host:port.",
+        )
+        error.retryable = False  # type: ignore[misc]
+        raise error from None
+
+
 class _Bearer(requests.auth.AuthBase):
     def __init__(self, token: str) -> None:
         self._token = token
 
     def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        request.headers["Authorization"] = f"Bearer {self._token}"
+        request.headers[_AUTH] = f"Bearer {self._token}"
         return request
 
 
@@ -435,24 +477,18 @@ def _linked_sha256(headers: Mapping[str, str]) -> str | None:
     return match[1] if match else None
 
 
-def _origin(url: str) -> tuple[str, str | None, int | None]:
-    parts = urlsplit(url)
-    scheme = parts.scheme.lower()
-    return scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(scheme)
-
-
-def _target(url: str, target: str, seen: set[str]) -> str:
+def _target(url: Url, target: str, seen: set[str]) -> Url:
     with contextlib.suppress(UnicodeError):
         target = target.encode("latin-1").decode("utf-8")  # as browsers read the header
+    scheme = re.match(r"\s*([A-Za-z][A-Za-z0-9+.-]*):", target)
+    if scheme is not None and scheme[1].lower() not in ("http", "https"):
+        raise RedirectError(f"the server redirects to {scheme[1][:20]}:", url=str(url))
     try:
-        new = urljoin(url, target)
-        scheme, host, _ = _origin(new)
+        new = url.join(target)
     except ValueError as error:
-        raise RedirectError("the server redirects to an unreadable address", url=url) from error
-    if scheme not in ("http", "https") or not host:
-        raise RedirectError(f"the server redirects to {scheme or 'nowhere'}:", url=url)
-    if scheme == "http" and _origin(url)[0] == "https":
-        raise RedirectError(f"the server redirects from https to {redact(new)}", url=url)
-    if new in seen or len(seen) > _MAX_REDIRECTS:
-        raise RedirectError("the server redirects in a circle, or too often", url=url)
+        raise RedirectError(f"the server redirects to an address that cannot be used: {error}", url=str(url)) from None
+    if new.scheme == "http" and url.scheme == "https":
+        raise RedirectError(f"the server redirects from https to {redact(str(new))}", url=str(url))
+    if str(new) in seen or len(seen) > _MAX_REDIRECTS:
+        raise RedirectError("the server redirects in a circle, or too often", url=str(url))
     return new

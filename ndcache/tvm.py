@@ -20,20 +20,25 @@ The tensors are in one registry of the whole process, which any thread may use. 
 from __future__ import annotations
 
 import json
+import os
+import re
 import threading
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import unquote
 
 from .api import load
 from .cache import ArtifactCache as _ModelCache
 from .errors import CacheUnavailableError, NotFoundError, OfflineError, UnsafePathError, redact
+from .hub import hf_endpoint
 from .loader import Loader, Source
-from .locate import Location, locate
+from .locate import Location, locate, remote_location
 from .paths import check_path
 from .progress import ProgressCallback
 from .stats import LoadStats
 from .stop import Stop
+from .urls import parse
 from .workers import Workers
 
 if TYPE_CHECKING:
@@ -224,8 +229,8 @@ class ArtifactCache:
     """Single files of models in ndcache's cache, by their URLs: shards, a tokenizer, a configuration.
 
     A file lies in the cache directory of the model that it belongs to, so what `ndcache.fetch` brought is here, and
-    what is added here need not be fetched by `ndcache.load`, which still checks its digest. The URL's query is part of
-    the request and not of the file's identity. Also a context manager.
+    what is added here need not be fetched by `ndcache.load`, which still checks its digest. Of the URL's query,
+    what signs it is no part of the file's identity, and all else is, as everywhere. Also a context manager.
 
     Parameters
     ----------
@@ -336,23 +341,22 @@ def _file_url(url: str) -> str:
     """The URL of the file itself, for the spellings that `ndcache.load` knows."""
     location = locate(url)
     if not location.is_remote:
-        raise ValueError(f"this is no URL of a file on a server: {url}")
+        raise ValueError(f"this is no URL of a file on a server: {redact(url)}")
     # A manifest's URL was taken apart, any other taken for a directory's.
     base = location.url(location.manifest_names[0]) if len(location.manifest_names) == 1 else location.base[:-1]
-    parts = urlsplit(base)
-    if parts.path.rpartition("/")[2] == "" or urlsplit(url).path.endswith("/"):
+    file = replace(parse(base), query=location.query)
+    if file.path.rpartition("/")[2] == "" or re.search(r"/([?#].*)?$", url):
         raise ValueError(f"this URL names a directory, not a file: {redact(url)}")
-    return urlunsplit((parts.scheme, parts.netloc, parts.path, location.query, ""))
+    return file.with_user
 
 
 def _places(url: str) -> Iterator[tuple[Location, str]]:
     """The directories above a file in which the model may be, the nearest first, and the file's name in each."""
-    parts = urlsplit(_file_url(url))
-    folder, _, name = parts.path.rpartition("/")
+    file, endpoint = parse(_file_url(url)), hf_endpoint(os.environ)
+    folder, _, name = file.path.rpartition("/")
     check_path(unquote(name))
     while True:
-        base = urlunsplit((parts.scheme, parts.netloc, f"{folder}/", "", ""))
-        yield Location(base, parts.query, None, ()), unquote(name)
+        yield remote_location(replace(file, path=f"{folder}/"), (), endpoint), unquote(name)
         if not folder:
             return
         folder, _, last = folder.rpartition("/")

@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).parent))  # servers.py, models.py
 from servers import FileServer, ScriptedServer
 
 _VARIABLES = (
-    *("NDCACHE_OFFLINE", "HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE"),
+    *("NDCACHE_OFFLINE", "HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_TOKEN_PATH"),
+    "HF_HUB_DISABLE_IMPLICIT_TOKEN",
     *("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "NETRC"),
 )
 
@@ -39,6 +40,7 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test sees or touches the user's cache, tokens or proxies."""
     monkeypatch.setenv("NDCACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "huggingface"))
     for name in _VARIABLES:
         monkeypatch.delenv(name, raising=False)
     for name in list(os.environ):

@@ -16,10 +16,13 @@ import ndcache
 
 LAYERS: list[list[str]] = [
     # 0: names and words
-    ["_version", "caller", "dtypes", "errors", "progress", "trace"],
-    ["stats"],
+    ["_version", "caller", "progress", "queries", "trace"],
+    ["stats", "urls"],
+    ["shown"],
+    ["dtypes", "errors"],
     # 1: values from outside, checked
-    ["locate", "manifest", "paths", "serial", "spans", "stop", "stop_iteration", "strict_json"],
+    ["hub", "manifest", "paths", "serial", "spans", "stop", "stop_iteration", "strict_json"],
+    ["locate"],
     # 2: one concern each
     ["limits"],
     ["connections", "content_coding", "decode", "digests", "json_reader", "locks", "pieces", "retry", "small_files"],

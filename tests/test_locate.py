@@ -9,7 +9,8 @@ from urllib.parse import unquote_to_bytes, urljoin, urlsplit
 import pytest
 
 from ndcache.errors import NotFoundError
-from ndcache.locate import HF_ENDPOINT, MANIFEST_NAMES, Location, hf_endpoint, locate
+from ndcache.hub import HF_ENDPOINT, hf_endpoint
+from ndcache.locate import MANIFEST_NAMES, Location, locate
 
 B16 = ("tensor-cache-b16.json",)
 HF = "https://huggingface.co/owner/name/resolve"
@@ -31,7 +32,7 @@ def remote(source: str, **environ: str) -> Location:
         ("https://host/model//", "https://host/model/", MANIFEST_NAMES),
         ("  https://host/model/\n", "https://host/model/", MANIFEST_NAMES),
         ("http://host:8080/a/b/", "http://host:8080/a/b/", MANIFEST_NAMES),
-        ("HTTPS://Host/Model", "https://Host/Model/", MANIFEST_NAMES),
+        ("HTTPS://Host/Model", "https://host/Model/", MANIFEST_NAMES),
         ("https://host", "https://host/", MANIFEST_NAMES),
         ("https://host/", "https://host/", MANIFEST_NAMES),
         ("https://host/model/tensor-cache-b16.json", "https://host/model/", B16),
@@ -44,7 +45,7 @@ def remote(source: str, **environ: str) -> Location:
         ("https://host/a:b@c/", "https://host/a:b@c/", MANIFEST_NAMES),
         ("https://host/model/#readme", "https://host/model/", MANIFEST_NAMES),
         ("http://[::1]:8000/model", "http://[::1]:8000/model/", MANIFEST_NAMES),
-        ("http://[fe80::1%25eth0]/model", "http://[fe80::1%25eth0]/model/", MANIFEST_NAMES),
+        ("http://[FE80:0::1]/model", "http://[fe80::1]/model/", MANIFEST_NAMES),
         ("http://127.0.0.1/model", "http://127.0.0.1/model/", MANIFEST_NAMES),
         ("https://user:pass@host/model", "https://user:pass@host/model/", MANIFEST_NAMES),
         ("hf://owner/name", f"{HF}/main/", MANIFEST_NAMES),
@@ -81,7 +82,7 @@ def test_remote(source: str, base: str, names: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("endpoint", ["https://mirror.test", "https://mirror.test/", "http://127.0.0.1:80/hf/"])
 def test_endpoint(endpoint: str) -> None:
     bare = endpoint.rstrip("/")
-    assert hf_endpoint({"HF_ENDPOINT": endpoint}) == bare
+    assert str(hf_endpoint({"HF_ENDPOINT": endpoint})).rstrip("/") == bare
     assert remote("hf://owner/name@v1", HF_ENDPOINT=endpoint).base == f"{bare}/owner/name/resolve/v1/"
     assert remote(f"{bare}/owner/name/tree/v1", HF_ENDPOINT=endpoint).base == f"{bare}/owner/name/resolve/v1/"
     # A page's own host stays what it is.
@@ -89,7 +90,7 @@ def test_endpoint(endpoint: str) -> None:
 
 
 def test_endpoint_unset_or_empty() -> None:
-    assert hf_endpoint({}) == hf_endpoint({"HF_ENDPOINT": ""}) == HF_ENDPOINT
+    assert str(hf_endpoint({})) == str(hf_endpoint({"HF_ENDPOINT": ""})) == f"{HF_ENDPOINT}/"
 
 
 def test_endpoint_without_scheme() -> None:
@@ -170,7 +171,7 @@ def test_a_directory_goes_before_what_it_looks_like(tmp_path: Path, monkeypatch:
         ("file:///no/such%20one", "/no/such one"),
         ("~no-such-user-here/model", "no-such-user-here"),
         ("x" * 100_000, "xxx"),
-        ("a\0b", "a\0b"),
+        ("a\0b", "a\\x00b"),
     ],
 )
 def test_nothing_there(source: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,16 +213,18 @@ def test_wrong_manifest_name(model: Path) -> None:
         ("https://?x", "no host"),
         ("https://:80/model", "no host"),
         ("https://user:secret@/model", "no host"),
-        ("https://ho st/model", "no host"),
-        ("https://host\\model/", "no host"),
-        ("https://{host}/model", "no host"),
-        ("https://h\udc80/model", "no host"),
+        ("https://ho st/model", "cannot be a host"),
+        ("https://host\\model/", "backslash"),
+        ("https://{host}/model", "cannot be a host"),
+        ("https://h\udc80/model", "control character"),
         ("https://host:x/model", "port"),
         ("https://host:99999/model", "https://host:99999/model"),
         ("https://host:-1/model", "port"),
-        ("https://host:0/model", "port 0"),
-        ("https://user:sec/secret@host/model", "cannot be read"),
+        ("https://host:0/model", "port"),
+        ("https://user:sec/secret@host/model", "unreadable"),
         ("http://[::1/model", "cannot be read"),
+        ("http://[fe80::1%25eth0]/model", "IPv6"),
+        ("https://host:/a/model/", "port"),
         ("hf://", "hf://owner/name"),
         ("hf://owner", "hf://owner/name"),
         ("hf:///owner/name", "hf://owner/name"),
@@ -319,12 +322,10 @@ def test_url_of_a_manifest_is_the_one_given(name: str) -> None:
         "%2e%2e%2fx.json",
         "%2Fetc%2Fx.json",
         "..%5Cx.json",
-        "..\\x.json",
         "C%3Ax.json",
         "C:x.json",
         "x%00.json",
         "x%0A.json",
-        "\x1bx.json",
         ".ndcache%2Fx.json",
         "x%3Fy.json",
         "x*.json",
@@ -350,7 +351,6 @@ SAME = [
     "https://HOST/a/model/",
     "HTTPS://host/a/model/",
     "https://host:443/a/model/",
-    "https://host:/a/model/",
     "https://user:secret@host/a/model/",
     "https://user:other@Host:443/a/model/",
     "https://host/a/model/?sig=secret",
@@ -397,7 +397,7 @@ def test_another_key_for_another_model() -> None:
     assert len({key.lower() for key in keys}) == len(DIFFERENT)  # on a file system without letter case, too
 
 
-@pytest.mark.parametrize("source", [*SAME, *DIFFERENT, "https://con/", "https://host/..", "https://-/-/", "https://./"])
+@pytest.mark.parametrize("source", [*SAME, *DIFFERENT, "https://con/", "https://host/..", "https://-/-/"])
 def test_keys_are_directory_names(source: str) -> None:
     key = remote(source).cache_key
     assert set(key) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")

@@ -1,0 +1,236 @@
+r"""One reading of URLs, so that the origin that is judged is the one that is connected to.
+
+urlsplit, urllib3 and requests read some texts differently: ``http://a\@b/`` is b to the first and a to the others.
+`parse` lets in only what means the same to all of them, and gives the text to send, which none of them changes to
+mean another host.
+"""
+
+from __future__ import annotations
+
+import functools
+import ipaddress
+import re
+import unicodedata
+from dataclasses import dataclass, field
+from typing import NamedTuple
+from urllib.parse import quote, unquote, urljoin
+
+from .queries import query_digest
+
+__all__ = ["Origin", "Url", "UrlError", "parse", "parse_proxy", "quoted"]
+
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+#: Read differently wherever they stand: urlsplit drops some, urllib3 ends the host at a backslash.
+_NEVER = re.compile(r"[\x00-\x1f\x7f-\x9f\\\ud800-\udfff]")
+_URL = re.compile(r"(https?)://([^/?#]*)([^?#]*)(?:\?([^#]*))?(?:#.*)?", re.IGNORECASE)
+_LABEL = r"[a-z0-9_-]{1,63}"
+_NAME = re.compile(rf"{_LABEL}(\.{_LABEL})*\.?")
+#: What browsers and the system's resolver take for an IPv4 address, in whatever notation.
+_NUMBER_LAST = re.compile(r"(.*\.)?([0-9]+|0x[0-9a-f]*)\.?")
+_SAFE = "/%~!$&'()*+,:;=@[]"  # with letters, digits and "-._", what requests leaves as it is, but for "#" and "?"
+
+
+class UrlError(ValueError):
+    """Not an http(s) URL, or one that is read in more than one way. The message holds nothing of the URL."""
+
+
+class Origin(NamedTuple):
+    """Whom a request goes to, and secrets are for."""
+
+    scheme: str
+    host: str
+    port: int
+
+
+@dataclass(frozen=True)
+class Url:
+    """An http(s) URL that everybody reads alike. As text, it is what may be sent: without user and password.
+
+    Attributes
+    ----------
+    scheme, host : str
+        In lower case; the host is ASCII, an IPv6 address without brackets.
+    port : int or None
+        As written.
+    path, query : str
+        Quoted; the path begins with a slash unless it is empty.
+    user : str or None
+        The user and password as written, which is percent-encoded; None if there is no ``@``.
+    written_host : str
+        The host as written, in lower case: with brackets, and not only ASCII.
+    """
+
+    scheme: str
+    host: str
+    port: int | None
+    path: str
+    query: str = field(repr=False)
+    user: str | None = field(repr=False)
+    written_host: str
+
+    @property
+    def origin(self) -> Origin:
+        return Origin(self.scheme, self.host, self.port or _DEFAULT_PORTS[self.scheme])
+
+    @property
+    def root(self) -> str:
+        """What stands before the path."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.scheme}://{host}" + ("" if self.port is None else f":{self.port}")
+
+    @property
+    def secret_root(self) -> str:
+        """The same with the user and password."""
+        scheme, _, rest = self.root.partition("://")
+        return self.root if self.user is None else f"{scheme}://{self.user}@{rest}"
+
+    @property
+    def identity(self) -> str:
+        """What tells servers and their files apart, as caches have known them from the beginning."""
+        port = "" if self.port in (None, _DEFAULT_PORTS[self.scheme]) else f":{self.port}"
+        return f"{self.scheme}://{self.written_host}{port}{self.path}"
+
+    @property
+    def credentials(self) -> tuple[str, str] | None:
+        """The user and password, decoded; None if there are none."""
+        user, _, password = (self.user or "").partition(":")
+        return (unquote(user), unquote(password)) if user or password else None
+
+    @property
+    def address(self) -> str:
+        """The URL without secrets, and yet another text for what may be another file: for notes on disk."""
+        digest = query_digest(self.query)
+        return self.root + self.path + (f"?{digest}" if digest else "")
+
+    def join(self, target: str) -> Url:
+        """Return where a server's `target`, absolute or relative, leads from here.
+
+        Raises
+        ------
+        UrlError
+        """
+        target = target.strip(" ")
+        if _NEVER.search(target):
+            raise UrlError("it has a backslash or a control character")
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", target):
+            return parse(target)
+        if target.startswith("//"):
+            return parse(f"{self.scheme}:{target}")
+        there = parse(urljoin(str(self), target))
+        if there.origin != self.origin:
+            raise UrlError("it is relative, and leads elsewhere")
+        return there
+
+    @property
+    def with_user(self) -> str:
+        """The text with the user and password."""
+        return self.secret_root + str(self)[len(self.root) :]
+
+    def __str__(self) -> str:
+        return self.root + (self.path or "/") + (f"?{self.query}" if self.query else "")
+
+
+@functools.lru_cache(maxsize=256)  # each request asks several times
+def parse(text: str) -> Url:
+    """Read an http(s) URL.
+
+    Raises
+    ------
+    UrlError
+        It is none, or not everybody reads it alike.
+    """
+    if _NEVER.search(text):
+        raise UrlError("it has a backslash or a control character")
+    match = _URL.fullmatch(text)
+    if match is None:
+        raise UrlError("it does not begin with http:// or https://")
+    scheme, authority, path, query = match.groups()
+    user, at, rest = authority.rpartition("@")
+    if re.search(r"[\s@\[\]]", user):
+        raise UrlError("it has a space, @, [ or ] in its user or password; write %20, %40, %5B or %5D")
+    host, port = _split_port(rest)
+    return Url(
+        scheme.lower(),
+        _checked_host(host),
+        _checked_port(port),
+        quoted(path),
+        quoted(query or "", "?"),
+        user if at else None,
+        host.lower(),
+    )
+
+
+def parse_proxy(text: str) -> Url:
+    """Read the address of a proxy, whose scheme may be one of SOCKS, which is then given as http, or missing.
+
+    An ``@`` in its password is common, and read alike.
+
+    Raises
+    ------
+    UrlError
+    """
+    scheme, _, rest = text.rpartition("://")
+    user, at, host = rest.rpartition("@")
+    if not re.search("[/?#]", user):
+        rest = user.replace("@", "%40") + at + host
+    is_http = scheme.lower() in ("", "socks4", "socks4a", "socks5", "socks5h")
+    url = parse(f"{'http' if is_http else scheme}://{rest}")
+    if "@" in url.path:
+        raise UrlError("it has an @ behind its host")
+    return url
+
+
+def _split_port(rest: str) -> tuple[str, str | None]:
+    """Split ``host:port``, at the colon after the bracket of an IPv6 address."""
+    match = re.fullmatch(r"(\[[^\[\]]*\]|[^:\[\]]*)(?::(.*))?", rest, re.DOTALL)
+    if match is None:
+        raise UrlError("its host or port cannot be read")
+    return match[1], match[2]
+
+
+def _checked_port(port: str | None) -> int | None:
+    if port is None:
+        return None
+    if not re.fullmatch("[1-9][0-9]{0,4}", port) or int(port) > 65535:
+        raise UrlError("its port is not a number from 1 to 65535")
+    return int(port)
+
+
+def _checked_host(host: str) -> str:
+    """The host as it is looked up."""
+    if not host:
+        raise UrlError("it has no host")
+    if host.startswith("["):
+        try:
+            if "%" in host:  # a zone; urllib3 decodes it
+                raise ValueError
+            return str(ipaddress.IPv6Address(host[1:-1]))
+        except ValueError:
+            raise UrlError("its host is not an IPv6 address") from None
+    name = host.lower() if host.isascii() else _to_ascii(host)
+    if not _NAME.fullmatch(name) or len(name) > 254:
+        raise UrlError("its host cannot be a host's name")
+    if _NUMBER_LAST.fullmatch(name):
+        try:
+            return str(ipaddress.IPv4Address(name))  # and no other notation: 127.1, 0x7f.0.0.1, 2130706433
+        except ValueError:
+            raise UrlError("its host is not an IPv4 address of four decimal numbers") from None
+    return name
+
+
+def _to_ascii(host: str) -> str:
+    import idna  # of requests; most hosts need none
+
+    name = host.lower()
+    # What normalising changes, full stops and digits of other scripts among it, is read as different hosts.
+    if name.isascii() or unicodedata.normalize("NFKC", name) != name:
+        raise UrlError("its host has characters that stand for others")
+    try:
+        return ".".join(idna.encode(label, strict=True, std3_rules=True).decode() for label in name.split("."))
+    except idna.IDNAError:
+        raise UrlError("its host cannot be a host's name") from None
+
+
+def quoted(text: str, also_safe: str = "") -> str:
+    """`text` for a URL. A percent sign that encodes something is left alone, as in a browser's URL resolution."""
+    return re.sub("%(?![0-9A-Fa-f]{2})", "%25", quote(text, safe=_SAFE + also_safe))
