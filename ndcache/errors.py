@@ -17,7 +17,7 @@
     │ ├ ProtocolError            not HTTP as agreed on
     │ ├ RangeError               another byte range than the one asked for
     │ ├ RemoteChangedError       the file changed while it was being read
-    │ ├ AuthError                401, 403
+    │ ├ AuthError                401, 403, 407
     │ ├ NotFoundError            404, 410
     │ ├ TLSError                 certificate or handshake
     │ └ RedirectError            a redirect that must not be followed
@@ -42,7 +42,7 @@ from __future__ import annotations
 
 import copyreg
 import re
-from typing import Any, ClassVar
+from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 __all__ = [
@@ -125,10 +125,10 @@ class NdcacheError(Exception):
         Errors of other shards of the same load.
     """
 
-    #: Whether the same call may succeed later without anything being changed.
-    retryable: ClassVar[bool] = False
+    #: Whether the same call may succeed later without anything being changed; of this error, if it is set on it.
+    retryable: bool = False
     #: Of the retryable ones: how often ndcache itself tries again, if not as often as the `RetryPolicy` says.
-    max_retries: ClassVar[int | None] = None
+    max_retries: int | None = None
 
     def __init__(
         self,
@@ -261,7 +261,7 @@ class RemoteChangedError(TransferError):
 
 
 class AuthError(TransferError):
-    """The server wants (other) credentials: status 401 or 403."""
+    """The server or proxy wants (other) credentials (status 401, 403 or 407), or they cannot be sent."""
 
 
 class NotFoundError(TransferError):

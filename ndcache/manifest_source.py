@@ -15,11 +15,13 @@ from .errors import (
     CacheError,
     ChecksumError,
     ManifestError,
+    ManifestSyntaxError,
     NdcacheError,
     NotFoundError,
     OfflineError,
     ProtocolError,
     TransferError,
+    TruncatedError,
 )
 from .locate import Location
 from .manifest import Manifest
@@ -168,7 +170,12 @@ class ManifestSource:
             headers = response.headers
         if length is not None and len(data) < length <= MAX_MANIFEST_BYTES:
             raise ProtocolError("the manifest came only in part", url=url, shard=name)
-        manifest = open_manifest(data, name=name, url=url, pins=self.pins)
+        try:
+            manifest = open_manifest(data, name=name, url=url, pins=self.pins)
+        except (ManifestSyntaxError, ChecksumError) as error:
+            if not response.is_cut:
+                raise
+            raise TruncatedError("the body ended early", url=url, shard=name) from error
         # What a mirror calls a version says nothing to the source.
         etag, last_modified = (headers.get("ETag"), headers.get("Last-Modified")) if url == owner else (None, None)
         self._keep(name, data, etag, last_modified)

@@ -20,6 +20,8 @@ LAYERS: list[list[str]] = [
     ["stats"],
     # 1: values from outside, checked
     ["locate", "manifest", "paths", "serial", "spans", "stop", "stop_iteration", "strict_json"],
+    ["configuration", "connect", "raw_response", "tls"],
+    ["proxies"],
     # 2: one concern each
     ["limits"],
     ["connections", "decode", "digests", "failures", "locks", "parse", "pieces", "retry", "small_files"],
