@@ -17,15 +17,16 @@ import urllib3
 from requests.adapters import HTTPAdapter
 from urllib3 import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.exceptions import ConnectTimeoutError, LocationParseError, NameResolutionError, NewConnectionError
+from urllib3.exceptions import ConnectTimeoutError, NameResolutionError, NewConnectionError
 from urllib3.util import parse_url
-from urllib3.util.connection import allowed_gai_family
 
+from .connect import Address, Routes, connect_to_first, look_up
+from .raw_response import RawResponse
 from .shown import printable
 from .stop import Watch
 from .urls import Origin
 
-__all__ = ["WatchedAdapter", "WrongOriginError", "waker", "watch_adapters", "watching"]
+__all__ = ["WatchedAdapter", "WrongOriginError", "waker", "watch_adapter", "watching"]
 
 _current = threading.local()
 
@@ -51,16 +52,16 @@ def waker(raw: requests.Response) -> Callable[[], None]:
 
 
 @contextmanager
-def watching(watch: Watch, origin: Origin) -> Iterator[None]:
+def watching(watch: Watch, origin: Origin, routes: Routes) -> Iterator[None]:
     """Have `watch` know how to wake this thread while it makes a request in the block, and afterwards.
 
-    The request goes to `origin` or nowhere.
+    The request goes to `origin` or nowhere. New connections begin with the addresses of `routes`.
     """
-    _current.watch, _current.origin = watch, origin
+    _current.watch, _current.origin, _current.routes = watch, origin, routes
     try:
         yield
     finally:
-        _current.watch = _current.origin = None
+        _current.watch = _current.origin = _current.routes = None
 
 
 class _WithoutQueries(logging.Filter):
@@ -80,6 +81,7 @@ for _name in ("urllib3.connection", "urllib3.connectionpool", "urllib3.util.retr
 class _Watched(HTTPConnection):
     """A connection that shows its socket to whoever watches this thread."""
 
+    response_class = RawResponse
     _is_used = False
     _connecting: socket.socket | None = None
 
@@ -119,49 +121,53 @@ class _Watched(HTTPConnection):
         return sock
 
     def _connected(self, watch: Watch | None) -> socket.socket:
-        """A socket connected to the first of the host's addresses that answers."""
-        host, failure = self._dns_host.strip("[]"), OSError("the host has no address")
-        try:
-            host.encode("idna")
-        except UnicodeError:
-            raise LocationParseError(f"{host!r}, label empty or too long") from None
-        for family, kind, protocol, _, address in socket.getaddrinfo(
-            host, self.port, allowed_gai_family(), socket.SOCK_STREAM
-        ):
-            if watch is not None and watch.is_woken:
-                break
-            sock = None
+        """Connect to the first of the host's addresses that answers."""
+        host, port = self._dns_host.strip("[]"), self.port
+        routes: Routes = getattr(_current, "routes", None) or Routes()
+
+        def open_socket(address: Address) -> socket.socket:
+            sock = socket.socket(address.family, address.kind, address.protocol)
             try:
-                sock = socket.socket(family, kind, protocol)
-                if watch is not None:
-                    watch.add_waker(functools.partial(_shut, sock))
                 for option in self.socket_options or ():
                     sock.setsockopt(*option)
-                sock.settimeout(self.timeout)
+                sock.setblocking(False)
                 if self.source_address:
                     sock.bind(self.source_address)
-                sock.connect(address)
-                return sock
-            except BaseException as error:
-                if sock is not None:
-                    sock.close()
-                if not isinstance(error, OSError):
-                    raise
-                failure = error
+            except BaseException:
+                sock.close()
+                raise
+            if watch is not None:
+                watch.add_waker(functools.partial(_shut, sock))
+            return sock
+
+        addresses = routes.order(host, port, look_up(host, port))
         try:
-            raise failure
-        finally:
-            del failure  # which holds this frame
+            sock, winner = connect_to_first(
+                addresses, self.timeout, open_socket, lambda: watch is not None and watch.is_woken
+            )
+        except OSError:
+            routes.remember(host, port, None)
+            raise
+        if winner != addresses[0]:
+            routes.remember(host, port, winner)
+        sock.settimeout(self.timeout)
+        return sock
 
     def _show(self) -> None:
         watch: Watch | None = getattr(_current, "watch", None)
         if watch is not None and self.sock is not None:
+            watch.is_connected = True
             watch.add_waker(functools.partial(_shut, self.sock))
             watch.restart()  # for the handshake that was, and the answer that is to come
 
 
 class _WatchedTLS(_Watched, HTTPSConnection):
-    pass
+    def request(self, *args: Any, **kwargs: Any) -> None:
+        super().request(*args, **kwargs)
+        # An end without notice is not the end of a body (RFC 9112, 9.8), though ssl takes it for one by default, and
+        # still does for what the caller does with a session that was given to us.
+        is_ours = getattr(_current, "watch", None) is not None
+        self.sock.suppress_ragged_eofs = not is_ours  # type: ignore[union-attr]
 
 
 class _Pool(HTTPConnectionPool):
@@ -206,23 +212,35 @@ class _OwnTLSPool(_TLSPool):
 _OWN_POOLS = {"http": _OwnPool, "https": _OwnTLSPool}
 
 
-def watch_adapters(session: requests.Session) -> None:
-    """Have a session of the caller's make connections that can be watched, if its adapters are those of requests."""
-    for adapter in session.adapters.values():
+_POOLS = {"http": _Pool, "https": _TLSPool}
+
+
+def watch_adapter(session: requests.Session, url: str, proxy: str | None) -> None:
+    """Have a session of the caller's make connections for `url` that can be watched, if its adapter is requests' own.
+
+    `proxy` is the address of the proxy that they go through, if they do.
+    """
+    with contextlib.suppress(ValueError):  # of an address that is none: the request itself will say so
+        adapter = session.get_adapter(url)
         if type(adapter) is not HTTPAdapter or type(adapter.poolmanager) is not urllib3.PoolManager:
-            continue
-        if adapter.poolmanager.pool_classes_by_scheme.get("http") is not _Pool:
-            adapter.poolmanager.pool_classes_by_scheme = {"http": _Pool, "https": _TLSPool}
-            adapter.poolmanager.clear()  # of those that are kept; what is in use goes on
+            return
+        manager = adapter.poolmanager
+        if proxy is not None:
+            address = requests.utils.prepend_scheme_if_needed(proxy, "http")  # type: ignore[no-untyped-call]
+            manager = adapter.proxy_manager_for(address)
+        is_usual = type(manager) in (urllib3.PoolManager, urllib3.ProxyManager)  # not that of a SOCKS proxy
+        if is_usual and manager.pool_classes_by_scheme.get("http") is not _Pool:
+            manager.pool_classes_by_scheme = dict(_POOLS)
+            manager.clear()  # of those that are kept; what is in use goes on
 
 
 class WatchedAdapter(HTTPAdapter):
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
         super().init_poolmanager(*args, **kwargs)
-        self.poolmanager.pool_classes_by_scheme = _OWN_POOLS
+        self.poolmanager.pool_classes_by_scheme = dict(_OWN_POOLS)
 
     def proxy_manager_for(self, *args: Any, **kwargs: Any) -> urllib3.ProxyManager:
         manager: urllib3.ProxyManager = super().proxy_manager_for(*args, **kwargs)
         if type(manager) is urllib3.ProxyManager:  # a SOCKS manager has connections of its own
-            manager.pool_classes_by_scheme = _OWN_POOLS
+            manager.pool_classes_by_scheme = dict(_OWN_POOLS)
         return manager

@@ -190,7 +190,7 @@ class Downloader:
                         received=length,
                     )
                 self._receive(response, part, Piece(0, limit if length is None else length), self.stop)
-                if length is not None and part.nbytes < length:
+                if response.is_cut or (length is not None and part.nbytes < length):
                     raise TruncatedError(
                         "the body ended early",
                         url=url,
@@ -271,7 +271,7 @@ class Downloader:
             except (TransferError, IntegrityError) as error:
                 error.shard = transfer.shard.data_path
                 errors[index] = error
-                if error.retryable and error.max_retries is None:
+                if error.retryable and type(error).max_retries is None:
                     self._failing.add(index)  # it was tried again and again; the next shards need not wait for that
         first, *others = (errors[index] for index in sorted(errors))
         first.others = tuple(others)

@@ -17,7 +17,7 @@
     │ ├ ProtocolError            not HTTP as agreed on
     │ ├ RangeError               another byte range than the one asked for
     │ ├ RemoteChangedError       the file changed while it was being read
-    │ ├ AuthError                401, 403
+    │ ├ AuthError                401, 403, 407
     │ ├ NotFoundError            404, 410
     │ ├ TLSError                 certificate or handshake
     │ └ RedirectError            a redirect that must not be followed
@@ -41,7 +41,7 @@
 from __future__ import annotations
 
 import copyreg
-from typing import Any, ClassVar
+from typing import Any
 
 from .shown import printable
 from .shown import redact as redact
@@ -112,10 +112,10 @@ class NdcacheError(Exception):
         Errors of other shards of the same load.
     """
 
-    #: Whether the same call may succeed later without anything being changed.
-    retryable: ClassVar[bool] = False
+    #: Whether the same call may succeed later without anything being changed; of this error, if it is set on it.
+    retryable: bool = False
     #: Of the retryable ones: how often ndcache itself tries again, if not as often as the `RetryPolicy` says.
-    max_retries: ClassVar[int | None] = None
+    max_retries: int | None = None
 
     def __init__(
         self,
@@ -249,7 +249,7 @@ class RemoteChangedError(TransferError):
 
 
 class AuthError(TransferError):
-    """The server wants (other) credentials: status 401 or 403."""
+    """The server or proxy wants (other) credentials (status 401, 403 or 407), or they cannot be sent."""
 
 
 class NotFoundError(TransferError):

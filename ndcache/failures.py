@@ -10,12 +10,14 @@ import socket
 import ssl
 import time
 from collections.abc import Iterator, Mapping
-from typing import NoReturn
+from dataclasses import dataclass
+from typing import Literal, NoReturn
 from urllib.parse import urlsplit
 
 import requests
 import urllib3
 
+from .configuration import certificate_mistake, credential_mistake, damaged_netrc
 from .content_coding import encoding_of
 from .errors import (
     AuthError,
@@ -25,12 +27,21 @@ from .errors import (
     RateLimitedError,
     ServerError,
     StallError,
-    TLSError,
     TransferError,
     TruncatedError,
 )
+from .proxies import proxy_error, proxy_for, proxy_wants_password
+from .tls import has_tls_ended, tls_error
 
-__all__ = ["FAILURES", "is_broken_connection", "raise_for_status", "raise_transfer_error", "retry_after"]
+__all__ = [
+    "FAILURES",
+    "Attempt",
+    "is_broken_connection",
+    "is_tls_end",
+    "raise_for_status",
+    "raise_transfer_error",
+    "retry_after",
+]
 
 #: What requests, urllib3 and http.client raise when something is wrong with the network or the server.
 FAILURES = (
@@ -69,7 +80,11 @@ def raise_for_status(status: int, headers: Mapping[str, str], url: str, *, may_b
         error.retry_after = retry_after(status, headers)
         raise error
     if status in (401, 403):
-        raise AuthError(f"the server refuses access (status {status})", url=url, status=status, hint=_login(url))
+        damaged = damaged_netrc()
+        note = f" {damaged} cannot be read, and was not used." if damaged else ""
+        raise AuthError(f"the server refuses access (status {status})", url=url, status=status, hint=_login(url) + note)
+    if status == 407:
+        raise proxy_wants_password(None, url)
     if status in (404, 410):
         raise NotFoundError(f"the server has no such file (status {status})", url=url, status=status)
     if status == 408 or status >= 500:
@@ -121,20 +136,68 @@ def _seconds(value: str | None) -> float | None:
         return None
 
 
-def raise_transfer_error(error: Exception, url: str) -> NoReturn:
+@dataclass(frozen=True)
+class Attempt:
+    """What is known of a request that failed.
+
+    Attributes
+    ----------
+    url : str
+    phase : str
+        How far it got: "connect", "headers" or "body".
+    session : requests.Session or None
+        What sent it.
+    token : str or None
+        What was sent along, of Hugging Face.
+    is_first : bool
+        Whether nothing has ever come from the server that was asked first, before any redirect.
+    """
+
+    url: str
+    phase: Literal["connect", "headers", "body"] = "connect"
+    session: requests.Session | None = None
+    token: str | None = None
+    is_first: bool = False
+
+
+def raise_transfer_error(error: Exception, attempt: Attempt) -> NoReturn:
     """Raise `error`, of whatever library, as ours."""
     chain = list(_causes(error))
     for item in chain:
         # A hook of the caller's session that calls raise_for_status().
         if isinstance(item, requests.HTTPError) and item.response is not None:
-            raise_for_status(item.response.status_code, item.response.headers, url)
+            raise_for_status(item.response.status_code, item.response.headers, attempt.url)
     # Their own text may hold the whole URL, or a header with a token in it; that of the system's errors does not.
     cause = next((e for e in reversed(chain) if _shows_no_secrets(e)), None)
-    translated = _transfer_error(chain, url)
+    found = _mistake(chain, attempt) or _transfer_error(chain, attempt.url, attempt.phase)
+    if attempt.is_first and _is_nobody_there(chain) and found.retryable:
+        found.max_retries = 1  # rather an address with a mistake than a server that comes back
     try:
-        raise translated from cause
+        raise found from cause
     finally:
-        translated.__context__ = None  # is suppressed, and yet shown by who looks for it
+        found.__context__ = None  # is suppressed, and yet shown by who looks for it
+
+
+def _mistake(chain: list[BaseException], attempt: Attempt) -> TransferError | None:
+    """What the user has set is wrong: no further try can mend it."""
+    session, url = attempt.session, attempt.url
+    if session is None or attempt.phase == "body":
+        return None
+    proxy = proxy_for(session, url)
+    return (
+        credential_mistake(session, url, attempt.token, None if proxy is None else proxy.address, chain)
+        or certificate_mistake(session, url, chain)
+        or proxy_error(proxy, chain, url, is_first=attempt.is_first)
+    )
+
+
+def _is_nobody_there(chain: list[BaseException]) -> bool:
+    """Whether the host is unknown (and not only the name server out of reach), or nothing listens at the port."""
+    return any(
+        isinstance(error, ConnectionRefusedError)
+        or (isinstance(error, socket.gaierror) and error.errno != socket.EAI_AGAIN)
+        for error in chain
+    )
 
 
 def _shows_no_secrets(error: BaseException) -> bool:
@@ -156,7 +219,13 @@ _SYSTEM_ERRORS = (
 def is_broken_connection(error: BaseException) -> bool:
     """Whether the connection ended before an answer came."""
     kinds = (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError)
-    return any(isinstance(item, kinds) for item in _causes(error))
+    chain = list(_causes(error))
+    return any(isinstance(item, kinds) for item in chain) or has_tls_ended(chain)
+
+
+def is_tls_end(error: BaseException) -> bool:
+    """Whether a connection with TLS ended, and without the notice that nothing was cut off."""
+    return has_tls_ended(_causes(error))
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -173,28 +242,21 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         waiting += [item for item in below if isinstance(item, BaseException)]
 
 
-def _transfer_error(chain: list[BaseException], url: str) -> TransferError:
+def _transfer_error(chain: list[BaseException], url: str, phase: str) -> TransferError:
     def has(*kinds: type[BaseException]) -> BaseException | None:
         return next((e for e in chain if isinstance(e, kinds)), None)
 
     host = urlsplit(url).hostname or "the host"
-    if has(requests.exceptions.ProxyError, urllib3.exceptions.ProxyError):
-        return ConnectError("the proxy could not be used", url=url, hint="Check HTTPS_PROXY, HTTP_PROXY and NO_PROXY.")
-    if has(requests.exceptions.SSLError, urllib3.exceptions.SSLError, ssl.SSLCertVerificationError):
-        detail = has(ssl.SSLError) or chain[-1]
-        return TLSError(
-            f"no secure connection to {host}: {_reason(detail)}",
-            url=url,
-            hint="Does the server speak plain http://?"
-            if "WRONG_VERSION_NUMBER" in str(detail)
-            else "For a private certificate authority, set REQUESTS_CA_BUNDLE to its file.",
-        )
+    if (error := tls_error(chain, host, url, is_connected=phase != "connect")) is not None:
+        return error
     if has(requests.exceptions.RetryError, urllib3.exceptions.ResponseError):
         return ServerError("the server failed, again and again", url=url, hint="Try again later.")
-    if has(
-        socket.gaierror, urllib3.exceptions.NameResolutionError, urllib3.exceptions.LocationParseError, UnicodeError
-    ):
+    if has(socket.gaierror, urllib3.exceptions.NameResolutionError):
         return ConnectError(f"the host {host} is not known", url=url, hint="Check its spelling and the network.")
+    if has(urllib3.exceptions.LocationParseError, requests.exceptions.InvalidURL):
+        impossible = ConnectError(f"the host {host} is not known", url=url, hint="Check its spelling.")
+        impossible.retryable = False
+        return impossible
     if has(ConnectionRefusedError):
         return ConnectError(f"{host} refuses connections", url=url, hint="Is the server running?")
     if has(urllib3.exceptions.NewConnectionError) and not has(TimeoutError):
@@ -205,7 +267,9 @@ def _transfer_error(chain: list[BaseException], url: str) -> TransferError:
         return StallError("the server stopped sending", url=url, hint="Try again later.")
     if has(http.client.IncompleteRead, urllib3.exceptions.IncompleteRead):
         return TruncatedError("the body ended early", url=url)
-    if has(http.client.RemoteDisconnected, ConnectionError) or isinstance(chain[-1], ssl.SSLError):
+    if phase == "body" and has_tls_ended(chain):
+        return TruncatedError("the body ended early", url=url)
+    if has(http.client.RemoteDisconnected, ConnectionError, ssl.SSLError):
         return ConnectError(f"the connection to {host} broke", url=url, hint="Try again.")
     if has(http.client.HTTPException, urllib3.exceptions.HTTPError, ValueError):
         return ProtocolError(f"the answer is not proper HTTP: {_reason(chain[-1])}", url=url)

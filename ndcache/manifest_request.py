@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from .content_coding import decode_body, encoding_of
 from .download import Downloader
-from .errors import ManifestSyntaxError, NdcacheError, ProtocolError, TransferError, TruncatedError
+from .errors import ManifestError, ManifestSyntaxError, NdcacheError, ProtocolError, TransferError, TruncatedError
+from .parse import parse_manifest
 from .strict_json import MAX_MANIFEST_BYTES, WEB_PAGE
 from .transport import Response
 from .validator import Validator, may_blame_condition, settled_date
@@ -126,6 +127,8 @@ def _ask(downloader: Downloader, url: str, owner: str, headers: Mapping[str, str
         headers = response.headers
         encoding = encoding_of(headers.get("Content-Encoding"))
         data = decode_body(_chunks(response), encoding, MAX_MANIFEST_BYTES, downloader.stop.check, url)
+        if response.is_cut:
+            _check_end(data, url, downloader.stop.check)
     # What a mirror calls a version says nothing to the source.
     is_owners = url == owner
     kind = headers.get("Content-Type", "").partition(";")[0].strip().lower()
@@ -135,6 +138,16 @@ def _ask(downloader: Downloader, url: str, owner: str, headers: Mapping[str, str
         settled_date(headers) if is_owners else None,
         kind in ("text/html", "application/xhtml+xml"),
     )
+
+
+def _check_end(data: bytes, url: str, check: Callable[[], None]) -> None:
+    """Raise if a body whose end nothing announced is not a whole manifest."""
+    try:
+        parse_manifest(data, name=url, url=url, check=check)
+    except ManifestSyntaxError as error:
+        raise TruncatedError("the body ended early", url=url) from error
+    except ManifestError:
+        pass  # It is whole, and will be judged by who asked.
 
 
 def _chunks(response: Response) -> Iterator[bytes]:

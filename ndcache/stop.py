@@ -37,6 +37,8 @@ class Watch:
         Whether the wait was ended because it was in vain.
     reused : bool
         Whether the request went out on a connection that had been used before.
+    is_connected : bool
+        Whether there is a connection, with TLS if it is to have it.
     is_woken : bool
         Whether the wait was ended, for whatever reason.
     """
@@ -46,6 +48,7 @@ class Watch:
     waiting: bool = True
     overdue: bool = False
     reused: bool = False
+    is_connected: bool = False
     is_woken: bool = field(default=False, init=False)
     _nbytes: int = 0
     _marks: deque[tuple[float, int]] = field(default_factory=deque)  # when, and what had come

@@ -13,29 +13,36 @@ import http.cookiejar
 import netrc  # noqa: F401 - else imported within the first request: a fork at that moment would hang at the import's lock
 import os
 import re
-import time
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import requests
 
 from ._version import __version__
-from .connections import WatchedAdapter, WrongOriginError, waker, watch_adapters, watching
-from .errors import ConnectError, NdcacheError, ProtocolError, RedirectError, StallError, TransferError, redact
-from .failures import FAILURES, is_broken_connection, raise_for_status, raise_transfer_error, retry_after
+from .connect import Routes
+from .connections import WatchedAdapter, WrongOriginError, waker, watch_adapter, watching
+from .errors import NdcacheError, ProtocolError, RedirectError, StallError, TransferError, redact
+from .failures import (
+    FAILURES,
+    Attempt,
+    is_broken_connection,
+    is_tls_end,
+    raise_for_status,
+    raise_transfer_error,
+    retry_after,
+)
 from .hub import Login, commit_of
 from .limits import Permit
+from .proxies import proxy_for, proxy_mistake, proxy_wants_password
 from .stop import Stop, Watch
-from .urls import Origin, Url, UrlError, parse, parse_proxy
+from .urls import Origin, Url, parse
 
 __all__ = ["Hop", "Response", "Transport"]
 
 _MAX_REDIRECTS = 10
 _DRAIN_BYTES = 1 << 14
-#: Bytes per second of a connection that is read from in large pieces: a quarter of a second for each, at the most.
-_FAST = 1 << 22
 #: What an address that a server gave for a while answers with when it has expired.
 _EXPIRED = (401, 403, 404, 410)
 _AUTH = "Authorization"
@@ -45,6 +52,8 @@ _USER_AGENT = f"ndcache/{__version__}"
 #: The process that last used a session of the caller's here; of others it is taken to be the one that came first.
 _last_user: weakref.WeakKeyDictionary[requests.Session, int] = weakref.WeakKeyDictionary()
 _FIRST_PID = os.getpid()
+#: The origins from which an answer has ever come to this process.
+_answered: set[Origin] = set()
 
 
 @dataclass(frozen=True)
@@ -83,11 +92,15 @@ class Response:
         The commit that this is of, as the server that was asked says (Hugging Face).
     permit : Permit or None
         Given back when the body is read or given up.
+    is_cut : bool
+        Whether a body without framing ended with its TLS connection and not with the notice that this was the end:
+        only what it says itself tells whether it is whole (RFC 9112, 9.8).
     """
 
     linked_sha256: str | None = None
     commit: str | None = None
     permit: Permit | None = None
+    is_cut: bool = False
 
     def __init__(self, raw: requests.Response, stop: Stop, watch: Watch, location: str | None = None) -> None:
         self.status: int = raw.status_code
@@ -97,8 +110,6 @@ class Response:
         self._raw = raw
         self._stop = stop
         self._watch = watch
-        self._is_tls = self.url.lower().startswith("https:")
-        self._is_fast = False
 
     @property
     def content_length(self) -> int | None:
@@ -129,25 +140,22 @@ class Response:
         Raises
         ------
         TransferError
-            The body broke off, as the HTTP framing shows it. A body without framing just ends: count its bytes.
+            The body broke off, as the HTTP framing shows it. A body without framing just ends: count its bytes, or
+            see `is_cut`.
         """
         self._watch.waiting = True
-        begun = time.monotonic()
         try:
-            read = self._raw.raw.read if self._is_fast else self._raw.raw.read1
-            data: bytes = read(limit, decode_content=False)
+            data: bytes = self._raw.raw.read1(limit, decode_content=False)
         except FAILURES as error:
             _check(self._stop, self._watch, self.url)
-            raise_transfer_error(error, self.url)
+            if self.content_length is not None or "Transfer-Encoding" in self.headers or not is_tls_end(error):
+                raise_transfer_error(error, Attempt(self.url, "body"))
+            self.is_cut, data = True, b""
         finally:
             self._watch.waiting = False
         if not data:
             _check(self._stop, self._watch, self.url)  # a socket that was shut looks like the end of the body
         self._watch.received(len(data))
-        if self._is_tls:
-            # A record of TLS has 16 KiB, too little to be worth a turn of its own while many come. But no read may wait
-            # for much, or a slow server could not be told from one that drips.
-            self._is_fast = time.monotonic() - begun < len(data) / _FAST
         return data
 
     def read(self, limit: int) -> bytes:
@@ -203,7 +211,8 @@ class Transport:
         self._max_connections = max_connections
         self._login = login
         self._made: dict[int, tuple[requests.Session, requests.Session]] = {}
-        self._proxies_checked: set[tuple[int, Origin]] = set()
+        self._routes = Routes()
+        self._proxies_checked: set[tuple[int, int, Origin]] = set()
 
     def get(
         self,
@@ -271,22 +280,29 @@ class Transport:
     ) -> Response:
         """Ask where redirects of `first` have led to, and go on from there."""
         url, is_home, linked_sha256, commit = parse(hop.url), hop.is_home, hop.linked_sha256, None
-        asked, seen = parse(first), {first}
+        asked = before = parse(first)
         is_owners = owner is None or parse(owner).origin == asked.origin
         auth = self._auth(asked, self._given if is_owners else None) or (None if is_owners else _no_auth)
+        visits: set[tuple[str, str | None]] = set()
         while True:
-            seen.add(str(url))
             is_home = is_home and url.origin == asked.origin  # who has been elsewhere does not come back as himself
             session = self._sessions()[0 if is_owners and is_home else 1]
+            visit = (str(url), _cookies(session, url))  # to come back with another cookie is no circle
+            if visit in visits or len(visits) > _MAX_REDIRECTS:
+                raise RedirectError("the server redirects in a circle, or too often", url=str(before))
+            visits.add(visit)
             permit = None if enter is None else enter(str(url))
-            response = self._send_with(permit, url, headers, stop, session, auth if is_home else _no_auth)
+            is_first = asked.origin not in _answered
+            response = self._send_with(
+                permit, url, headers, stop, session, auth if is_home else _no_auth, is_first=is_first
+            )
             if is_home:
                 commit = commit or commit_of(response.headers)
             if response.status in (301, 302, 303, 307, 308) and response.location:
                 with response:
                     if is_home:
                         linked_sha256 = _linked_sha256(response.headers)
-                    url = _target(url, response.location, seen)
+                    before, url = url, _target(url, response.location)
                 continue
             try:
                 raise_for_status(response.status, response.headers, response.url, may_be_encoded=may_be_encoded)
@@ -314,10 +330,12 @@ class Transport:
         stop: Stop,
         session: requests.Session,
         auth: Callable[[Any], Any] | None,
+        *,
+        is_first: bool,
     ) -> Response:
         """Send a request, and give the permit for it over to its answer."""
         try:
-            response = self._send(url, headers, stop, session, auth)
+            response = self._send(url, headers, stop, session, auth, is_first=is_first)
         except BaseException as error:
             if permit is not None:
                 if isinstance(error, TransferError) and error.status is not None:  # a hook of the session's raised it
@@ -337,6 +355,7 @@ class Transport:
         session: requests.Session,
         auth: Callable[[Any], Any] | None,
         *,
+        is_first: bool,
         is_second: bool = False,
     ) -> Response:
         held: list[str] = []
@@ -346,14 +365,12 @@ class Transport:
             if target := answer.headers.pop("Location", None):
                 held.append(target)
 
-        if (id(session), url.origin) not in self._proxies_checked:
-            _check_proxy(session, url)
-            self._proxies_checked.add((id(session), url.origin))
+        self._check_proxy(session, url)
         given = session.hooks.get("response") or []
         watch = Watch(patience=self._timeout[1])
         stop.add(watch)
         try:
-            with watching(watch, url.origin):
+            with watching(watch, url.origin, self._routes):
                 raw = session.get(
                     str(url),  # without a user, which requests and netrc would each read in their own way
                     headers={"Accept-Encoding": "identity", **headers},
@@ -370,8 +387,10 @@ class Transport:
             _check(stop, watch, str(url))
             if watch.reused and not is_second and is_broken_connection(error):
                 # The server had closed the kept connection just then, which is nobody's failure (RFC 9112, 9.3.1).
-                return self._send(url, headers, stop, session, auth, is_second=True)
-            raise_transfer_error(error, str(url))
+                return self._send(url, headers, stop, session, auth, is_first=is_first, is_second=True)
+            phase: Literal["connect", "headers"] = "headers" if watch.is_connected else "connect"
+            token = auth.token if isinstance(auth, _Bearer) else None
+            raise_transfer_error(error, Attempt(url.with_user, phase, session, token, is_first))
         except WrongOriginError as error:
             stop.remove(watch)
             raise RedirectError(f"the request would go elsewhere: {error}", url=str(url)) from None
@@ -385,7 +404,30 @@ class Transport:
         if not watch.wakers:  # a connection that is not ours: a session of the caller's, a SOCKS proxy
             watch.add_waker(waker(raw))
         watch.waiting = False
+        _answered.add(url.origin)
+        if raw.status_code == 407:
+            raw.close()
+            stop.remove(watch)
+            raise proxy_wants_password(proxy_for(session, str(url)), str(url))
         return Response(raw, stop, watch, *held)
+
+    def _check_proxy(self, session: requests.Session, url: Url) -> None:
+        """Look at the proxy that `session` uses for `url` before the first request to its origin.
+
+        Raises
+        ------
+        ConnectError
+            Its address cannot be used, or not everybody would read it alike.
+        """
+        key = (os.getpid(), id(session), url.origin)
+        if key in self._proxies_checked:
+            return
+        proxy = proxy_for(session, str(url))
+        if proxy is not None and (mistake := proxy_mistake(proxy, str(url))) is not None:
+            raise mistake
+        if session is self._given:
+            watch_adapter(session, str(url), None if proxy is None else proxy.value)
+        self._proxies_checked.add(key)
 
     def _auth(self, url: Url, session: requests.Session | None) -> Callable[[Any], Any] | None:
         """What the user gave for this URL: a user and password in it, else the token of its origin.
@@ -416,7 +458,6 @@ class Transport:
                 if isinstance(adapter, requests.adapters.HTTPAdapter):
                     adapter.__setstate__(adapter.__getstate__())  # type: ignore[attr-defined]  # new pools
         _last_user[self._given] = os.getpid()
-        watch_adapters(self._given)
         bare.proxies, bare.verify = dict(self._given.proxies), self._given.verify
         bare.trust_env = self._given.trust_env
         return self._given, bare
@@ -440,29 +481,12 @@ def _check(stop: Stop, watch: Watch, url: str) -> None:
         raise StallError("the server sends next to nothing", url=url, hint="Try again later.")
 
 
-def _check_proxy(session: requests.Session, url: Url) -> None:
-    """Raise unless the proxy that a request goes through, if any, has an address that all read alike."""
-    proxies = session.merge_environment_settings(str(url), {}, None, None, None)["proxies"]
-    value = requests.utils.select_proxy(str(url), proxies)
-    try:
-        if value:
-            parse_proxy(value)
-    except UrlError as mistake:
-        error = ConnectError(
-            f"the address of the proxy cannot be used: {mistake}",
-            url=str(url),
-            hint="Check HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and session.proxies: http://host:port.",
-        )
-        error.retryable = False  # type: ignore[misc]
-        raise error from None
-
-
 class _Bearer(requests.auth.AuthBase):
     def __init__(self, token: str) -> None:
-        self._token = token
+        self.token = token
 
     def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        request.headers[_AUTH] = f"Bearer {self._token}"
+        request.headers[_AUTH] = f"Bearer {self.token}"
         return request
 
 
@@ -477,7 +501,14 @@ def _linked_sha256(headers: Mapping[str, str]) -> str | None:
     return match[1] if match else None
 
 
-def _target(url: Url, target: str, seen: set[str]) -> Url:
+def _cookies(session: requests.Session, url: Url) -> str | None:
+    """The cookies that go along with a request for `url`."""
+    request = requests.Request("GET", str(url))
+    cookies: str | None = requests.cookies.get_cookie_header(session.cookies, request)  # type: ignore[no-untyped-call]
+    return cookies
+
+
+def _target(url: Url, target: str) -> Url:
     with contextlib.suppress(UnicodeError):
         target = target.encode("latin-1").decode("utf-8")  # as browsers read the header
     scheme = re.match(r"\s*([A-Za-z][A-Za-z0-9+.-]*):", target)
@@ -489,6 +520,4 @@ def _target(url: Url, target: str, seen: set[str]) -> Url:
         raise RedirectError(f"the server redirects to an address that cannot be used: {error}", url=str(url)) from None
     if new.scheme == "http" and url.scheme == "https":
         raise RedirectError(f"the server redirects from https to {redact(str(new))}", url=str(url))
-    if str(new) in seen or len(seen) > _MAX_REDIRECTS:
-        raise RedirectError("the server redirects in a circle, or too often", url=str(url))
     return new

@@ -267,6 +267,15 @@ class Connection:
             while self.sock.recv(1 << 16):
                 pass
 
+    def pass_on(self, port: int, first: bytes = b"") -> None:
+        """Be a tunnel to a port of this machine, until one of the two ends; `first` has been read already."""
+        with socket.create_connection(("127.0.0.1", port)) as behind:
+            behind.sendall(first)
+            back = threading.Thread(target=_pump, args=(behind, self.sock), daemon=True)
+            back.start()
+            _pump(self.sock, behind)
+            back.join()
+
     def close(self) -> None:
         self.sock.close()
 
@@ -281,6 +290,14 @@ class Connection:
         method, target, _ = first.split(" ", 2)
         pairs = (line.partition(":") for line in lines)
         return Request(method, target, {name.lower(): value.strip() for name, _, value in pairs})
+
+
+def _pump(source: socket.socket, target: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while data := source.recv(1 << 16):
+            target.sendall(data)
+    with contextlib.suppress(OSError):
+        target.shutdown(socket.SHUT_RDWR)
 
 
 Step = Callable[[Connection, Request], None]

@@ -534,8 +534,12 @@ def test_row_12_a_server_that_always_starts_over_makes_no_progress(
     assert len(scripted.requests) == 4
 
 
-def test_row_12_a_refusing_server_is_tried_again_and_named(downloader: Downloader, scripted: ScriptedServer) -> None:
+def test_row_12_a_server_that_refuses_from_now_on_is_tried_again(
+    downloader: Downloader, scripted: ScriptedServer
+) -> None:
     url = scripted.url + "params_shard_0.bin"
+    with pytest.raises(ndcache.NotFoundError):
+        fetched(downloader, [url])
     scripted.close()
     with pytest.raises(ndcache.ConnectError, match="refuses connections") as caught:
         fetched(downloader, [url])

@@ -22,7 +22,8 @@ LAYERS: list[list[str]] = [
     ["dtypes", "errors"],
     # 1: values from outside, checked
     ["hub", "manifest", "paths", "serial", "spans", "stop", "stop_iteration", "strict_json"],
-    ["locate"],
+    ["configuration", "connect", "locate", "raw_response", "tls"],
+    ["proxies"],
     # 2: one concern each
     ["limits"],
     ["connections", "content_coding", "decode", "digests", "json_reader", "locks", "pieces", "retry", "small_files"],

@@ -464,7 +464,7 @@ def test_a_hook_of_the_callers_that_raises(scripted: ScriptedServer) -> None:
 def test_row_40_a_header_that_cannot_be_sent_is_not_shown(scripted: ScriptedServer) -> None:
     session = requests.Session()
     session.headers["Authorization"] = "Bearer secret\n"
-    with pytest.raises(ndcache.ProtocolError) as caught:
+    with pytest.raises(ndcache.AuthError, match="Authorization") as caught:
         get(Transport(session=session), scripted.url)
     session.close()
     assert "secret" not in str(caught.value) + str(caught.value.__cause__)
@@ -519,6 +519,76 @@ def test_row_18_a_circle_is_gone_round_once(transport: Transport, scripted: Scri
     with pytest.raises(ndcache.RedirectError, match="circle"):
         get(transport, scripted.url + "a")
     assert [request.path for request in scripted.requests] == ["/a", "/b", "/c"]
+
+
+def cookie_wall(target: str, cookie: str = "id=1") -> Any:
+    """Give a cookie to those that have none, and send them to `target`; answer the others."""
+
+    def step(connection: Connection, request: Request) -> None:
+        has_it = cookie in request.headers.get("cookie", "")
+        connection.send(
+            reply(200, b"there") if has_it else reply(302, b"", {"Location": target, "Set-Cookie": f"{cookie}; Path=/"})
+        )
+
+    return step
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_row_46_back_to_the_same_address_with_a_cookie(scripted: ScriptedServer, absolute: bool) -> None:
+    scripted.script["/a"] = [cookie_wall(scripted.url + "a" if absolute else "/a")]
+    with requests.Session() as session:
+        transport = Transport(session=session)
+        assert body(transport, scripted.url + "a") == b"there"
+        assert body(transport, scripted.url + "a") == b"there"
+    assert len(scripted.requests) == 3
+
+
+def test_row_46_a_cookie_from_another_path(scripted: ScriptedServer) -> None:
+    def page(connection: Connection, request: Request) -> None:
+        has_it = "ok=1" in request.headers.get("cookie", "")
+        connection.send(reply(200, b"there") if has_it else reply(307, b"", {"Location": "/consent"}))
+
+    cookie = {"Location": "/a", "Set-Cookie": "ok=1; Path=/"}
+    scripted.script |= {"/a": [page], "/consent": [reply(303, b"", cookie)]}
+    with requests.Session() as session:
+        assert body(Transport(session=session), scripted.url + "a") == b"there"
+    assert [request.path for request in scripted.requests] == ["/a", "/consent", "/a"]
+
+
+def test_row_46_without_a_session_of_the_callers_it_is_a_circle(transport: Transport, scripted: ScriptedServer) -> None:
+    scripted.script["/a"] = [cookie_wall("/a")]
+    with pytest.raises(ndcache.RedirectError, match="circle"):
+        get(transport, scripted.url + "a")
+    assert len(scripted.requests) == 1
+
+
+@pytest.mark.parametrize(("cookies", "most"), [(["id=1"], 2), ([f"id={n}" for n in range(50)], 11)])
+def test_row_46_the_same_cookie_again_is_a_circle(scripted: ScriptedServer, cookies: list[str], most: int) -> None:
+    scripted.script["/a"] = [reply(302, b"", {"Location": "/a", "Set-Cookie": cookie}) for cookie in cookies]
+    with requests.Session() as session, pytest.raises(ndcache.RedirectError, match="circle"):
+        get(Transport(session=session), scripted.url + "a")
+    assert len(scripted.requests) == most
+
+
+def test_row_46_a_load_behind_a_cookie_wall(scripted: ScriptedServer, tmp_path: Path) -> None:
+    ndcache.dump({"a": np.arange(9)}, tmp_path / "model")
+    manifest, shard = ((tmp_path / "model" / name).read_bytes() for name in ("tensor-cache.json", "params_shard_0.bin"))
+
+    def behind_the_wall(data: bytes, path: str) -> Any:
+        wall = cookie_wall(path)
+
+        def step(connection: Connection, request: Request) -> None:
+            if "id=1" in request.headers.get("cookie", ""):
+                connection.send(reply(200, data))
+            else:
+                wall(connection, request)
+
+        return step
+
+    files = {"/tensor-cache.json": manifest, "/params_shard_0.bin": shard}
+    scripted.script = {path: [behind_the_wall(data, path)] for path, data in files.items()}
+    with requests.Session() as session:
+        assert ndcache.load(scripted.url, session=session)["a"].tolist() == list(range(9))
 
 
 def test_row_18_an_endless_chain_of_redirects_ends(transport: Transport, scripted: ScriptedServer) -> None:

@@ -1,0 +1,111 @@
+"""An HTTP response as it comes from its socket: what http.client does, and what it leaves out."""
+
+from __future__ import annotations
+
+import http.client
+import socket
+import ssl
+from typing import Any
+
+__all__ = ["RawResponse"]
+
+#: Bytes of the largest record of TLS (RFC 8446, 5.1).
+_RECORD_BYTES = 1 << 14
+#: Interim responses to one request that are skipped.
+_MAX_INTERIM = 1000
+
+
+class RawResponse(http.client.HTTPResponse):
+    """The response after the interim ones (1xx); its body over TLS is read as it comes, many records at once."""
+
+    def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
+        super().__init__(sock, *args, **kwargs)
+        self._tls_socket = sock if isinstance(sock, ssl.SSLSocket) else None
+        self._buffer = memoryview(b"")
+        self._failure: Exception | None = None
+
+    def _read_status(self) -> tuple[str, int, str]:
+        # http.client itself skips 100 only (RFC 9110, 15.2: any number of any of them). 101 is not one to skip, but a
+        # change of the protocol that nobody asked for.
+        for _ in range(_MAX_INTERIM):
+            version, status, reason = super()._read_status()  # type: ignore[misc]
+            if not 100 <= status < 200 or status == 101:
+                return version, status, reason
+            http.client.parse_headers(self.fp)
+        raise http.client.HTTPException("too many interim responses")
+
+    def read1(self, n: int = -1) -> bytes:
+        """Return what has come, up to `n` bytes; wait for the first of them only.
+
+        Over TLS, where a single read gives a single record of 16 KiB at most, more is read while it is there. If that
+        fails, what came before is returned first.
+        """
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+        if self._tls_socket is None or n <= _RECORD_BYTES:
+            return super().read1(n)
+        first = super().read1(_RECORD_BYTES)
+        return self._read_on(self._tls_socket, first, n) if first and self.length != 0 else first
+
+    def isclosed(self) -> bool:
+        # A connection that has failed must not be used again.
+        return super().isclosed() and self._failure is None
+
+    def _read_on(self, sock: ssl.SSLSocket, first: bytes, limit: int) -> bytes:
+        """Return `first` and what else is there already, `limit` bytes in all at the most."""
+        if len(self._buffer) < limit:
+            self._buffer = memoryview(bytearray(limit))
+        self._buffer[: len(first)] = first
+        come, timeout = len(first), sock.gettimeout()
+        sock.settimeout(0)
+        try:
+            while come < limit and (span := self._bytes_in_a_row(limit - come)):
+                count = self._fill(self._buffer[come : come + span])
+                come += count
+                if count < span:
+                    break
+        except ssl.SSLWantReadError:
+            pass
+        except (OSError, http.client.HTTPException) as error:
+            self._failure = error
+        finally:
+            sock.settimeout(timeout)
+        return bytes(self._buffer[:come])
+
+    def _fill(self, free: memoryview) -> int:
+        """Read bytes of the body until `free` is full, or no more are there."""
+        come, size, read_into = 0, len(free), self.fp.readinto1
+        try:
+            while come < size and (count := read_into(free[come:])):
+                come += count
+        except ssl.SSLWantReadError:
+            pass
+        except OSError as error:
+            self._failure = error
+        if self.chunked:
+            self.chunk_left = (self.chunk_left or 0) - come
+        elif self.length is not None:
+            self.length -= come
+        return come
+
+    def _bytes_in_a_row(self, limit: int) -> int:
+        """Return how many bytes of the body come next, up to `limit`; none if a line of chunks is not there yet.
+
+        A line that came in part would be lost when the rest of it has to be waited for.
+        """
+        if self.fp is None:
+            return 0
+        if not self.chunked:
+            return limit if self.length is None else min(limit, self.length)
+        if self.chunk_left == 0:  # then the chunk's end has not been read
+            if self.fp.peek()[:2] != b"\r\n":
+                return 0
+            self.fp.read(2)
+            self.chunk_left = None
+        if self.chunk_left is None:
+            line = self.fp.peek()
+            if b"\n" not in line or line.startswith(b"0"):  # the last chunk is followed by more lines
+                return 0
+        left: int = self._get_chunk_left()  # type: ignore[attr-defined]
+        return min(limit, left)
