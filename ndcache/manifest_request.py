@@ -8,7 +8,15 @@ from dataclasses import dataclass
 
 from .content_coding import decode_body, encoding_of
 from .download import Downloader
-from .errors import ManifestError, ManifestSyntaxError, NdcacheError, ProtocolError, TransferError, TruncatedError
+from .errors import (
+    ConnectError,
+    ManifestError,
+    ManifestSyntaxError,
+    NdcacheError,
+    ProtocolError,
+    TransferError,
+    TruncatedError,
+)
 from .parse import parse_manifest
 from .strict_json import MAX_MANIFEST_BYTES, WEB_PAGE
 from .transport import Response
@@ -111,7 +119,8 @@ def refusal_of(body: ManifestBody, error: ManifestSyntaxError) -> NotThereError:
 
 def _judged(error: TransferError) -> NdcacheError:
     """Tell an answer that the file is not there from a failure."""
-    status = error.status or 0
+    # A proxy's refusal of a tunnel has a status as well, which is not about the file.
+    status = 0 if isinstance(error, ConnectError) else error.status or 0
     if 200 < status < 206 or (400 <= status < 500 and status not in _NOT_ABOUT_THE_FILE):
         return NotThereError(error)
     return error
