@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import re
 import secrets
@@ -116,8 +115,6 @@ def free_bytes(directory: Path) -> int | None:
     existing = next(folder for folder in (directory, *directory.parents) if os.path.exists(folder))
     try:
         free = shutil.disk_usage(existing).free
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EPERM) or is_gone(error):
-            raise
+    except OSError:
         return None
     return free if free > 0 else None

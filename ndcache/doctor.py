@@ -74,10 +74,7 @@ def _models(root: Path) -> str:
 
 
 def _free(root: Path) -> str:
-    try:
-        free = free_bytes(root)
-    except OSError as error:
-        return f"not known: {error.strerror}"
+    free = free_bytes(root)
     return "the file system does not say how much is free" if free is None else f"{format_size(free)} free"
 
 

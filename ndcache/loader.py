@@ -17,7 +17,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 from urllib.parse import quote
 
 import requests
@@ -57,6 +57,8 @@ _LOOKS = 3
 
 Source = str | os.PathLike[str]
 T = TypeVar("T")
+#: A manifest, and by shard what it was checked by, or what is wrong with it.
+_Checked: TypeAlias = tuple[Manifest, dict[str, str | Flaw]]
 
 
 @dataclass(frozen=True)
@@ -69,18 +71,22 @@ class VerifyReport:
         The good shards and how each was checked: ``"sha256"``, ``"md5"``, the algorithm of a pin, or ``"size"`` where
         no digest is known.
     bad : tuple of str
-        Shards with wrong bytes or of the wrong size, or that cannot be read. In the cache they were set aside if it can
-        be written, and the next load fetches them.
+        Shards with wrong bytes or of the wrong size, or that cannot be read. In the cache they were set aside, and the
+        next load fetches them.
     missing : tuple of str
         Shards that are not there, or are of another version of the model.
     nbytes : int
         Bytes of the good ones.
+    kept : tuple of str
+        Those of the bad ones in the cache that could not be set aside, as it cannot be written: loads still use them,
+        unless with ``verify="always"``.
     """
 
     checked: dict[str, str]
     bad: tuple[str, ...]
     missing: tuple[str, ...]
     nbytes: int
+    kept: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -312,26 +318,24 @@ class Loader:
         except OfflineError as error:
             raise NotFoundError(f"{locate(source)} is not in the cache") from error
         for _ in range(_LOOKS):
-            if Flaw.OF_ANOTHER_VERSION not in found.values():
-                break
-            with suppress(OfflineError):  # it was deleted
-                before = manifest
-                manifest, found = self._check(source)
-                if manifest != before:  # it was updated
-                    continue
-            break
+            if Flaw.OF_ANOTHER_VERSION in found.values():
+                with suppress(OfflineError):  # it was deleted
+                    manifest, found = self._check(source, (manifest, found))
         return VerifyReport(
             checked={name: kind for name, kind in found.items() if isinstance(kind, str)},
-            bad=tuple(name for name, kind in found.items() if kind is Flaw.BAD),
+            bad=tuple(name for name, kind in found.items() if kind in (Flaw.BAD, Flaw.BAD_AND_KEPT)),
             missing=tuple(name for name, kind in found.items() if kind in (Flaw.MISSING, Flaw.OF_ANOTHER_VERSION)),
             nbytes=sum(shard.nbytes for shard in manifest.shards if isinstance(found[shard.data_path], str)),
+            kept=tuple(name for name, kind in found.items() if kind is Flaw.BAD_AND_KEPT),
         )
 
-    def _check(self, source: Source) -> tuple[Manifest, dict[str, str | Flaw]]:
-        """Return the cached manifest, and by shard what it was checked by, or what is wrong with it."""
+    def _check(self, source: Source, known: _Checked | None = None) -> _Checked:
+        """Check the shards of the cached manifest, unless it is the one of which it is `known` how they are."""
         with delivered(), self._workers() as workers:
             run = self._open(source, workers, offline=True)
             shards = run.model.manifest.shards
+            if known is not None and run.model.manifest == known[0]:
+                return known
             workers.start(len(shards))
             results = in_order(shards, run.model.check, workers=workers, memory_limit=sys.maxsize, stats=run.stats)
             with closing(results):

@@ -30,6 +30,7 @@ class Flaw(Enum):
     """Why `Model.check` did not find a shard right."""
 
     BAD = "wrong bytes, the wrong size, or it cannot be read"
+    BAD_AND_KEPT = "the same, in a cache that cannot be written, so that it was not set aside"
     MISSING = "it is not there"
     OF_ANOTHER_VERSION = "it was replaced by that of another version of the model"
 

@@ -315,7 +315,7 @@ class PartsFolder:
         for file_name in self.of(name):
             left = _look(self.folder, file_name, nbytes, is_usable)
             if left is not None and left.origin is not None and not wanted.without(left.spans):
-                file = self.folder.open(file_name)
+                file = _open(self.folder, file_name)
                 if file is not None:
                     if os.fstat(file.fileno()).st_size == nbytes:
                         return file
@@ -397,18 +397,15 @@ def _look(folder: Folder, file_name: str, limit: int, is_usable: Callable[[Origi
     if status is None or not stat.S_ISREG(status.st_mode):
         return None
     spans = Spans([(0, status.st_size)]) if noted is None else noted
-    if origin is None or not is_usable(origin) or spans.end > min(limit, status.st_size):
+    if origin is None or not origin.etag or not is_usable(origin) or spans.end > min(limit, status.st_size):
         return _Left(file_name, None, Spans())
     return _Left(file_name, origin, spans)
 
 
 def _copy(folder: Folder, part: Part, left: _Left, check: Callable[[], None]) -> None:
-    try:
-        file = folder.open(left.file_name)
-    except PermissionError:
-        return  # of another account, for itself alone
+    file = _open(folder, left.file_name)
     if file is None:
-        return  # gone, or a link by now
+        return
     assert left.origin is not None
     with file:
         part.comes_from(left.origin.url, left.origin.etag, left.origin.claim, left.origin.sha256)
@@ -421,6 +418,14 @@ def _copy(folder: Folder, part: Part, left: _Left, check: Callable[[], None]) ->
                     return
                 part.put(data, at)
                 at += len(data)
+
+
+def _open(folder: Folder, file_name: str) -> BinaryIO | None:
+    """A part, open for reading; None if it is gone, or is of another account that keeps it for itself."""
+    try:
+        return folder.open(file_name)
+    except PermissionError:
+        return None
 
 
 def _write_at(file: BinaryIO, data: memoryview, start: int) -> int:
@@ -455,7 +460,9 @@ def _read_note(folder: Folder, file_name: str) -> tuple[Origin | None, Spans | N
         noted = None if spans is None else _checked_spans(spans)
     except (TypeError, ValueError):
         return None, None
-    return (origin, noted) if is_digest and sendable(origin.etag) else (None, None)
+    if not is_digest:
+        return None, None
+    return replace(origin, etag=sendable(origin.etag) or ""), noted
 
 
 def _checked_spans(noted: Iterable[Iterable[int]]) -> Spans:

@@ -146,14 +146,16 @@ class RemoteModel(Model):
         while True:
             try:
                 return self._obtain_once(shard, is_first_try=tries == 0)
-            except CacheUnavailableError as error:
+            except (CacheUnavailableError, OSError) as error:
+                if isinstance(error, NdcacheError) and not isinstance(error, CacheUnavailableError):
+                    raise
+                cause = error.__cause__ if isinstance(error, CacheUnavailableError) else error
                 tries += 1
                 # Somebody else deleted the model, or published the shard of another version, just then.
-                if tries == _TRIES or not is_gone(error.__cause__):
+                if tries < _TRIES and is_gone(cause):
+                    continue
+                if isinstance(error, CacheUnavailableError):
                     raise
-            except NdcacheError:
-                raise
-            except OSError as error:
                 raise CacheUnavailableError(
                     f"a file of the cache cannot be read: {error.strerror or error}", shard=shard.data_path
                 ) from error
@@ -168,7 +170,7 @@ class RemoteModel(Model):
             if isinstance(cause, NdcacheError) or not isinstance(cause, OSError) or is_shortage(cause):
                 raise
             logger.warning("%s in the cache cannot be read: %s", shard.data_path, cause.strerror or cause)
-            return Flaw.BAD
+            return Flaw.BAD_AND_KEPT
         return Flaw.OF_ANOTHER_VERSION  # somebody publishes others all the time
 
     def _check_once(self, shard: Shard) -> str | Flaw | None:
@@ -184,7 +186,7 @@ class RemoteModel(Model):
         size = self._cache.size(shard.data_path)
         if size in (None, shard.nbytes):
             return Flaw.MISSING if size is None else None
-        return Flaw.BAD if self._set_aside_if_cut(shard) else Flaw.OF_ANOTHER_VERSION
+        return self._set_aside_if_cut(shard) or Flaw.OF_ANOTHER_VERSION
 
     def finish(self) -> None:
         if self._offline:
@@ -203,7 +205,13 @@ class RemoteModel(Model):
 
     def _open(self, shard: Shard) -> _Cached | None:
         file = self._cache.open_shard(shard)
-        return None if file is None else _Cached(file, self._cache.validator(shard.data_path))
+        if file is None:
+            return None
+        try:
+            return _Cached(file, self._cache.validator(shard.data_path))
+        except BaseException:
+            file.close()
+            raise
 
     def _open_some(self, shard: Shard) -> _Cached | None:
         wanted = self._wanted(shard)
@@ -269,25 +277,26 @@ class RemoteModel(Model):
         cached = cached or self._open_some(shard)
         return None if cached is None else Obtained(cached.file, from_cache=True, checked="size")
 
-    def _set_aside_if_cut(self, shard: Shard) -> bool:
-        """Set aside a file of the wrong size; False if there is none, or it is of another version."""
+    def _set_aside_if_cut(self, shard: Shard) -> Flaw | None:
+        """Set aside a file of the wrong size; None if there is none, or it is of another version."""
 
         def is_cut() -> bool:
             return self._cache.size(shard.data_path) not in (None, shard.nbytes)
 
         # The last look is for one of the right size that was published by somebody else meanwhile.
         if is_cut() and self._is_current() and not self._is_of_another_version(shard) and is_cut():
-            self._try_to_set_aside(shard.data_path)
-            return True
-        return False
+            return self._try_to_set_aside(shard.data_path)
+        return None
 
-    def _try_to_set_aside(self, name: str, file: BinaryIO | None = None) -> None:
+    def _try_to_set_aside(self, name: str, file: BinaryIO | None = None) -> Flaw:
         try:
             self._cache.set_aside(name, file)
         except UnsafeCacheError:
             raise
         except CacheError as error:  # a cache that cannot be written
             logger.warning("%s in the cache is not what the manifest says, and cannot be set aside: %s", name, error)
+            return Flaw.BAD_AND_KEPT
+        return Flaw.BAD
 
     def _is_current(self) -> bool:
         """Whether the cache still has the manifest that this load uses, and no update has come."""
@@ -342,8 +351,8 @@ class RemoteModel(Model):
             is_remembered = self._cache.try_to_remember(name, cached.found_right(expected, claim))
             if not is_remembered and self._is_told.acquire(blocking=False):
                 logger.warning(
-                    "files in the cache %s have other times than when they were fetched, and it cannot be written: each"
-                    " load computes their digests again. `ndcache verify` where it can be written mends that.",
+                    "files in %s are not as old as when they were fetched, and that they are right cannot be noted, as"
+                    " it cannot be written: each load computes their digests. Run `ndcache verify` where it can be.",
                     self.directory,
                 )
         return True
@@ -358,8 +367,7 @@ class RemoteModel(Model):
         is_others = known is not None and known.judge(os.fstat(file.fileno()), shard, self._claim(shard)) is False
         if is_others or not self._is_current():
             return Flaw.OF_ANOTHER_VERSION
-        self._try_to_set_aside(name, file)
-        return Flaw.BAD
+        return self._try_to_set_aside(name, file)
 
     def _is_of_another_version(self, shard: Shard) -> bool:
         """Whether a file was published as it is now, and not as what the manifest now says."""
