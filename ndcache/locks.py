@@ -124,7 +124,7 @@ def _wait(
 def _lock(path: Path) -> filelock.BaseFileLock:
     """A lock whose file has the permissions that the umask and the folder give it, which filelock's own does not."""
     status = _prepare(path)
-    return filelock.FileLock(path, mode=0o600 if status is None else stat.S_IMODE(status.st_mode))
+    return filelock.FileLock(path, mode=0o600 | (0 if status is None else stat.S_IMODE(status.st_mode)))
 
 
 def _prepare(path: Path) -> os.stat_result | None:

@@ -106,11 +106,8 @@ def test_row_57_links_at_notes_and_names_are_replaced_and_not_followed(
 ) -> None:
     directory = ndcache.fetch(server.url)
     before, arrays = tree(victim), ndcache.load(server.url)
-    planted = (
-        ("tensor-cache.json", SHARD, ".ndcache/source.json")
-        + tuple(f".ndcache/validators/{name}.json" for name in ("tensor-cache.json", SHARD))
-        + (f".ndcache/aside/{SHARD}",)
-    )
+    notes = ("validators/tensor-cache.json.json", f"validators/{SHARD}.json", "source.json", f"aside/{SHARD}")
+    planted = ("tensor-cache.json", SHARD, *(f".ndcache/{name}" for name in notes))
     for name in planted:
         (directory / name).parent.mkdir(exist_ok=True)
         (directory / name).unlink(missing_ok=True)
