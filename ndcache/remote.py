@@ -154,11 +154,7 @@ class RemoteModel(Model):
                 # Somebody else deleted the model, or published the shard of another version, just then.
                 if tries < _TRIES and is_gone(cause):
                     continue
-                if isinstance(error, CacheUnavailableError):
-                    raise
-                raise CacheUnavailableError(
-                    f"a file of the cache cannot be read: {error.strerror or error}", shard=shard.data_path
-                ) from error
+                raise _unreadable(shard, error) from cause
 
     def check(self, shard: Shard) -> str | Flaw:
         try:
@@ -166,9 +162,11 @@ class RemoteModel(Model):
                 if (found := self._check_once(shard)) is not None:
                     return found
         except (CacheUnavailableError, OSError) as error:
-            cause = error.__cause__ if isinstance(error, CacheUnavailableError) else error
-            if isinstance(cause, NdcacheError) or not isinstance(cause, OSError) or is_shortage(cause):
+            if isinstance(error, NdcacheError) and not isinstance(error, CacheUnavailableError):
                 raise
+            cause = error.__cause__ if isinstance(error, CacheUnavailableError) else error
+            if not isinstance(cause, OSError) or is_shortage(cause):
+                raise _unreadable(shard, error) from cause
             logger.warning("%s in the cache cannot be read: %s", shard.data_path, cause.strerror or cause)
             return Flaw.BAD_AND_KEPT
         return Flaw.OF_ANOTHER_VERSION  # somebody publishes others all the time
@@ -400,3 +398,11 @@ class RemoteModel(Model):
             if name != self.manifest.name and (data := self._cache.read(name, MAX_MANIFEST_BYTES)):
                 with contextlib.suppress(ManifestError):  # some other JSON
                     yield parse_manifest(data, name=name, check=self._downloader.stop.look)
+
+
+def _unreadable(shard: Shard, error: OSError) -> CacheUnavailableError:
+    if isinstance(error, CacheUnavailableError):
+        return error
+    return CacheUnavailableError(
+        f"a file of the cache cannot be read: {error.strerror or error}", shard=shard.data_path
+    )
