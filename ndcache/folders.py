@@ -13,7 +13,6 @@ import errno
 import functools
 import os
 import stat
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -36,6 +35,7 @@ _HAS_DIR_FD = {os.open, os.mkdir, os.unlink, os.stat, os.rename, os.rmdir} <= os
 #: Only to go through a folder, which takes less permission than to list it.
 _THROUGH = getattr(os, "O_PATH", os.O_RDONLY) | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_CLOEXEC", 0)
 _GONE = {errno.ENOENT, errno.ENOTDIR, getattr(errno, "ESTALE", errno.ENOENT)}
+_NO_FILE = {errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.ENODEV}
 _CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
@@ -87,6 +87,10 @@ class Folder:
     def path(self) -> Path:
         return self.root.joinpath(*self.names)
 
+    @functools.cached_property
+    def _text(self) -> str:
+        return os.fspath(self.path)
+
     @property
     def parent(self) -> Folder:
         return Folder(self.root, self.names[:-1], self.is_private)
@@ -94,8 +98,11 @@ class Folder:
     # --- looking
 
     def check(self) -> None:
-        """Raise `UnsafeCacheError` if a symbolic link leads here."""
-        self.exists()
+        """Raise `UnsafeCacheError` if a symbolic link leads here; where none did once, reading goes on."""
+        if not self._is_sound:
+            self.__dict__["_is_sound"] = self.exists()
+
+    _is_sound = False  # not a field: it is found out
 
     def exists(self) -> bool:
         """Whether there is such a folder."""
@@ -116,7 +123,7 @@ class Folder:
         """What `os.lstat` says of an entry; None if there is none."""
         self.check()
         try:
-            return os.lstat(self.path / name)
+            return os.lstat(f"{self._text}/{name}")
         except OSError as error:
             if is_gone(error):
                 return None
@@ -124,16 +131,35 @@ class Folder:
 
     def open(self, name: str) -> BinaryIO | None:
         """A regular file, open for reading; None if there is none, or something else."""
+        handle = self._open(name)
+        return None if handle is None else open(f"{self._text}/{name}", "rb", opener=lambda *_: handle)
+
+    def read(self, name: str, limit: int) -> bytes | None:
+        """The first bytes of a regular file; None if there is none, or something else."""
+        handle = self._open(name)
+        if handle is None:
+            return None
+        try:
+            return os.read(handle, limit)
+        finally:
+            os.close(handle)
+
+    def _open(self, name: str) -> int | None:
         self.check()
         try:
-            file = open(self.path / name, "rb", opener=_open_without_links)  # noqa: SIM115 - for who asked
+            handle = os.open(f"{self._text}/{name}", os.O_RDONLY | NO_LINKS)
         except OSError as error:
-            if is_gone(error) or error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.ENODEV):
+            if is_gone(error) or error.errno in _NO_FILE:
                 return None
             raise
-        if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            return file
-        file.close()
+        try:
+            is_file = stat.S_ISREG(os.fstat(handle).st_mode)
+        except BaseException:
+            os.close(handle)
+            raise
+        if is_file:
+            return handle
+        os.close(handle)
         return None
 
     def entries(self) -> list[str]:
@@ -166,8 +192,12 @@ class Folder:
 
     def replace(self, name: str, target: Folder, new_name: str) -> None:
         """Give an entry another name, in this folder or another, whatever had that before."""
-        with self._opened() as source, target._opened() as handle:
-            os.replace(self._at(source, name), target._at(handle, new_name), src_dir_fd=source, dst_dir_fd=handle)
+        with self._opened() as source:
+            if target is self:
+                os.replace(self._at(source, name), self._at(source, new_name), src_dir_fd=source, dst_dir_fd=source)
+                return
+            with target._opened() as handle:
+                os.replace(self._at(source, name), target._at(handle, new_name), src_dir_fd=source, dst_dir_fd=handle)
 
     def unlink(self, name: str) -> None:
         """Remove an entry that is no folder."""
@@ -189,13 +219,11 @@ class Folder:
     def _at(self, handle: int | None, name: str) -> str:
         return name if handle is not None else os.path.join(self.path, name)
 
-    @contextlib.contextmanager
-    def _opened(self, *, makes: bool = False) -> Iterator[int | None]:
+    def _opened(self, *, makes: bool = False) -> _Handle:
         """A descriptor of the folder, for calls that take one; None where there are none."""
         if not _HAS_DIR_FD:
-            self.check()
-            yield None
-            return
+            self.exists()  # or a link leads to it
+            return _Handle(None)
         handle = os.open(self.root, _THROUGH)
         try:
             for count, name in enumerate(self.names, 1):
@@ -210,9 +238,10 @@ class Folder:
                     inner = self._enter(handle, count)
                 os.close(handle)
                 handle = inner
-            yield handle
-        finally:
+        except BaseException:
             os.close(handle)
+            raise
+        return _Handle(handle)
 
     def _enter(self, handle: int, count: int) -> int:
         name = self.names[count - 1]
@@ -226,8 +255,20 @@ class Folder:
             raise
 
 
-def _open_without_links(path: str, flags: int) -> int:
-    return os.open(path, flags | NO_LINKS)
+class _Handle:
+    """A descriptor that is closed at the end of a block."""
+
+    __slots__ = ("_handle",)
+
+    def __init__(self, handle: int | None) -> None:
+        self._handle = handle
+
+    def __enter__(self) -> int | None:
+        return self._handle
+
+    def __exit__(self, *_: object) -> None:
+        if self._handle is not None:
+            os.close(self._handle)
 
 
 def _make_root(root: Path, mode: int) -> None:
@@ -237,21 +278,15 @@ def _make_root(root: Path, mode: int) -> None:
         with contextlib.suppress(FileExistsError):
             os.mkdir(folder, mode if folder == root else 0o777)
         if _HAS_DIR_FD:
-            handle = os.open(folder.parent, _THROUGH)
-            try:
+            with contextlib.suppress(PermissionError), _Handle(os.open(folder.parent, _THROUGH)) as handle:
                 _sync_folder(handle)
-            finally:
-                os.close(handle)
 
 
 def _sync_folder(handle: int | None) -> None:
     if handle is None:
         return  # Windows has no handle on a directory to sync
-    try:
-        readable = os.open(".", os.O_RDONLY | getattr(os, "O_CLOEXEC", 0), dir_fd=handle)
-    except PermissionError:
-        return  # it may be gone through and written to, and not be listed
-    try:
+    flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)
+    # It may be gone through and written to, and not be listed.
+    with contextlib.suppress(PermissionError), _Handle(os.open(".", flags, dir_fd=handle)) as readable:
+        assert readable is not None
         sync(readable)
-    finally:
-        os.close(readable)

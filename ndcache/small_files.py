@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -24,11 +23,9 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 def read_note(folder: Folder, name: str) -> dict[str, Any] | None:
     """The object in a JSON file; None if there is no such file or object."""
     try:
-        file = folder.open(name)
-        if file is None:
+        data = folder.read(name, _MAX_BYTES)
+        if data is None:
             return None
-        with file:
-            data = os.read(file.fileno(), _MAX_BYTES)
         value = json.loads(data)
         if _SURROGATE.search(data):
             json.dumps(value, ensure_ascii=False).encode()  # a pair of halves is a character
