@@ -209,14 +209,16 @@ def test_row_58_sizes_on_disk_that_are_not_told(tmp_path: Path, monkeypatch: pyt
 # --- inodes and times
 
 
-FIELDS = [name for name in dir(os.stat_result) if name.startswith("st_")]
+#: Of `os.stat_result`: what stands first in it as a tuple, and what has only a name.
+FIRST = ("st_mode", "st_ino", "st_dev", "st_nlink", "st_uid", "st_gid", "st_size")
+NAMED = [name for name in dir(os.stat_result) if name.startswith("st_") and name not in FIRST]
 
 
 def changed(status: os.stat_result, **fields: int) -> os.stat_result:
     """The same status with other values in some fields."""
-    values = [fields.get(name, getattr(status, name)) for name in ("st_mode", "st_ino", "st_dev", "st_nlink")]
-    named = {name: getattr(status, name) for name in FIELDS} | fields
-    return os.stat_result([*values, *tuple(status)[4:]], named)
+    values = [fields.get(name, getattr(status, name)) for name in FIRST]
+    named = {name: fields.get(name, getattr(status, name)) for name in NAMED}
+    return os.stat_result([*values, *tuple(status)[7:10]], named)
 
 
 @pytest.fixture
