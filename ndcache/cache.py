@@ -39,7 +39,7 @@ from .locks import Turn, if_free, turn
 from .manifest import Manifest, Shard
 from .parts import Origin, Part, PartsFolder
 from .paths import STATE_DIRECTORY, check_path, flat_name, unflat
-from .publishing import give_name, quarantine
+from .publishing import give_name, quarantine, remove_idle_copies
 from .reporting import Reporting, disk_full
 from .small_files import read_note, write_note
 from .spans import Spans
@@ -333,6 +333,7 @@ class ArtifactCache:
         """
         with self._reporting():
             remove_graves(self._folder)
+            remove_idle_copies(self._folder, _IDLE_SECONDS)
             shards = {flat_name(shard.data_path): shard for shard in manifest.shards}
             published = {entry.removesuffix(".json") for entry in self._validators.entries()}
             under_way = self._parts.names() | set((self._state / "locks").entries())

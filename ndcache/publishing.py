@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Callable
 from typing import BinaryIO
 
@@ -15,7 +17,10 @@ from .folders import Folder, is_gone, sync
 from .parts import Part
 from .paths import STATE_DIRECTORY
 
-__all__ = ["give_name", "quarantine"]
+__all__ = ["give_name", "quarantine", "remove_idle_copies"]
+
+#: Of a copy that is being made beside its future name.
+_COPY = re.compile(re.escape(STATE_DIRECTORY) + r"\.[0-9a-f]{16}")
 
 
 def give_name(part: Part, folder: Folder, name: str, set_aside: Callable[[], None]) -> BinaryIO:
@@ -81,6 +86,16 @@ def _copy_over(part: Part, folder: Folder, name: str) -> None:
         raise
     with contextlib.suppress(OSError):
         part.folder.unlink(part.file_name)
+
+
+def remove_idle_copies(folder: Folder, seconds: float) -> None:
+    """Remove the copies in a folder whose makers were killed."""
+    for name in folder.entries():
+        if _COPY.fullmatch(name):
+            with contextlib.suppress(OSError):
+                status = folder.status(name)
+                if status is not None and time.time() - status.st_mtime > seconds:
+                    folder.unlink(name)
 
 
 def quarantine(folder: Folder, name: str, aside: Folder, new_name: str) -> None:

@@ -12,6 +12,7 @@ import random
 import shutil
 import stat
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,13 @@ def test_row_58_no_rename_to_another_folder(
     arrays = load(server.url)
     directory = ndcache.fetch(server.url)
     models.assert_same(load(server.url, offline=True), arrays)
+    for name, age in (("0" * 16, 0), ("1" * 16, 7200)):  # of a process that was killed, maybe
+        (directory / f".ndcache.{name}").write_bytes(b"half")
+        os.utime(directory / f".ndcache.{name}", (time.time() - age, time.time() - age))
+    ndcache.fetch(server.url)
+    (left,) = directory.glob(".ndcache.*")
+    assert left.name.endswith("0")
+    left.unlink()
     assert sorted(path.name for path in directory.iterdir()) == sorted([".ndcache", "tensor-cache.json", *shards(3)])
     (directory / SHARD).write_bytes(b"\0" * (1 << 16))
     assert ndcache.verify(server.url).bad == (SHARD,)

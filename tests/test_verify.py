@@ -119,8 +119,8 @@ def test_row_60_a_shard_that_was_published_with_nothing_known_of_it_yet(server: 
     """Its validator comes a moment after it: until then, only the manifest tells that there is another version."""
     directory = ndcache.fetch(server.url)
     before = ndcache.read_manifest(server.url)
-    with ndcache.Loader(offline=True) as loader:
-        run = loader._open(server.url)
+    with ndcache.Loader(offline=True) as loader, loader._workers(1) as workers:
+        run = loader._open(server.url, workers)
         update(source)
         ndcache.fetch(server.url)
         for path in (directory / ".ndcache" / "validators").glob("params*"):
