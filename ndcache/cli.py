@@ -291,7 +291,7 @@ def rm(ctx: click.Context, /, sources: tuple[str, ...], **options: Any) -> None:
         for source in sources:
             try:
                 freed, where = loader.delete(source), shown(str(locate(source)))
-            except NdcacheError as error:
+            except (NdcacheError, ValueError) as error:
                 say(f"error: {message(error)}")
                 failed = True  # and the others are removed all the same
             else:
@@ -324,6 +324,8 @@ def verify(ctx: click.Context, /, source: str, **options: Any) -> None:
     if not report.ok or (report.missing and not is_remote):
         wrong = format_count(len(report.bad) + (0 if is_remote else len(report.missing)), "shard")
         remedy = "set aside: the next load fetches them anew" if is_remote else "copy them again"
+        if report.kept:
+            remedy = f"{len(report.kept):,} could not be set aside: load with --verify always, or from another cache"
         say(f"error: {wrong} bad; {remedy}")
         ctx.exit(1)
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 import platform
 import re
-import shutil
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from ._version import __version__
+from .cleanup import free_bytes
 from .devices.adapters import adapters, is_software
-from .errors import NoAdapterError, redact
+from .errors import CacheUnavailableError, NoAdapterError, redact
 from .hub import token_path
 from .inventory import models
 from .terminal import format_size
@@ -61,15 +61,23 @@ def _adapter_facts() -> list[tuple[str, str]]:
 
 
 def _cache_facts(root: Path) -> list[tuple[str, str]]:
-    existing = next(folder for folder in (root, *root.parents) if folder.exists())
-    if not existing.is_dir():
+    existing = next(folder for folder in (root, *root.parents) if os.path.exists(folder))
+    if not os.path.isdir(existing):
         return [("cache", f"{root}: not usable, {existing} is not a directory")]
-    found = list(models(root))
-    return [
-        ("cache", f"{root}{_condition(root, existing)}"),
-        ("models", f"{len(found):,}, {format_size(sum(model.nbytes for model in found))}"),
-        ("disk", f"{format_size(shutil.disk_usage(existing).free)} free"),
-    ]
+    return [("cache", f"{root}{_condition(root, existing)}"), ("models", _models(root)), ("disk", _free(root))]
+
+
+def _models(root: Path) -> str:
+    try:
+        found = list(models(root))
+    except CacheUnavailableError as error:
+        return f"they cannot be listed: {error}"
+    return f"{len(found):,}, {format_size(sum(model.nbytes for model in found))}"
+
+
+def _free(root: Path) -> str:
+    free = free_bytes(root)
+    return "the file system does not say how much is free" if free is None else f"{format_size(free)} free"
 
 
 def _condition(root: Path, existing: Path) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,8 +11,11 @@ from urllib.parse import unquote
 
 import platformdirs
 
-from .cache import disk_bytes
+from .cleanup import disk_bytes
+from .errors import CacheUnavailableError
+from .folders import Folder, is_gone
 from .paths import STATE_DIRECTORY
+from .small_files import read_note
 
 __all__ = ["CachedModel", "cache_root", "models"]
 
@@ -46,13 +49,41 @@ def cache_root(cache_dir: str | os.PathLike[str] | None, home: str | None) -> Pa
 
 
 def models(root: Path) -> Iterator[CachedModel]:
-    """The models in the cache, of all scopes, by name."""
-    for state in sorted(root.glob(f"*/*/{STATE_DIRECTORY}")):
-        directory = state.parent
-        if directory.name.endswith(".deleted"):
-            continue
-        try:
-            source = json.loads((state / "source.json").read_text("utf-8"))["source"]
-        except (OSError, ValueError, KeyError, TypeError):
-            source = directory.name
-        yield CachedModel(unquote(directory.parent.name), source, directory, disk_bytes(directory))
+    """The models in the cache, of all scopes, by name; what somebody linked into it is left out.
+
+    Raises
+    ------
+    CacheUnavailableError
+        The cache's directory cannot be listed.
+    """
+    try:
+        scopes = _folders(root)
+    except OSError as error:
+        if is_gone(error):
+            return
+        raise CacheUnavailableError(f"the cache directory {root} cannot be listed: {error.strerror}") from error
+    for scope in scopes:
+        with contextlib.suppress(OSError):  # of another account, or just deleted
+            for name in _folders(root / scope):
+                if not name.endswith(".deleted") and (model := _model(Folder(root, (scope, name)))) is not None:
+                    yield model
+
+
+def _model(folder: Folder) -> CachedModel | None:
+    scope, name = folder.names
+    state = folder / STATE_DIRECTORY
+    try:
+        if not state.exists():
+            return None
+    except OSError:
+        return None  # of another account's, or one that somebody linked to it
+    source = (read_note(state, "source.json") or {}).get("source")
+    return CachedModel(
+        unquote(scope), source if isinstance(source, str) else name, folder.path, disk_bytes(folder.path)
+    )
+
+
+def _folders(directory: Path) -> list[str]:
+    """The names of the folders in a directory, sorted; no links."""
+    with os.scandir(directory) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))

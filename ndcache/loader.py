@@ -14,10 +14,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 from urllib.parse import quote
 
 import requests
@@ -33,7 +33,7 @@ from .inventory import cache_root
 from .limits import Limits
 from .locate import Location, locate
 from .manifest import Manifest, NameFilter, Shard
-from .model import LocalModel, Model, Obtained
+from .model import Flaw, LocalModel, Model, Obtained
 from .options import check_options
 from .progress import Progress, Reporter
 from .remote import RemoteModel
@@ -53,8 +53,13 @@ __all__ = ["Loader", "Source", "VerifyReport"]
 
 logger = logging.getLogger("ndcache")
 
+#: How often a model that is updated meanwhile is verified anew.
+_LOOKS = 3
+
 Source = str | os.PathLike[str]
 T = TypeVar("T")
+#: A manifest, and by shard what it was checked by, or what is wrong with it.
+_Checked: TypeAlias = tuple[Manifest, dict[str, str | Flaw]]
 
 
 @dataclass(frozen=True)
@@ -67,17 +72,22 @@ class VerifyReport:
         The good shards and how each was checked: ``"sha256"``, ``"md5"``, the algorithm of a pin, or ``"size"`` where
         no digest is known.
     bad : tuple of str
-        Shards with wrong bytes or of the wrong size. In the cache they were set aside, and the next load fetches them.
+        Shards with wrong bytes or of the wrong size, or that cannot be read. In the cache they were set aside, and the
+        next load fetches them.
     missing : tuple of str
-        Shards that are not there.
+        Shards that are not there, or are of another version of the model.
     nbytes : int
         Bytes of the good ones.
+    kept : tuple of str
+        Those of the bad ones in the cache that could not be set aside, as it cannot be written: loads still use them,
+        unless with ``verify="always"``.
     """
 
     checked: dict[str, str]
     bad: tuple[str, ...]
     missing: tuple[str, ...]
     nbytes: int
+    kept: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -155,6 +165,7 @@ class Loader:
         environ = os.environ
         self._max_workers = max_workers
         self._root = cache_root(cache_dir, environ.get("NDCACHE_HOME"))
+        self._is_private = cache_dir is None and not environ.get("NDCACHE_HOME")
         self._scope = quote(scope, safe="")
         self._policy = retries if isinstance(retries, RetryPolicy) else RetryPolicy(retries)
         self._limits = Limits(self._policy.backoff / 4, self._policy.budget)
@@ -303,38 +314,47 @@ class Loader:
     def verify(self, source: Source) -> VerifyReport:
         """Compute the digests of what is cached, and set aside what is bad: see `ndcache.verify`."""
         try:
-            with delivered(), self._workers() as workers:
-                return self._verify_all(self._open(source, workers, offline=True))
+            manifest, found = self._check(source)
         except OfflineError as error:
             raise NotFoundError(f"{locate(source)} is not in the cache") from error
-
-    def _verify_all(self, run: _Run) -> VerifyReport:
-        shards = run.model.manifest.shards
-        present = [shard for shard in shards if run.model.has(shard, of_any_size=True)]
-        run.workers.start(len(present))
-        results = in_order(present, run.model.check, workers=run.workers, memory_limit=sys.maxsize, stats=run.stats)
-        with closing(results):
-            checked = {shard.data_path: kind for shard, kind in zip(present, results, strict=True) if kind}
-        found = {shard.data_path for shard in present}
+        for _ in range(_LOOKS):
+            if Flaw.OF_ANOTHER_VERSION in found.values():
+                with suppress(OfflineError):  # it was deleted
+                    manifest, found = self._check(source, (manifest, found))
         return VerifyReport(
-            checked=checked,
-            bad=tuple(shard.data_path for shard in present if shard.data_path not in checked),
-            missing=tuple(shard.data_path for shard in shards if shard.data_path not in found),
-            nbytes=sum(shard.nbytes for shard in shards if shard.data_path in checked),
+            checked={name: kind for name, kind in found.items() if isinstance(kind, str)},
+            bad=tuple(name for name, kind in found.items() if kind in (Flaw.BAD, Flaw.BAD_AND_KEPT)),
+            missing=tuple(name for name, kind in found.items() if kind in (Flaw.MISSING, Flaw.OF_ANOTHER_VERSION)),
+            nbytes=sum(shard.nbytes for shard in manifest.shards if isinstance(found[shard.data_path], str)),
+            kept=tuple(name for name, kind in found.items() if kind is Flaw.BAD_AND_KEPT),
         )
+
+    def _check(self, source: Source, known: _Checked | None = None) -> _Checked:
+        """Check the shards of the cached manifest, unless it is the one of which it is `known` how they are."""
+        with delivered(), self._workers() as workers:
+            run = self._open(source, workers, offline=True)
+            shards = run.model.manifest.shards
+            if known is not None and run.model.manifest == known[0]:
+                return known
+            workers.start(len(shards))
+            results = in_order(shards, run.model.check, workers=workers, memory_limit=sys.maxsize, stats=run.stats)
+            with closing(results):
+                found = {shard.data_path: found for shard, found in zip(shards, results, strict=True)}
+        return run.model.manifest, found
 
     def delete(self, source: Source) -> int:
         """Remove a model from the cache; the bytes freed: see `ndcache.delete`."""
         location = locate(source)
         if location.directory is None:
-            return sum(ArtifactCache(directory).delete() for directory in self._directories(location))
-        directory = location.directory.resolve()
-        if self._root.resolve() not in directory.parents:
+            return sum(ArtifactCache(directory, root=self._root).delete() for directory in self._directories(location))
+        directory = Path(os.path.abspath(location.directory))
+        # A model lies two folders down. How one gets to the root is the user's business, and not what is below it.
+        if os.path.realpath(directory.parent.parent) != os.path.realpath(self._root):
             raise UnsafeCacheError(
-                f"{directory} does not lie in the cache {self._root}",
+                f"{directory} does not lie in the cache {self._root}, as a model does",
                 hint="ndcache deletes only what it fetched; remove the directory yourself.",
             )
-        return ArtifactCache(directory).delete()
+        return ArtifactCache(self._root.joinpath(*directory.parts[-2:]), root=self._root).delete()
 
     def close(self) -> None:
         """Close the kept connections. The loader can still be used; it makes new ones."""
@@ -482,7 +502,7 @@ class Loader:
         first, *others = self._directories(location)
         if others and not os.path.isdir(first):
             first = next(filter(os.path.isdir, others), first)  # of an earlier version
-        return ArtifactCache(first, location.label)
+        return ArtifactCache(first, location.label, root=self._root, is_private=self._is_private)
 
     def _directories(self, location: Location) -> list[Path]:
         return [self._root / self._scope / key for key in location.cache_keys]

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import random
+import stat
 import time
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from pathlib import Path
 import filelock
 
 from .errors import UnsafeCacheError
+from .folders import NO_LINKS
 
 __all__ = ["Turn", "if_free", "turn"]
 
@@ -67,9 +69,7 @@ def turn(
     Turn or None
         None if the file is there.
     """
-    if path.is_symlink():
-        raise _unsafe(path)
-    lock = filelock.FileLock(path, mode=0o644)
+    lock = _lock(path)
     is_held = _wait(lock, is_there, progress, sleep)
     if is_held is None:
         yield None
@@ -87,9 +87,7 @@ def turn(
 @contextlib.contextmanager
 def if_free(path: Path) -> Iterator[bool]:
     """Whether nobody holds the lock; nobody else gets it in the block then."""
-    if path.is_symlink():
-        raise _unsafe(path)
-    lock = filelock.FileLock(path, mode=0o644)
+    lock = _lock(path)
     is_held = _try(lock)
     try:
         yield bool(is_held) and _excludes_others(path)
@@ -123,8 +121,39 @@ def _wait(
             return False
 
 
+def _lock(path: Path) -> filelock.BaseFileLock:
+    """A lock whose file has the permissions that the umask and the folder give it, which filelock's own does not."""
+    status = _prepare(path)
+    return filelock.FileLock(path, mode=0o600 | (0 if status is None else stat.S_IMODE(status.st_mode)))
+
+
+def _prepare(path: Path) -> os.stat_result | None:
+    """Make the lock's file unless it is there; None if there is something else, or it cannot be used.
+
+    filelock opens what it finds, gives it its mode, and in many versions empties it: no other name may stand for that,
+    and it must be a file. A file system that counts no names gives no locks either, as filelock takes the file for
+    removed.
+    """
+    try:
+        try:
+            handle = os.open(path, os.O_RDWR | NO_LINKS)
+        except FileNotFoundError:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | NO_LINKS, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise _unsafe(path) from error
+        return None
+    try:
+        status = os.fstat(handle)
+    finally:
+        os.close(handle)
+    return status if stat.S_ISREG(status.st_mode) and status.st_nlink == 1 else None
+
+
 def _try(lock: filelock.BaseFileLock) -> bool | None:
     """Whether the lock was got; None if there are no locks here."""
+    if _prepare(Path(lock.lock_file)) is None:
+        return None
     try:
         lock.acquire(blocking=False)
     except filelock.Timeout:
@@ -141,7 +170,7 @@ def _try(lock: filelock.BaseFileLock) -> bool | None:
 def _excludes_others(path: Path) -> bool:
     """Whether the lock that is held keeps others out; on some file systems everybody gets it."""
     if path.parent not in _work_in:
-        other = filelock.FileLock(path)
+        other = _lock(path)
         got_it = _try(other)
         if got_it:
             other.release()

@@ -26,6 +26,7 @@ from .errors import (
     TLSError,
     TransferError,
 )
+from .folders import is_gone
 from .locate import Location
 from .manifest import Manifest
 from .manifest_request import ManifestBody, NotThereError, refusal_of, request_manifest
@@ -221,18 +222,19 @@ class ManifestSource:
         cache, data = self.downloader.cache, body.data
         try:
             if cache.read(name, MAX_MANIFEST_BYTES) == data:
-                mtime_ns = cache.path(name).stat().st_mtime_ns
-                known = Validator(len(data), mtime_ns, {"sha256": _sha256(data)}, body.etag, body.last_modified)
-                cache.try_to_remember(name, known)
+                version = cache.version(name)
+                if version is not None:
+                    known = Validator(len(data), version[1], {"sha256": _sha256(data)}, body.etag, body.last_modified)
+                    cache.try_to_remember(name, known)
                 return
             with cache.part(name) as part:
                 part.compute("sha256", self.downloader.stop.check)
                 part.write(data)
                 cache.publish(part, name, etag=body.etag, last_modified=body.last_modified).close()
-        except (NdcacheError, FileNotFoundError) as error:
+        except NdcacheError as error:
             # Another process that keeps its own, most likely the same one, is no reason to worry. As to others: what is
             # cached can still be served, and what must be written will say so.
-            overtaken = isinstance(error.__cause__ or error, FileNotFoundError)
+            overtaken = is_gone(error.__cause__)
             level = logging.DEBUG if overtaken else logging.WARNING
             logger.log(level, "the manifest could not be kept: %s", str(error))
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import logging
+import os
+import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,7 +21,18 @@ from .stats import LoadStats
 from .stop import Stop
 from .strict_json import MAX_MANIFEST_BYTES
 
-__all__ = ["LocalModel", "Model", "Obtained"]
+__all__ = ["Flaw", "LocalModel", "Model", "Obtained", "is_shortage"]
+
+logger = logging.getLogger("ndcache")
+
+
+class Flaw(Enum):
+    """Why `Model.check` did not find a shard right."""
+
+    BAD = "wrong bytes, the wrong size, or it cannot be read"
+    BAD_AND_KEPT = "the same, in a cache that cannot be written, so that it was not set aside"
+    MISSING = "it is not there"
+    OF_ANOTHER_VERSION = "it was replaced by that of another version of the model"
 
 
 @dataclass(frozen=True)
@@ -46,8 +62,8 @@ class Model(ABC):
         self.directory = directory
 
     @abstractmethod
-    def has(self, shard: Shard, *, of_any_size: bool = False) -> bool:
-        """Whether the shard's file is there, and of the right size unless any will do; looks at no bytes."""
+    def has(self, shard: Shard) -> bool:
+        """Whether the shard's file is there, and of the right size; looks at no bytes."""
 
     def is_ready(self, shard: Shard) -> bool:
         """Whether `obtain` will need no network, as far as can be told without reading the file."""
@@ -66,13 +82,13 @@ class Model(ABC):
         """The shard's file. Called from the workers."""
 
     @abstractmethod
-    def check(self, shard: Shard) -> str | None:
-        """Read the shard's file, which is there, and compare its size and digests.
+    def check(self, shard: Shard) -> str | Flaw:
+        """Read the shard's file and compare its size and digests.
 
         Returns
         -------
-        str or None
-            What it was checked by: ``"size"``, or the strongest algorithm; None if it is not right.
+        str or Flaw
+            What it was checked by: ``"size"``, or the strongest algorithm; or why it is not right.
         """
 
     def finish(self) -> None:  # noqa: B027 - most have nothing to do
@@ -95,12 +111,11 @@ class LocalModel(Model):
         names = manifest_names_to_try(manifest_names, pins)
         super().__init__(_read_manifest(directory, names, pins, stop.look), directory)
 
-    def has(self, shard: Shard, *, of_any_size: bool = False) -> bool:
+    def has(self, shard: Shard) -> bool:
         try:
-            size = self._path(shard).stat().st_size
+            return self._path(shard).stat().st_size == shard.nbytes
         except OSError:
             return False
-        return of_any_size or size == shard.nbytes
 
     def prepare(self, shards: Sequence[Shard]) -> None:
         for shard in shards:
@@ -134,10 +149,21 @@ class LocalModel(Model):
             raise
         return Obtained(file, from_cache=True, checked=next(iter(expected), "size"))
 
-    def check(self, shard: Shard) -> str | None:
-        with self._open(shard) as file:
-            good = self.has(shard) and self._mismatch(file, shard, shard.digests) is None
-        return shard.integrity if good else None
+    def check(self, shard: Shard) -> str | Flaw:
+        try:
+            status = os.stat(self._path(shard))
+            if not stat.S_ISREG(status.st_mode) or status.st_size != shard.nbytes:
+                return Flaw.BAD
+            with open(self._path(shard), "rb") as file:
+                good = self._mismatch(file, shard, shard.digests) is None
+        except (FileNotFoundError, NotADirectoryError):
+            return Flaw.MISSING
+        except OSError as error:
+            if is_shortage(error):
+                raise NotFoundError(f"{self._path(shard)} cannot be read: {error}", shard=shard.data_path) from error
+            logger.warning("%s cannot be read: %s", self._path(shard), error.strerror)
+            return Flaw.BAD
+        return shard.integrity if good else Flaw.BAD
 
     def _mismatch(self, file: BinaryIO, shard: Shard, expected: Mapping[str, str]) -> tuple[str, str, str] | None:
         if not expected:
@@ -165,6 +191,11 @@ class LocalModel(Model):
 
     def _path(self, shard: Shard) -> Path:
         return self.directory.joinpath(*shard.data_path.split("/"))
+
+
+def is_shortage(error: OSError) -> bool:
+    """Whether an error says nothing about the file that was to be read, but something about this process."""
+    return error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 def _read_manifest(directory: Path, names: Sequence[str], pins: Pins, check: Callable[[], None]) -> Manifest:

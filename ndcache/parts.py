@@ -24,7 +24,8 @@ from typing import Any, BinaryIO
 
 from .digests import new_digest
 from .errors import TransferError
-from .small_files import NO_LINKS, read_note, write_note
+from .folders import Folder, sync
+from .small_files import read_note, sendable, write_note
 from .spans import Spans
 
 __all__ = ["Origin", "Part", "PartsFolder"]
@@ -38,7 +39,6 @@ _SYNCED = "synced"
 _one_at_a_time = threading.Lock()
 #: Of a part, or of a note of one that was being replaced.
 _NAME = re.compile(r"(?P<name>.+?)\.[0-9a-f]{16}(\.json\.[0-9a-f]{16})?", re.DOTALL)
-_FLAGS = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
 @dataclass(frozen=True)
@@ -80,17 +80,18 @@ class Part:
 
     Parameters
     ----------
-    folder : pathlib.Path
+    folder : Folder
         Where it lies.
     name : str
         What it is a part of, as one component of a path.
 
     Attributes
     ----------
+    folder : Folder
     file : binary file
         Open for reading and writing.
-    path : pathlib.Path
-        Its name for now.
+    file_name : str
+        Its name in the folder for now.
     spans : Spans
         What has come.
     furthest : int
@@ -103,8 +104,8 @@ class Part:
     _hashed: int  # up to where all digests are computed
     _not_noted: int  # bytes that have come since the note was written
 
-    def __init__(self, folder: Path, name: str) -> None:
-        self._folder = folder
+    def __init__(self, folder: Folder, name: str) -> None:
+        self.folder = folder
         self.name = name
         self._digests: dict[str, Any] = {}
         self.furthest = 0
@@ -112,6 +113,11 @@ class Part:
         self._lock = threading.Lock()
         self._hashing = threading.Lock()
         self._open()
+
+    @property
+    def path(self) -> Path:
+        """Where it lies for now."""
+        return self.folder.path / self.file_name
 
     @property
     def nbytes(self) -> int:
@@ -205,10 +211,13 @@ class Part:
             self._is_scattered = True
             self._write_note()  # before its size says more than is there
             self.file.truncate(nbytes)
-            os.fsync(self.file.fileno())
+            sync(self.file.fileno())
             self.origin = replace(self.origin, boot=_SYNCED)
             self._write_note()
-        return _open_to_read(self.path)
+        file = self.folder.open(self.file_name)
+        if file is None:
+            raise FileNotFoundError(errno.ENOENT, "a file that is being written is gone", str(self.path))
+        return file
 
     def restart(self) -> None:
         """Throw away what was written, and begin a new file: another version's bytes never come under the same note."""
@@ -218,24 +227,23 @@ class Part:
 
     def close(self) -> None:
         """Write no more."""
-        if self._is_scattered and self.path.exists():
-            with contextlib.suppress(OSError), self._lock:
+        with contextlib.suppress(OSError), self._lock:
+            if self._is_scattered and self.folder.status(self.file_name) is not None:
                 self._write_note()
         self.file.close()
 
     def discard(self) -> None:
         """Close and remove it."""
         self.file.close()
-        _remove(self.path)
+        _remove(self.folder, self.file_name)
 
     def _open(self) -> None:
-        self.path = self._folder / f"{self.name}.{secrets.token_hex(8)}"
+        self.file_name = f"{self.name}.{secrets.token_hex(8)}"
         self.spans = Spans()
         self.origin = None
         self._is_scattered = False
         self._hashed = self._not_noted = 0
-        handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _FLAGS, 0o644)
-        self.file: BinaryIO = os.fdopen(handle, "r+b", buffering=0)
+        self.file: BinaryIO = os.fdopen(self.folder.create(self.file_name), "r+b", buffering=0)
 
     def _feed_back(self, digests: Mapping[str, Any], start: int, end: int) -> None:
         while digests and start < end:
@@ -250,8 +258,8 @@ class Part:
         if self.origin is None:
             return
         content = {**asdict(self.origin), **({"spans": list(self.spans)} if self._is_scattered else {})}
-        fresh = _note(self.path).with_suffix(f".json.{secrets.token_hex(8)}")
-        write_note(_note(self.path), content, fresh)
+        note = _note(self.file_name)
+        write_note(self.folder, note, content, (self.folder, f"{note}.{secrets.token_hex(8)}"))
         self._not_noted = 0
 
 
@@ -259,12 +267,12 @@ class Part:
 class PartsFolder:
     """The folder that has the parts of one model, if it exists."""
 
-    path: Path
+    folder: Folder
 
     @contextlib.contextmanager
     def new(self, name: str) -> Iterator[Part]:
         """A new part of the file `name`, closed at the end of the block, and kept if somebody could go on from it."""
-        part = Part(self.path, name)
+        part = Part(self.folder, name)
         try:
             yield part
         except OSError as error:
@@ -278,7 +286,7 @@ class PartsFolder:
 
     def copy_longest(
         self, part: Part, limit: int, is_usable: Callable[[Origin], bool], check: Callable[[], None]
-    ) -> list[Path]:
+    ) -> list[str]:
         """Copy into the new `part` the longest one that somebody left of the same file.
 
         Parameters
@@ -293,115 +301,111 @@ class PartsFolder:
 
         Returns
         -------
-        list of pathlib.Path
-            The parts that are of no use any more, unless their writers still live.
+        list of str
+            The names of the parts that are of no use any more, unless their writers still live.
         """
         found = sorted(self._left_by_others(part, limit, is_usable), key=lambda item: item.spans.nbytes, reverse=True)
         for left in found:
             if left.origin is not None and left.spans.nbytes and not part.spans.nbytes:
-                _copy(part, left, check)
-        return [left.path for left in found]
+                _copy(self.folder, part, left, check)
+        return [left.file_name for left in found]
 
     def open_with(self, name: str, wanted: Spans, nbytes: int, is_usable: Callable[[Origin], bool]) -> BinaryIO | None:
         """A part of the file `name` that has all that is wanted, and the whole file's size; None if there is none."""
-        for path in self.of(name):
-            left = _look(path, nbytes, is_usable)
+        for file_name in self.of(name):
+            left = _look(self.folder, file_name, nbytes, is_usable)
             if left is not None and left.origin is not None and not wanted.without(left.spans):
-                with contextlib.suppress(OSError):  # gone, or a link by now
-                    file = _open_to_read(path)
+                file = _open(self.folder, file_name)
+                if file is not None:
                     if os.fstat(file.fileno()).st_size == nbytes:
                         return file
                     file.close()
         return None
 
     def _left_by_others(self, part: Part, limit: int, is_usable: Callable[[Origin], bool]) -> Iterator[_Left]:
-        for path in self.of(part.name):
-            if path != part.path and (left := _look(path, limit, is_usable)) is not None:
-                yield left
+        for file_name in self.of(part.name):
+            if file_name != part.file_name:
+                left = _look(self.folder, file_name, limit, is_usable)
+                if left is not None:
+                    yield left
 
-    def of(self, name: str) -> list[Path]:
+    def of(self, name: str) -> list[str]:
         """The parts of the file `name`, whoever's."""
-        return [path for path, owner in self._entries() if owner == name]
+        return [file_name for file_name, owner in self._entries() if owner == name]
 
     def progress(self, name: str) -> frozenset[tuple[str, int, int]]:
         """Something that changes as long as somebody writes a part of `name`."""
         seen = set()
-        for path in self.of(name):
+        for file_name in self.of(name):
             with contextlib.suppress(OSError):
-                status = os.lstat(path)
-                seen.add((path.name, status.st_size, status.st_mtime_ns))
+                status = self.folder.status(file_name)
+                if status is not None:
+                    seen.add((file_name, status.st_size, status.st_mtime_ns))
         return frozenset(seen)
 
-    @staticmethod
-    def remove(path: Path) -> None:
+    def remove(self, file_name: str) -> None:
         """Remove a part. A writer that still lives notices when it publishes."""
-        _remove(path)
+        _remove(self.folder, file_name)
 
     def remove_all(self, name: str) -> None:
         """Remove all parts of `name`."""
-        for path, owner in self._entries():
-            if owner == name:
-                _remove(path)
+        for file_name in self.of(name):
+            _remove(self.folder, file_name)
 
     def remove_idle(self, name: str, seconds: float, claim: str | None = None) -> None:
         """Remove the parts of `name` that nobody has written to for so long, or that have this claim."""
-        for path, owner in self._entries():
-            if owner == name:
-                origin, _ = _read_note(path)
-                if _idle_seconds(path) > seconds or (origin is not None and origin.claim == claim):
-                    _remove(path)
+        for file_name in self.of(name):
+            origin, _ = _read_note(self.folder, file_name)
+            if self._idle_seconds(file_name) > seconds or (origin is not None and origin.claim == claim):
+                _remove(self.folder, file_name)
 
     def names(self) -> set[str]:
         """Of which files there are parts."""
         return {name for _, name in self._entries()}
 
-    def _entries(self) -> Iterator[tuple[Path, str]]:
-        """The parts, or what would be their paths if only their notes are left, and what they are parts of."""
+    def _entries(self) -> Iterator[tuple[str, str]]:
+        """The parts, or what would be their names if only their notes are left, and what they are parts of."""
         seen = set()
-        with contextlib.suppress(OSError):
-            for entry in os.listdir(self.path):
-                match = _NAME.fullmatch(entry.removesuffix(".json")) or _NAME.fullmatch(entry)
-                if match and match[0] not in seen:
-                    seen.add(match[0])
-                    yield self.path / match[0], match["name"]
+        for entry in self.folder.entries():
+            match = _NAME.fullmatch(entry.removesuffix(".json")) or _NAME.fullmatch(entry)
+            if match and match[0] not in seen:
+                seen.add(match[0])
+                yield match[0], match["name"]
 
-
-def _idle_seconds(path: Path) -> float:
-    for written in (path, _note(path)):
-        with contextlib.suppress(OSError):
-            return time.time() - os.lstat(written).st_mtime
-    return 0.0
+    def _idle_seconds(self, file_name: str) -> float:
+        for written in (file_name, _note(file_name)):
+            with contextlib.suppress(OSError):
+                status = self.folder.status(written)
+                if status is not None:
+                    return time.time() - status.st_mtime
+        return 0.0
 
 
 @dataclass(frozen=True)
 class _Left:
     """A part that somebody left, or still writes. It has no origin if it is of no use."""
 
-    path: Path
+    file_name: str
     origin: Origin | None
     spans: Spans
 
 
-def _look(path: Path, limit: int, is_usable: Callable[[Origin], bool]) -> _Left | None:
+def _look(folder: Folder, file_name: str, limit: int, is_usable: Callable[[Origin], bool]) -> _Left | None:
     """What there is of a part; None if there is none."""
-    origin, noted = _read_note(path)
-    try:
-        status = os.lstat(path)
-    except OSError:
-        return None
-    if not stat.S_ISREG(status.st_mode):
+    origin, noted = _read_note(folder, file_name)
+    status = folder.status(file_name)
+    if status is None or not stat.S_ISREG(status.st_mode):
         return None
     spans = Spans([(0, status.st_size)]) if noted is None else noted
-    if origin is None or not is_usable(origin) or spans.end > min(limit, status.st_size):
-        return _Left(path, None, Spans())
-    return _Left(path, origin, spans)
+    if origin is None or not origin.etag or not is_usable(origin) or spans.end > min(limit, status.st_size):
+        return _Left(file_name, None, Spans())
+    return _Left(file_name, origin, spans)
 
 
-def _copy(part: Part, left: _Left, check: Callable[[], None]) -> None:
-    try:
-        file = _open_to_read(left.path)
-    except OSError:
-        return  # gone, or a link by now
+def _copy(folder: Folder, part: Part, left: _Left, check: Callable[[], None]) -> None:
+    file = _open(folder, left.file_name)
+    if file is None:
+        return
     assert left.origin is not None
     with file:
         part.comes_from(left.origin.url, left.origin.etag, left.origin.claim, left.origin.sha256)
@@ -416,8 +420,12 @@ def _copy(part: Part, left: _Left, check: Callable[[], None]) -> None:
                 at += len(data)
 
 
-def _open_to_read(path: Path) -> BinaryIO:
-    return os.fdopen(os.open(path, os.O_RDONLY | NO_LINKS | _FLAGS), "rb", buffering=0)
+def _open(folder: Folder, file_name: str) -> BinaryIO | None:
+    """A part, open for reading; None if it is gone, or is of another account that keeps it for itself."""
+    try:
+        return folder.open(file_name)
+    except PermissionError:
+        return None
 
 
 def _write_at(file: BinaryIO, data: memoryview, start: int) -> int:
@@ -436,19 +444,25 @@ def _read_at(file: BinaryIO, nbytes: int, start: int) -> bytes:
         return file.read(nbytes)
 
 
-def _note(path: Path) -> Path:
-    return path.with_name(f"{path.name}.json")
+def _note(file_name: str) -> str:
+    return f"{file_name}.json"
 
 
-def _read_note(path: Path) -> tuple[Origin | None, Spans | None]:
+def _read_note(folder: Folder, file_name: str) -> tuple[Origin | None, Spans | None]:
     """Where a part's bytes come from, and which there are if its size does not say so."""
-    note = dict(read_note(_note(path)) or {})
+    note = dict(read_note(folder, _note(file_name)) or {})
     spans = note.pop("spans", None)
-    texts = {name: text for name, text in note.items() if isinstance(text, str) or name == "sha256"}
+    sha256 = note.get("sha256")
+    is_digest = sha256 is None or (isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256) is not None)
+    texts = {name: text for name, text in note.items() if isinstance(text, str) or (name == "sha256" and is_digest)}
     try:
-        return Origin(**texts), None if spans is None else _checked_spans(spans)
+        origin = Origin(**texts)
+        noted = None if spans is None else _checked_spans(spans)
     except (TypeError, ValueError):
         return None, None
+    if not is_digest:
+        return None, None
+    return replace(origin, etag=sendable(origin.etag) or ""), noted
 
 
 def _checked_spans(noted: Iterable[Iterable[int]]) -> Spans:
@@ -458,10 +472,10 @@ def _checked_spans(noted: Iterable[Iterable[int]]) -> Spans:
     return Spans(spans)
 
 
-def _remove(path: Path) -> None:
-    for leftover in (path, _note(path)):
+def _remove(folder: Folder, file_name: str) -> None:
+    for leftover in (file_name, _note(file_name)):
         with contextlib.suppress(OSError):
-            os.unlink(leftover)
+            folder.unlink(leftover)
 
 
 @functools.cache

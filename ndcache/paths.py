@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import unicodedata
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from urllib.parse import unquote
 
 from .errors import UnsafePathError
 
-__all__ = ["STATE_DIRECTORY", "check_path", "file_key"]
+__all__ = ["STATE_DIRECTORY", "check_path", "file_key", "flat_name", "unflat"]
 
 #: ndcache's own folder in a model directory; no shard may lie there.
 STATE_DIRECTORY = ".ndcache"
@@ -18,6 +19,8 @@ _MAX_PATH = 200
 _WINDOWS_NAMES = {"con", "prn", "aux", "nul", "conin$", "conout$"} | {
     f"{device}{digit}" for device in ("com", "lpt") for digit in "0123456789¹²³"
 }
+#: Bytes of a name in ndcache's own folders, without the up to 39 that are appended: some file systems take 143 in all.
+_MAX_NAME_BYTES = 100
 
 
 def check_path(path: str) -> None:
@@ -81,3 +84,19 @@ def file_key(path: str) -> str:
     """One text for all spellings that some file system takes for the same name."""
     # Unicode's canonical caseless matching; case folding alone can undo a normal form.
     return unicodedata.normalize("NFD", unicodedata.normalize("NFD", path).casefold())
+
+
+def flat_name(name: str) -> str:
+    """A file name for a path: a slash cannot be part of one, and neither can `%` of what check_path lets in.
+
+    A long one is cut, and its digest put in place of the rest: with what is appended, file systems would not take it.
+    """
+    flat = name.replace("%", "%25").replace("/", "%2F")
+    if len(flat.encode()) <= _MAX_NAME_BYTES:
+        return flat
+    return f"{flat.encode()[:60].decode(errors='ignore')}%~{hashlib.sha256(name.encode()).hexdigest()[:32]}"
+
+
+def unflat(name: str) -> str:
+    """The path that a file name stands for, unless that was cut."""
+    return name.replace("%2F", "/").replace("%25", "%")

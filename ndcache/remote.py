@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import os
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
 
 from .digests import mismatch
 from .download import Downloader
-from .errors import CacheUnavailableError, DiskFullError, ManifestError, NdcacheError
+from .errors import (
+    CacheError,
+    CacheUnavailableError,
+    DiskFullError,
+    ManifestError,
+    NdcacheError,
+    UnsafeCacheError,
+)
+from .folders import is_gone
 from .locate import Location
 from .manifest import Manifest, Shard
 from .manifest_source import ManifestSource, offline_error
-from .model import Model, Obtained
+from .model import Flaw, Model, Obtained, is_shortage
 from .parse import parse_manifest
 from .pins import Pins
 from .spans import Spans
@@ -98,15 +106,13 @@ class RemoteModel(Model):
         self._offline = offline
         self._pins = pins
         self._held: dict[str, _Cached] = {}
+        self._is_told = threading.Lock()  # taken once: that nothing can be remembered
         manifest, self._manifest_digest = ManifestSource(self._bases, downloader, pins, offline=offline).open()
         super().__init__(manifest, self._cache.directory)
         self._counts = {shard.data_path: len(shard.records) for shard in manifest.shards}
 
-    def has(self, shard: Shard, *, of_any_size: bool = False) -> bool:
-        size = self._cache.size(shard.data_path)
-        if of_any_size and size is not None:
-            return not self._is_of_another_version(shard)
-        return size == shard.nbytes
+    def has(self, shard: Shard) -> bool:
+        return self._cache.has(shard)
 
     def is_ready(self, shard: Shard) -> bool:
         if self.has(shard) and self._cache.is_known(shard, self._claim(shard)) is not False:
@@ -140,33 +146,52 @@ class RemoteModel(Model):
         while True:
             try:
                 return self._obtain_once(shard, is_first_try=tries == 0)
-            except CacheUnavailableError as error:
+            except (CacheUnavailableError, OSError) as error:
+                if isinstance(error, NdcacheError) and not isinstance(error, CacheUnavailableError):
+                    raise
+                cause = error.__cause__ if isinstance(error, CacheUnavailableError) else error
                 tries += 1
                 # Somebody else deleted the model, or published the shard of another version, just then.
-                if tries == _TRIES or not isinstance(error.__cause__, FileNotFoundError):
-                    raise
-            except NdcacheError:
-                raise
-            except OSError as error:
-                raise CacheUnavailableError(
-                    f"a file of the cache cannot be read: {error.strerror or error}", shard=shard.data_path
-                ) from error
+                if tries < _TRIES and is_gone(cause):
+                    continue
+                raise _unreadable(shard, error) from cause
 
-    def check(self, shard: Shard) -> str | None:
+    def check(self, shard: Shard) -> str | Flaw:
+        try:
+            for _ in range(_TRIES):
+                if (found := self._check_once(shard)) is not None:
+                    return found
+        except (CacheUnavailableError, OSError) as error:
+            if isinstance(error, NdcacheError) and not isinstance(error, CacheUnavailableError):
+                raise
+            cause = error.__cause__ if isinstance(error, CacheUnavailableError) else error
+            if not isinstance(cause, OSError) or is_shortage(cause):
+                raise _unreadable(shard, error) from cause
+            logger.warning("%s in the cache cannot be read: %s", shard.data_path, cause.strerror or cause)
+            return Flaw.BAD_AND_KEPT
+        return Flaw.OF_ANOTHER_VERSION  # somebody publishes others all the time
+
+    def _check_once(self, shard: Shard) -> str | Flaw | None:
+        """What `check` finds; None if the file was replaced or removed while it was looked at."""
         cached = self._open(shard)
-        if cached is None:
-            self._set_aside_if_cut(shard)
-            return None
-        with cached.file:
-            return self._checked(shard, cached.validator) if self._has_right_bytes(shard, cached) else None
+        if cached is not None:
+            with cached.file:
+                if self._is_of_another_version(shard):
+                    return Flaw.OF_ANOTHER_VERSION
+                if self._has_right_bytes(shard, cached):
+                    return self._checked(shard, cached.validator)
+                return self._reject(shard, cached)
+        size = self._cache.size(shard.data_path)
+        if size in (None, shard.nbytes):
+            return Flaw.MISSING if size is None else None
+        return self._set_aside_if_cut(shard) or Flaw.OF_ANOTHER_VERSION
 
     def finish(self) -> None:
         if self._offline:
             return
-        data = self._cache.read(self.manifest.name, MAX_MANIFEST_BYTES)
-        if data is None or hashlib.sha256(data).hexdigest() != self._manifest_digest:
-            return  # an update has come meanwhile, which knows better what is of use
         try:
+            if not self._is_current():
+                return  # an update has come meanwhile, which knows better what is of use
             self._cache.tidy(self.manifest, self._other_manifests)
         except (OSError, ManifestError) as error:
             logger.debug("not tidied: %s", error)  # the next load will do it
@@ -178,7 +203,13 @@ class RemoteModel(Model):
 
     def _open(self, shard: Shard) -> _Cached | None:
         file = self._cache.open_shard(shard)
-        return None if file is None else _Cached(file, self._cache.validator(shard.data_path))
+        if file is None:
+            return None
+        try:
+            return _Cached(file, self._cache.validator(shard.data_path))
+        except BaseException:
+            file.close()
+            raise
 
     def _open_some(self, shard: Shard) -> _Cached | None:
         wanted = self._wanted(shard)
@@ -203,15 +234,16 @@ class RemoteModel(Model):
 
     def _obtain_once(self, shard: Shard, *, is_first_try: bool) -> Obtained:
         name = shard.data_path
-        while True:
+        for last_look in (*(False,) * _TRIES, True):
             version = self._cache.version(name)
             if (obtained := self._from_cache(shard)) is not None:
                 return obtained
             if self._offline:
                 raise offline_error(self._bases[0], [name])
 
-            def is_there(version: object = version) -> bool:
-                return self._cache.version(name) not in (None, version)
+            def is_there(version: object = version, last_look: bool = last_look) -> bool:
+                # A file system may tell another time of the same file at each look.
+                return not last_look and self._cache.version(name) not in (None, version)
 
             def sleep(seconds: float) -> None:
                 with self._downloader.stats.timed("lock", file=name):
@@ -224,6 +256,7 @@ class RemoteModel(Model):
                     # What others write is left alone by whoever was disturbed himself.
                     return self._from_server(shard, is_alone=turn.is_alone and is_first_try)
             # Somebody else has published a file: what is wanted, or another version.
+        raise AssertionError("the last look waits for its turn, and for nothing else")
 
     def _from_cache(self, shard: Shard) -> Obtained | None:
         cached = self._take_held(shard.data_path) or self._open(shard)
@@ -242,13 +275,30 @@ class RemoteModel(Model):
         cached = cached or self._open_some(shard)
         return None if cached is None else Obtained(cached.file, from_cache=True, checked="size")
 
-    def _set_aside_if_cut(self, shard: Shard) -> None:
+    def _set_aside_if_cut(self, shard: Shard) -> Flaw | None:
+        """Set aside a file of the wrong size; None if there is none, or it is of another version."""
+
         def is_cut() -> bool:
             return self._cache.size(shard.data_path) not in (None, shard.nbytes)
 
         # The last look is for one of the right size that was published by somebody else meanwhile.
-        if is_cut() and not self._is_of_another_version(shard) and is_cut():
-            self._cache.set_aside(shard.data_path)
+        if is_cut() and self._is_current() and not self._is_of_another_version(shard) and is_cut():
+            return self._try_to_set_aside(shard.data_path)
+        return None
+
+    def _try_to_set_aside(self, name: str, file: BinaryIO | None = None) -> Flaw:
+        try:
+            self._cache.set_aside(name, file)
+        except UnsafeCacheError:
+            raise
+        except CacheError as error:  # a cache that cannot be written
+            logger.warning("%s in the cache is not what the manifest says, and cannot be set aside: %s", name, error)
+            return Flaw.BAD_AND_KEPT
+        return Flaw.BAD
+
+    def _is_current(self) -> bool:
+        """Whether the cache still has the manifest that this load uses, and no update has come."""
+        return self._cache.holds(self.manifest.name, self._manifest_digest, MAX_MANIFEST_BYTES)
 
     def _from_server(self, shard: Shard, *, is_alone: bool) -> Obtained:
         name, claim = shard.data_path, self._claim(shard)
@@ -279,31 +329,43 @@ class RemoteModel(Model):
             return True
         if self._has_right_bytes(shard, cached):
             return True
-        if not self._has_name(shard.data_path, cached.file):
+        self._reject(shard, cached)
+        if not self._cache.is_now(shard.data_path, cached.file):
             logger.warning("%s in the cache is not what the manifest says: set aside", shard.data_path)
         return False
 
     def _has_right_bytes(self, shard: Shard, cached: _Cached) -> bool:
         name, claim, file = shard.data_path, self._claim(shard), cached.file
         # Of a shard without a digest, what the server said of it when it came may be known.
-        expected = {**({} if cached.validator is None else cached.validator.digests), **shard.digests}
+        remembered = {} if cached.validator is None else dict(cached.validator.digests)
+        expected = {**shard.digests, **{kind: text for kind, text in remembered.items() if kind not in shard.digests}}
         with self._downloader.stats.timed("hash", file=name):
-            good = mismatch(file, expected, self._downloader.stop.check) is None
-        if not good:
-            now = self._cache.validator(name)
-            # It may have been published just now by somebody who has another version of the manifest.
-            if now is None or now.judge(os.fstat(file.fileno()), shard, claim) is not False:
-                self._cache.set_aside(name, file)
-        elif not cached.judge(shard, claim) and self._has_name(name, file):
-            self._cache.try_to_remember(name, cached.found_right(expected, claim))
-        return good
-
-    def _has_name(self, name: str, file: BinaryIO) -> bool:
-        """Whether an open file still is the one with this name."""
-        try:
-            return os.path.samestat(os.lstat(self._cache.path(name)), os.fstat(file.fileno()))
-        except FileNotFoundError:
+            wrong = mismatch(file, expected, self._downloader.stop.check)
+        if wrong is not None and shard.digests and wrong[0] not in shard.digests:
+            expected, wrong = dict(shard.digests), None  # what is remembered is wrong, not the file
+        if wrong is not None:
             return False
+        if not cached.judge(shard, claim) and self._cache.is_now(name, file):
+            is_remembered = self._cache.try_to_remember(name, cached.found_right(expected, claim))
+            if not is_remembered and self._is_told.acquire(blocking=False):
+                logger.warning(
+                    "files in %s are not as old as when they were fetched, and that they are right cannot be noted, as"
+                    " it cannot be written: each load computes their digests. Run `ndcache verify` where it can be.",
+                    self.directory,
+                )
+        return True
+
+    def _reject(self, shard: Shard, cached: _Cached) -> Flaw | None:
+        """Set a file with wrong bytes aside, and say what is wrong; None if its name is not its own any more."""
+        name, file = shard.data_path, cached.file
+        if not self._cache.is_now(name, file):
+            return None
+        known = self._cache.validator(name)
+        # It may have been published just now by somebody who has another version of the manifest.
+        is_others = known is not None and known.judge(os.fstat(file.fileno()), shard, self._claim(shard)) is False
+        if is_others or not self._is_current():
+            return Flaw.OF_ANOTHER_VERSION
+        return self._try_to_set_aside(name, file)
 
     def _is_of_another_version(self, shard: Shard) -> bool:
         """Whether a file was published as it is now, and not as what the manifest now says."""
@@ -336,3 +398,11 @@ class RemoteModel(Model):
             if name != self.manifest.name and (data := self._cache.read(name, MAX_MANIFEST_BYTES)):
                 with contextlib.suppress(ManifestError):  # some other JSON
                     yield parse_manifest(data, name=name, check=self._downloader.stop.look)
+
+
+def _unreadable(shard: Shard, error: OSError) -> CacheUnavailableError:
+    if isinstance(error, CacheUnavailableError):
+        return error
+    return CacheUnavailableError(
+        f"a file of the cache cannot be read: {error.strerror or error}", shard=shard.data_path
+    )

@@ -4,40 +4,51 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import stat
+import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-__all__ = ["NO_LINKS", "read_note", "write_note"]
+from .errors import UnsafeCacheError
+from .folders import Folder
+
+__all__ = ["read_note", "sendable", "write_note"]
 
 _MAX_BYTES = 1 << 16
-#: For `os.open`: not through a symbolic link, and not waiting for whoever writes to a pipe.
-NO_LINKS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+#: What may stand in a header of a request, and is not longer than servers take.
+_HEADER = re.compile(r"[!-~\x80-\xff]([ -~\x80-\xff]{0,1022}[!-~\x80-\xff])?")
+#: Half of a character, as only an escape in JSON can spell it; a text with one cannot be written anywhere.
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
-def read_note(path: Path) -> dict[str, Any] | None:
+def read_note(folder: Folder, name: str) -> dict[str, Any] | None:
     """The object in a JSON file; None if there is no such file or object."""
     try:
-        handle = os.open(path, os.O_RDONLY | NO_LINKS | getattr(os, "O_BINARY", 0))
-        try:
-            data = os.read(handle, _MAX_BYTES) if stat.S_ISREG(os.fstat(handle).st_mode) else b""
-        finally:
-            os.close(handle)
+        data = folder.read(name, _MAX_BYTES)
+        if data is None:
+            return None
         value = json.loads(data)
-    except (OSError, ValueError, RecursionError):
+        if _SURROGATE.search(data):
+            json.dumps(value, ensure_ascii=False).encode()  # a pair of halves is a character
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, UnsafeCacheError):
+            raise
         return None
     return value if isinstance(value, dict) else None
 
 
-def write_note(path: Path, content: Mapping[str, Any], fresh: Path) -> None:
-    """Write an object to a JSON file, by way of the new file `fresh` beside it: nobody sees half a note."""
+def write_note(folder: Folder, name: str, content: Mapping[str, Any], by_way_of: tuple[Folder, str]) -> None:
+    """Write an object to a JSON file, by way of a new file of another folder and name: nobody sees half a note."""
+    fresh, fresh_name = by_way_of
     try:
-        with open(fresh, "xb") as file:
+        with open(fresh.create(fresh_name), "wb") as file:
             file.write(json.dumps(content).encode())  # json.dump would write it word by word
-        os.replace(fresh, path)
+        fresh.replace(fresh_name, folder, name)
     except BaseException:
         with contextlib.suppress(OSError):
-            os.unlink(fresh)
+            fresh.unlink(fresh_name)
         raise
+
+
+def sendable(text: str | None) -> str | None:
+    """A text of a note if it can stand in a request's header, else None."""
+    return text if text is not None and _HEADER.fullmatch(text) else None

@@ -30,7 +30,7 @@ from urllib.parse import unquote
 
 from .api import load
 from .cache import ArtifactCache as _ModelCache
-from .errors import CacheUnavailableError, NotFoundError, OfflineError, UnsafePathError, redact
+from .errors import NotFoundError, OfflineError, UnsafePathError, redact
 from .hub import hf_endpoint
 from .loader import Loader, Source
 from .locate import Location, locate, remote_location
@@ -290,10 +290,7 @@ class ArtifactCache:
         """Remove a file from the cache; if it is not there, nothing happens."""
         while (found := self._found(url)) is not None:
             cache, name = found
-            try:
-                cache.path(name).unlink(missing_ok=True)
-            except OSError as error:
-                raise CacheUnavailableError(f"{cache.path(name)} cannot be removed: {error.strerror}") from error
+            cache.remove(name)
 
     def close(self) -> None:
         """Close the kept connections."""
@@ -333,7 +330,7 @@ class ArtifactCache:
     def _home(self, url: str) -> tuple[Location, str]:
         """Where a new file belongs: to the nearest model that has a cache directory, else to the URL's directory."""
         places = list(_places(url))
-        known = (place for place in places if self._loader._cache(place[0]).directory.is_dir())
+        known = (place for place in places if self._loader._cache(place[0]).exists())
         return next(known, places[0])
 
 

@@ -19,6 +19,11 @@ __all__ = ["Validator", "may_blame_condition", "settled_date"]
 _ETAG = re.compile(r'(?:W/)?"[\x21\x23-\x7e]{1,256}"|[\w.:+/=~-]{1,256}', re.ASCII)
 _DATE = re.compile(r"[A-Z][a-z]{2}, [0-9]{2} [A-Z][a-z]{2} [0-9]{4} [0-9]{2}:[0-9]{2}:[0-9]{2} GMT")
 
+#: How many bytes a digest has, by algorithm.
+_DIGEST_BYTES = {"md5": 16, "sha256": 32, "sha384": 48, "sha512": 64}
+#: Units of time, in nanoseconds, that file systems and archives keep: FAT and zip, tar and layers of images, NTFS, …
+_UNITS = (2 * 10**9, 10**9, 10**6, 10**3, 100)
+
 
 @dataclass(frozen=True)
 class Validator:
@@ -69,8 +74,16 @@ class Validator:
         return headers.get("Last-Modified", self.last_modified) == self.last_modified
 
     def is_of(self, status: os.stat_result) -> bool:
-        """Whether a file is still the one that was published, by size and time."""
-        return (status.st_size, status.st_mtime_ns) == (self.nbytes, self.mtime_ns)
+        """Whether a file is still the one that was published, by size and time.
+
+        Where it was copied to, times may be coarser: an image's layers have whole seconds, FAT two of them. The time
+        that is left of the file's own is its time: whoever changes the file later does so in another unit, or, where
+        times are finer, at no round one.
+        """
+        if status.st_size != self.nbytes:
+            return False
+        now, then = status.st_mtime_ns, self.mtime_ns
+        return now == then or any(now == then - then % unit for unit in _UNITS)
 
     @classmethod
     def from_note(cls, note: Mapping[str, Any]) -> Validator | None:
@@ -79,11 +92,12 @@ class Validator:
             found = cls(**note)
         except TypeError:
             return None
-        if not isinstance(found.digests, dict):
+        texts = (found.etag, found.last_modified, found.claim)
+        if not all(isinstance(text, (str, type(None))) for text in texts) or not _are_digests(found.digests):
             return None
-        texts = (found.etag, found.last_modified, found.claim, *found.digests.values())
-        are_texts = all(isinstance(text, (str, type(None))) for text in texts)
-        return found if are_texts and type(found.nbytes) is type(found.mtime_ns) is int else None
+        if not type(found.nbytes) is type(found.mtime_ns) is int:
+            return None
+        return found
 
     def judge(self, status: os.stat_result, shard: Shard, claim: str) -> bool | None:
         """Whether a file is what the manifest says of the shard; None if that cannot be told.
@@ -152,3 +166,11 @@ def _seconds(date: str) -> float | None:
         return email.utils.parsedate_to_datetime(date).timestamp()
     except (ValueError, OverflowError):
         return None
+
+
+def _are_digests(noted: object) -> bool:
+    """Whether these are hex digests by algorithm, as they are noted."""
+    return isinstance(noted, dict) and all(
+        isinstance(text, str) and re.fullmatch(r"[0-9a-f]*", text) and len(text) == 2 * _DIGEST_BYTES.get(algorithm, -1)
+        for algorithm, text in noted.items()
+    )

@@ -34,6 +34,7 @@ import numpy.typing as npt
 from .decode import encode_bf16
 from .dtypes import DTYPES, dtype_name
 from .errors import SizeMismatchError, UnsupportedDtypeError
+from .folders import sync
 from .locate import MANIFEST_NAMES
 from .manifest import Manifest
 from .parse import parse_manifest
@@ -223,7 +224,7 @@ class _File:
     def sync(self) -> None:
         """Have it on disk, so that a crash after the renaming finds its bytes."""
         with open(self.path, "r+b") as file:
-            os.fsync(file.fileno())
+            sync(file.fileno())
 
 
 class _Writer:

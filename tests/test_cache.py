@@ -159,9 +159,9 @@ def test_a_full_disk_costs_the_memory_of_a_file_and_not_the_file(
 def test_another_process_publishes_at_the_same_moment(cache: ArtifactCache, monkeypatch: pytest.MonkeyPatch) -> None:
     replace = os.replace
 
-    def overtaken(source: Path, target: Path) -> None:
-        replace(source, target)
-        if target.name == "params_shard_0.bin":
+    def overtaken(source: str, target: str, **folders: int) -> None:
+        replace(source, target, **folders)
+        if target == "params_shard_0.bin":
             monkeypatch.setattr(os, "replace", replace)
             publish(cache, "params_shard_0.bin", b"another version")
 
@@ -372,7 +372,7 @@ def test_what_an_interrupted_deletion_left_goes_with_the_next(
 ) -> None:
     publish(cache, "a.bin", b"abc")
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(os, "unlink", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             cache.delete()
     assert [path.suffix for path in cache.directory.parent.iterdir()] == [".deleted"]

@@ -26,9 +26,10 @@ LAYERS: list[list[str]] = [
     ["proxies"],
     # 2: one concern each
     ["limits"],
-    ["connections", "content_coding", "decode", "digests", "json_reader", "locks", "pieces", "retry", "small_files"],
-    ["failures", "parse"],
+    ["connections", "content_coding", "decode", "digests", "folders", "json_reader", "pieces", "retry"],
+    ["cleanup", "failures", "locks", "parse", "reporting", "small_files"],
     ["options", "parts", "pins", "validator", "workers"],
+    ["publishing"],
     ["cache"],
     # 3: devices, each above the one that it is built on; HTTP; a model in a directory
     ["devices.adapters", "devices.base", "devices.expand", "devices.layout", "devices.reading"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import email.utils
+import errno
 import functools
 import hashlib
 import json
@@ -715,10 +716,14 @@ def test_row_30_a_read_only_cache_still_serves(model: Path, serve: Serve, monkey
     ndcache.fetch(server.url)
 
     def refuse(*_: object, **__: object) -> Any:
-        raise PermissionError(30, "Read-only file system")
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    def read_only(path: Any, flags: int, *others: Any, **folder: Any) -> int:
+        return refuse() if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) else open_file(path, flags, *others, **folder)
 
     # Root may write anywhere, so the system call itself must refuse.
-    monkeypatch.setattr(os, "open", refuse)
+    open_file = os.open
+    monkeypatch.setattr(os, "open", read_only)
     monkeypatch.setattr(os, "replace", refuse)
     assert_same(ndcache.load(server.url), arrays)
 

@@ -14,6 +14,7 @@ import pytest
 from servers import Connection, FileServer, Request, ScriptedServer, reply
 
 import ndcache
+from ndcache.folders import Folder
 from ndcache.parts import PartsFolder
 from ndcache.spans import Spans
 
@@ -262,12 +263,12 @@ def test_a_part_that_is_no_longer_there_is_fetched_again(
 ) -> None:
     server = serve(model)
     directory = ndcache.fetch(server.url, names="w03")
-    find, left = PartsFolder.of, PartsFolder(directory / ".ndcache" / "parts").of(PATH[1:])
+    find, left = PartsFolder.of, PartsFolder(Folder(directory / ".ndcache" / "parts")).of(PATH[1:])
 
-    def vanish(self: PartsFolder, name: str) -> list[Path]:
+    def vanish(self: PartsFolder, name: str) -> list[str]:
         found = find(self, name)
-        for path in left:
-            self.remove(path)
+        for file_name in left:
+            self.remove(file_name)
         return found
 
     monkeypatch.setattr(PartsFolder, "of", vanish)

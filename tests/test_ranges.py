@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from servers import Connection, FileServer, Request, ScriptedServer, reply
 
 import ndcache
+from ndcache.folders import Folder
 from ndcache.loader import Loader
 from ndcache.parts import PartsFolder
 from ndcache.pieces import Pieces
@@ -370,16 +371,16 @@ def test_a_note_that_cannot_be_true_is_not_believed(
 
 def test_a_part_is_never_taken_for_more_than_it_has(tmp_path: Path) -> None:
     """At any moment, what the note says is there."""
-    with PartsFolder(tmp_path).new("x") as part:
+    with PartsFolder(Folder(tmp_path)).new("x") as part:
         part.comes_from("u", '"1"', "c", None)
         part.put(b"b" * 10, 90)
-        with PartsFolder(tmp_path).new("x") as other:
-            PartsFolder(tmp_path).copy_longest(other, 100, lambda origin: True, lambda: None)
+        with PartsFolder(Folder(tmp_path)).new("x") as other:
+            PartsFolder(Folder(tmp_path)).copy_longest(other, 100, lambda origin: True, lambda: None)
             assert other.nbytes == 0
             assert not other.spans
         part.put(b"a" * 10, 0)
-    with PartsFolder(tmp_path).new("x") as other:
-        PartsFolder(tmp_path).copy_longest(other, 100, lambda origin: True, lambda: None)
+    with PartsFolder(Folder(tmp_path)).new("x") as other:
+        PartsFolder(Folder(tmp_path)).copy_longest(other, 100, lambda origin: True, lambda: None)
         assert list(other.spans) == [(0, 10), (90, 100)]
 
 

@@ -1,0 +1,292 @@
+"""Folders of the cache, in which nothing is reached through a link that somebody planted there.
+
+The cache's root is the user's own choice: it may be a link, or lie below links. What lies below the root is ndcache's:
+there, a link leads to what is somebody else's, and is refused. Whatever changes the disk goes down from the root
+folder by folder, each opened without following a link, and is done in the folder that was opened: a link that takes a
+folder's name in the meantime changes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from .errors import UnsafeCacheError
+
+__all__ = ["NO_LINKS", "Folder", "is_gone", "sync", "unsafe"]
+
+#: For `os.open`: not through a symbolic link, not waiting for whoever writes to a pipe, not as this process's terminal.
+NO_LINKS = (
+    getattr(os, "O_NOFOLLOW", 0)
+    | getattr(os, "O_NONBLOCK", 0)
+    | getattr(os, "O_NOCTTY", 0)
+    | getattr(os, "O_CLOEXEC", 0)
+    | getattr(os, "O_BINARY", 0)
+)
+_NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | NO_LINKS
+#: Whether calls take the folder in which a name is meant, as they do everywhere but on Windows.
+_HAS_DIR_FD = {os.open, os.mkdir, os.unlink, os.stat, os.rename, os.rmdir} <= os.supports_dir_fd
+#: Only to go through a folder, which takes less permission than to list it.
+_THROUGH = getattr(os, "O_PATH", os.O_RDONLY) | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_CLOEXEC", 0)
+_GONE = {errno.ENOENT, errno.ENOTDIR, getattr(errno, "ESTALE", errno.ENOENT)}
+_NO_FILE = {errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.ENODEV}
+_CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+
+
+def is_gone(error: BaseException | None) -> bool:
+    """Whether there is no such file any more; a network file system calls that a stale handle."""
+    return isinstance(error, OSError) and error.errno in _GONE
+
+
+def sync(handle: int) -> None:
+    """Have what was written survive a loss of power, where the file system can say so: not every one can."""
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC:
+            raise
+
+
+def unsafe(path: str | os.PathLike[str]) -> UnsafeCacheError:
+    return UnsafeCacheError(
+        f"{os.fspath(path)} leads elsewhere through a symbolic link",
+        hint="It was left alone: look who put it there.",
+    )
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder of the cache, which need not exist.
+
+    All methods raise `UnsafeCacheError` if a symbolic link leads to it, and otherwise what the system says.
+
+    Attributes
+    ----------
+    root : pathlib.Path
+        The cache's root.
+    names : tuple of str
+        The folders on the way from there.
+    is_private : bool
+        Whether the root, if it has to be made, is for this account only.
+    """
+
+    root: Path
+    names: tuple[str, ...] = ()
+    is_private: bool = False
+
+    def __truediv__(self, name: str) -> Folder:
+        return Folder(self.root, (*self.names, name), self.is_private)
+
+    @functools.cached_property
+    def path(self) -> Path:
+        return self.root.joinpath(*self.names)
+
+    @functools.cached_property
+    def _text(self) -> str:
+        return os.fspath(self.path)
+
+    @property
+    def parent(self) -> Folder:
+        return Folder(self.root, self.names[:-1], self.is_private)
+
+    # --- looking
+
+    def check(self) -> None:
+        """Raise `UnsafeCacheError` if a symbolic link leads here; where none did once, reading goes on."""
+        if not self._is_sound:
+            self.__dict__["_is_sound"] = self.exists()
+
+    _is_sound = False  # not a field: it is found out
+
+    def exists(self) -> bool:
+        """Whether there is such a folder."""
+        path, mode = os.fspath(self.root), 0
+        for name in self.names:
+            path = os.path.join(path, name)
+            try:
+                mode = os.lstat(path).st_mode
+            except OSError as error:
+                if is_gone(error):
+                    return False
+                raise
+            if stat.S_ISLNK(mode):
+                raise unsafe(path)
+        return stat.S_ISDIR(mode) if self.names else os.path.isdir(path)
+
+    def status(self, name: str) -> os.stat_result | None:
+        """What `os.lstat` says of an entry; None if there is none."""
+        self.check()
+        try:
+            return os.lstat(f"{self._text}/{name}")
+        except OSError as error:
+            if is_gone(error):
+                return None
+            raise
+
+    def open(self, name: str) -> BinaryIO | None:
+        """A regular file, open for reading; None if there is none, or something else."""
+        handle = self._open(name)
+        return None if handle is None else open(f"{self._text}/{name}", "rb", opener=lambda *_: handle)
+
+    def read(self, name: str, limit: int) -> bytes | None:
+        """The first bytes of a regular file; None if there is none, or something else."""
+        handle = self._open(name)
+        if handle is None:
+            return None
+        try:
+            return os.read(handle, limit)
+        finally:
+            os.close(handle)
+
+    def _open(self, name: str) -> int | None:
+        self.check()
+        try:
+            handle = os.open(f"{self._text}/{name}", os.O_RDONLY | NO_LINKS)
+        except OSError as error:
+            if is_gone(error) or error.errno in _NO_FILE:
+                return None
+            raise
+        try:
+            is_file = stat.S_ISREG(os.fstat(handle).st_mode)
+        except BaseException:
+            os.close(handle)
+            raise
+        if is_file:
+            return handle
+        os.close(handle)
+        return None
+
+    def entries(self) -> list[str]:
+        """The names in it; none if it cannot be listed."""
+        self.check()
+        try:
+            return os.listdir(self.path)
+        except OSError:
+            return []
+
+    # --- changing
+
+    def make(self) -> None:
+        """Make the folder, and those above it, so that they survive a loss of power."""
+        if self.exists():
+            return
+        _make_root(self.root, 0o700 if self.is_private else 0o777)
+        if _HAS_DIR_FD:
+            with self._opened(makes=True):
+                return
+        for count, _ in enumerate(self.names, 1):
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(self.root.joinpath(*self.names[:count]))
+        self.check()
+
+    def create(self, name: str) -> int:
+        """A descriptor of a new file, for reading and writing; the umask says who else may use it."""
+        with self._opened() as handle:
+            return os.open(self._at(handle, name), _NEW, 0o666, dir_fd=handle)
+
+    def replace(self, name: str, target: Folder, new_name: str) -> None:
+        """Give an entry another name, in this folder or another, whatever had that before."""
+        with self._opened() as source:
+            if target is self:
+                os.replace(self._at(source, name), self._at(source, new_name), src_dir_fd=source, dst_dir_fd=source)
+                return
+            with target._opened() as handle:
+                os.replace(self._at(source, name), target._at(handle, new_name), src_dir_fd=source, dst_dir_fd=handle)
+
+    def unlink(self, name: str) -> None:
+        """Remove an entry that is no folder."""
+        with self._opened() as handle:
+            os.unlink(self._at(handle, name), dir_fd=handle)
+
+    def remove(self) -> None:
+        """Remove the folder itself, which is empty."""
+        with self.parent._opened() as handle:
+            os.rmdir(self.parent._at(handle, self.names[-1]), dir_fd=handle)
+
+    def sync(self) -> None:
+        """Have the names in it survive a loss of power."""
+        with self._opened() as handle:
+            _sync_folder(handle)
+
+    # --- inside
+
+    def _at(self, handle: int | None, name: str) -> str:
+        return name if handle is not None else os.path.join(self.path, name)
+
+    def _opened(self, *, makes: bool = False) -> _Handle:
+        """A descriptor of the folder, for calls that take one; None where there are none."""
+        if not _HAS_DIR_FD:
+            self.exists()  # or a link leads to it
+            return _Handle(None)
+        handle = os.open(self.root, _THROUGH)
+        try:
+            for count, name in enumerate(self.names, 1):
+                try:
+                    inner = self._enter(handle, count)
+                except FileNotFoundError:
+                    if not makes:
+                        raise
+                    with contextlib.suppress(FileExistsError):  # somebody else made it just now
+                        os.mkdir(name, dir_fd=handle)
+                    _sync_folder(handle)
+                    inner = self._enter(handle, count)
+                os.close(handle)
+                handle = inner
+        except BaseException:
+            os.close(handle)
+            raise
+        return _Handle(handle)
+
+    def _enter(self, handle: int, count: int) -> int:
+        name = self.names[count - 1]
+        try:
+            return os.open(name, _THROUGH | os.O_NOFOLLOW, dir_fd=handle)
+        except OSError as error:
+            if is_gone(error) or error.errno in (errno.ELOOP, getattr(errno, "EMLINK", errno.ELOOP)):
+                with contextlib.suppress(FileNotFoundError):
+                    if stat.S_ISLNK(os.lstat(name, dir_fd=handle).st_mode):
+                        raise unsafe(self.root.joinpath(*self.names[:count])) from error
+            raise
+
+
+class _Handle:
+    """A descriptor that is closed at the end of a block."""
+
+    __slots__ = ("_handle",)
+
+    def __init__(self, handle: int | None) -> None:
+        self._handle = handle
+
+    def __enter__(self) -> int | None:
+        return self._handle
+
+    def __exit__(self, *_: object) -> None:
+        if self._handle is not None:
+            os.close(self._handle)
+
+
+def _make_root(root: Path, mode: int) -> None:
+    """Make the root and what is missing above it."""
+    missing = [folder for folder in (root, *root.parents) if not os.path.exists(folder)]
+    for folder in reversed(missing):
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(folder, mode if folder == root else 0o777)
+        if _HAS_DIR_FD:
+            with contextlib.suppress(PermissionError), _Handle(os.open(folder.parent, _THROUGH)) as handle:
+                _sync_folder(handle)
+
+
+def _sync_folder(handle: int | None) -> None:
+    if handle is None:
+        return  # Windows has no handle on a directory to sync
+    flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)
+    # It may be gone through and written to, and not be listed.
+    with contextlib.suppress(PermissionError), _Handle(os.open(".", flags, dir_fd=handle)) as readable:
+        assert readable is not None
+        sync(readable)
