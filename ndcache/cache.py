@@ -33,6 +33,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from .descriptors import check_shortage
 from .errors import (
     CacheError,
     CacheUnavailableError,
@@ -66,12 +67,23 @@ class ArtifactCache:
         The model's directory.
     source : str
         Where its files come from, without secrets; kept for listings.
+
+    Attributes
+    ----------
+    why_not_kept : str or None
+        Why files that come do not go here; see `ndcache.in_memory`.
     """
+
+    why_not_kept: str | None = None
 
     def __init__(self, directory: Path, source: str = "") -> None:
         self.directory = directory
         self._state = directory / STATE_DIRECTORY
         self._source = source
+
+    def fall_back(self, error: CacheUnavailableError) -> bool:
+        """Return whether what cannot be kept here, because of `error`, goes elsewhere from now on."""
+        return False
 
     # --- looking up
 
@@ -369,9 +381,19 @@ class ArtifactCache:
         return [entry for entry in _entries(self.directory) if entry.endswith(".json") and self.size(entry) is not None]
 
     def ensure_room(self, nbytes: int) -> None:
-        """Raise `DiskFullError` unless the disk has room for `nbytes` more."""
-        folder = next(p for p in (self.directory, *self.directory.parents) if p.exists())
-        free = shutil.disk_usage(folder).free
+        """Raise `DiskFullError` unless the disk has room for `nbytes` more.
+
+        Raises
+        ------
+        CacheUnavailableError
+            Nothing may be written there, whatever room there is.
+        """
+        with self._writing(self.directory.name):
+            folder = next(p for p in (self.directory, *self.directory.parents) if p.exists())
+            # Before its room: an image's read-only file system is always full. (On Windows it tells nothing.)
+            if os.name != "nt" and not os.access(folder, os.W_OK):
+                raise PermissionError(errno.EACCES, "it may not be written")
+            free = shutil.disk_usage(folder).free
         if nbytes > free:
             raise _disk_full(self.directory, nbytes, free)
 
@@ -490,7 +512,12 @@ def _make_directory(directory: Path) -> None:
     if directory.is_dir():
         return
     missing = [folder for folder in (directory, *directory.parents) if not folder.exists()]
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as error:
+        if not missing[-1].parent.exists():
+            raise  # somebody deletes it just now
+        raise PermissionError(errno.EACCES, "no directory can be made there") from error  # /proc, an automounter
     for folder in reversed(missing):
         with contextlib.suppress(PermissionError):  # to list the one above
             _sync_directory(folder.parent)
@@ -516,6 +543,7 @@ def _unsafe(path: Path) -> UnsafeCacheError:
 
 
 def _unavailable(directory: Path, error: OSError) -> CacheError:
+    check_shortage(error)  # of which the directory is not to blame
     return CacheUnavailableError(
         f"the cache directory {directory} cannot be used: {error.strerror or error}",
         hint="Choose another one: cache_dir, --cache-dir, or NDCACHE_HOME.",

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import filelock
 
+from .descriptors import check_shortage
 from .errors import UnsafeCacheError
 
 __all__ = ["Turn", "if_free", "turn"]
@@ -132,6 +133,7 @@ def _try(lock: filelock.BaseFileLock) -> bool | None:
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise _unsafe(Path(lock.lock_file)) from error
+        check_shortage(error)
         return None
     except (NotImplementedError, Warning):  # filelock's words, by version, for a file system without locks
         return None

@@ -234,8 +234,11 @@ class Part:
         self.origin = None
         self._is_scattered = False
         self._hashed = self._not_noted = 0
+        self.file = self._create()
+
+    def _create(self) -> BinaryIO:
         handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _FLAGS, 0o644)
-        self.file: BinaryIO = os.fdopen(handle, "r+b", buffering=0)
+        return os.fdopen(handle, "r+b", buffering=0)
 
     def _feed_back(self, digests: Mapping[str, Any], start: int, end: int) -> None:
         while digests and start < end:

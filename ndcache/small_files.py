@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .descriptors import check_shortage
+
 __all__ = ["NO_LINKS", "read_note", "write_note"]
 
 _MAX_BYTES = 1 << 16
@@ -26,7 +28,8 @@ def read_note(path: Path) -> dict[str, Any] | None:
         finally:
             os.close(handle)
         value = json.loads(data)
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError, RecursionError) as error:
+        check_shortage(error)  # which says nothing of the note
         return None
     return value if isinstance(value, dict) else None
 

@@ -20,6 +20,7 @@ LAYERS: list[list[str]] = [
     ["stats", "urls"],
     ["shown"],
     ["dtypes", "errors"],
+    ["descriptors"],
     # 1: values from outside, checked
     ["hub", "manifest", "paths", "serial", "spans", "stop", "stop_iteration", "strict_json"],
     ["configuration", "connect", "locate", "raw_response", "tls"],
@@ -30,8 +31,9 @@ LAYERS: list[list[str]] = [
     ["failures", "parse"],
     ["options", "parts", "pins", "validator", "workers"],
     ["cache"],
+    ["in_memory"],
     # 3: devices, each above the one that it is built on; HTTP; a model in a directory
-    ["devices.adapters", "devices.base", "devices.expand", "devices.layout", "devices.reading"],
+    ["devices.adapters", "devices.base", "devices.expand", "devices.layout", "devices.mapping", "devices.reading"],
     ["devices.limits", "devices.shield", "devices.staging"],
     ["inventory", "model", "transport"],
     ["devices.cpu"],
