@@ -70,7 +70,8 @@ def load(
     Warns
     -----
     RuntimeWarning
-        The server gave no valid manifest, for whatever reason, and the cached one is used.
+        The server gave no valid manifest, for whatever reason, and the cached one is used. Or the cache cannot be
+        written, and what comes from the server stays in memory.
 
     Raises
     ------
@@ -138,7 +139,7 @@ def fetch(
     """Bring a model into the cache without decoding it.
 
     Parameters, errors
-        As `load`.
+        As `load`; and `CacheUnavailableError` if the cache cannot be written.
 
     Returns
     -------
@@ -151,7 +152,7 @@ def fetch(
 
 
 def read_manifest(source: Source, **options: Unpack[Options]) -> Manifest:
-    """The model's manifest, parsed and checked; it is kept in the cache, shards are not asked for.
+    """The model's manifest, parsed and checked; it is kept in the cache if that can be, shards are not asked for.
 
     Raises
     ------

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .cleanup import delete_model, free_bytes, remove_graves
-from .errors import UnsafeCacheError, UnsafePathError
+from .errors import CacheUnavailableError, UnsafeCacheError, UnsafePathError
 from .folders import Folder, sync
 from .locks import Turn, if_free, turn
 from .manifest import Manifest, Shard
@@ -67,7 +67,14 @@ class ArtifactCache:
         The cache's root, above `directory`: no symbolic link is followed below it. Default: two folders up.
     is_private : bool
         Whether the root, if it has to be made, is for this account only. Default False.
+
+    Attributes
+    ----------
+    why_not_kept : str or None
+        Why files that come do not go here; see `ndcache.in_memory`.
     """
+
+    why_not_kept: str | None = None
 
     def __init__(
         self, directory: Path, source: str = "", *, root: Path | None = None, is_private: bool = False
@@ -79,6 +86,10 @@ class ArtifactCache:
         self._parts = PartsFolder(self._state / "parts")
         self._validators = self._state / "validators"
         self._source = source
+
+    def fall_back(self, error: CacheUnavailableError) -> bool:
+        """Return whether what cannot be kept here, because of `error`, goes elsewhere from now on."""
+        return False
 
     # --- looking up
 
@@ -380,8 +391,18 @@ class ArtifactCache:
         return [entry for entry in found if self.size(entry) is not None]
 
     def ensure_room(self, nbytes: int) -> None:
-        """Raise `DiskFullError` unless the disk has room for `nbytes` more, or does not say."""
+        """Raise `DiskFullError` unless the disk has room for `nbytes` more, or does not say.
+
+        Raises
+        ------
+        CacheUnavailableError
+            Nothing may be written there, whatever room there is.
+        """
         with self._reporting():
+            folder = next(p for p in (self.directory, *self.directory.parents) if os.path.exists(p))
+            # Before its room: an image's read-only file system is always full. (On Windows it tells nothing.)
+            if os.name != "nt" and not os.access(folder, os.W_OK):
+                raise PermissionError(errno.EACCES, "it may not be written")
             free = free_bytes(self.directory)
         if free is not None and nbytes > free:
             raise disk_full(self.directory, nbytes, free)

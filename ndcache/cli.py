@@ -362,7 +362,7 @@ def dump(input_: Path, directory: Path, encode: Any, shard_mib: int) -> None:
 @_verbose
 def doctor(cache_dir: str | None) -> None:
     """Show versions, GPUs, the cache and the environment."""
-    print_facts(facts(_root(cache_dir)))
+    print_facts(facts(functools.partial(_root, cache_dir)))
 
 
 @main.command()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,16 @@ _OPTIONAL_PACKAGES = ("safetensors",)
 _PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
 
 
-def facts(root: Path) -> Iterator[tuple[str, str]]:
-    """Labels and values, with a pair of empty ones between the groups; `root` is the cache's directory."""
+def facts(find_root: Callable[[], Path]) -> Iterator[tuple[str, str]]:
+    """Yield labels and values, with a pair of empty ones between the groups; `find_root` gives the cache's directory.
+
+    It may raise `CacheUnavailableError`.
+    """
     yield "ndcache", __version__
     yield "Python", f"{platform.python_version()}, {platform.platform()}"
     for name in (*_PACKAGES, *_OPTIONAL_PACKAGES):
         yield name, _version(name)
-    for group in (_adapter_facts(), _cache_facts(root), _environment_facts()):
+    for group in (_adapter_facts(), _cache_facts(find_root), _environment_facts()):
         yield "", ""
         yield from group
 
@@ -60,7 +63,16 @@ def _adapter_facts() -> list[tuple[str, str]]:
     return facts or [("gpu", "none: wgpu finds no adapter; device='cpu' works")]
 
 
-def _cache_facts(root: Path) -> list[tuple[str, str]]:
+def _cache_facts(find_root: Callable[[], Path]) -> list[tuple[str, str]]:
+    try:
+        return _root_facts(find_root())
+    except CacheUnavailableError as error:
+        return [("cache", f"none: {error}")]
+    except OSError as error:  # a folder above it that may not be searched
+        return [("cache", f"{error.filename}: not usable: {error.strerror}")]
+
+
+def _root_facts(root: Path) -> list[tuple[str, str]]:
     existing = next(folder for folder in (root, *root.parents) if os.path.exists(folder))
     if not os.path.isdir(existing):
         return [("cache", f"{root}: not usable, {existing} is not a directory")]

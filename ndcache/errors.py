@@ -29,6 +29,7 @@
     │ ├ CacheUnavailableError    cannot be read or written
     │ └ UnsafeCacheError         it is not safe to touch
     ├ OfflineError             ``offline=True``, and something is missing
+    ├ TooManyOpenFilesError (OSError)  the process has no file descriptor left
     ├ DecodeError (ValueError) bytes to arrays
     │ ├ UnsupportedDtypeError
     │ └ UnsupportedFormatError
@@ -75,6 +76,7 @@ __all__ = [
     "SizeMismatchError",
     "StallError",
     "TLSError",
+    "TooManyOpenFilesError",
     "TransferError",
     "TruncatedError",
     "UnsafeCacheError",
@@ -305,6 +307,10 @@ class OfflineError(NdcacheError):
     """
 
     missing: tuple[str, ...] = ()
+
+
+class TooManyOpenFilesError(NdcacheError, OSError):
+    """This process, or the whole system, may open no more files: sockets count, too."""
 
 
 class DecodeError(NdcacheError, ValueError):

@@ -19,6 +19,7 @@ import urllib3
 
 from .configuration import certificate_mistake, credential_mistake, damaged_netrc
 from .content_coding import encoding_of
+from .descriptors import check_shortages
 from .errors import (
     AuthError,
     ConnectError,
@@ -163,6 +164,7 @@ class Attempt:
 def raise_transfer_error(error: Exception, attempt: Attempt) -> NoReturn:
     """Raise `error`, of whatever library, as ours."""
     chain = list(_causes(error))
+    check_shortages(chain)
     for item in chain:
         # A hook of the caller's session that calls raise_for_status().
         if isinstance(item, requests.HTTPError) and item.response is not None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from .descriptors import check_shortage
 from .errors import UnsafeCacheError
 
 __all__ = ["NO_LINKS", "Folder", "is_gone", "sync", "unsafe"]
@@ -167,7 +168,8 @@ class Folder:
         self.check()
         try:
             return os.listdir(self.path)
-        except OSError:
+        except OSError as error:
+            check_shortage(error)
             return []
 
     # --- changing
@@ -275,8 +277,14 @@ def _make_root(root: Path, mode: int) -> None:
     """Make the root and what is missing above it."""
     missing = [folder for folder in (root, *root.parents) if not os.path.exists(folder)]
     for folder in reversed(missing):
-        with contextlib.suppress(FileExistsError):
+        try:
             os.mkdir(folder, mode if folder == root else 0o777)
+        except FileExistsError:
+            pass  # somebody else made it just now
+        except FileNotFoundError as error:
+            if not os.path.exists(folder.parent):
+                raise  # somebody deletes it just now
+            raise PermissionError(errno.EACCES, "no directory can be made there") from error  # /proc, an automounter
         if _HAS_DIR_FD:
             with contextlib.suppress(PermissionError), _Handle(os.open(folder.parent, _THROUGH)) as handle:
                 _sync_folder(handle)

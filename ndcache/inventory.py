@@ -42,10 +42,28 @@ class CachedModel:
 
 
 def cache_root(cache_dir: str | os.PathLike[str] | None, home: str | None) -> Path:
-    """The cache's top directory: the option, else NDCACHE_HOME, else the system's place for caches."""
-    if cache_dir is not None:
-        return Path(cache_dir).expanduser().absolute()
-    return Path(home).expanduser().absolute() if home else Path(platformdirs.user_cache_dir("ndcache"))
+    """Return the cache's top directory: the option, else NDCACHE_HOME, else the system's place for caches.
+
+    Raises
+    ------
+    CacheUnavailableError
+        It cannot be told: there is no home directory.
+    """
+    given, cause = cache_dir if cache_dir is not None else home, None
+    try:
+        if given:
+            return Path(given).expanduser().absolute()
+        root = Path(platformdirs.user_cache_dir("ndcache"))
+        if root.is_absolute():  # not a "~" that nobody could resolve: it would lie wherever we happen to be
+            return root
+    except (OSError, RuntimeError) as error:  # no such user, no home directory; no working directory any more
+        cause = error
+    raise CacheUnavailableError(
+        f"the cache has no place: {given} leads nowhere ({cause})"
+        if given
+        else "the cache has no place: this user has no home directory, and HOME is not set or no full path",
+        hint="Set NDCACHE_HOME to a directory that can be written, or give cache_dir (--cache-dir).",
+    ) from cause
 
 
 def models(root: Path) -> Iterator[CachedModel]:

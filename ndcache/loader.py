@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
@@ -23,12 +23,14 @@ from urllib.parse import quote
 import requests
 
 from .cache import ArtifactCache
+from .descriptors import budget
 from .devices import open_device
 from .devices.base import Device
 from .digests import parse_sri
 from .download import Downloader
-from .errors import ManifestError, NotFoundError, OfflineError, UnsafeCacheError
+from .errors import CacheUnavailableError, ManifestError, NotFoundError, OfflineError, UnsafeCacheError
 from .hub import Login
+from .in_memory import CacheOrMemory
 from .inventory import cache_root
 from .limits import Limits
 from .locate import Location, locate
@@ -55,6 +57,8 @@ logger = logging.getLogger("ndcache")
 
 #: How often a model that is updated meanwhile is verified anew.
 _LOOKS = 3
+#: What a worker may have open at once: a socket or two, a lock, what it writes, what it reads, and a spare one.
+_FILES_PER_WORKER = 8
 
 Source = str | os.PathLike[str]
 T = TypeVar("T")
@@ -115,8 +119,10 @@ class Loader:
     ----------
     max_workers : int
         Threads that fetch shards, and so the most bodies under way at once; two more store what has come. Default 8.
+        Fewer where file descriptors are scarce.
     cache_dir : path-like, optional
-        The cache's top directory. Default: NDCACHE_HOME, else the system's place for caches.
+        The cache's top directory. Default: NDCACHE_HOME, else the system's place for caches. If it cannot be written,
+        `load` and `stream` hold what comes from a server in memory, with a RuntimeWarning.
     scope : str
         A part of the cache of its own, such as one application's. Default ``"default"``.
     timeout : float or tuple of float
@@ -164,7 +170,12 @@ class Loader:
         check_options({name: value for name, value in locals().items() if name != "self"})
         environ = os.environ
         self._max_workers = max_workers
-        self._root = cache_root(cache_dir, environ.get("NDCACHE_HOME"))
+        self._root: Path | None = None
+        self._why_no_root: str | None = None
+        try:
+            self._root = cache_root(cache_dir, environ.get("NDCACHE_HOME"))
+        except CacheUnavailableError as error:
+            self._why_no_root = str(error)  # local directories load all the same
         self._is_private = cache_dir is None and not environ.get("NDCACHE_HOME")
         self._scope = quote(scope, safe="")
         self._policy = retries if isinstance(retries, RetryPolicy) else RetryPolicy(retries)
@@ -212,7 +223,7 @@ class Loader:
         target = self._device(device)
         tensors: dict[str, Any] = {}
         try:
-            with self._workers(has_serial=target.has_serial) as workers:
+            with self._budget() as count, self._workers(count, has_serial=target.has_serial) as workers:
                 run = self._open(source, workers, trace=trace)
                 shards = self._select(run, target, names, decode, copy)
                 with closing(self._tensors(run, target, shards, progress, keeps_all=True)) as arriving:
@@ -255,7 +266,7 @@ class Loader:
             target = self._device(device)
             is_open = False
             try:
-                with self._workers(has_serial=target.has_serial) as workers:
+                with self._budget() as count, self._workers(count, has_serial=target.has_serial) as workers:
                     run = self._open(source, workers, trace=events)
                     shards = self._select(run, target, names, decode, copy)
                     is_open = True
@@ -282,8 +293,8 @@ class Loader:
             return self._fetch(source, names, progress, events)
 
     def _fetch(self, source: Source, names: NameFilter, progress: Progress, trace: Trace | None) -> Path:
-        with self._workers() as workers:
-            run = self._open(source, workers, trace=trace)
+        with self._budget() as count, self._workers(count) as workers:
+            run = self._open(source, workers, trace=trace, must_keep=True)
             shards = run.model.manifest.shards_with(names)
 
             def work(shard: Shard) -> tuple[Obtained, None]:
@@ -308,7 +319,7 @@ class Loader:
             with self._workers(1) as workers:
                 model = self._open(source, workers, offline=True).model
                 return all(model.has(shard) for shard in model.manifest.shards)
-        except (OfflineError, NotFoundError, ManifestError):
+        except (OfflineError, NotFoundError, ManifestError, CacheUnavailableError):
             return False
 
     def verify(self, source: Source) -> VerifyReport:
@@ -331,7 +342,7 @@ class Loader:
 
     def _check(self, source: Source, known: _Checked | None = None) -> _Checked:
         """Check the shards of the cached manifest, unless it is the one of which it is `known` how they are."""
-        with delivered(), self._workers() as workers:
+        with delivered(), self._budget() as count, self._workers(count) as workers:
             run = self._open(source, workers, offline=True)
             shards = run.model.manifest.shards
             if known is not None and run.model.manifest == known[0]:
@@ -344,17 +355,17 @@ class Loader:
 
     def delete(self, source: Source) -> int:
         """Remove a model from the cache; the bytes freed: see `ndcache.delete`."""
-        location = locate(source)
+        location, root = locate(source), self._cache_root()
         if location.directory is None:
-            return sum(ArtifactCache(directory, root=self._root).delete() for directory in self._directories(location))
+            return sum(ArtifactCache(directory, root=root).delete() for directory in self._directories(location))
         directory = Path(os.path.abspath(location.directory))
         # A model lies two folders down. How one gets to the root is the user's business, and not what is below it.
-        if os.path.realpath(directory.parent.parent) != os.path.realpath(self._root):
+        if os.path.realpath(directory.parent.parent) != os.path.realpath(root):
             raise UnsafeCacheError(
-                f"{directory} does not lie in the cache {self._root}, as a model does",
+                f"{directory} does not lie in the cache {root}, as a model does",
                 hint="ndcache deletes only what it fetched; remove the directory yourself.",
             )
-        return ArtifactCache(self._root.joinpath(*directory.parts[-2:]), root=self._root).delete()
+        return ArtifactCache(root.joinpath(*directory.parts[-2:]), root=root).delete()
 
     def close(self) -> None:
         """Close the kept connections. The loader can still be used; it makes new ones."""
@@ -368,20 +379,34 @@ class Loader:
 
     # --- the pipeline
 
-    def _workers(self, max_workers: int | None = None, *, has_serial: bool = False) -> Workers:
-        return Workers(max_workers or self._max_workers, Stop(self._cancel), has_serial=has_serial)
+    def _budget(self) -> AbstractContextManager[int]:
+        """Give how many workers there may be, while file descriptors are kept for them."""
+        return budget(self._max_workers, _FILES_PER_WORKER)
 
-    def _open(self, source: Source, workers: Workers, *, offline: bool = False, trace: Trace | None = None) -> _Run:
-        """Find the model and read its manifest."""
+    def _workers(self, max_workers: int, *, has_serial: bool = False) -> Workers:
+        return Workers(max_workers, Stop(self._cancel), has_serial=has_serial)
+
+    def _open(
+        self,
+        source: Source,
+        workers: Workers,
+        *,
+        offline: bool = False,
+        must_keep: bool = False,
+        trace: Trace | None = None,
+    ) -> _Run:
+        """Find the model and read its manifest. What cannot be kept goes to memory, unless it must be kept."""
         location = locate(source)
         stats = LoadStats()
         stats.record_to(trace)
         started = time.perf_counter()
         with stats.timed("manifest"):
-            model = self._model(location, workers, stats, offline=self._offline or offline)
+            model = self._model(location, workers, stats, offline=self._offline or offline, must_keep=must_keep)
         return _Run(model, workers.stop, stats, workers, started)
 
-    def _model(self, location: Location, workers: Workers, stats: LoadStats, *, offline: bool) -> Model:
+    def _model(
+        self, location: Location, workers: Workers, stats: LoadStats, *, offline: bool, must_keep: bool
+    ) -> Model:
         if location.directory is not None:
             return LocalModel(
                 location.directory,
@@ -391,9 +416,11 @@ class Loader:
                 stats=stats,
                 pins=self._pins,
             )
+        # Offline, nothing comes that could go to memory.
+        cache = self._cache(location) if must_keep or offline else self._cache_or_memory(location)
         return RemoteModel(
             location,
-            self._downloader(location, workers, stats),
+            self._downloader(cache, workers, stats),
             mirrors=[_mirror(mirror) for mirror in self._mirrors],
             verify=self._verify,
             offline=offline,
@@ -486,26 +513,38 @@ class Loader:
         run.stats.seconds["total"] = time.perf_counter() - run.started
         logger.info("%s: %s", run.model.directory, run.stats)
 
-    def _downloader(self, location: Location, workers: Workers, stats: LoadStats) -> Downloader:
+    def _downloader(self, cache: ArtifactCache, workers: Workers, stats: LoadStats) -> Downloader:
         return Downloader(
             self._transport,
             self._policy,
             workers.stop,
             stats,
-            self._cache(location),
+            cache,
             digests=self._verify != "never",
             workers=workers,
             limits=self._limits,
         )
 
+    def _cache_root(self) -> Path:
+        if self._root is None:
+            raise CacheUnavailableError(self._why_no_root or "")
+        return self._root
+
     def _cache(self, location: Location) -> ArtifactCache:
+        return ArtifactCache(self._directory(location), location.label, root=self._root, is_private=self._is_private)
+
+    def _cache_or_memory(self, location: Location) -> CacheOrMemory:
+        directory = None if self._root is None else self._directory(location)
+        return CacheOrMemory(directory, location.label, self._why_no_root, root=self._root, is_private=self._is_private)
+
+    def _directory(self, location: Location) -> Path:
         first, *others = self._directories(location)
         if others and not os.path.isdir(first):
             first = next(filter(os.path.isdir, others), first)  # of an earlier version
-        return ArtifactCache(first, location.label, root=self._root, is_private=self._is_private)
+        return first
 
     def _directories(self, location: Location) -> list[Path]:
-        return [self._root / self._scope / key for key in location.cache_keys]
+        return [self._cache_root() / self._scope / key for key in location.cache_keys]
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import filelock
 
+from .descriptors import check_shortage
 from .errors import UnsafeCacheError
 from .folders import NO_LINKS
 
@@ -142,6 +143,7 @@ def _prepare(path: Path) -> os.stat_result | None:
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise _unsafe(path) from error
+        check_shortage(error)
         return None
     try:
         status = os.fstat(handle)
@@ -161,6 +163,7 @@ def _try(lock: filelock.BaseFileLock) -> bool | None:
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise _unsafe(Path(lock.lock_file)) from error
+        check_shortage(error)
         return None
     except (NotImplementedError, Warning):  # filelock's words, by version, for a file system without locks
         return None

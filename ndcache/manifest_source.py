@@ -14,6 +14,7 @@ from .download import Downloader
 from .errors import (
     AuthError,
     CacheError,
+    CacheUnavailableError,
     ChecksumError,
     ConnectError,
     ManifestError,
@@ -235,6 +236,10 @@ class ManifestSource:
             # Another process that keeps its own, most likely the same one, is no reason to worry. As to others: what is
             # cached can still be served, and what must be written will say so.
             overtaken = is_gone(error.__cause__)
+            if isinstance(error, CacheUnavailableError) and not overtaken:
+                if not cache.fall_back(error):
+                    raise
+                return  # the caller is told of it once
             level = logging.DEBUG if overtaken else logging.WARNING
             logger.log(level, "the manifest could not be kept: %s", str(error))
 

@@ -13,6 +13,7 @@ from enum import Enum
 from pathlib import Path
 from typing import BinaryIO
 
+from .descriptors import check_shortage
 from .digests import mismatch
 from .errors import ChecksumError, NotFoundError, SizeMismatchError
 from .manifest import Manifest, Shard
@@ -187,6 +188,7 @@ class LocalModel(Model):
         try:
             return open(path, "rb")
         except OSError as error:
+            check_shortage(error)
             raise NotFoundError(f"{path} cannot be read: {error.strerror}", shard=shard.data_path) from error
 
     def _path(self, shard: Shard) -> Path:
@@ -206,6 +208,7 @@ def _read_manifest(directory: Path, names: Sequence[str], pins: Pins, check: Cal
         except (FileNotFoundError, IsADirectoryError):
             continue
         except OSError as error:
+            check_shortage(error)
             raise NotFoundError(f"{directory / name} cannot be read: {error.strerror}") from error
         return open_manifest(data, name=name, url=str(directory / name), pins=pins, check=check)
     raise NotFoundError(

@@ -243,7 +243,10 @@ class Part:
         self.origin = None
         self._is_scattered = False
         self._hashed = self._not_noted = 0
-        self.file: BinaryIO = os.fdopen(self.folder.create(self.file_name), "r+b", buffering=0)
+        self.file = self._create()
+
+    def _create(self) -> BinaryIO:
+        return os.fdopen(self.folder.create(self.file_name), "r+b", buffering=0)
 
     def _feed_back(self, digests: Mapping[str, Any], start: int, end: int) -> None:
         while digests and start < end:

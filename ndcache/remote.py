@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
 
+from .caller import warn_caller
+from .descriptors import affordable
 from .digests import mismatch
 from .download import Downloader
 from .errors import (
@@ -39,6 +41,8 @@ _TRIES = 5
 #: of all loads of this process together, and the most that may be: descriptors are scarce.
 _all_held: set[BinaryIO] = set()
 _MAX_HELD = 128
+#: Of the descriptors that are left, a quarter may go to these.
+_FILES_PER_HELD = 4
 #: Of a shard that holds few of the tensors asked for: bytes between two of them that are rather fetched than asked
 #: around, and so the least that asking for some of it saves.
 _GAP = 1 << 20
@@ -109,6 +113,8 @@ class RemoteModel(Model):
         self._is_told = threading.Lock()  # taken once: that nothing can be remembered
         manifest, self._manifest_digest = ManifestSource(self._bases, downloader, pins, offline=offline).open()
         super().__init__(manifest, self._cache.directory)
+        self._is_warned = False
+        self._warn_if_not_kept()
         self._counts = {shard.data_path: len(shard.records) for shard in manifest.shards}
 
     def has(self, shard: Shard) -> bool:
@@ -130,16 +136,18 @@ class RemoteModel(Model):
 
     def prepare(self, shards: Sequence[Shard]) -> None:
         missing = []
+        may_hold = min(_MAX_HELD - len(_all_held), affordable(_MAX_HELD, _FILES_PER_HELD))
         for shard in shards:
             if not self.is_ready(shard):
                 missing.append(shard)
-            elif len(_all_held) < _MAX_HELD and (cached := self._open(shard) or self._open_some(shard)) is not None:
+            elif len(self._held) < may_hold and (cached := self._open(shard) or self._open_some(shard)) is not None:
                 self._held[shard.data_path] = cached  # so that it is still there when its turn comes
                 _all_held.add(cached.file)
         if missing and self._offline:
             raise offline_error(self._bases[0], [shard.data_path for shard in missing])
         if missing:
             self._ensure_room(missing)
+            self._warn_if_not_kept()
 
     def obtain(self, shard: Shard) -> Obtained:
         tries = 0
@@ -154,7 +162,9 @@ class RemoteModel(Model):
                 # Somebody else deleted the model, or published the shard of another version, just then.
                 if tries < _TRIES and is_gone(cause):
                     continue
-                raise _unreadable(shard, error) from cause
+                unreadable = _unreadable(shard, error)
+                if tries > _TRIES or not self._cache.fall_back(unreadable):
+                    raise unreadable from cause
 
     def check(self, shard: Shard) -> str | Flaw:
         try:
@@ -187,6 +197,7 @@ class RemoteModel(Model):
         return self._set_aside_if_cut(shard) or Flaw.OF_ANOTHER_VERSION
 
     def finish(self) -> None:
+        self._warn_if_not_kept()
         if self._offline:
             return
         try:
@@ -200,6 +211,13 @@ class RemoteModel(Model):
         for name in list(self._held):
             if (cached := self._take_held(name)) is not None:
                 cached.file.close()
+
+    def _warn_if_not_kept(self) -> None:
+        """Warn once, on the caller's thread, if what is fetched goes to memory."""
+        why = self._cache.why_not_kept
+        if why is not None and not self._is_warned:
+            self._is_warned = True
+            warn_caller(f"what is fetched of {self._bases[0]} stays in memory and is not kept: {why}")
 
     def _open(self, shard: Shard) -> _Cached | None:
         file = self._cache.open_shard(shard)

@@ -6,6 +6,7 @@ import errno
 from pathlib import Path
 from types import TracebackType
 
+from .descriptors import check_shortage
 from .errors import CacheError, CacheUnavailableError, DiskFullError, NdcacheError
 
 __all__ = ["Reporting", "disk_full"]
@@ -28,6 +29,7 @@ class Reporting:
     ) -> None:
         if not isinstance(error, OSError) or isinstance(error, NdcacheError):
             return
+        check_shortage(error)  # of which the directory is not to blame
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise disk_full(self._directory, name=self._name) from error
         raise _unavailable(self._directory, error, self._name) from error

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from .descriptors import check_shortage
 from .errors import UnsafeCacheError
 from .folders import Folder
 
@@ -32,6 +33,7 @@ def read_note(folder: Folder, name: str) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, UnsafeCacheError):
             raise
+        check_shortage(error)  # which says nothing of the note
         return None
     return value if isinstance(value, dict) else None
 

@@ -315,7 +315,7 @@ class ArtifactCache:
             error.missing = (name,)
             raise error
         with Workers(1, Stop(loader._cancel)) as workers:
-            downloader = loader._downloader(location, workers, LoadStats())
+            downloader = loader._downloader(loader._cache(location), workers, LoadStats())
             workers.run(lambda: downloader.file(name, _file_url(url), _MAX_FILE_BYTES), tasks_to_come=0)
         return downloader.cache, name
 

@@ -228,8 +228,10 @@ class TestCpu(Conformance):
         models.simple_model(tmp_path, shards=1)
         (shard,) = ndcache.read_manifest(tmp_path).shards
         os.truncate(tmp_path / "params_shard_0.bin", 5)
+        device = cpu_module.CpuDevice()
+        device.prepare([shard], decode=True, copy=False, memory_limit=1, stats=LoadStats())
         with open(tmp_path / "params_shard_0.bin", "rb") as file, pytest.raises(ndcache.SizeMismatchError):
-            cpu_module.map_shard(file, shard)
+            device.stage(file, shard)
 
 
 class TestGpu(Conformance):

@@ -63,7 +63,7 @@ def test_the_drawing_is_read_right() -> None:
     assert tree["NdcacheError"] == ("Exception",)
     assert tree["ChecksumError"] == ("IntegrityError",)
     assert tree["TransferError"] == ("NdcacheError", "OSError")
-    assert len(tree) == 34
+    assert len(tree) == 35
 
 
 def test_all() -> None:

@@ -20,6 +20,7 @@ LAYERS: list[list[str]] = [
     ["stats", "urls"],
     ["shown"],
     ["dtypes", "errors"],
+    ["descriptors"],
     # 1: values from outside, checked
     ["hub", "manifest", "paths", "serial", "spans", "stop", "stop_iteration", "strict_json"],
     ["configuration", "connect", "locate", "raw_response", "tls"],
@@ -31,8 +32,9 @@ LAYERS: list[list[str]] = [
     ["options", "parts", "pins", "validator", "workers"],
     ["publishing"],
     ["cache"],
+    ["in_memory"],
     # 3: devices, each above the one that it is built on; HTTP; a model in a directory
-    ["devices.adapters", "devices.base", "devices.expand", "devices.layout", "devices.reading"],
+    ["devices.adapters", "devices.base", "devices.expand", "devices.layout", "devices.mapping", "devices.reading"],
     ["devices.limits", "devices.shield", "devices.staging"],
     ["inventory", "model", "transport"],
     ["devices.cpu"],

@@ -198,8 +198,8 @@ def fetch_and_fork(url: str, forked: Path, **options: Any) -> None:
     ndcache.fetch(url, **options)
 
 
-def load_as_nobody(url: str, names: list[str], cache_dir: Path) -> tuple[str, str, BaseException | None]:
-    """As root, load tensors of these names. Then as nobody: load them online and offline; load all of the model."""
+def load_as_nobody(url: str, names: list[str], cache_dir: Path) -> tuple[str, str, str, BaseException | None]:
+    """As root, load tensors of these names. Then as nobody: load them online and offline; load and fetch the model."""
     os.umask(0o022)
     load(url, names=names, cache_dir=cache_dir)
     os.setgroups([])
@@ -207,11 +207,13 @@ def load_as_nobody(url: str, names: list[str], cache_dir: Path) -> tuple[str, st
     os.setuid(NOBODY)
     online = load(url, names=names, cache_dir=cache_dir)
     offline = load(url, names=names, cache_dir=cache_dir, offline=True)
+    warnings.simplefilter("ignore")
+    all_of_it = load(url, cache_dir=cache_dir)
     try:
-        load(url, cache_dir=cache_dir)
+        ndcache.fetch(url, cache_dir=cache_dir)
     except ndcache.NdcacheError as error:
-        return online, offline, error
-    return online, offline, None
+        return online, offline, all_of_it, error
+    return online, offline, all_of_it, None
 
 
 def in_fork(function: Callable[..., Any], *args: Any, meanwhile: Callable[[], Any] = lambda: None) -> Any:
@@ -573,11 +575,13 @@ def test_row_30_a_cache_of_another_user_serves_what_it_has(model: Path, counting
         os.chmod(folder, 0o755)
         child = zygote.start(load_as_nobody, server.url, names, Path(folder) / "cache")
         try:
-            online, offline, error = child.result()
+            online, offline, all_of_it, error = child.result()
         except PermissionError as refused:
             pytest.skip(f"only root can become somebody else: {refused}")
     assert online == offline == digest_of({name: arrays[name] for name in names})
+    assert all_of_it == digest_of(arrays)
     assert isinstance(error, ndcache.CacheUnavailableError), error
+    assert "NDCACHE_HOME" in str(error)
 
 
 @pytest.mark.parametrize(

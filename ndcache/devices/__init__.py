@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from ..descriptors import check_exhausted
+from ..errors import DeviceError
 from .base import Device
 from .cpu import CpuDevice
 from .gpu import GpuDevice, open_gpu
@@ -42,7 +44,11 @@ def open_device(device: Any, look: Callable[[], None] | None = None) -> Device[A
         raise ValueError(f"device is 'cpu', 'gpu', 'gpu:N' or 'auto', not {device!r}")
     if device == "cpu":
         return CpuDevice()
-    opened = open_gpu(device, look) or CpuDevice()
+    try:
+        opened = open_gpu(device, look) or CpuDevice()
+    except DeviceError:
+        check_exhausted()  # a driver that can open nothing may say anything
+        raise
     if device == "auto":
         logger.info("device 'auto' is %s", opened.name)
     return opened

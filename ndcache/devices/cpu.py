@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
-import mmap
-import sys
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
@@ -17,13 +15,16 @@ from ..manifest import Record, Shard
 from ..stats import LoadStats
 from ..workers import Workers
 from .base import Device
-from .reading import check_size
+from .mapping import map_file
+from .reading import check_size, read_shard
 
-__all__ = ["CpuDevice", "map_shard"]
+__all__ = ["CpuDevice"]
 
-#: Shards of one load that may stay mapped before Python 3.13, where each map holds a file descriptor of the 1,024 that
-#: a process usually has. A model with more shards is read into memory.
-_MAX_MAPS = 256
+logger = logging.getLogger("ndcache")
+
+#: Shards of one load that are mapped at most: a quarter of the maps that Linux allows a process. Stacks of threads and
+#: large arrays need maps, too.
+_MAX_MAPS = 16_384
 
 Array = npt.NDArray[Any]
 Bytes = npt.NDArray[np.uint8]
@@ -41,17 +42,29 @@ class CpuDevice(Device[list[Array], Array]):
         self._stats = stats
         self._decode = decode_record if decode else stored
         self._copy = copy
-        self._map = sys.version_info >= (3, 13) or len(shards) <= _MAX_MAPS
+        self._may_map = len(shards) <= _MAX_MAPS
 
     def begin(self, workers: Workers, *, keeps_all: bool) -> None:
         pass
 
     def stage(self, file: BinaryIO, shard: Shard) -> list[Array]:
         with self._stats.timed("read", file=shard.data_path):
-            data = map_shard(file, shard) if self._map else read_shard(file, shard)
+            data = self._bytes(file, shard)
         with self._stats.timed("decode", file=shard.data_path):
             arrays = [self._decode(record, data) for record in shard.records]
             return [array if array.flags.writeable else array.copy() for array in arrays] if self._copy else arrays
+
+    def _bytes(self, file: BinaryIO, shard: Shard) -> Bytes:
+        """Return the shard's bytes as a read-only array: mapped, or else read into memory."""
+        check_size(file, shard)  # reading past the end of a map would kill the process
+        if self._may_map and shard.nbytes > 0:  # there is no empty map
+            try:
+                return map_file(file, shard.nbytes)
+            except (OSError, ValueError) as error:
+                # Some network and FUSE file systems map nothing; a process may have only so many maps.
+                self._may_map = False
+                logger.debug("shards are read into memory, %s cannot be mapped: %s", shard.data_path, error)
+        return read_shard(file, shard)
 
     def place(self, staged: list[Array], shard: Shard) -> Iterator[tuple[Record, Array]]:
         return zip(shard.records, staged, strict=True)
@@ -64,35 +77,3 @@ class CpuDevice(Device[list[Array], Array]):
 
     def discard(self, tensors: dict[str, Array]) -> None:
         tensors.clear()  # memory goes with its last reference
-
-
-def map_shard(file: BinaryIO, shard: Shard) -> Bytes:
-    """The shard's file as a read-only array over its mapped pages.
-
-    Raises
-    ------
-    SizeMismatchError
-        Its size is not the manifest's. Reading past the end of a map would kill the process.
-    """
-    check_size(file, shard)
-    if shard.nbytes == 0:
-        return np.empty(0, np.uint8)  # there is no empty map
-    if sys.version_info >= (3, 13):
-        pages = mmap.mmap(file.fileno(), shard.nbytes, access=mmap.ACCESS_READ, trackfd=False)
-    else:
-        try:
-            pages = mmap.mmap(file.fileno(), shard.nbytes, access=mmap.ACCESS_READ)
-        except OSError as error:
-            if error.errno != errno.EMFILE:
-                raise
-            return read_shard(file, shard)  # no descriptor is left to map with, but this one to read from
-    return np.frombuffer(pages, np.uint8)
-
-
-def read_shard(file: BinaryIO, shard: Shard) -> Bytes:
-    """The shard's file as a read-only array in memory of its own."""
-    check_size(file, shard)
-    file.seek(0)
-    data = np.fromfile(file, np.uint8, shard.nbytes)
-    data.flags.writeable = False
-    return data

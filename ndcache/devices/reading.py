@@ -6,10 +6,13 @@ import os
 import threading
 from typing import BinaryIO
 
+import numpy as np
+import numpy.typing as npt
+
 from ..errors import SizeMismatchError
 from ..manifest import Shard
 
-__all__ = ["check_size", "read_into"]
+__all__ = ["check_size", "read_into", "read_shard"]
 
 #: Where there is no way to read at an offset that leaves the file's own position alone.
 _one_at_a_time = threading.Lock()
@@ -20,6 +23,24 @@ def check_size(file: BinaryIO, shard: Shard) -> None:
     size = os.fstat(file.fileno()).st_size
     if size != shard.nbytes:
         raise _wrong_size(file, shard, size)
+
+
+def read_shard(file: BinaryIO, shard: Shard) -> npt.NDArray[np.uint8]:
+    """Return a shard's bytes as a read-only array in memory of its own.
+
+    Raises
+    ------
+    SizeMismatchError
+        The file ends before.
+    MemoryError
+    """
+    try:
+        data = np.empty(shard.nbytes, np.uint8)
+    except MemoryError as error:
+        raise MemoryError(f"no memory for the {shard.nbytes:,} bytes of {shard.data_path}") from error
+    read_into(file, 0, data.data, shard)
+    data.flags.writeable = False
+    return data
 
 
 def read_into(file: BinaryIO, offset: int, view: memoryview, shard: Shard) -> None:
