@@ -20,6 +20,7 @@ import urllib3
 from servers import ScriptedServer, reply
 
 import ndcache
+from ndcache.connect import Routes
 from ndcache.connections import WrongOriginError, watching
 from ndcache.hub import Login
 from ndcache.locate import locate
@@ -381,7 +382,7 @@ def test_row_41_a_session_that_changes_the_url_is_stopped() -> None:
     for url in ("http://127.0.0.1:9/", "https://localhost/", "http://localhost:80/"):
         with (
             pytest.raises(WrongOriginError),
-            watching(Watch(patience=1), Origin("http", "localhost", 9)),
+            watching(Watch(patience=1), Origin("http", "localhost", 9), Routes()),
         ):
             session.get(url, timeout=1)
     transport.close()
@@ -396,7 +397,7 @@ def test_row_41_a_proxy_is_told_the_origin_that_was_judged(
     assert answer(transport, "http://home.test/a") == "there"
     with (
         pytest.raises(WrongOriginError),
-        watching(Watch(patience=1), Origin("http", "home.test", 80)),
+        watching(Watch(patience=1), Origin("http", "home.test", 80), Routes()),
     ):
         transport._sessions()[0].get("http://evil.test/a", timeout=1)
     transport.close()
