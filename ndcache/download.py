@@ -100,7 +100,10 @@ class Downloader:
     limits: Limits = field(default_factory=Limits)
     _failing: set[int] = field(default_factory=set)  # which of the URLs are tried last
     _commits: dict[str, str] = field(default_factory=dict)  # of branches on Hugging Face
-    _served: Served = field(default_factory=Served)
+    _served: Served = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_served", Served(self.limits))
 
     def shard(
         self,

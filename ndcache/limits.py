@@ -53,9 +53,10 @@ def is_refusal(error: NdcacheError) -> bool:
 
 
 class Served:
-    """What one load has got of each origin, and whether that one limits it."""
+    """What one load has got of each origin, and whether that one limits it; `limits` are those that it keeps to."""
 
-    def __init__(self) -> None:
+    def __init__(self, limits: Limits | None = None) -> None:
+        self._limits = limits or Limits()
         self._last: dict[str, float] = {}
         self._limiting: dict[str, object] = {}
 
@@ -66,6 +67,10 @@ class Served:
     def has_given(self, error: NdcacheError, since: float) -> bool:
         """Whether the origin that an error is about has given something since then, to whichever worker."""
         return self._last.get(origin_of(error.url or ""), -math.inf) > since
+
+    def refusals(self, error: NdcacheError) -> int:
+        """How often in a row, to whichever worker, the origin that an error is about has refused requests."""
+        return self._limits.of(error.url or "").refusals
 
     def note_limit(self, error: NdcacheError) -> None:
         """Log that the origin of an error limits requests, once for each."""
@@ -159,6 +164,8 @@ class OriginLimit:
         Seconds from the start of one to that of the next.
     under_way : int
         Requests that have begun and are not done.
+    refusals : int
+        Those in a row; what was refused at one time counts as one.
     """
 
     unit: float = 0.125
@@ -166,13 +173,13 @@ class OriginLimit:
     most: float = field(default=math.inf, init=False)
     interval: float = field(default=0.0, init=False)
     under_way: int = field(default=0, init=False)
+    refusals: int = field(default=0, init=False)
     #: Whether as many, and so fast, were accepted since it was changed.
     _is_most_known: bool = field(default=False, init=False)
     _is_interval_known: bool = field(default=False, init=False)
     _last_start: float = field(default=-math.inf, init=False)
     _pause_until: float = field(default=-math.inf, init=False)
     _cut_at: float = field(default=-math.inf, init=False)  # when something was cut last
-    _refusals: int = field(default=0, init=False)  # in a row, those at one time counted as one
     #: One trial at a time; when the next may be, how long after one that is refused, and how many went well in a row.
     _trial: Permit | None = field(default=None, init=False)
     _trial_at: float = field(default=-math.inf, init=False)
@@ -287,11 +294,11 @@ class OriginLimit:
     def _learn(self, permit: Permit, now: float) -> None:
         self._is_most_known = self._is_most_known or permit.others + 1 >= self.most
         self._is_interval_known = self._is_interval_known or permit.gap <= self.interval * 1.2
-        if self._refusals > 1 and self._since is not None:
+        if self.refusals > 1 and self._since is not None:
             # The last pause may have been far too long: who counts by the minute refuses all until the minute is over.
             self.interval = min(self.interval, max((now - self._since) / max(self._accepted, 1), self.unit))
             self._since, self._accepted = now, 0
-        self._refusals = 0
+        self.refusals = 0
         if permit.trial is None:
             return
         if permit.trial == "more":
@@ -304,7 +311,7 @@ class OriginLimit:
 
     def _was_trial_only(self, permit: Permit, now: float, pause: float) -> bool:
         """Whether a refusal says no more than that what is known to be accepted is the limit."""
-        self._refusals += 1
+        self.refusals += 1
         self._successes = 0
         if permit.trial is None:
             return False
@@ -315,10 +322,10 @@ class OriginLimit:
 
     def _cut(self, now: float) -> None:
         self._cut_at = now
-        if not self._is_most_known or self._refusals > 1:
+        if not self._is_most_known or self.refusals > 1:
             self._cut_most()
         # A pace that was accepted until now is nearly right: networks deliver two requests closer than they were sent.
-        is_nearly_right = self._is_interval_known and self._refusals == 1
+        is_nearly_right = self._is_interval_known and self.refusals == 1
         self.interval = min(max((1.2 if is_nearly_right else 2) * self.interval, self.unit), 20 * self.unit)
         self._is_interval_known = False
         self._trial_at = max(self._trial_at, now + 2 * self.interval)

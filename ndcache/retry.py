@@ -2,7 +2,8 @@
 
 A server that limits requests (429, 503) refuses what it will give a moment later: as long as it gives others something,
 that is no failure, and not counted. It is only asked less and less often, so that a file that alone is refused does not
-slow down the rest.
+slow down the rest. A server that gives nothing to anybody is given up after as many refusals, and as long, as if a
+single file had been asked for: many files that wait for their turn to be refused do not make the load hang on.
 """
 
 from __future__ import annotations
@@ -55,6 +56,12 @@ class RetryPolicy:
     backoff: float = 0.5
     max_backoff: float = 30.0
 
+    @property
+    def typical_patience(self) -> float:
+        """Seconds that all waits of a file take on average."""
+        waits = (min(self.max_backoff, self.backoff * 2.0**n) / 2 for n in range(min(self.retries, 64)))
+        return min(sum(waits), self.budget)
+
     def delay(self, error: NdcacheError, failures: int, of_this_kind: int, spent: float) -> float | None:
         """Seconds to wait before the next try, or None if there must be none.
 
@@ -93,7 +100,7 @@ def with_retries(
     server refused, because there were too many, does not count if it has given something to anybody since the try
     before, as `served` knows.
     """
-    tries, failures, first_failure, refusals = 0, 0, 0.0, 0
+    tries, failures, first_failure, refusals, refused_before = 0, 0, 0.0, 0, 0
     kinds: Counter[type[NdcacheError]] = Counter()
     mark, since = progress(), time.monotonic()
     while True:
@@ -111,8 +118,14 @@ def with_retries(
             kinds[type(error)] += 1
             first_failure = first_failure or now
             error.attempts = tries
-            patience = max(failures, min(refusals, _MOST_COUNTED, policy.retries))
-            delay = policy.delay(error, patience, kinds[type(error)], now - first_failure)
+            counted, spent = max(failures, min(refusals, _MOST_COUNTED, policy.retries)), now - first_failure
+            if is_refused and served is not None:
+                in_a_row = served.refusals(error)
+                if failures == 1:
+                    refused_before = in_a_row - 1
+                if spent >= policy.typical_patience:
+                    counted = max(counted, in_a_row - refused_before)  # nobody got anything in the meantime
+            delay = policy.delay(error, counted, kinds[type(error)], spent)
             if delay is None:
                 raise
             if is_refused and served is not None:

@@ -372,6 +372,26 @@ def test_row_49_a_limit_of_connections(
     assert re.search(rf"^{server.url[:-1]} limits requests \(status {status}\)", message)
 
 
+@pytest.mark.parametrize("status", [429, 503])
+def test_row_49_a_server_that_gives_nothing_more(tmp_path: Path, scripted: ScriptedServer, status: int) -> None:
+    """The shards do not use up their tries one after the other, at the pace that the refusals have brought about."""
+    simple_model(tmp_path / "model", shards=40)
+    for path in (tmp_path / "model").iterdir():
+        is_given = path.name.endswith(("json", "_0.bin", "_1.bin"))
+        scripted.script[f"/{path.name}"] = [reply(200, path.read_bytes()) if is_given else reply(status, b"<html>")]
+    policy = RetryPolicy(retries=9, backoff=0.01, max_backoff=0.1)
+    with pytest.raises((ndcache.ServerError, ndcache.RateLimitedError)) as caught:
+        ndcache.load(scripted.url, retries=policy)
+    assert caught.value.status == status
+    assert len(scripted.requests) < 40  # 8 shards, each 10 times at a distance of up to 2.5 s, would be 80
+
+
+def test_what_all_waits_take_on_average() -> None:
+    assert RetryPolicy().typical_patience == pytest.approx(15.75)
+    assert RetryPolicy(retries=0).typical_patience == 0
+    assert RetryPolicy(retries=10**9, budget=20).typical_patience == 20
+
+
 @pytest.mark.parametrize("burst", [0, 5])
 def test_row_49_a_limit_of_requests_per_second(
     tmp_path: Path, serve: Serve, log: Callable[[], list[str]], burst: int
