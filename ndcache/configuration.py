@@ -1,10 +1,11 @@
 """Mistakes in what the user has set for requests: files of certificates, passwords, headers.
 
-They are looked for when a request has failed, so that they cost nothing when all is well.
+Most are looked for when a request has failed, so that they cost nothing when all is well.
 """
 
 from __future__ import annotations
 
+import errno
 import netrc
 import os
 import re
@@ -18,7 +19,16 @@ import urllib3
 
 from .errors import AuthError, TLSError
 
-__all__ = ["certificate_mistake", "credential_mistake", "damaged_netrc"]
+__all__ = ["certificate_mistake", "check_certificates", "credential_mistake", "damaged_netrc"]
+
+_OF_FILES = {errno.EACCES, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EPERM}
+
+
+def check_certificates(session: requests.Session, url: str) -> None:
+    """Raise `TLSError` if the certificates of authorities are to come from a pipe: who opens that may wait for ever."""
+    verify = session.merge_environment_settings(url, {}, None, None, None)["verify"]
+    if isinstance(verify, (str, os.PathLike)) and Path(verify).is_fifo():
+        raise _authorities_error(session, verify, "is a pipe", url)
 
 
 def certificate_mistake(session: requests.Session, url: str, chain: list[BaseException]) -> TLSError | None:
@@ -28,20 +38,24 @@ def certificate_mistake(session: requests.Session, url: str, chain: list[BaseExc
     settings = session.merge_environment_settings(url, {}, None, None, None)
     verify, cert = settings["verify"], settings["cert"]
     if isinstance(verify, (str, os.PathLike)) and (what := _wrong_authorities(Path(verify))):
-        names = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE") if session.trust_env else ()
-        name = next((name for name in names if os.environ.get(name) == str(verify)), "session.verify")
-        hint = f"Set {name} to a file of certificates (PEM), or remove it to use the usual ones."
-        return TLSError(f"{name} ({verify}) {what}", url=url, hint=hint)
+        return _authorities_error(session, verify, what, url)
     if cert and (what := _wrong_client_certificate(cert)):
         return TLSError(f"session.cert: {what}", url=url)
     return None
+
+
+def _authorities_error(session: requests.Session, verify: str | os.PathLike[str], what: str, url: str) -> TLSError:
+    names = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE") if session.trust_env else ()
+    name = next((name for name in names if os.environ.get(name) == str(verify)), "session.verify")
+    hint = f"Set {name} to a file of certificates (PEM), or remove it to use the usual ones."
+    return TLSError(f"{name} ({verify}) {what}", url=url, hint=hint)
 
 
 def _may_be_of_a_file(error: BaseException) -> bool:
     if isinstance(error, ssl.SSLError):
         return not isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError | ssl.SSLSyscallError)
     # That of requests has no number.
-    return isinstance(error, FileNotFoundError | PermissionError) or (type(error) is OSError and error.errno is None)
+    return isinstance(error, OSError) and (error.errno in _OF_FILES or (type(error) is OSError and error.errno is None))
 
 
 def _wrong_authorities(path: Path) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import queue
 import re
 import socket
 import threading
@@ -170,12 +171,24 @@ class _WatchedTLS(_Watched, HTTPSConnection):
         self.sock.suppress_ragged_eofs = not is_ours  # type: ignore[union-attr]
 
 
+class _OpenFirst(queue.LifoQueue[Any]):
+    """Gives a connection that is open before one that would have to be opened: a server may limit their number.
+
+    One that the server closed lies above the others in urllib3's own queue: if it is refused, it lies there again.
+    """
+
+    def _put(self, item: HTTPConnection | None) -> None:
+        self.queue.insert(0 if item is None or item.sock is None else len(self.queue), item)
+
+
 class _Pool(HTTPConnectionPool):
     ConnectionCls = _Watched
+    QueueCls = _OpenFirst
 
 
 class _TLSPool(HTTPSConnectionPool):
     ConnectionCls = _WatchedTLS
+    QueueCls = _OpenFirst
 
 
 class WrongOriginError(Exception):

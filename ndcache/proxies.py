@@ -139,7 +139,8 @@ def _final(error: ConnectError) -> ConnectError:
 
 def _shown(proxy: Proxy) -> str:
     """The setting and its value, of which nobody knows which part is the password if it is no address."""
-    return f"{proxy.setting} ({redact(proxy.address)})" if "@" not in proxy.value else proxy.setting
+    shown = redact(proxy.address)
+    return proxy.setting if "@" in proxy.value or shown.startswith("(") else f"{proxy.setting} ({shown})"
 
 
 def _mistake(proxy: Proxy, chain: Sequence[BaseException]) -> tuple[str, str | None] | None:
@@ -150,7 +151,7 @@ def _mistake(proxy: Proxy, chain: Sequence[BaseException]) -> tuple[str, str | N
         (parts.host or "").encode("idna")
     except (urllib3.exceptions.LocationParseError, UnicodeError):
         return no_address
-    if not parts.host:
+    if not parts.host or not parts.scheme:
         return no_address
     if parts.scheme in _SOCKS:
         if importlib.util.find_spec("socks") is None:

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import requests
 
 from ._version import __version__
+from .configuration import check_certificates
 from .connect import Routes
 from .connections import WatchedAdapter, WrongOriginError, waker, watch_adapter, watching
 from .errors import NdcacheError, ProtocolError, RedirectError, StallError, TransferError, redact
@@ -212,7 +213,7 @@ class Transport:
         self._login = login
         self._made: dict[int, tuple[requests.Session, requests.Session]] = {}
         self._routes = Routes()
-        self._proxies_checked: set[tuple[int, int, Origin]] = set()
+        self._settings_checked: set[tuple[int, int, Origin]] = set()
 
     def get(
         self,
@@ -365,7 +366,7 @@ class Transport:
             if target := answer.headers.pop("Location", None):
                 held.append(target)
 
-        self._check_proxy(session, url)
+        self._check_settings(session, url)
         given = session.hooks.get("response") or []
         watch = Watch(patience=self._timeout[1])
         stop.add(watch)
@@ -411,23 +412,27 @@ class Transport:
             raise proxy_wants_password(proxy_for(session, str(url)), str(url))
         return Response(raw, stop, watch, *held)
 
-    def _check_proxy(self, session: requests.Session, url: Url) -> None:
-        """Look at the proxy that `session` uses for `url` before the first request to its origin.
+    def _check_settings(self, session: requests.Session, url: Url) -> None:
+        """Look at the proxy and certificates that `session` uses for `url` before the first request to its origin.
 
         Raises
         ------
         ConnectError
-            Its address cannot be used, or not everybody would read it alike.
+            The proxy's address cannot be used, or not everybody would read it alike.
+        TLSError
+            The certificates are to come from a pipe.
         """
         key = (os.getpid(), id(session), url.origin)
-        if key in self._proxies_checked:
+        if key in self._settings_checked:
             return
         proxy = proxy_for(session, str(url))
         if proxy is not None and (mistake := proxy_mistake(proxy, str(url))) is not None:
             raise mistake
+        if url.scheme == "https":
+            check_certificates(session, str(url))
         if session is self._given:
             watch_adapter(session, str(url), None if proxy is None else proxy.value)
-        self._proxies_checked.add(key)
+        self._settings_checked.add(key)
 
     def _auth(self, url: Url, session: requests.Session | None) -> Callable[[Any], Any] | None:
         """What the user gave for this URL: a user and password in it, else the token of its origin.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import importlib.util
+import os
 import socket
 import ssl
 from collections.abc import Callable, Iterator
@@ -85,7 +86,18 @@ def directory(path: Path) -> Path:
     return path / "certificates"
 
 
-BUNDLES = [(missing, "is not there"), (empty, "PEM"), (not_pem, "PEM"), (directory, "directory without certificates")]
+def pipe(path: Path) -> Path:
+    os.mkfifo(path / "pipe")
+    return path / "pipe"
+
+
+BUNDLES = [
+    (missing, "is not there"),
+    (empty, "PEM"),
+    (not_pem, "PEM"),
+    (directory, "directory without certificates"),
+    pytest.param(pipe, "is a pipe", marks=pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")),
+]
 
 
 @pytest.mark.parametrize("name", ["REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "session.verify"])
@@ -121,6 +133,8 @@ def test_row_48_http_needs_no_bundle(scripted: ScriptedServer, monkeypatch: pyte
         (("ca.pem", "missing.key"), "missing.key is not there"),
         ("ca.pem", "not a certificate and its key"),
         (("ca.pem", "ca.pem"), "not a certificate and its key"),
+        ("", "cannot be read"),
+        (("ca.pem/key.pem", "ca.pem"), "is not there"),
     ],
     ids=str,
 )
@@ -148,6 +162,8 @@ WRONG_PROXIES = [
     ("127.0.0.1:port", NO_ADDRESS),
     ("http://[::1", NO_ADDRESS),
     ("http://a..b:80", NO_ADDRESS),
+    ('"http://127.0.0.1:9"', NO_ADDRESS),
+    ("http://127.0.0.1:port", "_PROXY is not the address of a proxy"),
     ("http://user:secret@a..b:80", NO_ADDRESS),
     ("ftp://127.0.0.1:21", "kind"),
     ("socks9://user:secret@127.0.0.1:21", "kind"),

@@ -1,4 +1,4 @@
-"""Interim answers (1xx), wherever they may come; row 46 of docs/faults.rst."""
+"""Interim answers (1xx), wherever they may come, row 46 of docs/faults.rst; which connections are kept."""
 
 from __future__ import annotations
 
@@ -141,3 +141,37 @@ def test_row_46_another_protocol_is_not_spoken(scripted: ScriptedServer, transpo
         body(transport, scripted.url + "a")
     assert body(transport, scripted.url + "b") == b"there"
     assert scripted.connections == 2
+
+
+# --- which connections are kept -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("over", ["http", "https"])
+@pytest.mark.parametrize("whose", ["own", "callers"])
+def test_row_49_an_open_connection_goes_before_a_new_one(
+    request: pytest.FixtureRequest, scripted: ScriptedServer, over: str, whose: str
+) -> None:
+    """Else a server that allows so many connections refuses one again and again, while one that is open lies idle."""
+    server = request.getfixturevalue("secure") if over == "https" else scripted
+    server.script["/a"] = [reply(200, b"there")]
+    server.script["/limited"] = [reply(503, b"busy", {"Connection": "close"})]
+    with requests.Session() as session:
+        transport = Transport(session=session if whose == "callers" else None, timeout=(30.0, 30.0))
+        held = transport.get(server.url + "a", {}, Stop())
+        with pytest.raises(ndcache.ServerError):
+            transport.get(server.url + "limited", {}, Stop())
+        with held:
+            held.read(100)
+        with transport.get(server.url + "a", {}, Stop()) as busy, transport.get(server.url + "a", {}, Stop()) as other:
+            assert server.connections == 3
+            busy.read(100)
+            other.read(100)
+        server.script["/last"] = [reply(200, b"there", {"Connection": "close"})]
+        with transport.get(server.url + "last", {}, Stop()) as closing:
+            with transport.get(server.url + "a", {}, Stop()) as response:
+                response.read(100)
+            closing.read(100)
+        with transport.get(server.url + "a", {}, Stop()) as response:
+            response.read(100)
+        assert server.connections == 3
+        transport.close()
