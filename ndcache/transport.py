@@ -508,6 +508,8 @@ def _linked_sha256(headers: Mapping[str, str]) -> str | None:
 
 def _cookies(session: requests.Session, url: Url) -> str | None:
     """The cookies that go along with a request for `url`."""
+    if next(iter(session.cookies), None) is None:
+        return None  # as for most
     request = requests.Request("GET", str(url))
     cookies: str | None = requests.cookies.get_cookie_header(session.cookies, request)  # type: ignore[no-untyped-call]
     return cookies
