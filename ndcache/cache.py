@@ -266,7 +266,7 @@ class ArtifactCache:
             From FileNotFoundError, if another process deleted the directory, or took the part for an orphan.
         CacheError
         """
-        with self._reporting(name):
+        with self._reporting(name), self._folder.held(), self._parts.folder.held():
             sync(part.file.fileno())
             status, named = os.fstat(part.file.fileno()), part.folder.status(part.file_name)
             are_inodes_told = named is not None and os.path.samestat(named, status)
@@ -274,8 +274,7 @@ class ArtifactCache:
             folder, last = self._place(name)
             folder.make()
             file = give_name(part, folder, last, lambda: self.set_aside(name))
-        try:
-            with self._reporting(name):
+            try:
                 folder.sync()
                 known = Validator(status.st_size, status.st_mtime_ns, part.digests, etag, last_modified, claim)
                 now = folder.status(last)
@@ -284,9 +283,9 @@ class ArtifactCache:
                     self.try_to_remember(name, replace(known, mtime_ns=now.st_mtime_ns))
                 if claim is not None:  # a shard: whoever else downloads it will find it here
                     self._parts.remove_all(flat_name(name))
-        except BaseException:
-            file.close()
-            raise
+            except BaseException:
+                file.close()
+                raise
         return file
 
     def remember(self, name: str, validator: Validator) -> None:

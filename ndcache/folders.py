@@ -13,6 +13,7 @@ import errno
 import functools
 import os
 import stat
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -38,6 +39,16 @@ _THROUGH = getattr(os, "O_PATH", os.O_RDONLY) | getattr(os, "O_DIRECTORY", 0) | 
 _GONE = {errno.ENOENT, errno.ENOTDIR, getattr(errno, "ESTALE", errno.ENOENT)}
 _NO_FILE = {errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.ENODEV}
 _CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+
+
+class _Held(threading.local):
+    """The folders that this thread holds open, and their descriptors."""
+
+    def __init__(self) -> None:
+        self.handles: list[tuple[Folder, int]] = []
+
+
+_held = _Held()
 
 
 def is_gone(error: BaseException | None) -> bool:
@@ -92,6 +103,10 @@ class Folder:
     def _text(self) -> str:
         return os.fspath(self.path)
 
+    @functools.cached_property
+    def _way(self) -> tuple[str, ...]:
+        return tuple(os.fspath(self.root.joinpath(*self.names[:count])) for count in range(1, len(self.names) + 1))
+
     @property
     def parent(self) -> Folder:
         return Folder(self.root, self.names[:-1], self.is_private)
@@ -107,9 +122,10 @@ class Folder:
 
     def exists(self) -> bool:
         """Whether there is such a folder."""
-        path, mode = os.fspath(self.root), 0
-        for name in self.names:
-            path = os.path.join(path, name)
+        if any(folder is self for folder, _ in _held.handles):
+            return True
+        mode = 0
+        for path in self._way:
             try:
                 mode = os.lstat(path).st_mode
             except OSError as error:
@@ -118,7 +134,7 @@ class Folder:
                 raise
             if stat.S_ISLNK(mode):
                 raise unsafe(path)
-        return stat.S_ISDIR(mode) if self.names else os.path.isdir(path)
+        return stat.S_ISDIR(mode) if self.names else os.path.isdir(self.root)
 
     def status(self, name: str) -> os.stat_result | None:
         """What `os.lstat` says of an entry; None if there is none."""
@@ -165,23 +181,32 @@ class Folder:
 
     def entries(self) -> list[str]:
         """The names in it; none if it cannot be listed."""
-        self.check()
         try:
+            self.check()
             return os.listdir(self.path)
+        except UnsafeCacheError:
+            raise
         except OSError as error:
             check_shortage(error)
             return []
 
     # --- changing
 
+    def held(self) -> _Holding:
+        """Keep the folder open for this thread, so that what changes in the block need not go down to it each time."""
+        return _Holding(self)
+
     def make(self) -> None:
         """Make the folder, and those above it, so that they survive a loss of power."""
         if self.exists():
             return
-        _make_root(self.root, 0o700 if self.is_private else 0o777)
-        if _HAS_DIR_FD:
-            with self._opened(makes=True):
-                return
+        try:
+            _make_root(self.root, 0o700 if self.is_private else 0o777)
+            if _HAS_DIR_FD:
+                with self._opened(makes=True):
+                    return
+        except NotADirectoryError as error:  # which is no sign that somebody has just removed it
+            raise FileExistsError(errno.EEXIST, "a file lies where a directory should") from error
         for count, _ in enumerate(self.names, 1):
             with contextlib.suppress(FileExistsError):
                 os.mkdir(self.root.joinpath(*self.names[:count]))
@@ -226,9 +251,12 @@ class Folder:
         if not _HAS_DIR_FD:
             self.exists()  # or a link leads to it
             return _Handle(None)
-        handle = os.open(self.root, _THROUGH)
+        above = self._nearest_held()
+        if above is not None and above[0] == len(self.names):
+            return _Handle(above[1], is_own=False)
+        start, handle = (0, os.open(self.root, _THROUGH)) if above is None else (above[0], os.dup(above[1]))
         try:
-            for count, name in enumerate(self.names, 1):
+            for count, name in enumerate(self.names[start:], start + 1):
                 try:
                     inner = self._enter(handle, count)
                 except FileNotFoundError:
@@ -245,6 +273,15 @@ class Folder:
             raise
         return _Handle(handle)
 
+    def _nearest_held(self) -> tuple[int, int] | None:
+        """How far down the deepest folder on the way lies that this thread holds open, and its descriptor."""
+        found = None
+        for folder, handle in _held.handles:
+            count = len(folder.names)
+            if (found is None or count > found[0]) and folder.names == self.names[:count] and folder.root == self.root:
+                found = count, handle
+        return found
+
     def _enter(self, handle: int, count: int) -> int:
         name = self.names[count - 1]
         try:
@@ -258,19 +295,41 @@ class Folder:
 
 
 class _Handle:
-    """A descriptor that is closed at the end of a block."""
+    """A descriptor that is closed at the end of a block, if it is its own."""
 
-    __slots__ = ("_handle",)
+    __slots__ = ("is_own", "number")
 
-    def __init__(self, handle: int | None) -> None:
-        self._handle = handle
+    def __init__(self, number: int | None, *, is_own: bool = True) -> None:
+        self.number = number
+        self.is_own = is_own
 
     def __enter__(self) -> int | None:
-        return self._handle
+        return self.number
 
     def __exit__(self, *_: object) -> None:
-        if self._handle is not None:
-            os.close(self._handle)
+        if self.number is not None and self.is_own:
+            os.close(self.number)
+
+
+class _Holding:
+    """A block in which a thread holds a folder open."""
+
+    __slots__ = ("_entry", "_folder")
+
+    def __init__(self, folder: Folder) -> None:
+        self._folder = folder
+        self._entry: tuple[Folder, int] | None = None
+
+    def __enter__(self) -> None:
+        handle = self._folder._opened()
+        if handle.is_own and handle.number is not None:  # else there are no descriptors, or it is held already
+            self._entry = self._folder, handle.number
+            _held.handles.append(self._entry)
+
+    def __exit__(self, *_: object) -> None:
+        if self._entry is not None:
+            _held.handles.remove(self._entry)
+            os.close(self._entry[1])
 
 
 def _make_root(root: Path, mode: int) -> None:

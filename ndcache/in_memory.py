@@ -114,6 +114,15 @@ class CacheOrMemory(ArtifactCache):
             with _new_part(name) as part:
                 yield part
 
+    def copy_longest_part(
+        self, part: Part, shard: Shard, claim: str, check: Callable[[], None], *, is_checked: bool, is_alone: bool
+    ) -> None:
+        try:
+            super().copy_longest_part(part, shard, claim, check, is_checked=is_checked, is_alone=is_alone)
+        except CacheUnavailableError:
+            if not isinstance(part, _PartInMemory):
+                raise  # what others left may not be read, and is not needed
+
     def turn(
         self, name: str, is_there: Callable[[], bool], sleep: Callable[[float], None]
     ) -> AbstractContextManager[Turn | None]:

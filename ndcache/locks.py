@@ -81,7 +81,7 @@ def turn(
             with contextlib.suppress(OSError):
                 os.unlink(path)  # while it is held: whoever waits for it will see the file, and not need it
     finally:
-        if is_held:
+        if lock is not None and is_held:
             lock.release()
 
 
@@ -89,16 +89,16 @@ def turn(
 def if_free(path: Path) -> Iterator[bool]:
     """Whether nobody holds the lock; nobody else gets it in the block then."""
     lock = _lock(path)
-    is_held = _try(lock)
+    is_held = _try(lock, is_prepared=True)
     try:
         yield bool(is_held) and _excludes_others(path)
     finally:
-        if is_held:
+        if lock is not None and is_held:
             lock.release()
 
 
 def _wait(
-    lock: filelock.BaseFileLock,
+    lock: filelock.BaseFileLock | None,
     is_there: Callable[[], bool],
     progress: Callable[[], Hashable],
     sleep: Callable[[float], None],
@@ -107,8 +107,8 @@ def _wait(
     pause, patience = _PAUSE, random.uniform(*_PATIENCE)
     seen: Hashable = None
     since = time.monotonic()
+    is_held = _try(lock, is_prepared=True)
     while True:
-        is_held = _try(lock)
         if is_held is not False:
             return bool(is_held)
         sleep(pause * random.uniform(0.5, 1.0))
@@ -120,12 +120,16 @@ def _wait(
             seen, since = now, time.monotonic()
         elif time.monotonic() - since > patience:
             return False
+        is_held = _try(lock)
 
 
-def _lock(path: Path) -> filelock.BaseFileLock:
-    """A lock whose file has the permissions that the umask and the folder give it, which filelock's own does not."""
+def _lock(path: Path) -> filelock.BaseFileLock | None:
+    """Return a lock whose file has the mode that the umask and the folder give it, which filelock's own does not.
+
+    It is None if there can be no lock.
+    """
     status = _prepare(path)
-    return filelock.FileLock(path, mode=0o600 | (0 if status is None else stat.S_IMODE(status.st_mode)))
+    return None if status is None else filelock.FileLock(path, mode=0o600 | stat.S_IMODE(status.st_mode))
 
 
 def _prepare(path: Path) -> os.stat_result | None:
@@ -152,9 +156,9 @@ def _prepare(path: Path) -> os.stat_result | None:
     return status if stat.S_ISREG(status.st_mode) and status.st_nlink == 1 else None
 
 
-def _try(lock: filelock.BaseFileLock) -> bool | None:
-    """Whether the lock was got; None if there are no locks here."""
-    if _prepare(Path(lock.lock_file)) is None:
+def _try(lock: filelock.BaseFileLock | None, *, is_prepared: bool = False) -> bool | None:
+    """Whether the lock was got, whose file was prepared just now or will be; None if there are no locks here."""
+    if lock is None or not (is_prepared or _prepare(Path(lock.lock_file))):
         return None
     try:
         lock.acquire(blocking=False)
@@ -174,8 +178,8 @@ def _excludes_others(path: Path) -> bool:
     """Whether the lock that is held keeps others out; on some file systems everybody gets it."""
     if path.parent not in _work_in:
         other = _lock(path)
-        got_it = _try(other)
-        if got_it:
+        got_it = _try(other, is_prepared=True)
+        if other is not None and got_it:
             other.release()
         _work_in[path.parent] = got_it is False  # an error on the way tells nothing
     return _work_in[path.parent]

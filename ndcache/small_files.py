@@ -41,14 +41,15 @@ def read_note(folder: Folder, name: str) -> dict[str, Any] | None:
 def write_note(folder: Folder, name: str, content: Mapping[str, Any], by_way_of: tuple[Folder, str]) -> None:
     """Write an object to a JSON file, by way of a new file of another folder and name: nobody sees half a note."""
     fresh, fresh_name = by_way_of
-    try:
-        with open(fresh.create(fresh_name), "wb") as file:
-            file.write(json.dumps(content).encode())  # json.dump would write it word by word
-        fresh.replace(fresh_name, folder, name)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            fresh.unlink(fresh_name)
-        raise
+    with fresh.held():
+        try:
+            with open(fresh.create(fresh_name), "wb") as file:
+                file.write(json.dumps(content).encode())  # json.dump would write it word by word
+            fresh.replace(fresh_name, folder, name)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                fresh.unlink(fresh_name)
+            raise
 
 
 def sendable(text: str | None) -> str | None:

@@ -30,7 +30,7 @@ from urllib.parse import unquote
 
 from .api import load
 from .cache import ArtifactCache as _ModelCache
-from .errors import NotFoundError, OfflineError, UnsafePathError, redact
+from .errors import CacheUnavailableError, NotFoundError, OfflineError, UnsafePathError, redact
 from .hub import hf_endpoint
 from .loader import Loader, Source
 from .locate import Location, locate, remote_location
@@ -250,7 +250,10 @@ class ArtifactCache:
 
     def has_all_keys(self, urls: Iterable[str]) -> bool:
         """Whether all these files are in the cache. Makes no request."""
-        return all(self._found(url) is not None for url in urls)
+        try:
+            return all(self._found(url) is not None for url in urls)
+        except CacheUnavailableError:
+            return False
 
     def add_to_cache(self, url: str) -> None:
         """Bring a file into the cache unless it is there.

@@ -282,6 +282,47 @@ def test_a_folder_behind_a_link(tmp_path: Path, call: str) -> None:
     assert tree(tmp_path / "victim") == before
 
 
+def opened_on_the_way(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The folders below a root that are gone through from now on."""
+    found: list[str] = []
+    enter = Folder._enter
+
+    def spy(folder: Folder, handle: int, count: int) -> int:
+        found.append(folder.names[count - 1])
+        return enter(folder, handle, count)
+
+    monkeypatch.setattr(Folder, "_enter", spy)
+    return found
+
+
+@pytest.mark.skipif(not folders._HAS_DIR_FD, reason="the system has no calls that take a folder")
+def test_a_folder_that_is_held_stays_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, victim = Folder(tmp_path, ("a", "b")), tmp_path / "victim"
+    (folder / "c").make()
+    (victim / "b" / "c").mkdir(parents=True)
+    opened = opened_on_the_way(monkeypatch)
+    with folder.held(), folder.held(), (folder / "c").held():
+        (tmp_path / "a").rename(tmp_path / "away")
+        (tmp_path / "a").symlink_to(victim)
+        os.close(folder.create("x"))
+        os.close((folder / "c").create("y"))
+        folder.replace("x", folder / "c", "z")
+        assert opened == ["a", "b", "c"]
+    assert sorted(os.listdir(tmp_path / "away" / "b" / "c")) == ["y", "z"]
+    assert os.listdir(victim / "b" / "c") == []
+    with pytest.raises(ndcache.UnsafeCacheError):
+        folder.create("x")
+    assert folders._held.handles == []
+
+
+@pytest.mark.skipif(not folders._HAS_DIR_FD, reason="the system has no calls that take a folder")
+def test_publishing_goes_down_to_a_folder_once(server: FileServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    ndcache.fetch(server.url, names="layer.0")
+    opened = opened_on_the_way(monkeypatch)
+    ndcache.fetch(server.url, names="layer.1")
+    assert len(opened) <= 16  # 40 if each call goes all the way
+
+
 @pytest.mark.parametrize(
     ("number", "expected"), [(errno.ENOENT, True), (errno.ENOTDIR, True), (errno.ESTALE, True), (errno.EIO, False)]
 )

@@ -22,6 +22,7 @@ from models import assert_same
 from servers import FileServer, Request, ScriptedServer, reply, then_close
 
 import ndcache
+from ndcache import tvm
 from ndcache.inventory import cache_root
 
 Serve = Callable[..., FileServer]
@@ -140,6 +141,8 @@ def test_row_54_what_must_be_kept_says_what_to_set(
     assert no_cache in str(caught.value)
     assert server.shard_requests() == []
     assert not ndcache.is_cached(server.url)
+    with tvm.ArtifactCache() as cache:
+        assert not cache.has_all_keys([f"{server.url}tensor-cache.json"])
     with pytest.raises((ndcache.CacheUnavailableError, ndcache.OfflineError)):
         ndcache.load(server.url, offline=True)
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []

@@ -305,3 +305,19 @@ def test_row_60_no_verb_raises_what_the_system_says_of_a_folder_of_anothers(
         with contextlib.suppress(TypeError):
             assert found[0] != "UnsafeCacheError"
     folder.chmod(0o755)
+
+
+@several_accounts
+@pytest.mark.parametrize("closed", ["", "default", "default/*", "default/*/.ndcache", "default/*/.ndcache/parts"])
+@pytest.mark.parametrize("mode", [0o700, 0o744])
+def test_row_54_what_lies_in_a_folder_of_anothers_is_loaded_into_memory(
+    zygote: Zygote, counting: CountingServer, public: Path, closed: str, mode: int
+) -> None:
+    root = shared(public, 0o755)
+    part = {"etag": '"1"', "claim": "?", "nbytes": 1000, "mode": 0o644}
+    zygote.start(act_as, FIRST, 0o022, counting.url, str(root), "leave part", **part).result(15)
+    (folder,) = root.glob(closed) if closed else [root]
+    folder.chmod(mode)
+    for options in ({}, {"verify": "always"}):
+        tensors, _, _ = zygote.start(act_as, SECOND, 0o022, counting.url, str(root), "load", **options).result(15)
+        assert tensors == TENSORS
