@@ -11,6 +11,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from queue import Empty
 from typing import Any
 
 import requests
@@ -257,3 +258,18 @@ class WatchedAdapter(HTTPAdapter):
         if type(manager) is urllib3.ProxyManager:  # a SOCKS manager has connections of its own
             manager.pool_classes_by_scheme = dict(_OWN_POOLS)
         return manager
+
+    def close(self) -> None:
+        # Else the pools' finalizers would do it, in which Ctrl-C is lost. A pool that is in use stays one.
+        for manager in (self.poolmanager, *self.proxy_manager.values()):
+            for key in manager.pools.keys():  # noqa: SIM118 - it cannot be iterated over
+                if (pool := manager.pools.get(key)) is not None:
+                    _close_idle(pool)
+        super().close()
+
+
+def _close_idle(pool: urllib3.HTTPConnectionPool) -> None:
+    with contextlib.suppress(Empty):
+        while (idle := pool.pool) is not None:
+            if (connection := idle.get(block=False)) is not None:
+                connection.close()

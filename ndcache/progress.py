@@ -188,7 +188,7 @@ def _has_width(file: TextIO) -> bool:
     """Whether the terminal knows how wide it is. In one that says 0 columns, tqdm would fit the bar into none."""
     try:
         return os.get_terminal_size(file.fileno()).columns > 0
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError):
         return False
 
 
@@ -274,5 +274,5 @@ class Bar:
             f"{report.bytes_done / _MIB:.1f} of {report.bytes_total / _MIB:.1f} MiB, {percent}%, "
             f"{report.time_elapsed:.1f} s",
             file=file,
-            flush=True,
         )
+        getattr(file, "flush", bool)()  # as above

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import threading
@@ -22,12 +23,7 @@ def own_process() -> Iterator[None]:
     _quiet_drivers()
     before = sys.stdout, sys.stderr
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
-        output, error = sys.stdout or nowhere, sys.stderr or nowhere
-        for stream in (output, error):
-            if hasattr(stream, "reconfigure"):
-                # No character that the terminal's encoding lacks is an error.
-                is_utf8 = stream.encoding.lower().replace("-", "") == "utf8"
-                stream.reconfigure(errors="surrogateescape" if is_utf8 else "backslashreplace")
+        output, error = _prepared(sys.stdout) or nowhere, _prepared(sys.stderr) or nowhere
         sys.stdout, sys.stderr = cast(TextIO, _Output(output)), cast(TextIO, _Error(error))
         try:
             yield
@@ -37,14 +33,34 @@ def own_process() -> Iterator[None]:
                 _flush_or_drop(stream)
 
 
+def _prepared(stream: TextIO | None) -> TextIO | None:
+    """Have `stream` take characters that its encoding lacks; None if it takes nothing at all.
+
+    It may be whatever somebody put in the place of the real one: a notebook, a test, a program with a window.
+    """
+    try:
+        if stream is None or getattr(stream, "closed", False):
+            return None
+        if isinstance(stream, io.TextIOWrapper):
+            is_utf8 = stream.encoding.lower().replace("-", "") == "utf8"
+            stream.reconfigure(errors="surrogateescape" if is_utf8 else "backslashreplace")
+    except ValueError:  # it was detached from its file
+        return None
+    return stream
+
+
+def _flush(stream: TextIO) -> None:
+    getattr(stream, "flush", bool)()  # what stands in for a file may have no such method
+
+
 def _flush_or_drop(stream: TextIO) -> None:
     """Send what cannot be written nowhere, or it would fail again when the interpreter ends."""
     try:
-        stream.flush()
+        _flush(stream)
     except (OSError, ValueError):
-        with suppress(OSError, ValueError):  # not a real file
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, stream.fileno())
+        with suppress(OSError, ValueError, AttributeError):  # not a real file
+            number, nowhere = stream.fileno(), os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, number)
             os.close(nowhere)
 
 
@@ -63,7 +79,7 @@ class _Output:
 
     def flush(self) -> None:
         try:
-            self._stream.flush()
+            _flush(self._stream)
         except (OSError, ValueError) as error:
             self._fail(error)
 

@@ -360,6 +360,10 @@ class Transport:
         is_second: bool = False,
     ) -> Response:
         held: list[str] = []
+        answers: list[requests.Response] = []
+
+        def keep(answer: requests.Response, **_: Any) -> None:
+            answers.append(answer)
 
         def hold_redirect(answer: requests.Response, **_: Any) -> None:
             # Even when it must not follow, requests reads the whole body of an answer that has a Location.
@@ -379,12 +383,10 @@ class Transport:
                     timeout=self._timeout,
                     stream=True,
                     allow_redirects=False,
-                    hooks={"response": [*([given] if callable(given) else given), hold_redirect]},
+                    hooks={"response": [keep, *([given] if callable(given) else given), hold_redirect]},
                 )
         except FAILURES as error:
-            stop.remove(watch)
-            if isinstance(error, requests.RequestException) and error.response is not None:
-                error.response.close()  # of a hook of the caller's session that raised
+            _abandon(stop, watch, answers)
             _check(stop, watch, str(url))
             if watch.reused and not is_second and is_broken_connection(error):
                 # The server had closed the kept connection just then, which is nobody's failure (RFC 9112, 9.3.1).
@@ -393,10 +395,10 @@ class Transport:
             token = auth.token if isinstance(auth, _Bearer) else None
             raise_transfer_error(error, Attempt(url.with_user, phase, session, token, is_first))
         except WrongOriginError as error:
-            stop.remove(watch)
+            _abandon(stop, watch, answers)
             raise RedirectError(f"the request would go elsewhere: {error}", url=str(url)) from None
         except BaseException:
-            stop.remove(watch)
+            _abandon(stop, watch, answers)
             raise
         if watch.is_woken:  # and what there was of the answer looked like a whole one
             raw.close()
@@ -477,6 +479,13 @@ class Transport:
         session.mount("http://", adapter)
         session.mount("https://", adapter)
         return session
+
+
+def _abandon(stop: Stop, watch: Watch, answers: list[requests.Response]) -> None:
+    """End a request that failed. It has an answer if a hook of the caller's session raised."""
+    stop.remove(watch)
+    for answer in answers:
+        answer.close()
 
 
 def _check(stop: Stop, watch: Watch, url: str) -> None:

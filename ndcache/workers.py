@@ -210,7 +210,7 @@ class Workers:
         self._begun += 1
         try:
             self._executor.submit(_nothing)
-        except RuntimeError as error:  # too late, or too many for the system
+        except (RuntimeError, MemoryError) as error:  # too late, or too many for the system
             self._begun -= 1
             if self._begun < self._wanted:
                 logger.debug("%d threads instead of %d: %s", self._begun, self._wanted, error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ from models import random_array, simple_model, write_model
 from servers import FileServer
 
 import ndcache
+from ndcache.cli import main
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="descriptors of POSIX")
 
@@ -158,12 +160,61 @@ def test_row_64_any_encoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, en
         assert b"Traceback" not in child.stderr
 
 
-@pytest.mark.parametrize("file", ["none", "full", "closed"])
+class _WriteOnly:
+    """What programs put in the place of standard output, with no more methods than `print` needs."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def write(self, text: str) -> int:
+        self.text += text
+        return len(text)
+
+
+class _NoEncoding(io.StringIO):
+    encoding = None  # type: ignore[assignment]
+
+    def reconfigure(self, **_: Any) -> None:
+        pass
+
+
+def _closed() -> io.TextIOWrapper:
+    stream = io.TextIOWrapper(io.BytesIO())
+    stream.close()
+    return stream
+
+
+def _detached() -> io.TextIOWrapper:
+    stream = io.TextIOWrapper(io.BytesIO())
+    stream.detach()
+    return stream
+
+
+@pytest.mark.parametrize("stream", [_WriteOnly, _NoEncoding, _closed, _detached])
+def test_row_64_whatever_stands_in_for_a_stream(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream: Callable[[], Any]
+) -> None:
+    simple_model(tmp_path)
+    output, error = stream(), stream()
+    for args, status in ((["load"], 0), (["inspect"], 0), (["load", "--names", "none"], 1)):
+        with monkeypatch.context() as patched, pytest.raises(SystemExit) as ended:
+            patched.setattr(sys, "stdout", output)
+            patched.setattr(sys, "stderr", error)
+            main([*args, str(tmp_path)])
+        assert ended.value.code == status, args
+    if stream is _WriteOnly:
+        assert "shards" in output.text
+        assert "error:" in error.text
+
+
+@pytest.mark.parametrize("file", ["none", "full", "closed", "write-only"])
 def test_row_64_the_bar_of_a_load(tmp_path: Path, file: str, monkeypatch: pytest.MonkeyPatch) -> None:
     simple_model(tmp_path)
     stream: Any = None if file == "none" else open("/dev/full", "w", buffering=1)  # noqa: SIM115
-    if file == "closed":
+    if file in ("closed", "write-only"):
         stream.close()
+    if file == "write-only":
+        stream = _WriteOnly()
     monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setattr(sys, "stdout", stream)
     with ndcache.load(tmp_path, progress=True) as weights:

@@ -449,6 +449,25 @@ def test_a_location_in_utf_8(transport: Transport, scripted: ScriptedServer) -> 
     assert body(transport, scripted.url + "a") == b"moved"
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", [KeyError, ValueError, OSError, KeyboardInterrupt])
+def test_the_answer_is_closed_when_a_hook_of_the_callers_raises(
+    scripted: ScriptedServer, kind: type[BaseException]
+) -> None:
+    seen: list[requests.Response] = []
+
+    def hook(answer: requests.Response, **_: Any) -> None:
+        seen.append(answer)
+        raise kind("mine")
+
+    scripted.script["/a"] = [reply(200, b"body" * 1000)]
+    with requests.Session() as session:
+        session.hooks["response"].append(hook)
+        with pytest.raises((kind, ndcache.TransferError)):
+            get(Transport(session=session), scripted.url + "a")
+        assert seen[0].raw.closed
+
+
 def test_a_hook_of_the_callers_that_raises(scripted: ScriptedServer) -> None:
     scripted.script["/a"] = [reply(404)]
     for hooks in (lambda answer, **_: answer.raise_for_status(), [lambda answer, **_: answer.raise_for_status()]):
@@ -866,3 +885,22 @@ def test_an_address_of_a_family_that_is_not_there_is_not_the_last(
     monkeypatch.setattr(socket, "getaddrinfo", with_another_family)
     scripted.script["/a"] = [reply(200, b"there")]
     assert body(transport, scripted.url + "a") == b"there"
+
+
+def test_connections_are_closed_by_close_and_not_by_finalizers(transport: Transport, scripted: ScriptedServer) -> None:
+    """In a finalizer, Ctrl-C would be lost."""
+    hung_up = threading.Event()
+
+    def answer(connection: Connection, _: Request) -> None:
+        connection.send(reply(200, b"body"))
+        with contextlib.suppress(EOFError, OSError):
+            connection.read_request()
+        hung_up.set()
+
+    scripted.script["/a"] = [answer]
+    assert body(transport, scripted.url + "a") == b"body"
+    session = transport._sessions()[0]
+    pool = session.get_adapter(scripted.url).poolmanager.connection_from_url(scripted.url)  # type: ignore[attr-defined]
+    transport.close()
+    assert hung_up.wait(30)
+    assert pool.pool is not None  # a request that is about to be made with it still can be

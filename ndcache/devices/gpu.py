@@ -19,6 +19,7 @@ from ..errors import DeviceError, OutOfDeviceMemoryError
 from ..manifest import Record, Shard
 from ..serial import Serial
 from ..stats import LoadStats
+from ..stop import is_ending
 from ..workers import Workers
 from .adapters import adapter_name, find_adapter, one_at_a_time
 from .base import Device
@@ -429,4 +430,9 @@ def _device_errors() -> Iterator[None]:
     except (wgpu.GPUError, RuntimeError, AttributeError) as error:
         if isinstance(error, AttributeError) and error.name != "get_token":
             raise  # Not of wgpu's poller, which is None once the device's owner has destroyed it.
+        if is_ending() and "new thread" in str(error):  # wgpu has one for each device
+            raise DeviceError(
+                f"no GPU can be opened, as Python is shutting down: {error}",
+                hint="Open it before the main thread ends, or load with device='cpu'.",
+            ) from error
         raise DeviceError(f"the device failed: {error}", hint="Load again, or with device='cpu'.") from error
