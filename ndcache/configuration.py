@@ -132,7 +132,7 @@ def _is_unsendable_header(error: BaseException) -> bool:
 def _credentials(
     session: requests.Session, url: str, token: str | None, proxy: str | None
 ) -> Iterator[tuple[str, object]]:
-    """What is sent along, by its name for the user; what others may have put into it comes last."""
+    """Yield the texts that go along with a request, by their names for the user; those of others come last."""
     if token is not None:
         yield "the token of Hugging Face (HF_TOKEN)", token
     yield "the user or password in the URL", "".join(requests.utils.get_auth_from_url(url))

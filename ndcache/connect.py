@@ -42,7 +42,7 @@ class Address(NamedTuple):
 
 
 class Routes:
-    """Which address of a host answered when the first one did not. Safe to share between threads, and after a fork."""
+    """Remember which address of a host answered when its first one did not. Safe to share between threads and forks."""
 
     def __init__(self) -> None:
         # Without a lock, which another thread could hold at the moment of a fork: each use is a single operation.

@@ -55,7 +55,7 @@ def waker(raw: requests.Response) -> Callable[[], None]:
 
 @contextmanager
 def watching(watch: Watch, origin: Origin, routes: Routes) -> Iterator[None]:
-    """Have `watch` know how to wake this thread while it makes a request in the block, and afterwards.
+    """Tell `watch` how to wake this thread while it makes a request in the block, and afterwards.
 
     The request goes to `origin` or nowhere. New connections begin with the addresses of `routes`.
     """
@@ -230,7 +230,7 @@ _POOLS = {"http": _Pool, "https": _TLSPool}
 
 
 def watch_adapter(session: requests.Session, url: str, proxy: str | None) -> None:
-    """Have a session of the caller's make connections for `url` that can be watched, if its adapter is requests' own.
+    """Let a session of the caller's make connections for `url` that can be watched, if its adapter is requests' own.
 
     `proxy` is the address of the proxy that they go through, if they do.
     """

@@ -139,7 +139,7 @@ def _seconds(value: str | None) -> float | None:
 
 @dataclass(frozen=True)
 class Attempt:
-    """What is known of a request that failed.
+    """Hold what is known of a request that failed.
 
     Attributes
     ----------
@@ -181,7 +181,7 @@ def raise_transfer_error(error: Exception, attempt: Attempt) -> NoReturn:
 
 
 def _mistake(chain: list[BaseException], attempt: Attempt) -> TransferError | None:
-    """What the user has set is wrong: no further try can mend it."""
+    """Return the error for a wrong setting of the user's, which no further try can mend; None if there is none."""
     session, url = attempt.session, attempt.url
     if session is None or attempt.phase == "body":
         return None

@@ -57,7 +57,7 @@ def is_gone(error: BaseException | None) -> bool:
 
 
 def sync(handle: int) -> None:
-    """Have what was written survive a loss of power, where the file system can say so: not every one can."""
+    """Sync what was written to disk, where the file system can: not every one does."""
     try:
         os.fsync(handle)
     except OSError as error:
@@ -137,7 +137,7 @@ class Folder:
         return stat.S_ISDIR(mode) if self.names else os.path.isdir(self.root)
 
     def status(self, name: str) -> os.stat_result | None:
-        """What `os.lstat` says of an entry; None if there is none."""
+        """Return what `os.lstat` says of an entry; None if there is none."""
         self.check()
         try:
             return os.lstat(f"{self._text}/{name}")
@@ -237,7 +237,7 @@ class Folder:
             os.rmdir(self.parent._at(handle, self.names[-1]), dir_fd=handle)
 
     def sync(self) -> None:
-        """Have the names in it survive a loss of power."""
+        """Sync the names in it to disk."""
         with self._opened() as handle:
             _sync_folder(handle)
 
@@ -274,7 +274,7 @@ class Folder:
         return _Handle(handle)
 
     def _nearest_held(self) -> tuple[int, int] | None:
-        """How far down the deepest folder on the way lies that this thread holds open, and its descriptor."""
+        """Return how far down the deepest folder lies that this thread holds open on the way, and its descriptor."""
         found = None
         for folder, handle in _held.handles:
             count = len(folder.names)

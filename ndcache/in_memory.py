@@ -1,4 +1,4 @@
-"""What becomes of files that the cache cannot keep: they stay in memory, for as long as their load uses them.
+"""Hold files in memory that the cache cannot keep, for as long as their load uses them.
 
 A cache may have no place (no home directory), may not be written (a read-only mount, another user's), or may become so
 in the middle of a load. Such files go through the same steps as all others (any order of their bytes, digests, one

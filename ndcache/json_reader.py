@@ -238,7 +238,7 @@ def _not_text(data: bytes) -> str:
 
 
 def _encoding_hint(data: bytes) -> str | None:
-    """What to do about bytes that are a manifest in another form."""
+    """Return what to do about bytes that are a manifest in another form."""
     if data.startswith(b"\x1f\x8b"):
         return "It is compressed with gzip: decompress it, or have the server say so with Content-Encoding: gzip."
     if data.startswith(b"\x28\xb5\x2f\xfd"):
@@ -260,7 +260,7 @@ def _duplicate(key: str) -> ManifestSyntaxError:
 
 
 def _count(value: Any) -> int:
-    """How many values are in an object or array."""
+    """Count the values in an object or array."""
     found, level = 0, [value]
     while level:
         below = [inner for item in level for inner in (item.values() if type(item) is dict else item)]

@@ -53,7 +53,7 @@ def is_refusal(error: NdcacheError) -> bool:
 
 
 class Served:
-    """What one load has got of each origin, and whether that one limits it; `limits` are those that it keeps to."""
+    """Know what one load has got of each origin, and which origins limit it; `limits` are those that it keeps to."""
 
     def __init__(self, limits: Limits | None = None) -> None:
         self._limits = limits or Limits()
@@ -69,7 +69,7 @@ class Served:
         return self._last.get(origin_of(error.url or ""), -math.inf) > since
 
     def refusals(self, error: NdcacheError) -> int:
-        """How often in a row, to whichever worker, the origin that an error is about has refused requests."""
+        """Return how often in a row the origin of an error has refused requests, whichever worker's."""
         return self._limits.of(error.url or "").refusals
 
     def note_limit(self, error: NdcacheError) -> None:
@@ -145,7 +145,7 @@ class Permit:
 
 @dataclass(eq=False)
 class OriginLimit:
-    """What one origin accepts, as far as it is known.
+    """Know what one origin accepts, as far as that can be told.
 
     Times are seconds of ``time.monotonic()``. The methods that take `now` neither wait nor read the clock.
 

@@ -261,7 +261,7 @@ class Loader:
         progress: Progress,
         trace: str | os.PathLike[str] | None,
     ) -> Generator[tuple[str, Any], None, None]:
-        """What comes first says that it runs, and so will be closed; then come the tensors."""
+        """Yield once to say that it runs, and so will be closed; then yield the tensors."""
         with _tracing(trace) as events:
             target = self._device(device)
             is_open = False

@@ -70,7 +70,7 @@ class Location:
 
     @property
     def label(self) -> str:
-        """What the model is called in listings of the cache."""
+        """Return what the model is called in listings of the cache."""
         return self._shown(self.identities[0]) if self.is_remote else str(self.directory)
 
     @property

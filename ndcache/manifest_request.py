@@ -41,7 +41,7 @@ class NotThereError(NdcacheError):
 
 @dataclass(frozen=True)
 class ManifestBody:
-    """What a server sent in place of a manifest, not yet parsed.
+    """Hold what a server sent as a manifest, not yet parsed.
 
     Attributes
     ----------

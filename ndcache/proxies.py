@@ -144,7 +144,7 @@ def _shown(proxy: Proxy) -> str:
 
 
 def _mistake(proxy: Proxy, chain: Sequence[BaseException]) -> tuple[str, str | None] | None:
-    """What is wrong with the address, and what to do."""
+    """Return what is wrong with the address, and what to do; None if nothing is."""
     no_address = ("is not the address of a proxy", f"Write {proxy.setting} as http://host:port.")
     try:
         parts = parse_url(proxy.address)

@@ -1,4 +1,4 @@
-"""Which parts of a URL's query say which file is meant, and which ones only that it may be had.
+"""Tell the parts of a URL's query that choose a file from those that only permit access to it.
 
 Storages sign URLs by parameters that change with every link to one file. These, listed in docs/urls.rst, are no part of
 a model's identity; all others are, since ``?model=a`` and ``?model=b`` are two models.

@@ -182,7 +182,7 @@ class RemoteModel(Model):
         return Flaw.OF_ANOTHER_VERSION  # somebody publishes others all the time
 
     def _check_once(self, shard: Shard) -> str | Flaw | None:
-        """What `check` finds; None if the file was replaced or removed while it was looked at."""
+        """Return what `check` finds; None if the file was replaced or removed while it was looked at."""
         cached = self._open(shard)
         if cached is not None:
             with cached.file:

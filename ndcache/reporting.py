@@ -1,4 +1,4 @@
-"""What the operating system says of the cache, as errors that say what to do."""
+"""Turn errors of the operating system about the cache into errors that say what to do."""
 
 from __future__ import annotations
 

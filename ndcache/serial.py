@@ -1,4 +1,4 @@
-"""What must be done one after the other, in a thread of its own."""
+"""Run tasks one after the other, in a thread of their own."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Serial:
         self._tasks: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
 
     def submit(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """Have ``work(*args, **kwargs)`` done when its turn comes."""
+        """Run ``work(*args, **kwargs)`` when its turn comes."""
         future: Future[T] = Future()
         self._tasks.put((future, lambda: work(*args, **kwargs)))
         if self._is_closed:  # looked at after it is in the queue, as `close` does it the other way round
@@ -45,7 +45,7 @@ class Serial:
         self._do_what_is_left()
 
     def close(self) -> None:
-        """Have `serve` return when what was submitted so far is done."""
+        """Let `serve` return when what was submitted so far is done."""
         self._is_closed = True
         self._tasks.put(None)
 

@@ -1,4 +1,4 @@
-"""What may be shown of texts that hold secrets, or come from a server or a file name."""
+"""Make texts fit to be shown that may hold secrets, or that come from a server or a file name."""
 
 from __future__ import annotations
 

@@ -191,7 +191,7 @@ class Stop:
             callback()
 
     def on_set(self, callback: Callable[[], None]) -> None:
-        """Have `callback` called, perhaps more than once, when the order is given."""
+        """Call `callback`, perhaps more than once, when the order is given."""
         self._when_set.append(callback)
 
     def resume(self) -> None:

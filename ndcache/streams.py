@@ -34,7 +34,7 @@ def own_process() -> Iterator[None]:
 
 
 def _prepared(stream: TextIO | None) -> TextIO | None:
-    """Have `stream` take characters that its encoding lacks; None if it takes nothing at all.
+    """Let `stream` take characters that its encoding lacks; None if it takes nothing at all.
 
     It may be whatever somebody put in the place of the real one: a notebook, a test, a program with a window.
     """

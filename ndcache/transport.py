@@ -437,7 +437,7 @@ class Transport:
         self._settings_checked.add(key)
 
     def _auth(self, url: Url, session: requests.Session | None) -> Callable[[Any], Any] | None:
-        """What the user gave for this URL: a user and password in it, else the token of its origin.
+        """Return what the user gave for this URL: a user and password in it, else the token of its origin.
 
         What the caller's `session` has for it goes before what happens to be in the environment.
         """

@@ -74,7 +74,7 @@ class Url:
 
     @property
     def root(self) -> str:
-        """What stands before the path."""
+        """Return what stands before the path."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{self.scheme}://{host}" + ("" if self.port is None else f":{self.port}")
 
@@ -86,7 +86,7 @@ class Url:
 
     @property
     def identity(self) -> str:
-        """What tells servers and their files apart, as caches have known them from the beginning."""
+        """Return what tells servers and their files apart, as caches have known them from the beginning."""
         port = "" if self.port in (None, _DEFAULT_PORTS[self.scheme]) else f":{self.port}"
         return f"{self.scheme}://{self.written_host}{port}{self.path}"
 

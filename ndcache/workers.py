@@ -84,7 +84,7 @@ class Workers:
             self._posts.put(None)
 
     def start(self, tasks: int | None = None) -> None:
-        """Have as many threads as so many tasks can use; by default, all. What must be is done with fewer.
+        """Begin as many threads as so many tasks can use; by default, all. Fewer will do if there can be no more.
 
         Parameters
         ----------
@@ -113,18 +113,18 @@ class Workers:
 
     @property
     def most(self) -> int:
-        """How many there are to help one of them."""
+        """Return how many there are to help one of them."""
         return max(0, min(self.max_workers, self._wanted - self._has_serial) - 1)
 
     def submit(self, task: Callable[[], None]) -> None:
-        """Have a thread run `task` when it is its turn; without threads, this one. Nobody hears of what it raises."""
+        """Run `task` in a thread when it is its turn; without threads, in this one. Nobody hears of what it raises."""
         if self.has_threads:
             self._tasks.put(task)
         else:
             task()
 
     def ask(self, task: Callable[[], None]) -> None:
-        """Have `task` run as soon as a thread has nothing else to do, if that comes to pass."""
+        """Run `task` as soon as a thread has nothing else to do, if that comes to pass."""
         if self.has_threads:
             self._tasks.put(task)
 
@@ -245,7 +245,7 @@ class Workers:
                     self.stop.check()  # if nobody waits any more, this sets it
 
     def _close(self) -> None:
-        """Have the threads go when what was submitted so far is done."""
+        """Let the threads go when what was submitted so far is done."""
         if self._serial is not None:
             self._serial.close()
         self._tasks.put(None)

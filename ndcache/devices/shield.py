@@ -69,7 +69,7 @@ class CallThread:
         self._thread.start()
 
     def submit(self, call: Callable[[], None]) -> None:
-        """Have it make a call, which must not raise."""
+        """Hand it a call to make, which must not raise."""
         self._calls.put(call)
 
     def end(self) -> None:
