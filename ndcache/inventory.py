@@ -79,7 +79,10 @@ def models(root: Path) -> Iterator[CachedModel]:
     except OSError as error:
         if is_gone(error):
             return
-        raise CacheUnavailableError(f"the cache directory {root} cannot be listed: {error.strerror}") from error
+        raise CacheUnavailableError(
+            f"the cache directory {root} cannot be listed: {error.strerror}",
+            hint="Choose another one: cache_dir, --cache-dir, or NDCACHE_HOME.",
+        ) from error
     for scope in scopes:
         with contextlib.suppress(OSError):  # of another account, or just deleted
             for name in _folders(root / scope):

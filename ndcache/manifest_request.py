@@ -28,6 +28,7 @@ __all__ = ["ManifestBody", "NotThereError", "refusal_of", "request_manifest"]
 _NOT_ABOUT_THE_FILE = (401, 407, 408, 429)
 #: With the second request, if the answer to the first one was no good: whatever stands between gives the file anew.
 _ANEW = {"Cache-Control": "no-cache"}
+_WEB_PAGES = ("text/html", "application/xhtml+xml")
 _OBJECT = re.compile(rb"(?:\xef\xbb\xbf)?[ \t\n\r]*\{")
 
 
@@ -109,19 +110,23 @@ def request_manifest(downloader: Downloader, url: str, owner: str, known: Valida
 def refusal_of(body: ManifestBody, error: ManifestSyntaxError) -> NotThereError:
     """Return what to raise for a body that is no manifest at all."""
     if body.is_html or error.hint == WEB_PAGE:
-        reason = ManifestSyntaxError(
-            "the server sent a web page in place of the manifest", url=error.url, shard=error.shard, hint=WEB_PAGE
-        )
+        reason = _web_page(error.url, error.shard)
         reason.__cause__ = error
         return NotThereError(reason)
     return NotThereError(error)
+
+
+def _web_page(url: str | None, name: str | None) -> ManifestSyntaxError:
+    return ManifestSyntaxError(
+        "the server sent a web page in place of the manifest", url=url, shard=name, hint=WEB_PAGE
+    )
 
 
 def _judged(error: TransferError) -> NdcacheError:
     """Tell an answer that the file is not there from a failure."""
     # A proxy's refusal of a tunnel has a status as well, which is not about the file.
     status = 0 if isinstance(error, ConnectError) else error.status or 0
-    if 200 < status < 206 or (400 <= status < 500 and status not in _NOT_ABOUT_THE_FILE):
+    if 200 < status < 206 or (300 <= status < 500 and status not in _NOT_ABOUT_THE_FILE):
         return NotThereError(error)
     return error
 
@@ -134,18 +139,20 @@ def _ask(downloader: Downloader, url: str, owner: str, headers: Mapping[str, str
         if response.status != 200:
             raise ProtocolError(f"the server answered with status {response.status}", url=url, status=response.status)
         headers = response.headers
+        is_html = headers.get("Content-Type", "").partition(";")[0].strip().lower() in _WEB_PAGES
         encoding = encoding_of(headers.get("Content-Encoding"))
-        data = decode_body(_chunks(response), encoding, MAX_MANIFEST_BYTES, downloader.stop.check, url)
+        try:
+            data = decode_body(_chunks(response), encoding, MAX_MANIFEST_BYTES, downloader.stop.check, url)
+        except ProtocolError as error:
+            if is_html:  # whatever is in it
+                raise NotThereError(_web_page(url, None)) from error
+            raise
         if response.is_cut:
             _check_end(data, url, downloader.stop.check)
     # What a mirror calls a version says nothing to the source.
     is_owners = url == owner
-    kind = headers.get("Content-Type", "").partition(";")[0].strip().lower()
     return ManifestBody(
-        data,
-        headers.get("ETag") if is_owners else None,
-        settled_date(headers) if is_owners else None,
-        kind in ("text/html", "application/xhtml+xml"),
+        data, headers.get("ETag") if is_owners else None, settled_date(headers) if is_owners else None, is_html
     )
 
 

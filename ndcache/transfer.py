@@ -274,7 +274,7 @@ class Transfer:
     def _start_over(self, url: str, etag: str | None) -> None:
         """Throw away what is of another version than what the server has now, or whose version it does not tell."""
         self.restart()
-        if etag is None or etag in self._etags:
+        if self.is_stream or etag is None or etag in self._etags:
             # It leaves the ETag out of ranges, gives them one of their own, or is several servers that do not agree.
             self.is_stream = True
             return

@@ -44,6 +44,11 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     assert list(folder.iterdir()) == []
 
 
+def _circle(tmp_path: Path) -> str:
+    (tmp_path / "circle").symlink_to("circle")
+    return str(tmp_path / "circle")
+
+
 def _file(tmp_path: Path) -> str:
     (tmp_path / "file").write_text("not a directory")
     return str(tmp_path / "file")
@@ -54,6 +59,9 @@ PLACES: dict[str, Callable[[Path], str]] = {
     "a file": _file,
     "below a file": lambda tmp_path: _file(tmp_path) + "/cache",
     "below a device": lambda tmp_path: os.devnull + "/cache",
+    # What cannot be looked for, as behind a directory that may not be searched, which stops everybody but root.
+    "a circle of links": _circle,
+    "too long a name": lambda tmp_path: str(tmp_path / ("x" * 300)),
     "of nobody": lambda tmp_path: "~nobody-has-this-name/cache",
     **({"where nothing can be made": lambda tmp_path: "/proc/cache"} if sys.platform == "linux" else {}),
 }

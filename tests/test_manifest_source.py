@@ -81,6 +81,13 @@ NOT_THERE: dict[str, tuple[bytes, type[ndcache.NdcacheError], str]] = {
         ndcache.ManifestSyntaxError,
         "sent a web page",
     ),
+    "a web page, encoded in another way": (
+        reply(200, b"\x0b\x02\x80", {"Content-Encoding": "br", **HTML_TYPE}),
+        ndcache.ManifestSyntaxError,
+        "sent a web page",
+    ),
+    "300": (reply(300, HTML), ndcache.ProtocolError, "status 300"),
+    "302 without a target": (reply(302, HTML), ndcache.ProtocolError, "status 302"),
     "a login page": (reply(302, headers={"Location": "/login"}), ndcache.ManifestSyntaxError, "sent a web page"),
     "an error in JSON": (reply(200, b'{"error": "not found"}'), ndcache.ManifestSyntaxError, "has no 'records'"),
     "text": (reply(200, b"not found"), ndcache.ManifestSyntaxError, "not JSON"),

@@ -16,7 +16,7 @@ from ndcache import download
 
 SIZE = 1 << 20
 #: The ETag of ranges, if they have one.
-ETAGS = {"none": None, "weak": 'W/"1"', "another": '"1-range"', "unreadable": '"1'}
+ETAGS = {"none": None, "weak": 'W/"1"', "another": '"1-range"', "unreadable": '"1', "of each range": '"1-{first}"'}
 
 
 class Server:
@@ -38,7 +38,7 @@ class Server:
         first, last = map(int, asked.removeprefix("bytes=").split("-"))
         headers = {"Content-Range": f"bytes {first}-{last}/{len(data)}"}
         if self.of_ranges is not None:
-            headers["ETag"] = self.of_ranges
+            headers["ETag"] = self.of_ranges.format(first=first)
         connection.send(reply(206, bytes(last + 1 - first), headers))  # of another version: zeros
 
     @property
@@ -113,6 +113,24 @@ def test_row_52_servers_that_do_not_agree_on_the_etag(scripted: ScriptedServer) 
     scripted.script = {"/tensor-cache.json": [reply(200, manifest(data))], "/a.bin": [answer]}
     policy = ndcache.RetryPolicy(retries=6, backoff=0.001)
     assert np.asarray(ndcache.load(scripted.url, retries=policy)["t0"]).tobytes() == data
+
+
+@pytest.mark.parametrize("breaks", [0, 2])
+@pytest.mark.parametrize("tensors", [["t4", "t60"], None], ids=["a few tensors", "in pieces"])
+def test_row_52_each_range_has_an_etag_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, scripted: ScriptedServer, tensors: list[str] | None, breaks: int
+) -> None:
+    """Begun anew, the first range has the ETag that it had before: what changes are the ranges, and not the file."""
+    monkeypatch.setattr(download, "RANGE_THRESHOLD", SIZE // 2)
+    data = os.urandom(8 * SIZE)
+    server = Server(scripted, data, ETAGS["of each range"], breaks)
+    scripted.script["/tensor-cache.json"] = [reply(200, manifest(data, 64))]
+    if tensors is None:
+        monkeypatch.setattr(download, "PIECE_LIMITS", (SIZE, SIZE))
+    policy = ndcache.RetryPolicy(retries=3, backoff=0.001)
+    weights = ndcache.load(scripted.url, names=tensors, retries=policy)
+    assert np.asarray(weights["t60"]).tobytes() == data[60 * SIZE // 8 : 61 * SIZE // 8]
+    assert server.whole == breaks + 1
 
 
 @pytest.mark.parametrize("answer", [reply(412), reply(431), reply(304, headers={"ETag": '"2"'}, length=None)])
