@@ -57,8 +57,9 @@ logger = logging.getLogger("ndcache")
 
 #: How often a model that is updated meanwhile is verified anew.
 _LOOKS = 3
-#: What a worker may have open at once: a socket or two, a lock, what it writes, what it reads, and a spare one.
-_FILES_PER_WORKER = 8
+#: What a worker may have open at once: a socket or two, a lock, what it writes and reads, two folders that it publishes
+#: in and one on the way there, the folder that is synced, and spare ones.
+_FILES_PER_WORKER = 12
 
 Source = str | os.PathLike[str]
 T = TypeVar("T")

@@ -157,8 +157,8 @@ def fetch_with_patience(
     locks._LONGEST_PAUSE = 0.05
     really_try = locks._try
 
-    def noted(lock: Any) -> bool | None:
-        is_held = really_try(lock)
+    def noted(lock: Any, **options: Any) -> bool | None:
+        is_held = really_try(lock, **options)
         if is_held is False:
             waiting.touch()
         return is_held
