@@ -400,6 +400,18 @@ class Transport:
         except BaseException:
             _abandon(stop, watch, answers)
             raise
+        return self._accepted(raw, url, stop, watch, session, *held)
+
+    def _accepted(
+        self,
+        raw: requests.Response,
+        url: Url,
+        stop: Stop,
+        watch: Watch,
+        session: requests.Session,
+        location: str | None = None,
+    ) -> Response:
+        """Return the answer to a request, unless it is the proxy's, or only looks like one."""
         if watch.is_woken:  # and what there was of the answer looked like a whole one
             raw.close()
             stop.remove(watch)
@@ -412,7 +424,7 @@ class Transport:
             raw.close()
             stop.remove(watch)
             raise proxy_wants_password(proxy_for(session, str(url)), str(url))
-        return Response(raw, stop, watch, *held)
+        return Response(raw, stop, watch, location)
 
     def _check_settings(self, session: requests.Session, url: Url) -> None:
         """Look at the proxy and certificates that `session` uses for `url` before the first request to its origin.
