@@ -65,14 +65,23 @@ class Expander:
         size = min(limits["max-storage-buffer-binding-size"], limits["max-buffer-size"]) // 2
         return int(min(size, limits["max-compute-workgroups-per-dimension"] * _THREADS * 4)) & ~7
 
-    def encode(self, encoder: wgpu.GPUCommandEncoder, source: wgpu.GPUBuffer, start: int, end: int) -> None:
-        """Expand the bytes `start` to `end` of `source`, multiples of 4, to the beginning of `expanded`."""
+    def encode(
+        self, encoder: wgpu.GPUCommandEncoder, source: wgpu.GPUBuffer, start: int, end: int
+    ) -> wgpu.GPUComputePassEncoder:
+        """Expand the bytes `start` to `end` of `source`, multiples of 4, to the beginning of `expanded`.
+
+        Returns
+        -------
+        wgpu.GPUComputePassEncoder
+            The pass that does it, which has ended.
+        """
         encoder.copy_buffer_to_buffer(source, start, self._stored, 0, end - start)
         compute = encoder.begin_compute_pass()
         compute.set_pipeline(self._pipeline)
         compute.set_bind_group(0, self._group)
         compute.dispatch_workgroups(-(-(end - start) // (4 * _THREADS)))
         compute.end()
+        return compute
 
     def destroy(self) -> None:
         """Free its memory."""

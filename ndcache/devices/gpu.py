@@ -158,6 +158,9 @@ class GpuDevice(Device[_Staged, GPUTensor]):
         self._failure: BaseException | None = None  # why no more of them are made
         self._under_way: set[_Staged] = set()
         self._filled: deque[_Staged] = deque()  # all of whose bytes are in chunks
+        # The calls of a submission run no Python, so the caller's thread makes them itself. What they made is kept
+        # until a shielded call lets go of it: in a destructor, Ctrl-C would be lost.
+        self._submitted: list[Any] = []
 
     def prepare(
         self, shards: Sequence[Shard], *, decode: bool, copy: bool, memory_limit: int, stats: LoadStats
@@ -239,6 +242,7 @@ class GpuDevice(Device[_Staged, GPUTensor]):
         if self._maker is not None:
             self._maker.cancel()
         self._filled.clear()
+        self._submitted.clear()
         for staged in list(self._under_way):
             self._end(staged)
         for made in self._made.values():
@@ -320,7 +324,7 @@ class GpuDevice(Device[_Staged, GPUTensor]):
             with self._stats.timed("shader"):
                 shielded(self._make_expander, thread=self._caller)
         with self._stats.timed("copy", nbytes=sum(piece.nbytes for _, _, piece in filled)):
-            shielded(lambda: self._submit_copies(filled), thread=self._caller)
+            self._submit_copies(filled)
         assert self._ring is not None
         for staged in shards:
             for chunk, _ in staged.chunks:
@@ -336,6 +340,7 @@ class GpuDevice(Device[_Staged, GPUTensor]):
             chunk.unmap()
             self._encode(encoder, chunk, piece, staged.made.result())
         commands = encoder.finish()  # raises if the device was lost; to submit something then ends the process
+        self._submitted += [encoder, commands]
         self.handle.queue.submit([commands])
 
     def _encode(
@@ -348,7 +353,7 @@ class GpuDevice(Device[_Staged, GPUTensor]):
         start, end = piece.expanded
         expander, copy = self._expander, encoder.copy_buffer_to_buffer
         if expander is not None and end:
-            expander.encode(encoder, chunk.buffer, start, end)
+            self._submitted.append(expander.encode(encoder, chunk.buffer, start, end))
         for part in piece.copies:
             if part.is_expanded:
                 assert expander is not None
