@@ -116,7 +116,7 @@ class Part:
 
     @property
     def path(self) -> Path:
-        """Where it lies for now."""
+        """Return where it lies for now."""
         return self.folder.path / self.file_name
 
     @property

@@ -1,4 +1,4 @@
-"""What is tried again, how often, and after how long.
+"""Decide what is tried again, how often, and after how long.
 
 A server that limits requests (429, 503) refuses what it will give a moment later: as long as it gives others something,
 that is no failure, and not counted. It is only asked less and less often, so that a file that alone is refused does not
