@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from .errors import CancelledError
 
-__all__ = ["Stop", "Watch", "is_ending"]
+__all__ = ["Stop", "Watch", "is_ending", "raise_hidden_interrupt"]
 
 #: Bytes per second below which a server does not send but drips.
 _MIN_RATE = 1024
@@ -111,6 +111,16 @@ _main_thread_has_ended = threading.Event()
 def is_ending() -> bool:
     """Whether the main thread has come to its end, so that no thread can begin any more."""
     return _main_thread_has_ended.is_set()
+
+
+def raise_hidden_interrupt(error: RuntimeError) -> None:
+    """Raise the exception of a signal handler that became `error`, if one did.
+
+    `Thread.start` waits on a condition. An exception that comes just before the condition's lock is taken again leaves
+    its ``with`` block, which then cannot release the lock: a RuntimeError comes out, with the first one as its context.
+    """
+    if error.__context__ is not None and "lock" in str(error):
+        raise error.__context__ from None
 
 
 def _main_thread_ends() -> None:

@@ -18,7 +18,7 @@ from .errors import CancelledError, NdcacheError
 from .manifest import Shard
 from .serial import Serial
 from .stats import LoadStats
-from .stop import Stop, is_ending
+from .stop import Stop, is_ending, raise_hidden_interrupt
 from .stop_iteration import Carried
 
 if TYPE_CHECKING:
@@ -211,6 +211,8 @@ class Workers:
         try:
             self._executor.submit(_nothing)
         except (RuntimeError, MemoryError) as error:  # too late, or too many for the system
+            if isinstance(error, RuntimeError):
+                raise_hidden_interrupt(error)
             self._begun -= 1
             if self._begun < self._wanted:
                 logger.debug("%d threads instead of %d: %s", self._begun, self._wanted, error)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from ..errors import NoAdapterError
+from ..errors import DeviceError, NoAdapterError
 
 if TYPE_CHECKING:
     import wgpu
@@ -30,6 +30,8 @@ _lock = [threading.Lock()]
 #: The adapters of this process, once some were found. They are kept: to list them takes milliseconds each time, makes
 #: some drivers print lines, and is not safe (see `_list_adapters`), nor is dropping them.
 _known: list[wgpu.GPUAdapter] = []
+#: Those of them that were listed before this process was forked.
+_from_parent: list[wgpu.GPUAdapter] = []
 
 
 @contextmanager
@@ -39,12 +41,13 @@ def one_at_a_time() -> Iterator[None]:
         yield
 
 
-def _renew_lock() -> None:
-    _lock[0] = threading.Lock()
+def _begin_child() -> None:
+    _lock[0] = threading.Lock()  # The thread that held the other one is not there.
+    _from_parent.extend(_known)
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_lock)  # The thread that held it is not there.
+    os.register_at_fork(after_in_child=_begin_child)
 
 
 def adapters() -> list[wgpu.GPUAdapter]:
@@ -95,6 +98,8 @@ def find_adapter(spec: str) -> wgpu.GPUAdapter | None:
     ------
     NoAdapterError
         No such adapter.
+    DeviceError
+        It cannot be used in this process, which was forked.
     """
     if spec == "auto":
         try:
@@ -109,7 +114,14 @@ def find_adapter(spec: str) -> wgpu.GPUAdapter | None:
             else "there is no GPU adapter",
             hint=_how_to_get_one() if not found else "ndcache doctor lists them.",
         )
-    return found[index]
+    adapter = found[index]
+    if adapter in _from_parent and adapter.info["backend_type"] == "OpenGL":
+        # Drivers of OpenGL have threads and locks for a whole process: without them, some crash.
+        raise DeviceError(
+            "OpenGL, used by a process before it was forked, cannot be used in the fork",
+            hint="Start the process with multiprocessing's 'spawn' method, or load with device='cpu'.",
+        )
+    return adapter
 
 
 def adapter_name(adapter: wgpu.GPUAdapter) -> str:

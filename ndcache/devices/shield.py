@@ -15,6 +15,8 @@ from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Generic, TypeVar
 
+from ..stop import raise_hidden_interrupt
+
 __all__ = ["CallThread", "shielded"]
 
 T = TypeVar("T")
@@ -110,8 +112,9 @@ class _Call(Generic[T]):
             return
         try:
             self._thread.start()
-        except RuntimeError:  # The interpreter is about to end.
-            self._run()
+        except RuntimeError as error:
+            raise_hidden_interrupt(error)
+            self._run()  # The interpreter is about to end.
 
     def wait(self, look: Callable[[], None] | None = None, deadline: float = math.inf) -> bool:
         """Wait for the end; whether it came before the deadline."""
