@@ -39,3 +39,8 @@ __all__ = [
     "verify",
 ]
 __all__ += errors.__all__
+
+# Where users find them, whichever module they are in: for pickles, and for what is printed.
+for _name in __all__:
+    if not _name.startswith("_"):
+        globals()[_name].__module__ = "ndcache"
