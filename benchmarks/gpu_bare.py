@@ -27,8 +27,8 @@ from typing import Any
 
 import wgpu
 
-from ndcache.devices.expand import Expander
-from ndcache.devices.gpu import open_gpu
+from ndcache.devices.gpu.device import open_gpu
+from ndcache.devices.gpu.expand import Expander
 
 MIB = 1 << 20
 USAGE = wgpu.BufferUsage.STORAGE | wgpu.BufferUsage.COPY_SRC | wgpu.BufferUsage.COPY_DST

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 import ndcache
-from ndcache.demo import serving
+from ndcache.cli.demo import serving
 
 
 def serve(directory: Path, rate: float, pipe: Connection) -> None:

@@ -74,13 +74,13 @@ def timed(work):
 
 def ndcache_load(given):
     """A whole `ndcache.load`; from a URL into an empty cache it checks md5 and syncs each file to disk."""
-    import ndcache.download
+    import ndcache.sources.download
     from ndcache import load
 
     if given.get("no_ranges"):
-        if not hasattr(ndcache.download, "RANGE_THRESHOLD"):
+        if not hasattr(ndcache.sources.download, "RANGE_THRESHOLD"):
             raise Unavailable("this ndcache has no byte ranges for large shards")
-        ndcache.download.RANGE_THRESHOLD = 1 << 62
+        ndcache.sources.download.RANGE_THRESHOLD = 1 << 62
     device = open_gpu() if given.get("gpu") else "cpu"
     options = {"cache_dir": given["out"], "max_workers": given.get("workers", 8)}
 
@@ -454,7 +454,7 @@ def pinned_copy(given):
 
 def open_gpu():
     """The device that ndcache itself would open, for whoever wants one."""
-    from ndcache.devices.gpu import open_gpu as open_device
+    from ndcache.devices.gpu.device import open_gpu as open_device
     from ndcache.errors import NoAdapterError
 
     try:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ndcache.devices.adapters import adapters, is_software
+from ndcache.devices.gpu.adapters import adapters, is_software
 from ndcache.errors import NdcacheError
 
 from . import inputs, servers

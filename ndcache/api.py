@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from .format.manifest import Manifest, NameFilter
 from .loader import Loader, Source, VerifyReport
-from .manifest import Manifest, NameFilter
 from .progress import Progress
 from .weights import Weights
 

@@ -15,6 +15,6 @@ def warn_caller(message: str) -> None:
 
 def _depth_below_caller() -> int:
     depth, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__package__", "") in ("ndcache", "ndcache.devices"):
+    while frame.f_back is not None and (frame.f_globals.get("__package__") or "").partition(".")[0] == "ndcache":
         depth, frame = depth + 1, frame.f_back
     return depth

@@ -44,8 +44,8 @@ from __future__ import annotations
 import copyreg
 from typing import Any
 
-from .shown import printable
-from .shown import redact as redact
+from .urls.redact import printable
+from .urls.redact import redact as redact
 
 __all__ = [
     "AuthError",

@@ -22,31 +22,31 @@ from urllib.parse import quote
 
 import requests
 
-from .cache import ArtifactCache
-from .descriptors import budget
 from .devices import open_device
 from .devices.base import Device
-from .digests import parse_sri
-from .download import Downloader
 from .errors import CacheUnavailableError, ManifestError, NotFoundError, OfflineError, UnsafeCacheError
-from .hub import Login
-from .in_memory import CacheOrMemory
-from .inventory import cache_root
-from .limits import Limits
-from .locate import Location, locate
-from .manifest import Manifest, NameFilter, Shard
-from .model import Flaw, LocalModel, Model, Obtained
+from .files.descriptors import budget
+from .format.digests import parse_sri
+from .format.manifest import Manifest, NameFilter, Shard
+from .http.rate_limits import Limits
+from .http.retry import RetryPolicy
+from .http.transport import Transport
+from .location.hub import Login
+from .location.locate import Location, locate
 from .options import check_options
 from .progress import Progress, Reporter
-from .remote import RemoteModel
-from .retry import RetryPolicy
+from .sources.download import Downloader
+from .sources.model import Flaw, LocalModel, Model, Obtained
+from .sources.remote import RemoteModel
 from .stats import LoadStats
-from .stop import Stop
-from .stop_iteration import Carried, carried, delivered
+from .store.directory import ArtifactCache
+from .store.inventory import cache_root
+from .store.memory import CacheOrMemory
 from .trace import Trace
-from .transport import Transport
 from .weights import Weights
-from .workers import Workers, in_order
+from .workers.cancellation import Stop
+from .workers.pool import Workers, in_order
+from .workers.stop_iteration import Carried, carried, delivered
 
 if TYPE_CHECKING:
     import wgpu

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypedDict
 
 import requests
 
-from .retry import RetryPolicy
+from .http.retry import RetryPolicy
 
 __all__ = ["Options", "check_options"]
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from . import errors
-from . import stop as _stop  # noqa: F401 - before Python is shutting down, if it is about to
 from . import tvm as tvm
 from ._version import __version__
 from .api import delete, fetch, is_cached, load, read_manifest, stream, verify
-from .devices.gpu import GPUTensor
+from .devices.gpu.device import GPUTensor
 from .errors import *  # noqa: F403 - every error is public
+from .format.manifest import Manifest, Record, Shard
+from .format.writer import dump
+from .http.retry import RetryPolicy
 from .loader import Loader, VerifyReport
-from .manifest import Manifest, Record, Shard
 from .progress import ProgressReport
-from .retry import RetryPolicy
 from .stats import LoadStats
 from .weights import Weights
-from .writer import dump
+from .workers import cancellation as _stop  # noqa: F401 - before Python is shutting down, if it is about to
 
 __all__ = [
     "GPUTensor",

@@ -29,17 +29,17 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 from .api import load
-from .cache import ArtifactCache as _ModelCache
 from .errors import CacheUnavailableError, NotFoundError, OfflineError, UnsafePathError, redact
-from .hub import hf_endpoint
+from .format.paths import check_path
 from .loader import Loader, Source
-from .locate import Location, locate, remote_location
-from .paths import check_path
+from .location.hub import hf_endpoint
+from .location.locate import Location, locate, remote_location
 from .progress import ProgressCallback
 from .stats import LoadStats
-from .stop import Stop
-from .urls import parse
-from .workers import Workers
+from .store.directory import ArtifactCache as _ModelCache
+from .urls.url import parse
+from .workers.cancellation import Stop
+from .workers.pool import Workers
 
 if TYPE_CHECKING:
     import wgpu

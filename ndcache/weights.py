@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from .devices.base import Device
-from .manifest import Manifest
+from .format.manifest import Manifest
 from .stats import LoadStats
 
 __all__ = ["Weights"]

@@ -46,10 +46,10 @@ import models
 import urllib3.connection
 from servers import FileServer
 
-import ndcache.download
-import ndcache.parts
 import ndcache.public  # all of it, before anything is forked
-from ndcache.locate import locate
+import ndcache.sources.download
+import ndcache.store.partial
+from ndcache.location.locate import locate
 
 #: Of a body, what is sent at once, and about what sockets hold.
 _PIECE_BYTES = 1 << 13
@@ -452,8 +452,8 @@ class _Series:
 def fetch(url: str, in_pieces: bool = False, **options: Any) -> None:
     """Fetch through sockets with small buffers: what is in them at a kill is lost, whatever the client does."""
     if in_pieces:  # in a process of its own
-        ndcache.download.RANGE_THRESHOLD, ndcache.download.PIECE_LIMITS = 1, _PIECES
-        ndcache.parts._NOTE_BYTES = _NOTED
+        ndcache.sources.download.RANGE_THRESHOLD, ndcache.sources.download.PIECE_LIMITS = 1, _PIECES
+        ndcache.store.partial._NOTE_BYTES = _NOTED
     small = (socket.SOL_SOCKET, socket.SO_RCVBUF, _PIECE_BYTES)
     urllib3.connection.HTTPConnection.default_socket_options.append(small)
     ndcache.fetch(url, **options)

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 import ndcache
-from ndcache.cache import ArtifactCache
-from ndcache.inventory import cache_root, models
+from ndcache.store.directory import ArtifactCache
+from ndcache.store.inventory import cache_root, models
 
 #: Of a manifest that was published with nothing to remember of it.
 CLAIM = "tensor-cache.json 0"

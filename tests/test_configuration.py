@@ -20,8 +20,8 @@ from servers import Connection, Request, ScriptedServer, reply, then_close
 
 import ndcache
 from ndcache import Loader, RetryPolicy
-from ndcache.stop import Stop
-from ndcache.transport import Transport
+from ndcache.http.transport import Transport
+from ndcache.workers.cancellation import Stop
 
 #: Of which nothing is used.
 PATIENT = RetryPolicy(retries=3, backoff=0.01)

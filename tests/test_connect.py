@@ -17,11 +17,11 @@ import requests
 from servers import Connection, FileServer, Request, ScriptedServer, reply
 
 import ndcache
-from ndcache import connect
-from ndcache.connect import Address, Routes, connect_to_first, look_up
-from ndcache.connections import _Watched
-from ndcache.stop import Stop
-from ndcache.transport import Transport
+from ndcache.http import connect
+from ndcache.http.connect import Address, Routes, connect_to_first, look_up
+from ndcache.http.sockets import _Watched
+from ndcache.http.transport import Transport
+from ndcache.workers.cancellation import Stop
 
 NAME = "model.test"
 #: Loopback addresses of which nobody listens at any port.

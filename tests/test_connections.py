@@ -13,8 +13,8 @@ import trustme
 from servers import Connection, Request, ScriptedServer, Step, reply
 
 import ndcache
-from ndcache.stop import Stop
-from ndcache.transport import Transport
+from ndcache.http.transport import Transport
+from ndcache.workers.cancellation import Stop
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 PROCESSING = b"HTTP/1.1 102 Processing\r\n\r\n"

@@ -11,10 +11,10 @@ import numpy.typing as npt
 import pytest
 from models import random_array
 
-from ndcache.decode import decode, encode_bf16, stored
-from ndcache.dtypes import DTYPES
 from ndcache.errors import DecodeError, UnsupportedDtypeError
-from ndcache.manifest import Record
+from ndcache.format.codec import decode, encode_bf16, stored
+from ndcache.format.dtypes import DTYPES
+from ndcache.format.manifest import Record
 
 SHAPES = [(), (1,), (7,), (3, 5), (2, 3, 1, 5), (0,), (4, 0, 3), (1,) * 32, (1025,)]
 

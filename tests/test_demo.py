@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 
 import ndcache
-from ndcache import cli, demo
+from ndcache.cli import commands as cli
+from ndcache.cli import demo
 from ndcache.devices import cpu
-from ndcache.writer import dump
+from ndcache.format.writer import dump
 
 SMALL: dict[str, Any] = {"size_mib": 3, "rate_mib": 256.0}
 

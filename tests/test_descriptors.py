@@ -16,7 +16,7 @@ import pytest
 from servers import FileServer
 
 import ndcache
-from ndcache import descriptors
+from ndcache.files import descriptors
 
 pytest.importorskip("resource")
 
@@ -141,7 +141,7 @@ def test_row_55_the_program_can_open_files_during_a_load(model: Path, serve: Ser
         def look(report):
             found.append(descriptors._free())
 
-        from ndcache import descriptors
+        from ndcache.files import descriptors
         found = []
         limit_to(limit)
         ndcache.load(url, progress=look)

@@ -21,14 +21,14 @@ from hypothesis import strategies as st
 from servers import FileServer
 
 import ndcache
-from ndcache.devices import adapters as adapters_module
 from ndcache.devices import cpu as cpu_module
-from ndcache.devices import gpu as gpu_module
 from ndcache.devices import open_device
-from ndcache.devices.layout import pieces
-from ndcache.devices.staging import Ring
-from ndcache.dtypes import DTYPES
-from ndcache.manifest import Record
+from ndcache.devices.gpu import adapters as adapters_module
+from ndcache.devices.gpu import device as gpu_module
+from ndcache.devices.gpu.layout import pieces
+from ndcache.devices.gpu.staging import Ring
+from ndcache.format.dtypes import DTYPES
+from ndcache.format.manifest import Record
 from ndcache.stats import LoadStats
 
 SHAPES: list[tuple[int, ...]] = [(), (1,), (3,), (4,), (5, 7), (0,), (3, 0, 2), (2, 3, 4, 5), (1025,)]
@@ -436,7 +436,7 @@ class TestGpu(Conformance):
         models.simple_model(tmp_path, shards=4)
         script = (
             "import sys, ndcache\n"
-            "from ndcache.devices.gpu import open_gpu\n"
+            "from ndcache.devices.gpu.device import open_gpu\n"
             "device = open_gpu('gpu').handle\n"
             "stream = ndcache.stream(sys.argv[1], device)\n"
             "next(stream)\n"
@@ -456,8 +456,8 @@ class TestGpu(Conformance):
         script = (
             "import threading\n"
             "from concurrent.futures import ThreadPoolExecutor\n"
-            "from ndcache.devices.gpu import open_gpu\n"
-            "from ndcache.devices.staging import Chunk\n"
+            "from ndcache.devices.gpu.device import open_gpu\n"
+            "from ndcache.devices.gpu.staging import Chunk\n"
             "device, asked = open_gpu('gpu').handle, threading.Event()\n"
             "chunk = Chunk(device, 4096)\n"
             "chunk.unmap()\n"

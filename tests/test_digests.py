@@ -10,8 +10,8 @@ from typing import BinaryIO
 import pytest
 
 import ndcache
-from ndcache.digests import feed, mismatch, new_digest, parse_sri
-from ndcache.stop import Stop
+from ndcache.format.digests import feed, mismatch, new_digest, parse_sri
+from ndcache.workers.cancellation import Stop
 
 DATA = bytes(range(256)) * (5 << 12)  # more than one read
 

@@ -16,12 +16,12 @@ import pytest
 from servers import Connection, Request, ScriptedServer, reply, then_close, then_reset, then_stall
 
 import ndcache
-from ndcache.cache import ArtifactCache
-from ndcache.download import Downloader
-from ndcache.retry import RetryPolicy
+from ndcache.http.retry import RetryPolicy
+from ndcache.http.transport import Transport
+from ndcache.sources.download import Downloader
 from ndcache.stats import LoadStats
-from ndcache.stop import Stop
-from ndcache.transport import Transport
+from ndcache.store.directory import ArtifactCache
+from ndcache.workers.cancellation import Stop
 
 DATA = os.urandom(100_000)
 PATH = "/params_shard_0.bin"
@@ -399,7 +399,7 @@ def test_row_25_a_part_from_before_a_power_loss_is_used_if_a_digest_will_show_wh
     downloader: Downloader, scripted: ScriptedServer, monkeypatch: pytest.MonkeyPatch, digests: bool
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("ndcache.parts._boot", lambda: "another start of the system")
+        patch.setattr("ndcache.store.partial._boot", lambda: "another start of the system")
         leave_part(downloader.cache, scripted.url + "params_shard_0.bin", bytes(60_000))
     scripted.script[PATH] = [rest_of(DATA, 60_000), reply(200, DATA, ETAG)] if digests else [reply(200, DATA, ETAG)]
     downloader = replace(downloader, digests=digests)
@@ -414,7 +414,7 @@ def test_parts_that_are_of_something_else_are_not_used(
     url = scripted.url + "params_shard_0.bin"
     old, shard = bytes(60_000), replace(SHARD, md5sum=None)  # nothing but the rules would notice what is wrong
     if kept == "boot":
-        monkeypatch.setattr("ndcache.parts._boot", lambda: "another start of the system")
+        monkeypatch.setattr("ndcache.store.partial._boot", lambda: "another start of the system")
     leave_part(
         downloader.cache,
         url + "x" if kept == "url" else url,

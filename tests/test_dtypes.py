@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ndcache.dtypes import ALIASES, DTYPES, canonical_name, dtype_name
+from ndcache.format.dtypes import ALIASES, DTYPES, canonical_name, dtype_name
 
 ITEM_SIZES = {
     "bool": 1,

@@ -20,7 +20,7 @@ import pytest
 from models import random_array, write_model
 
 import ndcache
-from ndcache.dtypes import DTYPES
+from ndcache.format.dtypes import DTYPES
 
 Array = np.ndarray[Any, Any]
 

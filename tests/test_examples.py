@@ -70,7 +70,7 @@ def test_stream_into_safetensors() -> None:
 def test_stream_every_dtype_into_safetensors(tmp_path: Path) -> None:
     """Read back by the safetensors library, whose names of dtypes these are."""
     safetensors = need_module("safetensors")
-    params = {dtype: random_array((3, 2), dtype) for dtype in ndcache.dtypes.DTYPES}
+    params = {dtype: random_array((3, 2), dtype) for dtype in ndcache.format.dtypes.DTYPES}
     ndcache.dump(params, tmp_path / "model", encode="raw")
     run("stream_into_safetensors.py", str(tmp_path / "model"), str(tmp_path / "model.safetensors"))
     tensors = dict(safetensors.deserialize((tmp_path / "model.safetensors").read_bytes()))

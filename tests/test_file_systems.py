@@ -23,11 +23,11 @@ import pytest
 from servers import FileServer
 
 import ndcache
-from ndcache import remote
-from ndcache.cache import ArtifactCache
-from ndcache.cleanup import disk_bytes
-from ndcache.paths import flat_name, unflat
-from ndcache.validator import Validator
+from ndcache.format.paths import flat_name, unflat
+from ndcache.sources import remote
+from ndcache.store.cleanup import disk_bytes
+from ndcache.store.directory import ArtifactCache
+from ndcache.store.metadata import Validator
 
 Serve = Callable[..., FileServer]
 SHARD = "params_shard_0.bin"

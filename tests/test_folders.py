@@ -17,10 +17,13 @@ from click.testing import CliRunner
 from servers import FileServer
 
 import ndcache
-from ndcache import cli, folders, inventory, tvm
-from ndcache.folders import Folder, is_gone
-from ndcache.locate import locate
-from ndcache.locks import Turn, if_free, turn
+from ndcache import tvm
+from ndcache.cli import commands as cli
+from ndcache.files import folder as folders
+from ndcache.files.folder import Folder, is_gone
+from ndcache.location.locate import locate
+from ndcache.store import inventory
+from ndcache.store.lock import Turn, if_free, turn
 
 Serve = Callable[..., FileServer]
 SHARD = "params_shard_0.bin"

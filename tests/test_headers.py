@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from servers import ScriptedServer, then_close
 
 import ndcache
-from ndcache.failures import raise_for_status
-from ndcache.stop import Stop, Watch
-from ndcache.transport import Response, Transport
+from ndcache.http.translate import raise_for_status
+from ndcache.http.transport import Response, Transport
+from ndcache.workers.cancellation import Stop, Watch
 
 #: What a header field can hold when http.client has parsed it.
 TEXTS = st.text(st.characters(min_codepoint=1, max_codepoint=255, exclude_characters="\r\n"), max_size=60)

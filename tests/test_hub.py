@@ -14,9 +14,9 @@ from servers import Connection, FileServer, Request, ScriptedServer, reply, then
 
 import ndcache
 from ndcache import tvm
-from ndcache.hub import Login, at_commit, branch, commit_of, hf_endpoint, token_path
-from ndcache.locate import locate
-from ndcache.urls import Origin
+from ndcache.location.hub import Login, at_commit, branch, commit_of, hf_endpoint, token_path
+from ndcache.location.locate import locate
+from ndcache.urls.url import Origin
 
 Serve = Callable[..., FileServer]
 A, B = "a" * 40, "b" * 40

@@ -16,7 +16,7 @@ from requirements_for_tests import need_module
 from servers import FileServer
 
 import ndcache
-from ndcache.dtypes import DTYPES
+from ndcache.format.dtypes import DTYPES
 
 Array = np.ndarray[Any, Any]
 Serve = Callable[..., FileServer]

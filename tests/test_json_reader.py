@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ndcache import json_reader
 from ndcache.errors import ManifestLimitError, ManifestSyntaxError
-from ndcache.json_reader import JsonReader
+from ndcache.format import json_reader
+from ndcache.format.json_reader import JsonReader
 
 
 @pytest.fixture(params=[24, 64, 1 << 20])

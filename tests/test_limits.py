@@ -14,7 +14,7 @@ from servers import FileServer
 
 import ndcache
 from ndcache import loader as loader_module
-from ndcache.devices.gpu import GpuDevice
+from ndcache.devices.gpu.device import GpuDevice
 
 BINDABLE = 1 << 16
 

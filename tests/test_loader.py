@@ -34,11 +34,11 @@ import requests
 from servers import Connection, FileServer, Request, ScriptedServer, reply, then_close, then_reset, then_stall
 
 import ndcache
-from ndcache import remote
 from ndcache.devices.cpu import CpuDevice
-from ndcache.digests import mismatch
-from ndcache.manifest_source import ManifestSource
-from ndcache.stop import Stop
+from ndcache.format.digests import mismatch
+from ndcache.sources import remote
+from ndcache.sources.manifest import ManifestSource
+from ndcache.workers.cancellation import Stop
 
 Serve = Callable[..., FileServer]
 QUICK = ndcache.RetryPolicy(retries=1, backoff=0.001)
@@ -872,7 +872,7 @@ def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """For how many seconds was slept between tries; it takes no time, but the servers' limits know of it."""
     seconds: list[float] = []
     monkeypatch.setattr(Stop, "sleep", lambda self, wanted: seconds.append(wanted))
-    monkeypatch.setattr("ndcache.limits.monotonic", lambda: time.monotonic() + sum(seconds))
+    monkeypatch.setattr("ndcache.http.rate_limits.monotonic", lambda: time.monotonic() + sum(seconds))
     return seconds
 
 

@@ -14,8 +14,8 @@ import filelock
 import pytest
 
 import ndcache
-from ndcache import locks
-from ndcache.locks import Turn, if_free, turn
+from ndcache.store import lock as locks
+from ndcache.store.lock import Turn, if_free, turn
 
 
 def never() -> bool:

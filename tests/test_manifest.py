@@ -27,8 +27,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ndcache import parse as limits
-from ndcache.dtypes import DTYPES
 from ndcache.errors import (
     ManifestError,
     ManifestLayoutError,
@@ -38,9 +36,11 @@ from ndcache.errors import (
     UnsupportedDtypeError,
     UnsupportedFormatError,
 )
-from ndcache.manifest import Manifest, Record, Shard
-from ndcache.parse import parse_manifest
-from ndcache.paths import STATE_DIRECTORY, check_path
+from ndcache.format import parse as limits
+from ndcache.format.dtypes import DTYPES
+from ndcache.format.manifest import Manifest, Record, Shard
+from ndcache.format.parse import parse_manifest
+from ndcache.format.paths import STATE_DIRECTORY, check_path
 
 
 def thorough(ci: int, default: int = 300) -> settings:

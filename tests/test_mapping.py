@@ -22,7 +22,7 @@ from models import assert_same
 from servers import FileServer
 
 import ndcache
-from ndcache.devices.mapping import map_file
+from ndcache.files.mapping import map_file
 
 Serve = Callable[..., FileServer]
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="tells what is open and mapped")

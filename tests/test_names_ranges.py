@@ -14,9 +14,9 @@ import pytest
 from servers import Connection, FileServer, Request, ScriptedServer, reply
 
 import ndcache
-from ndcache.folders import Folder
-from ndcache.parts import PartsFolder
-from ndcache.spans import Spans
+from ndcache.files.folder import Folder
+from ndcache.store.partial import PartsFolder
+from ndcache.store.ranges import Spans
 
 DATA = os.urandom(1 << 18)
 SIZE = 1 << 12
@@ -27,7 +27,7 @@ MD5 = hashlib.md5(DATA).hexdigest()
 
 @pytest.fixture(autouse=True)
 def _small_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ndcache.remote._GAP", SIZE)
+    monkeypatch.setattr("ndcache.sources.remote._GAP", SIZE)
 
 
 def bytes_of(name: str, data: bytes = DATA) -> bytes:
@@ -299,7 +299,7 @@ def test_the_bytes_outlive_a_restart_of_the_system(
 ) -> None:
     server = serve(model)
     ndcache.fetch(server.url, names="w03")
-    monkeypatch.setattr("ndcache.parts._boot", lambda: "another")
+    monkeypatch.setattr("ndcache.store.partial._boot", lambda: "another")
     assert check(ndcache.load(server.url, names="w03", offline=True), "w03").cache_bytes == SIZE
 
 

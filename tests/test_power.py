@@ -144,7 +144,7 @@ def test_row_25_without_fsync_of_the_directory_files_are_good_but_do_not_last(
     fetched: Fetched, serve: Callable[..., FileServer], tmp_path: Path
 ) -> None:
     files = model(tmp_path / "served", 0, 1, 2)
-    before = "import ndcache.folders; ndcache.folders._sync_folder = lambda handle: None"
+    before = "import ndcache.files.folder; ndcache.files.folder._sync_folder = lambda handle: None"
     assert fetched.by_child(serve(tmp_path / "served").url, before=before) == 0
     replay = fetched.replay(files)
     assert replay.faults == {}

@@ -29,8 +29,8 @@ from kills import Child, CountingServer, Zygote, check_published, left_behind, m
 from servers import Request
 
 import ndcache
-import ndcache.locks
-from ndcache.cache import ArtifactCache
+import ndcache.store.lock
+from ndcache.store.directory import ArtifactCache
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 
@@ -152,7 +152,7 @@ def fetch_with_patience(
 
     `waiting` is made when somebody else is seen to have the lock. `told_time` is a file with what the time is.
     """
-    locks = ndcache.locks
+    locks = ndcache.store.lock
     locks._PATIENCE = (patience, patience)
     locks._LONGEST_PAUSE = 0.05
     really_try = locks._try

@@ -13,8 +13,8 @@ from servers import Connection, Request, ScriptedServer, reply
 
 import ndcache
 from ndcache import tvm
-from ndcache.locate import locate
-from ndcache.queries import identifying_query, query_digest
+from ndcache.location.locate import locate
+from ndcache.urls.queries import identifying_query, query_digest
 
 SIGNED = [
     "X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Credential=k%2F20260101%2Fus-east-1%2Fs3%2Faws4_request&X-Amz-Date=1"

@@ -12,7 +12,7 @@ import pytest
 from servers import Connection, Request, ScriptedServer, reply
 
 import ndcache
-from ndcache import download
+from ndcache.sources import download
 
 SIZE = 1 << 20
 #: The ETag of ranges, if they have one.

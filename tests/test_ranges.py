@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 from servers import Connection, FileServer, Request, ScriptedServer, reply
 
 import ndcache
-from ndcache.folders import Folder
+from ndcache.files.folder import Folder
 from ndcache.loader import Loader
-from ndcache.parts import PartsFolder
-from ndcache.pieces import Pieces
-from ndcache.spans import Spans
-from ndcache.stop import Stop
+from ndcache.sources.range_queue import Pieces
+from ndcache.store.partial import PartsFolder
+from ndcache.store.ranges import Spans
+from ndcache.workers.cancellation import Stop
 
 DATA = os.urandom(1 << 20)
 OTHER = os.urandom(1 << 20)
@@ -35,8 +35,8 @@ WORKERS = 4
 
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ndcache.download.RANGE_THRESHOLD", PIECE)
-    monkeypatch.setattr("ndcache.download.PIECE_LIMITS", (PIECE, 2 * PIECE))
+    monkeypatch.setattr("ndcache.sources.download.RANGE_THRESHOLD", PIECE)
+    monkeypatch.setattr("ndcache.sources.download.PIECE_LIMITS", (PIECE, 2 * PIECE))
 
 
 def manifest(digest: bool = True) -> bytes:
@@ -331,7 +331,7 @@ def test_where_a_redirect_leads_is_forgotten_after_a_failure(scripted: ScriptedS
 
 def left_with_holes(loader: Loader, url: str, spans: list[tuple[int, int]]) -> Path:
     """As a process that was killed leaves it."""
-    from ndcache.locate import locate
+    from ndcache.location.locate import locate
 
     cache = loader._cache(locate(url))
     with cache.part(PATH[1:]) as part:

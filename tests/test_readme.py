@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import ndcache
-from ndcache.devices.adapters import adapters
+from ndcache.devices.gpu.adapters import adapters
 
 README = Path(__file__).parent.parent / "README.rst"
 

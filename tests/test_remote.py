@@ -18,7 +18,7 @@ import pytest
 from servers import Connection, FileServer, Request, ScriptedServer, reply
 
 import ndcache
-from ndcache.cache import ArtifactCache
+from ndcache.store.directory import ArtifactCache
 
 Serve = Callable[..., FileServer]
 QUICK = ndcache.RetryPolicy(retries=1, backoff=0.001)
@@ -74,7 +74,7 @@ def test_a_shard_that_is_still_the_same_may_vanish_meanwhile(
     server = serve(model)
     directory = ndcache.fetch(server.url)
     write(model, arrays, md5=False, metadata={"version": 2})
-    from ndcache.download import Downloader
+    from ndcache.sources.download import Downloader
 
     shard = Downloader.shard
 
@@ -256,7 +256,7 @@ def test_row_32_an_update_leaves_a_load_of_the_old_version_alone(model: Path, se
 
 
 def test_nothing_is_held_after_a_load(model: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ndcache import remote
+    from ndcache.sources import remote
 
     models.simple_model(model, shards=6)
     server = serve(model)
@@ -470,7 +470,7 @@ def test_row_30_a_note_with_a_crafted_name_removes_nothing(model: Path, tmp_path
 
 
 def test_a_cached_shard_that_cannot_be_read(model: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ndcache import remote
+    from ndcache.sources import remote
 
     models.simple_model(model)
     server = serve(model)

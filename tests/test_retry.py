@@ -7,9 +7,9 @@ import threading
 import pytest
 
 import ndcache
-from ndcache.retry import RetryPolicy, with_retries
+from ndcache.http.retry import RetryPolicy, with_retries
 from ndcache.stats import LoadStats
-from ndcache.stop import Stop
+from ndcache.workers.cancellation import Stop
 
 
 def rate_limited(retry_after: float | None) -> ndcache.RateLimitedError:

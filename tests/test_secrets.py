@@ -19,9 +19,10 @@ from models import simple_model
 from servers import FileServer, ScriptedServer, reply, then_close
 
 import ndcache
-from ndcache import doctor, tvm
+from ndcache import tvm
+from ndcache.cli import doctor
 from ndcache.errors import NdcacheError, redact
-from ndcache.shown import printable
+from ndcache.urls.redact import printable
 
 SECRET = "s3cr3t"
 

@@ -25,10 +25,10 @@ from requirements_for_tests import need_program
 from servers import Connection, ConnectionLimit, FileServer, RateLimit, Request, ScriptedServer, reply
 
 import ndcache
-from ndcache.limits import OriginLimit, Permit, Served, origin_of
+from ndcache.http.rate_limits import OriginLimit, Permit, Served, origin_of
+from ndcache.http.retry import RetryPolicy, with_retries
 from ndcache.loader import Loader
-from ndcache.retry import RetryPolicy, with_retries
-from ndcache.stop import Stop
+from ndcache.workers.cancellation import Stop
 
 Serve = Callable[..., FileServer]
 PATH = "/params_shard_0.bin"
@@ -284,7 +284,8 @@ def test_row_49_who_waits_can_be_stopped() -> None:
 def test_row_37_a_fork_knows_no_lock_of_its_parents() -> None:
     script = """
 import os
-from ndcache import limits, stop
+from ndcache.http import rate_limits as limits
+from ndcache.workers import cancellation as stop
 shared = limits.Limits()
 with shared.of("http://host/")._lock:  # as of a thread that makes a request just then
     if os.fork() == 0:
@@ -407,8 +408,8 @@ def test_row_49_a_limit_of_requests_per_second(
 def test_row_49_pieces_of_a_large_shard(
     tmp_path: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch, log: Callable[[], list[str]]
 ) -> None:
-    monkeypatch.setattr("ndcache.download.RANGE_THRESHOLD", 1 << 16)
-    monkeypatch.setattr("ndcache.download.PIECE_LIMITS", (1 << 15, 1 << 16))
+    monkeypatch.setattr("ndcache.sources.download.RANGE_THRESHOLD", 1 << 16)
+    monkeypatch.setattr("ndcache.sources.download.PIECE_LIMITS", (1 << 15, 1 << 16))
     arrays = simple_model(tmp_path / "model", shards=2, shard_bytes=1 << 20)
     limit = ConnectionLimit(2)
     server = serve(tmp_path / "model", rate=1 << 19, limit=limit)
@@ -570,7 +571,7 @@ def test_row_49_a_manifest_waits_too(tmp_path: Path, scripted: ScriptedServer) -
 def test_when_the_count_begins_anew(headers: dict[str, str], low: float | None, high: float | None) -> None:
     import requests
 
-    from ndcache.failures import raise_for_status
+    from ndcache.http.translate import raise_for_status
 
     fields = {name: value.format(now=int(time.time()) + 60) for name, value in headers.items()}
     with pytest.raises(ndcache.RateLimitedError) as caught:

@@ -20,8 +20,8 @@ from kills import CountingServer, Zygote
 from servers import FileServer
 
 import ndcache
-from ndcache.folders import Folder
-from ndcache.parts import PartsFolder
+from ndcache.files.folder import Folder
+from ndcache.store.partial import PartsFolder
 
 Serve = Callable[..., FileServer]
 SHARD = "params_shard_0.bin"

@@ -15,10 +15,10 @@ import models
 import pytest
 
 import ndcache
-from ndcache.devices import adapters as adapters_module
-from ndcache.devices import gpu as gpu_module
-from ndcache.devices.shield import shielded
-from ndcache.stop import raise_hidden_interrupt
+from ndcache.devices.gpu import adapters as adapters_module
+from ndcache.devices.gpu import device as gpu_module
+from ndcache.devices.gpu.shield import shielded
+from ndcache.workers.cancellation import raise_hidden_interrupt
 
 PATIENCE = 60
 
@@ -191,7 +191,7 @@ if not child:
     except ndcache.DeviceError as error:
         os._exit(1 if "forked" in str(error) else 2)
     os._exit(0)
-is_opengl = ndcache.devices.adapters.adapters()[0].info["backend_type"] == "OpenGL"
+is_opengl = ndcache.devices.gpu.adapters.adapters()[0].info["backend_type"] == "OpenGL"
 assert os.waitpid(child, 0)[1] == (0x100 if is_opengl else 0)
 """
 

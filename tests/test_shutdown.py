@@ -11,7 +11,7 @@ import pytest
 from servers import FileServer
 
 import ndcache
-from ndcache.serial import Serial
+from ndcache.workers.serial import Serial
 
 #: What all scripts begin with. Of the thread that calls it, `until_the_end` waits for the main thread's end.
 PROLOGUE = """

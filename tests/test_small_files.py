@@ -19,9 +19,10 @@ from click.testing import CliRunner
 from servers import FileServer
 
 import ndcache
-from ndcache import cli, tvm
-from ndcache.folders import Folder
-from ndcache.small_files import read_note, sendable
+from ndcache import tvm
+from ndcache.cli import commands as cli
+from ndcache.files.folder import Folder
+from ndcache.files.notes import read_note, sendable
 
 Serve = Callable[..., FileServer]
 SHARD = "params_shard_0.bin"

@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 import ndcache
-from ndcache import stop as stop_module
-from ndcache.stop import Stop, Watch
+from ndcache.workers import cancellation as stop_module
+from ndcache.workers.cancellation import Stop, Watch
 
 
 def test_row_36_the_callers_event_stops_too() -> None:
@@ -126,7 +126,7 @@ def test_row_13_time_in_which_the_thread_does_something_else_does_not_count(monk
 def test_row_37_a_fork_does_not_stop_what_its_parent_does() -> None:
     script = """
 import os
-from ndcache import stop
+from ndcache.workers import cancellation as stop
 ended = []
 one = stop.Stop()
 one.add(stop.Watch(60, [lambda: ended.append("shut")]))

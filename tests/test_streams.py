@@ -18,7 +18,7 @@ from models import random_array, simple_model, write_model
 from servers import FileServer
 
 import ndcache
-from ndcache.cli import main
+from ndcache.cli.commands import main
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="descriptors of POSIX")
 
@@ -118,8 +118,8 @@ def test_row_64_no_file_of_ours_receives_what_is_printed(tmp_path: Path, argumen
     """Whatever the process opens first would get number 1, to which C libraries print."""
     script = (
         "import os, sys\n"
-        "from ndcache import download\n"
-        "from ndcache.cli import main\n"
+        "from ndcache.sources import download\n"
+        "from ndcache.cli.commands import main\n"
         "original = download.Downloader.shard\n"
         "def shard(self, *args, **options):\n"
         "    result = original(self, *args, **options)\n"

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import ndcache
-from ndcache.tensor_files import read_tensors
+from ndcache.cli.tensor_files import read_tensors
 
 pytest.importorskip("safetensors")
 

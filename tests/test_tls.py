@@ -19,8 +19,8 @@ import trustme
 from servers import Connection, Request, ScriptedServer, Step, reply
 
 import ndcache
-from ndcache.stop import Stop
-from ndcache.transport import Response, Transport
+from ndcache.http.transport import Response, Transport
+from ndcache.workers.cancellation import Stop
 
 DATA = bytes(range(256)) * 4096  # 1 MiB
 SHARD = "/params_shard_0.bin"

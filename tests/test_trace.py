@@ -15,7 +15,7 @@ import pytest
 from servers import FileServer
 
 import ndcache
-from ndcache.cli import main
+from ndcache.cli.commands import main
 
 Serve = Callable[..., FileServer]
 

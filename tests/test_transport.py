@@ -24,9 +24,9 @@ import trustme
 from servers import Connection, Request, ScriptedServer, reply, then_close, then_reset, then_stall
 
 import ndcache
-from ndcache.hub import Login
-from ndcache.stop import Stop
-from ndcache.transport import Response, Transport
+from ndcache.http.transport import Response, Transport
+from ndcache.location.hub import Login
+from ndcache.workers.cancellation import Stop
 
 SHORT = (30.0, 0.3)
 

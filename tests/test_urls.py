@@ -20,13 +20,13 @@ import urllib3
 from servers import ScriptedServer, reply
 
 import ndcache
-from ndcache.connect import Routes
-from ndcache.connections import WrongOriginError, watching
-from ndcache.hub import Login
-from ndcache.locate import locate
-from ndcache.stop import Stop, Watch
-from ndcache.transport import Transport
-from ndcache.urls import Origin, UrlError, parse, parse_proxy
+from ndcache.http.connect import Routes
+from ndcache.http.sockets import WrongOriginError, watching
+from ndcache.http.transport import Transport
+from ndcache.location.hub import Login
+from ndcache.location.locate import locate
+from ndcache.urls.url import Origin, UrlError, parse, parse_proxy
+from ndcache.workers.cancellation import Stop, Watch
 
 # --- what is read, and how ----------------------------------------------------------------------------
 

@@ -17,7 +17,8 @@ from click.testing import CliRunner
 from servers import FileServer
 
 import ndcache
-from ndcache import cli, model, remote
+from ndcache.cli import commands as cli
+from ndcache.sources import model, remote
 
 Serve = Callable[..., FileServer]
 SHARDS = 4

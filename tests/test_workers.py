@@ -13,8 +13,8 @@ import pytest
 
 import ndcache
 from ndcache.stats import LoadStats
-from ndcache.stop import Stop
-from ndcache.workers import Workers, in_order
+from ndcache.workers.cancellation import Stop
+from ndcache.workers.pool import Workers, in_order
 
 
 def shards(*sizes: int) -> list[ndcache.Shard]:

@@ -7,11 +7,11 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from ..descriptors import check_exhausted
 from ..errors import DeviceError
+from ..files.descriptors import check_exhausted
 from .base import Device
 from .cpu import CpuDevice
-from .gpu import GpuDevice, open_gpu
+from .gpu.device import GpuDevice, open_gpu
 
 __all__ = ["is_device_name", "open_device"]
 

@@ -6,9 +6,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO, Generic, TypeVar
 
-from ..manifest import Record, Shard
+from ..format.manifest import Record, Shard
 from ..stats import LoadStats
-from ..workers import Workers
+from ..workers.pool import Workers
 
 __all__ = ["Device"]
 

@@ -9,13 +9,13 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from ..decode import decode as decode_record
-from ..decode import stored
-from ..manifest import Record, Shard
+from ..files.mapping import map_file
+from ..format.codec import decode as decode_record
+from ..format.codec import stored
+from ..format.manifest import Record, Shard
 from ..stats import LoadStats
-from ..workers import Workers
+from ..workers.pool import Workers
 from .base import Device
-from .mapping import map_file
 from .reading import check_size, read_shard
 
 __all__ = ["CpuDevice"]

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import SizeMismatchError
-from ..manifest import Shard
+from ..format.manifest import Shard
 
 __all__ = ["check_size", "read_into", "read_shard"]
 

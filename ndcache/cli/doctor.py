@@ -1,0 +1,123 @@
+"""What ``ndcache doctor`` finds out: versions, adapters, the cache, the environment."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from .._version import __version__
+from ..devices.gpu.adapters import adapters, is_software
+from ..errors import CacheUnavailableError, NoAdapterError, redact
+from ..location.hub import token_path
+from ..store.cleanup import free_bytes
+from ..store.inventory import models
+from .output import format_size
+
+__all__ = ["adapter_words", "facts"]
+
+_PACKAGES = ("requests", "urllib3", "numpy", "ml_dtypes", "wgpu", "filelock", "platformdirs", "tqdm", "click", "rich")
+_OPTIONAL_PACKAGES = ("safetensors",)
+_PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
+
+
+def facts(find_root: Callable[[], Path]) -> Iterator[tuple[str, str]]:
+    """Yield labels and values, with a pair of empty ones between the groups; `find_root` gives the cache's directory.
+
+    It may raise `CacheUnavailableError`.
+    """
+    yield "ndcache", __version__
+    yield "Python", f"{platform.python_version()}, {platform.platform()}"
+    for name in (*_PACKAGES, *_OPTIONAL_PACKAGES):
+        yield name, _version(name)
+    for group in (_adapter_facts(), _cache_facts(find_root), _environment_facts()):
+        yield "", ""
+        yield from group
+
+
+def adapter_words(adapter: Any) -> tuple[str, str, str]:
+    """An adapter's name, kind and backend."""
+    info = adapter.info
+    return info["device"], "software" if is_software(adapter) else info["adapter_type"], info["backend_type"]
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _adapter_facts() -> list[tuple[str, str]]:
+    try:
+        found = adapters()
+    except NoAdapterError as error:
+        return [("gpu", f"none: {error}")]
+    except Exception as error:  # of wgpu or a driver: to tell it is what this command is for
+        return [("gpu", f"none: the adapters cannot be listed: {type(error).__name__}: {error}")]
+    facts = [(f"gpu:{index}", ", ".join(adapter_words(adapter))) for index, adapter in enumerate(found)]
+    return facts or [("gpu", "none: wgpu finds no adapter; device='cpu' works")]
+
+
+def _cache_facts(find_root: Callable[[], Path]) -> list[tuple[str, str]]:
+    try:
+        return _root_facts(find_root())
+    except CacheUnavailableError as error:
+        return [("cache", f"none: {error}")]
+    except OSError as error:  # a folder above it that may not be searched
+        return [("cache", f"{error.filename}: not usable: {error.strerror}")]
+
+
+def _root_facts(root: Path) -> list[tuple[str, str]]:
+    existing = next(folder for folder in (root, *root.parents) if os.path.exists(folder))
+    if not os.path.isdir(existing):
+        return [("cache", f"{root}: not usable, {existing} is not a directory")]
+    return [("cache", f"{root}{_condition(root, existing)}"), ("models", _models(root)), ("disk", _free(root))]
+
+
+def _models(root: Path) -> str:
+    try:
+        found = list(models(root))
+    except CacheUnavailableError as error:
+        return f"they cannot be listed: {error}"
+    return f"{len(found):,}, {format_size(sum(model.nbytes for model in found))}"
+
+
+def _free(root: Path) -> str:
+    free = free_bytes(root)
+    return "the file system does not say how much is free" if free is None else f"{format_size(free)} free"
+
+
+def _condition(root: Path, existing: Path) -> str:
+    """What is to be said of the cache's directory, or of the one that it would be made in."""
+    if not os.access(existing, os.R_OK | os.X_OK):
+        return f" (not usable: {existing} may not be read)"
+    if not os.access(existing, os.W_OK):
+        return f" (only what is there can be used: {existing} may not be written)"
+    return "" if existing == root else " (not made yet)"
+
+
+def _environment_facts() -> list[tuple[str, str]]:
+    environ = os.environ
+    facts = [(name, environ[name]) for name in ("NDCACHE_HOME", "NDCACHE_OFFLINE", "HF_HUB_OFFLINE") if name in environ]
+    if environ.get("HF_TOKEN"):
+        facts.append(("HF_TOKEN", "set"))
+    elif os.path.exists(path := token_path(environ)):
+        facts.append(("token", f"in {path}, for Hugging Face"))
+    if "HF_ENDPOINT" in environ:
+        facts.append(("HF_ENDPOINT", redact(environ["HF_ENDPOINT"])))
+    # On Windows the two spellings are one variable.
+    proxies = {name: environ[name] for upper in _PROXIES for name in (upper, upper.lower()) if name in environ}
+    facts += [(name, value if name.upper() == "NO_PROXY" else _proxy(value)) for name, value in proxies.items()]
+    return facts or [("environment", "none of the variables that ndcache looks at is set")]
+
+
+def _proxy(value: str) -> str:
+    """A proxy's address without its user and password, however badly they are written."""
+    scheme, _, rest = value.rpartition("://")
+    address = redact("http://" + rest.rpartition("@")[2]).removeprefix("http://")
+    return f"{scheme}://{address}" if re.fullmatch("[A-Za-z0-9]+", scheme) else address

@@ -1,0 +1,1 @@
+"""Files of this system: folders, descriptors, notes and mapped pages."""

@@ -1,0 +1,1 @@
+"""The NDArray cache format: manifests, records and their bytes."""

@@ -1,0 +1,243 @@
+"""The manifest as frozen values: which tensors there are, and where their bytes lie.
+
+The format is the one that TVM's ``tvm.contrib.tvmjs.dump_tensor_cache`` writes and that web-llm and
+mlc_llm read::
+
+    {"metadata": {...}, "records": [shard, ...]}
+    shard  = {"dataPath", "format": "raw-shard", "nbytes", "md5sum"?, "records": [record, ...]}
+    record = {"name", "shape", "dtype", "format": "raw" | "f32-to-bf16", "byteOffset", "nbytes"}
+
+`ndcache.parse` makes these values of a manifest file and checks everything, with two exceptions: an unknown dtype and
+an unknown storage format. A manifest that has one is still good for its other records, so `Manifest.select` raises for
+those asked for.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any, TypeAlias
+
+from ..errors import UnsupportedDtypeError, UnsupportedFormatError
+from .dtypes import DTYPES
+
+__all__ = ["FORMATS", "Manifest", "NameFilter", "Record", "Shard"]
+
+#: How a record's bytes may be stored.
+FORMATS = ("raw", "f32-to-bf16")
+
+#: What ``names=`` takes: a name or glob pattern, several of them, or a predicate.
+NameFilter: TypeAlias = "str | Iterable[str] | Callable[[str], bool] | None"
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One tensor's place in its shard.
+
+    Attributes
+    ----------
+    name : str
+        The tensor's name, unique in the manifest.
+    shape : tuple of int
+        Its shape; ``()`` is a scalar.
+    dtype : str
+        Its dtype by its usual name (``float8_e4m3fn``, not ``e4m3_float8``).
+    format : str
+        ``"raw"`` or ``"f32-to-bf16"``.
+    byte_offset, nbytes : int
+        Where its bytes lie in the shard.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    format: str
+    byte_offset: int
+    nbytes: int
+
+    @property
+    def is_bf16_encoded(self) -> bool:
+        """Whether a float32 tensor is stored as bfloat16.
+
+        Quantised MLC models mark uint32 and float16 records ``f32-to-bf16`` too; their bytes are the value.
+        """
+        return self.format == "f32-to-bf16" and self.dtype == "float32"
+
+    @property
+    def stored_dtype(self) -> str:
+        """The dtype of the bytes in the shard."""
+        return "bfloat16" if self.is_bf16_encoded else self.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One binary file of the model and the tensors in it.
+
+    Attributes
+    ----------
+    data_path : str
+        Its path below the model directory, with forward slashes.
+    nbytes : int
+        Its size.
+    md5sum, sha256sum : str or None
+        Its digests in lower-case hex, where the manifest has them.
+    pin : tuple of str or None
+        The algorithm and the digest that the caller's ``integrity`` option demands.
+    format : str
+        ``"raw-shard"``.
+    records : tuple of Record
+        The tensors in it, in manifest order.
+    """
+
+    data_path: str
+    nbytes: int
+    md5sum: str | None
+    sha256sum: str | None
+    format: str
+    records: tuple[Record, ...]
+    pin: tuple[str, str] | None = None
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Every digest that the shard must have, by algorithm, the strongest first."""
+        known = {} if self.pin is None else dict([self.pin])
+        for algorithm, digest in (("sha256", self.sha256sum), ("md5", self.md5sum)):
+            if digest is not None:
+                known.setdefault(algorithm, digest)
+        return known
+
+    @property
+    def integrity(self) -> str:
+        """The strongest check that is possible: ``"sha256"``, ``"md5"`` or ``"size"``; or the algorithm of a pin."""
+        return next(iter(self.digests), "size")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A checked manifest.
+
+    Attributes
+    ----------
+    metadata : mapping
+        The manifest's free-form ``metadata`` (read-only, possibly empty).
+    shards : tuple of Shard
+        The shards in manifest order.
+    name : str
+        The manifest's file name.
+    """
+
+    metadata: Mapping[str, Any] = field(hash=False)
+    shards: tuple[Shard, ...]
+    name: str = "tensor-cache.json"
+    _by_name: dict[str, Record] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "metadata", MappingProxyType(dict(self.metadata)))
+        object.__setattr__(self, "_by_name", {record.name: record for record in self.records})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Manifest, (dict(self.metadata), self.shards, self.name)
+
+    @property
+    def records(self) -> Iterator[Record]:
+        """All records, in manifest order."""
+        return (record for shard in self.shards for record in shard.records)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all shards together."""
+        return sum(shard.nbytes for shard in self.shards)
+
+    def __len__(self) -> int:
+        """The number of tensors."""
+        return len(self._by_name)
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of the tensors, in manifest order."""
+        return iter(self._by_name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._by_name
+
+    def __getitem__(self, name: str) -> Record:
+        return self._by_name[name]
+
+    def select(self, names: NameFilter = None) -> tuple[Shard, ...]:
+        """The shards that hold matching tensors, each with its matching records only.
+
+        Parameters
+        ----------
+        names : str, iterable of str, callable or None
+            Names or glob patterns (``"model.layers.0.*"``), or a predicate on the name; None is everything.
+
+        Returns
+        -------
+        tuple of Shard
+            In manifest order.
+
+        Raises
+        ------
+        KeyError
+            A name or pattern matches nothing.
+        UnsupportedDtypeError, UnsupportedFormatError
+            A selected record cannot be decoded.
+        """
+        chosen = self.shards_with(names)
+        for shard in chosen:
+            _check_supported(shard)
+        return chosen
+
+    def shards_with(self, names: NameFilter = None) -> tuple[Shard, ...]:
+        """Like `select`, without asking whether the records can be decoded."""
+        if names is None:
+            return self.shards
+        wanted = self._predicate(names)
+        chosen = []
+        for shard in self.shards:
+            # A list, and no generator, which would make a RuntimeError of a predicate's StopIteration.
+            records = [record for record in shard.records if wanted(record.name)]
+            if records:
+                chosen.append(replace(shard, records=tuple(records)))
+        return tuple(chosen)
+
+    def _predicate(self, names: NameFilter) -> Callable[[str], bool]:
+        if callable(names):
+            return names
+        patterns = [names] if isinstance(names, str) else [] if names is None else list(names)
+        matching = set()
+        for pattern in patterns:
+            if pattern in self._by_name:  # to the letter, also where it could be a pattern: ``layers[0].weight``
+                matching.add(pattern)
+                continue
+            # Not `fnmatch.filter`, which on Windows takes no notice of letter case and slashes.
+            found = list(filter(re.compile(fnmatch.translate(pattern)).match, self._by_name))
+            if not found:
+                close = difflib.get_close_matches(str(pattern), self._by_name, n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise KeyError(f"no tensor of {self.name} matches {pattern!r}{hint}")
+            matching.update(found)
+        return matching.__contains__
+
+
+def _check_supported(shard: Shard) -> None:
+    if shard.format != "raw-shard":
+        raise UnsupportedFormatError(
+            f"shard format {shard.format!r} is unknown (only 'raw-shard' is)", shard=shard.data_path
+        )
+    for record in shard.records:
+        if record.dtype not in DTYPES:
+            raise UnsupportedDtypeError(
+                f"tensor {record.name!r} has the unknown dtype {record.dtype!r}",
+                shard=shard.data_path,
+                hint=f"Known are {', '.join(DTYPES)}.",
+            )
+        if record.format not in FORMATS:
+            raise UnsupportedFormatError(
+                f"tensor {record.name!r} is stored in the unknown format {record.format!r}",
+                shard=shard.data_path,
+                hint=f"Known are {' and '.join(FORMATS)}.",
+            )

@@ -1,0 +1,274 @@
+"""A manifest file's bytes → `Manifest`. Every check is here, before memory is allocated or a shard is asked for."""
+
+from __future__ import annotations
+
+import heapq
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
+from operator import attrgetter, itemgetter
+from typing import Any
+
+from ..errors import (
+    ManifestError,
+    ManifestLayoutError,
+    ManifestLimitError,
+    ManifestSyntaxError,
+    UnsafePathError,
+    redact,
+)
+from .dtypes import DTYPES, canonical_name
+from .json_reader import TOO_LARGE, JsonReader
+from .manifest import FORMATS, Manifest, Record, Shard
+from .paths import check_path, file_key
+from .strict_json import MAX_RECORDS, MAX_SHARDS, get_field, has_surrogate, json_type, shown
+
+__all__ = ["parse_manifest"]
+
+_MAX_DEPTH = 64  # of nesting in metadata; shallow enough that it can be pickled, copied and compared everywhere
+_MAX_INT = (1 << 63) - 1
+_MAX_DIMENSIONS = 32  # what every supported NumPy can hold
+_RECORD = {"name": str, "shape": list, "dtype": str, "format": str, "byteOffset": int, "nbytes": int}
+_SORTED_AT_ONCE = 1 << 16
+_byte_offset = attrgetter("byte_offset")
+_record_fields, _record_types = itemgetter(*_RECORD), tuple(_RECORD.values())
+
+
+def parse_manifest(
+    data: bytes,
+    *,
+    name: str = "tensor-cache.json",
+    url: str | None = None,
+    check: Callable[[], None] = lambda: None,
+) -> Manifest:
+    """Parse and check a manifest, so that Ctrl-C comes through in every 0.1 s or so.
+
+    Parameters
+    ----------
+    data : bytes
+        The file's content: UTF-8, with or without a byte order mark.
+    name : str
+        The file's name, kept as `Manifest.name` and used in messages.
+    url : str, optional
+        Where it came from, for messages.
+    check : callable
+        Called now and then; may raise to end it.
+
+    Raises
+    ------
+    ManifestError
+        Whatever is wrong, as one of its four subclasses.
+    """
+    try:
+        return _manifest(JsonReader(data, check), name)
+    except ManifestError as error:
+        error.shard, error.url = name, None if url is None else redact(url)
+        raise
+
+
+def _check_metadata(metadata: Mapping[str, Any]) -> None:
+    """Whatever it says, it can be printed, pickled and compared."""
+    level: list[Any] = [metadata]
+    for _ in range(_MAX_DEPTH):
+        below: list[Any] = []
+        for value in level:
+            if type(value) is dict:
+                below += value
+                below += value.values()
+            elif type(value) is list:
+                below += value
+            elif type(value) is str and has_surrogate(value):
+                raise ManifestSyntaxError("the manifest's metadata has text that is not Unicode")
+        if not below:
+            return
+        level = below
+    raise ManifestSyntaxError("the manifest's metadata is nested too deeply")
+
+
+def _manifest(reader: JsonReader, name: str) -> Manifest:
+    if reader.peek() != "{":
+        raise ManifestSyntaxError(f"the manifest is {json_type(reader.value())}, not an object")
+    where = "the manifest"
+    metadata: Mapping[str, Any] = {}
+    shards: list[Shard] | None = None
+    for key in reader.members():
+        if key == "records":
+            if reader.peek() != "[":
+                get_field({key: reader.value()}, key, list, where)  # which it is not
+            shards = _shards(reader)
+        else:
+            value = reader.value()
+            if key == "metadata":
+                metadata = get_field({key: value}, key, dict, where, None) or {}
+                _check_metadata(metadata)
+    reader.end()
+    if shards is None:
+        raise ManifestSyntaxError(f"{where} has no 'records'")
+    _check_paths(shards)
+    if sum(shard.nbytes for shard in shards) > _MAX_INT:
+        raise ManifestLayoutError("the shards' sizes add up to more than 2**63 bytes")
+    return Manifest(metadata, tuple(shards), name)
+
+
+def _shards(reader: JsonReader) -> list[Shard]:
+    shards, seen, total = list[Shard](), set[str](), 0
+    for index, _ in enumerate(reader.elements()):
+        if index == MAX_SHARDS:
+            raise ManifestLimitError(f"the manifest has more than {MAX_SHARDS} shards")
+        item = reader.small_value()
+        if item is TOO_LARGE and reader.peek() == "{":
+            item = _large_shard(reader, index)
+        elif item is TOO_LARGE:
+            item = reader.value()
+        shard = _shard(item, index)
+        shards.append(shard)
+        total += len(shard.records)
+        if total > MAX_RECORDS:
+            raise ManifestLimitError(f"the manifest has more than {MAX_RECORDS} records")
+        for record in shard.records:
+            if record.name in seen:
+                raise ManifestSyntaxError(f"the manifest has the tensor {shown(record.name)} twice")
+            seen.add(record.name)
+    return shards
+
+
+def _large_shard(reader: JsonReader, index: int) -> dict[str, Any]:
+    """Read a shard whose records are too many to be in memory all at once as anything but `Record`."""
+    return {
+        key: _records(reader, f"shard {index}") if key == "records" and reader.peek() == "[" else reader.value()
+        for key in reader.members()
+    }
+
+
+def _records(reader: JsonReader, shard: str) -> list[Record]:
+    records = list[Record]()
+    for number, _ in enumerate(reader.elements()):
+        if number == MAX_RECORDS:
+            raise ManifestLimitError(f"the manifest has more than {MAX_RECORDS} records")
+        records.append(_record(reader.value(), number, shard))
+    return records
+
+
+def _shard(value: Any, index: int) -> Shard:
+    where = f"shard {index}"
+    if type(value) is not dict:
+        raise ManifestSyntaxError(f"{where} is {json_type(value)}, not an object")
+    # The path is text of any kind until check_path has judged it.
+    data_path = value.get("dataPath", ...)
+    if type(data_path) is not str:
+        raise ManifestSyntaxError(f"{where} has no 'dataPath', or one that is not a string")
+    check_path(data_path)
+    where = f"shard {data_path!r}"
+    nbytes = get_field(value, "nbytes", int, where)
+    if not 0 <= nbytes <= _MAX_INT:
+        raise ManifestLayoutError(f"{where} has a size of {nbytes} bytes")
+    items = get_field(value, "records", list, where)
+    records = tuple(item if type(item) is Record else _record(item, number, where) for number, item in enumerate(items))
+    for record in records:
+        _check_layout(record, nbytes)
+    _check_overlap(records, where)
+    return Shard(
+        data_path=data_path,
+        nbytes=nbytes,
+        md5sum=_digest(value, "md5sum", 32, where),
+        sha256sum=_digest(value, "sha256sum", 64, where),
+        format=get_field(value, "format", str, where, "raw-shard"),
+        records=records,
+    )
+
+
+def _digest(value: Mapping[str, Any], key: str, length: int, where: str) -> str | None:
+    digest = get_field(value, key, str, where, None)
+    if digest is None:
+        return None
+    if not re.fullmatch(f"[0-9a-fA-F]{{{length}}}", digest):
+        raise ManifestSyntaxError(f"{key!r} of {where} is not {length} hexadecimal digits")
+    return str(digest.lower())
+
+
+def _record(value: Any, number: int, shard: str) -> Record:
+    # There may be a million of them: what is to be said of a bad one is made up only then.
+    try:
+        name, shape, dtype, format_, byte_offset, nbytes = fields = _record_fields(value)
+        is_good = tuple(map(type, fields)) == _record_types and (name + dtype + format_).isascii()
+    except (KeyError, TypeError):
+        is_good = False
+    if not is_good:
+        name, shape, dtype, format_, byte_offset, nbytes = _check_fields(value, f"record {number} of {shard}")
+    for size in shape:
+        if type(size) is not int:
+            raise ManifestSyntaxError(f"the shape of tensor {shown(name)} has {json_type(size)} in it")
+    return Record(name, tuple(shape), canonical_name(dtype), format_, byte_offset, nbytes)
+
+
+def _check_fields(value: Any, where: str) -> tuple[str, list[Any], str, str, int, int]:
+    """Say what is wrong with a record's fields, unless it is only that some are not ASCII."""
+    if type(value) is not dict:
+        raise ManifestSyntaxError(f"{where} is {json_type(value)}, not an object")
+    name = get_field(value, "name", str, where)
+    others = [get_field(value, key, kind, f"tensor {shown(name)}") for key, kind in _RECORD.items() if key != "name"]
+    return name, *others
+
+
+def _check_layout(record: Record, shard_nbytes: int) -> None:
+    shape, stored_dtype = record.shape, record.stored_dtype
+    if len(shape) > _MAX_DIMENSIONS or (shape and not 0 <= min(shape) <= max(shape) <= _MAX_INT):
+        raise ManifestLayoutError(f"{_tensor(record)} has the impossible shape {_short(shape)}")
+    start, end = record.byte_offset, record.byte_offset + record.nbytes
+    if start < 0 or record.nbytes < 0 or end > shard_nbytes:
+        raise ManifestLayoutError(
+            f"{_tensor(record)} lies at bytes {start} to {end} of a shard of {shard_nbytes} bytes"
+        )
+    stored = DTYPES.get(stored_dtype)
+    if stored is None or record.format not in FORMATS:
+        return  # nobody knows how many bytes it takes
+    # An empty tensor too must have strides that fit, or NumPy cannot hold it.
+    if math.prod(filter(None, shape)) * 8 > _MAX_INT:
+        raise ManifestLayoutError(f"{_tensor(record)} has the impossible shape {_short(shape)}")
+    expected = math.prod(shape) * stored.itemsize
+    if expected != record.nbytes:
+        raise ManifestLayoutError(
+            f"{_tensor(record)} has {record.nbytes} bytes, but {record.dtype} of shape "
+            f"{_short(shape)} stored as {stored_dtype} takes {expected}"
+        )
+
+
+def _tensor(record: Record) -> str:
+    return f"tensor {shown(record.name)}"
+
+
+def _short(shape: Sequence[int]) -> str:
+    return str(list(shape)) if len(shape) <= 8 else f"of {len(shape)} dimensions"
+
+
+def _check_overlap(records: Sequence[Record], where: str) -> None:
+    end, before = 0, ""
+    for record in _by_offset([record for record in records if record.nbytes]):
+        if record.byte_offset < end:
+            raise ManifestLayoutError(f"the tensors {shown(before)} and {shown(record.name)} of {where} overlap")
+        end, before = record.byte_offset + record.nbytes, record.name
+
+
+def _by_offset(records: list[Record]) -> Iterable[Record]:
+    """Sort in pieces: Ctrl-C does not come through before a sort has ended."""
+    pieces = (records[start : start + _SORTED_AT_ONCE] for start in range(0, len(records), _SORTED_AT_ONCE))
+    return heapq.merge(*(sorted(piece, key=_byte_offset) for piece in pieces), key=_byte_offset)
+
+
+def _check_paths(shards: Sequence[Shard]) -> None:
+    """No two shards, and no shard and manifest, may be one file on any file system."""
+    files: dict[str, str] = {}
+    for shard in shards:
+        key = file_key(shard.data_path)
+        if "/" not in key and key.endswith(".json"):
+            raise UnsafePathError(f"the shard path {shard.data_path!r} is a manifest's")
+        if key in files:
+            raise ManifestSyntaxError(f"the shards {files[key]!r} and {shard.data_path!r} are one file")
+        files[key] = shard.data_path
+    # NUL sorts before all that a path may hold: what lies below a file follows it at once.
+    keys = sorted(key.replace("/", "\0") for key in files)
+    for above, below in pairwise(keys):
+        if below.startswith(above + "\0"):
+            path = files[below.replace("\0", "/")]
+            raise UnsafePathError(f"the shard path {path!r} lies below another shard")

@@ -1,0 +1,102 @@
+"""Which shard paths are safe: the same file for a URL, for every file system, and for whoever decodes percent signs."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+from collections.abc import Iterator
+from urllib.parse import unquote
+
+from ..errors import UnsafePathError
+
+__all__ = ["STATE_DIRECTORY", "check_path", "file_key", "flat_name", "unflat"]
+
+#: ndcache's own folder in a model directory; no shard may lie there.
+STATE_DIRECTORY = ".ndcache"
+#: Bytes of a shard's path. The cache makes one file name of it, adds to that, and most file systems end at 255.
+_MAX_PATH = 200
+_WINDOWS_NAMES = {"con", "prn", "aux", "nul", "conin$", "conout$"} | {
+    f"{device}{digit}" for device in ("com", "lpt") for digit in "0123456789¹²³"
+}
+#: Bytes of a name in ndcache's own folders, without the up to 39 that are appended: some file systems take 143 in all.
+_MAX_NAME_BYTES = 100
+
+
+def check_path(path: str) -> None:
+    """Raise `UnsafePathError` unless `path` names a file below its directory, on every system.
+
+    The path comes from a manifest, will be appended to a URL and will become a file name. It must mean the same
+    in all three, whoever decodes percent signs, and never the directory of ndcache's own state.
+    """
+    shown = ascii(path if len(path) <= 80 else path[:77] + "...")
+    for text in _percent_decodings(path):
+        reason = _unsafe(text)
+        if reason:
+            raise UnsafePathError(
+                f"the shard path {shown} {reason}",
+                hint="The manifest is damaged or hostile; nothing was requested.",
+            )
+
+
+def _percent_decodings(path: str) -> Iterator[str]:
+    """`path` as it is and after each round of percent-decoding that still changes it."""
+    for _ in range(8):
+        yield path
+        decoded = unquote(path, errors="surrogateescape")
+        if decoded == path:
+            return
+        path = decoded
+    yield "\0"  # eight layers of encoding are nobody's file name
+
+
+#: What Windows calls a file with a longer name, too: PARAMS~1.BIN.
+_SHORT_NAME = re.compile(r"[^.]{1,6}~\d{1,6}(\.[^.]{0,3})?")
+
+
+def _unsafe(path: str) -> str | None:
+    """Why `path` is not safe as it stands, or None if it is."""
+    # Slashes and percent signs become three characters each in the cache.
+    if (
+        len(path) > _MAX_PATH
+        or len(path.encode("utf-8", "surrogatepass")) + 2 * (path.count("/") + path.count("%")) > _MAX_PATH
+    ):
+        return f"is longer than {_MAX_PATH} bytes"
+    if any(unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") for c in path):
+        return "has control, invisible or surrogate characters"
+    if any(c in '\\:*?"<>|' for c in path):
+        return "has a character that not every file system can hold"
+    if path.startswith("/"):
+        return "is absolute"
+    for part in path.split("/"):
+        if part in ("", ".", ".."):
+            return "has an empty, '.' or '..' component"
+        if part.endswith((" ", ".")) or part.startswith(" "):
+            return "has a component that begins with a space or ends in a space or dot"
+        if file_key(part) == STATE_DIRECTORY:
+            return "lies in ndcache's own folder"
+        if file_key(part.partition(".")[0].rstrip(" ")) in _WINDOWS_NAMES or _SHORT_NAME.fullmatch(part):
+            return "has a name that Windows reserves"
+    return None
+
+
+def file_key(path: str) -> str:
+    """One text for all spellings that some file system takes for the same name."""
+    # Unicode's canonical caseless matching; case folding alone can undo a normal form.
+    return unicodedata.normalize("NFD", unicodedata.normalize("NFD", path).casefold())
+
+
+def flat_name(name: str) -> str:
+    """A file name for a path: a slash cannot be part of one, and neither can `%` of what check_path lets in.
+
+    A long one is cut, and its digest put in place of the rest: with what is appended, file systems would not take it.
+    """
+    flat = name.replace("%", "%25").replace("/", "%2F")
+    if len(flat.encode()) <= _MAX_NAME_BYTES:
+        return flat
+    return f"{flat.encode()[:60].decode(errors='ignore')}%~{hashlib.sha256(name.encode()).hexdigest()[:32]}"
+
+
+def unflat(name: str) -> str:
+    """The path that a file name stands for, unless that was cut."""
+    return name.replace("%2F", "/").replace("%25", "%")

@@ -1,0 +1,1 @@
+"""One GET at a time over HTTP."""

@@ -1,0 +1,285 @@
+"""What servers answer and libraries raise → the errors of `ndcache.errors`."""
+
+from __future__ import annotations
+
+import datetime
+import email.utils
+import http.client
+import re
+import socket
+import ssl
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal, NoReturn
+from urllib.parse import urlsplit
+
+import requests
+import urllib3
+
+from ..errors import (
+    AuthError,
+    ConnectError,
+    NotFoundError,
+    ProtocolError,
+    RateLimitedError,
+    ServerError,
+    StallError,
+    TransferError,
+    TruncatedError,
+)
+from ..files.descriptors import check_shortages
+from .configuration import certificate_mistake, credential_mistake, damaged_netrc
+from .content_coding import encoding_of
+from .proxies import proxy_error, proxy_for, proxy_wants_password
+from .tls import has_tls_ended, tls_error
+
+__all__ = [
+    "FAILURES",
+    "Attempt",
+    "is_broken_connection",
+    "is_tls_end",
+    "raise_for_status",
+    "raise_transfer_error",
+    "retry_after",
+]
+
+#: What requests, urllib3 and http.client raise when something is wrong with the network or the server.
+FAILURES = (
+    requests.RequestException,
+    urllib3.exceptions.HTTPError,
+    http.client.HTTPException,
+    OSError,
+    ValueError,
+)
+
+
+#: What to try when a server says that there are too many requests.
+_LIMITED = "Try again later, or with fewer connections (max_workers)."
+#: Seconds of a wait that a server does not ask for, but lets expect.
+_LONGEST_RESET = 300.0
+
+
+def raise_for_status(status: int, headers: Mapping[str, str], url: str, *, may_be_encoded: bool = False) -> None:
+    """Raise the error that an answer's status means; 200, 206, 304 and 416 mean none.
+
+    A body must be as it is, without a Content-Encoding, unless it `may_be_encoded`.
+    """
+    if status in (200, 206, 304, 416):
+        encoding = encoding_of(headers.get("Content-Encoding"))
+        if encoding and status in (200, 206) and not may_be_encoded:
+            raise ProtocolError(
+                f"the server sent a body encoded as {encoding[:40]!r} although none was asked for",
+                url=url,
+                status=status,
+            )
+        return
+    if status == 429 or (status == 503 and "Retry-After" in headers):
+        error = RateLimitedError(
+            f"the server asks to come back later (status {status})", url=url, status=status, hint=_LIMITED
+        )
+        error.retry_after = retry_after(status, headers)
+        raise error
+    if status in (401, 403):
+        damaged = damaged_netrc()
+        note = f" {damaged} cannot be read, and was not used." if damaged else ""
+        raise AuthError(f"the server refuses access (status {status})", url=url, status=status, hint=_login(url) + note)
+    if status == 407:
+        raise proxy_wants_password(None, url)
+    if status in (404, 410):
+        raise NotFoundError(f"the server has no such file (status {status})", url=url, status=status)
+    if status == 408 or status >= 500:
+        hint = _LIMITED if status == 503 else "Try again later."
+        raise ServerError(f"the server failed (status {status})", url=url, status=status, hint=hint)
+    raise ProtocolError(f"the server answered with status {status}", url=url, status=status)
+
+
+def retry_after(status: int, headers: Mapping[str, str]) -> float | None:
+    """Return for how many seconds a server that refuses a request asks to wait; None if it does not say, or garbage."""
+    if status not in (429, 503):
+        return None
+    seconds = _seconds(headers.get("Retry-After"))
+    return _reset(headers) if seconds is None and status == 429 else seconds
+
+
+def _reset(headers: Mapping[str, str]) -> float | None:
+    """Return the seconds until the server's count begins anew, where it tells that in a usual form.
+
+    That is ``RateLimit: "name";r=0;t=30`` (Hugging Face), or a header of its own: seconds, or a time since 1970.
+    """
+    match = re.search(r";\s*t=([0-9]{1,9})\b", headers.get("RateLimit", "")[:1000])
+    text = match[1] if match else headers.get("RateLimit-Reset", headers.get("X-RateLimit-Reset", "")).strip()
+    if not re.fullmatch(r"[0-9]{1,10}", text):
+        return None
+    seconds = float(text) if int(text) < 10**9 else float(text) - time.time()
+    # These headers mean different things to different servers; only Retry-After is a reason to give up.
+    return seconds if 0 < seconds <= _LONGEST_RESET else None
+
+
+def _login(url: str) -> str:
+    if f".{urlsplit(url).hostname}".endswith(".huggingface.co") or "/resolve/" in url:
+        return "For a gated or private repository, accept its terms on its page, and set HF_TOKEN or run hf auth login."
+    return "Check the URL, or give credentials: https://user:password@host/, netrc, or a session of your own."
+
+
+def _seconds(value: str | None) -> float | None:
+    """Retry-After, as seconds from now; None for garbage."""
+    if value is None:
+        return None
+    if re.fullmatch(r"[0-9]{1,400}", value.strip()):
+        return min(float(value), 1e10)
+    try:
+        date = email.utils.parsedate_to_datetime(value)
+        if date.tzinfo is None:  # the form of asctime(), which is UTC, too (RFC 9110, 5.6.7)
+            date = date.replace(tzinfo=datetime.timezone.utc)
+        return max(date.timestamp() - time.time(), 0.0)
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """Hold what is known of a request that failed.
+
+    Attributes
+    ----------
+    url : str
+    phase : str
+        How far it got: "connect", "headers" or "body".
+    session : requests.Session or None
+        What sent it.
+    token : str or None
+        What was sent along, of Hugging Face.
+    is_first : bool
+        Whether nothing has ever come from the server that was asked first, before any redirect.
+    """
+
+    url: str
+    phase: Literal["connect", "headers", "body"] = "connect"
+    session: requests.Session | None = None
+    token: str | None = None
+    is_first: bool = False
+
+
+def raise_transfer_error(error: Exception, attempt: Attempt) -> NoReturn:
+    """Raise `error`, of whatever library, as ours."""
+    chain = list(_causes(error))
+    check_shortages(chain)
+    for item in chain:
+        # A hook of the caller's session that calls raise_for_status().
+        if isinstance(item, requests.HTTPError) and item.response is not None:
+            raise_for_status(item.response.status_code, item.response.headers, attempt.url)
+    # Their own text may hold the whole URL, or a header with a token in it; that of the system's errors does not.
+    cause = next((e for e in reversed(chain) if _shows_no_secrets(e)), None)
+    found = _mistake(chain, attempt) or _transfer_error(chain, attempt.url, attempt.phase)
+    if attempt.is_first and _is_nobody_there(chain) and found.retryable:
+        found.max_retries = 1  # rather an address with a mistake than a server that comes back
+    try:
+        raise found from cause
+    finally:
+        found.__context__ = None  # is suppressed, and yet shown by who looks for it
+
+
+def _mistake(chain: list[BaseException], attempt: Attempt) -> TransferError | None:
+    """Return the error for a wrong setting of the user's, which no further try can mend; None if there is none."""
+    session, url = attempt.session, attempt.url
+    if session is None or attempt.phase == "body":
+        return None
+    proxy = proxy_for(session, url)
+    return (
+        credential_mistake(session, url, attempt.token, None if proxy is None else proxy.address, chain)
+        or certificate_mistake(session, url, chain)
+        or proxy_error(proxy, chain, url, is_first=attempt.is_first)
+    )
+
+
+def _is_nobody_there(chain: list[BaseException]) -> bool:
+    """Whether the host is unknown (and not only the name server out of reach), or nothing listens at the port."""
+    return any(
+        isinstance(error, ConnectionRefusedError)
+        or (isinstance(error, socket.gaierror) and error.errno != socket.EAI_AGAIN)
+        for error in chain
+    )
+
+
+def _shows_no_secrets(error: BaseException) -> bool:
+    # Some quote what the server sent.
+    return (type(error) is OSError or isinstance(error, _SYSTEM_ERRORS)) and str(error).isprintable()
+
+
+_SYSTEM_ERRORS = (
+    ConnectionError,
+    TimeoutError,
+    socket.gaierror,
+    ssl.SSLError,
+    http.client.BadStatusLine,
+    http.client.IncompleteRead,
+    http.client.LineTooLong,
+)
+
+
+def is_broken_connection(error: BaseException) -> bool:
+    """Whether the connection ended before an answer came."""
+    kinds = (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError)
+    chain = list(_causes(error))
+    return any(isinstance(item, kinds) for item in chain) or has_tls_ended(chain)
+
+
+def is_tls_end(error: BaseException) -> bool:
+    """Whether a connection with TLS ended, and without the notice that nothing was cut off."""
+    return has_tls_ended(_causes(error))
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The exception and what lies below it, wherever requests and urllib3 have put it."""
+    seen: set[int] = set()
+    waiting: list[BaseException] = [error]
+    while waiting:
+        current = waiting.pop(0)
+        if id(current) in seen:
+            continue
+        seen.add(id(current))
+        yield current
+        below = (getattr(current, "reason", None), *current.args, current.__cause__, current.__context__)
+        waiting += [item for item in below if isinstance(item, BaseException)]
+
+
+def _transfer_error(chain: list[BaseException], url: str, phase: str) -> TransferError:
+    def has(*kinds: type[BaseException]) -> BaseException | None:
+        return next((e for e in chain if isinstance(e, kinds)), None)
+
+    host = urlsplit(url).hostname or "the host"
+    if (error := tls_error(chain, host, url, is_connected=phase != "connect")) is not None:
+        return error
+    if has(requests.exceptions.RetryError, urllib3.exceptions.ResponseError):
+        return ServerError("the server failed, again and again", url=url, hint="Try again later.")
+    if has(socket.gaierror, urllib3.exceptions.NameResolutionError):
+        return ConnectError(f"the host {host} is not known", url=url, hint="Check its spelling and the network.")
+    if has(urllib3.exceptions.LocationParseError, requests.exceptions.InvalidURL):
+        impossible = ConnectError(f"the host {host} is not known", url=url, hint="Check its spelling.")
+        impossible.retryable = False
+        return impossible
+    if has(ConnectionRefusedError):
+        return ConnectError(f"{host} refuses connections", url=url, hint="Is the server running?")
+    if has(urllib3.exceptions.NewConnectionError) and not has(TimeoutError):
+        return ConnectError(f"{host} cannot be reached: {_reason(chain[-1])}", url=url, hint="Check the network.")
+    if has(requests.exceptions.ConnectTimeout, urllib3.exceptions.ConnectTimeoutError):
+        return ConnectError(f"{host} did not answer in time", url=url, hint="Check the network.")
+    if has(urllib3.exceptions.ReadTimeoutError, requests.exceptions.ReadTimeout, TimeoutError):
+        return StallError("the server stopped sending", url=url, hint="Try again later.")
+    if has(http.client.IncompleteRead, urllib3.exceptions.IncompleteRead):
+        return TruncatedError("the body ended early", url=url)
+    if phase == "body" and has_tls_ended(chain):
+        return TruncatedError("the body ended early", url=url)
+    if has(http.client.RemoteDisconnected, ConnectionError, ssl.SSLError):
+        return ConnectError(f"the connection to {host} broke", url=url, hint="Try again.")
+    if has(http.client.HTTPException, urllib3.exceptions.HTTPError, ValueError):
+        return ProtocolError(f"the answer is not proper HTTP: {_reason(chain[-1])}", url=url)
+    return ConnectError(f"{host} cannot be reached: {_reason(chain[-1])}", url=url)
+
+
+def _reason(error: BaseException) -> str:
+    """Why, in words that hold neither URLs nor headers."""
+    if not _shows_no_secrets(error):
+        return type(error).__name__
+    return str((isinstance(error, OSError) and error.strerror) or error)[:160] or type(error).__name__

@@ -1,0 +1,207 @@
+"""Hugging Face: its endpoint, repositories, revisions and login."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import stat
+from collections.abc import Mapping
+from urllib.parse import quote, unquote
+
+from ..errors import AuthError, redact
+from ..urls.url import Origin, Url, UrlError, parse, quoted
+
+__all__ = [
+    "HF_ENDPOINT",
+    "Login",
+    "at_commit",
+    "branch",
+    "canonical",
+    "commit_of",
+    "hf_endpoint",
+    "page_url",
+    "repository_url",
+    "token_path",
+]
+
+#: What Hugging Face's own tools let one choose, as far as it matters here.
+_VARIABLES = (
+    *("HF_ENDPOINT", "HF_TOKEN", "HF_TOKEN_PATH", "HF_HOME", "HF_HUB_DISABLE_IMPLICIT_TOKEN"),
+    "XDG_CACHE_HOME",
+)
+#: Where ``hf://`` points unless the environment variable HF_ENDPOINT says otherwise.
+HF_ENDPOINT = "https://huggingface.co"
+
+_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
+#: A revision has no slash, or is one of the references that git has besides branches' and tags' short names.
+_REVISION = r"refs/(?:pr/[0-9]+|(?:convert|heads|tags)/[^/@?#]+)(?=/|$)|[^/@?#]+"
+_SOURCE = re.compile(rf"(?P<repo>[^/@?#]+/[^/@?#]+)(?:@(?P<revision>{_REVISION}))?(?P<rest>/[^?#]*)?")
+_PAGE = re.compile(
+    rf"/(?P<repo>[\w.-]+/[\w.-]+)(?:/(?:tree|blob|resolve)/(?P<revision>{_REVISION.replace('@', '')})(?P<rest>/.*)?)?"
+)
+#: A file's URL: up to the revision, the revision, and the rest.
+_FILE = re.compile(r"([^?#]*?/[^/?#]+/[^/?#]+/resolve/)([^/?#]+)(/.*)")
+_COMMIT = re.compile("[0-9a-f]{40}")
+#: Characters of a token, at the most; most have some forty.
+_MAX_TOKEN = 4096
+_MAX_TOKEN_FILE = 1 << 13
+
+
+def hf_endpoint(environ: Mapping[str, str]) -> Url:
+    """Return the Hugging Face endpoint in force, without a slash at its end.
+
+    Raises
+    ------
+    ValueError
+        HF_ENDPOINT is not an http(s) URL.
+    """
+    text = (environ.get("HF_ENDPOINT") or "").strip() or HF_ENDPOINT
+    try:
+        url = parse(text.rstrip("/"))
+        if url.query or "#" in text or "?" in text:
+            raise UrlError("it has a query")
+    except UrlError as error:
+        raise ValueError(f"HF_ENDPOINT cannot be used, {error}: {redact(text)}") from None
+    return url
+
+
+def repository_url(path: str, endpoint: Url) -> str:
+    """Return the URL that ``hf://`` and `path` stand for: of a folder, or of a manifest.
+
+    Raises
+    ------
+    ValueError
+    """
+    match = _SOURCE.fullmatch(path)
+    if match is None:
+        raise _not_understood(f"hf://{path}")
+    return _file_url(endpoint, match)
+
+
+def page_url(url: Url, endpoint: Url) -> str | None:
+    """Return the URL of the files whose page, as copied from a browser's address line, `url` is; else None."""
+    for site in (endpoint, parse(HF_ENDPOINT)):
+        is_site = url.origin == site.origin or (site.host in _HOSTS and url.host in _HOSTS and not url.port)
+        if not is_site or not url.path.startswith(f"{site.path}/") or url.user is not None:
+            continue
+        match = _PAGE.fullmatch(url.path[len(site.path) :].rstrip("/"))
+        if match is not None:
+            return _file_url(site, match)
+    return None
+
+
+def canonical(url: Url, endpoint: Url) -> str | None:
+    """Return the identity at huggingface.co of a file or folder at another endpoint; None if it is none of those."""
+    if url.origin != endpoint.origin or not url.path.startswith(f"{endpoint.path}/"):
+        return None
+    path = url.path[len(endpoint.path) :]
+    return HF_ENDPOINT + path if re.match("(/datasets|/spaces)?/[^/]+/[^/]+/resolve/[^/]+/", path) else None
+
+
+def at_commit(url: str, commit: str) -> str:
+    """Return a file's URL at another revision."""
+    match = _FILE.fullmatch(url)
+    return url if match is None else f"{match[1]}{commit}{match[3]}"
+
+
+def branch(url: str) -> str | None:
+    """Return what the URLs of all files of the same branch begin with; None if it is a commit's, or no such URL."""
+    match = _FILE.fullmatch(url)
+    return None if match is None or _COMMIT.fullmatch(match[2]) else match[1] + match[2]
+
+
+def commit_of(headers: Mapping[str, str]) -> str | None:
+    """Return the commit that an answer is of, as far as the server says."""
+    commit = headers.get("X-Repo-Commit", "").strip()
+    return commit if _COMMIT.fullmatch(commit) else None
+
+
+def _file_url(endpoint: Url, match: re.Match[str]) -> str:
+    repo, revision, folder = match["repo"], unquote(match["revision"] or "main"), (match["rest"] or "").rstrip("/")
+    parts = [*repo.split("/"), *re.split(r"[/\\]", unquote(revision + folder))]
+    is_repo = re.fullmatch(r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+", repo)
+    if not is_repo or any(part in (".", "..") or not part.isprintable() for part in parts):
+        raise _not_understood(f"hf://{repo}@{revision}{folder}")
+    url = f"{endpoint.secret_root}{endpoint.path}/{repo}/resolve/{quote(revision, safe='')}{quoted(folder)}"
+    return url if folder.endswith(".json") else url + "/"
+
+
+def _not_understood(text: str) -> ValueError:
+    return ValueError(f"{redact(text)} is not hf://owner/name[@revision][/folder]")
+
+
+class Login:
+    """The token of this environment, which is for the endpoint's origin and no other.
+
+    It is HF_TOKEN, else what ``hf auth login`` has written: HF_TOKEN_PATH, else ``token`` in HF_HOME, else in
+    ``huggingface`` in XDG_CACHE_HOME or ``~/.cache``. With HF_HUB_DISABLE_IMPLICIT_TOKEN there is none. All as
+    huggingface_hub does it; the file is read when a request is made to the endpoint, and not before.
+
+    Parameters
+    ----------
+    environ : mapping
+    """
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        # By their names: to go through all of a large environment takes longer than a small model.
+        self._environ = {name: value for name in _VARIABLES if (value := environ.get(name)) is not None}
+
+    def token(self, origin: Origin) -> str | None:
+        """Return the token for `origin`, or None.
+
+        Raises
+        ------
+        AuthError
+            There is one that cannot be sent, as it has other characters than a header may have.
+        """
+        if origin != self._origin:
+            return None
+        token, where = self._token
+        if len(token) > _MAX_TOKEN or not re.fullmatch(r"[\x21-\x7e]*", token):
+            raise AuthError(
+                f"the Hugging Face token in {where} cannot be sent: it has a space or a character that is not ASCII, "
+                f"or more than {_MAX_TOKEN:,} characters",
+                hint="Copy it anew from https://huggingface.co/settings/tokens, or unset it.",
+            )
+        return token or None
+
+    @functools.cached_property
+    def _origin(self) -> Origin:
+        return hf_endpoint(self._environ).origin
+
+    @functools.cached_property
+    def _token(self) -> tuple[str, str]:
+        """The token, empty if there is none, and where it comes from."""
+        if self._environ.get("HF_HUB_DISABLE_IMPLICIT_TOKEN", "").upper() in ("1", "ON", "YES", "TRUE"):
+            return "", ""
+        if token := self._environ.get("HF_TOKEN", "").strip():
+            return token, "HF_TOKEN"
+        path = token_path(self._environ)
+        return _read(path).strip(), path
+
+
+def token_path(environ: Mapping[str, str]) -> str:
+    """Return where ``hf auth login`` puts the token."""
+    caches = environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
+    home = environ.get("HF_HOME") or os.path.join(caches, "huggingface")
+    path = environ.get("HF_TOKEN_PATH") or os.path.join(home, "token")
+    return os.path.expandvars(os.path.expanduser(path))
+
+
+def _read(path: str) -> str:
+    """The text of a small file; empty if there is none, or it is something else."""
+    if path.startswith("~"):
+        return ""  # there is no home directory
+    try:
+        # Without waiting for whoever writes to a pipe. It may be a link, as secrets mounted in a container are.
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+    except (OSError, ValueError):
+        return ""
+    try:
+        is_file = stat.S_ISREG(os.fstat(handle).st_mode)
+        return os.read(handle, _MAX_TOKEN_FILE).decode("utf-8", "replace") if is_file else ""
+    except OSError:
+        return ""
+    finally:
+        os.close(handle)

@@ -1,0 +1,1 @@
+"""Where shards come from: a directory or a server."""

@@ -1,0 +1,1 @@
+"""One model's directory in the cache."""

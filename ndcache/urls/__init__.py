@@ -1,0 +1,1 @@
+"""URLs: how they are read, which parts choose a file, and how they are shown."""

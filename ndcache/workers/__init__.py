@@ -1,0 +1,1 @@
+"""Threads of a load, and how they are cancelled."""
