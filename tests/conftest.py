@@ -6,7 +6,6 @@ import contextlib
 import gc
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -15,9 +14,7 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # servers.py, models.py
-
-from servers import FileServer, ScriptedServer
+from .helpers.servers import FileServer, ScriptedServer
 
 _VARIABLES = (
     *("NDCACHE_OFFLINE", "HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_TOKEN_PATH"),

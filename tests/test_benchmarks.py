@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from requirements_for_tests import need_program
+
+from .helpers.requirements import need_program
 
 pytestmark = pytest.mark.once
 

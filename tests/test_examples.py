@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from models import random_array
-from requirements_for_tests import need_module
 
 import ndcache
+
+from .helpers.models import random_array
+from .helpers.requirements import need_module
 
 _EXAMPLES = Path(__file__).parent.parent / "examples"
 

@@ -26,10 +26,12 @@ def rows() -> dict[int, str]:
 def files_with_tests() -> dict[int, set[str]]:
     """By row, the files that have tests named after it."""
     found: dict[int, set[str]] = {}
-    for path in sorted(Path(__file__).parent.glob("test_*.py")):
+    tests = Path(__file__).parent
+    for path in sorted(tests.rglob("test_*.py")):
+        name = path.relative_to(tests).with_name(path.stem.removeprefix("test_")).as_posix()
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.FunctionDef) and (match := re.match(r"test_row_(\d+)_", node.name)):
-                found.setdefault(int(match[1]), set()).add(path.stem.removeprefix("test_"))
+                found.setdefault(int(match[1]), set()).add(name)
     return found
 
 

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import random_array, through_bf16
-from requirements_for_tests import need_module
-from servers import FileServer
 
 import ndcache
 from ndcache.format.dtypes import DTYPES
+
+from .helpers.models import random_array, through_bf16
+from .helpers.requirements import need_module
+from .helpers.servers import FileServer
 
 Array = np.ndarray[Any, Any]
 Serve = Callable[..., FileServer]

@@ -27,11 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import filelock
-import models
 import numpy as np
 import pytest
 import requests
-from servers import Connection, FileServer, Request, ScriptedServer, reply, then_close, then_reset, then_stall
 
 import ndcache
 from ndcache.devices.cpu import CpuDevice
@@ -39,6 +37,9 @@ from ndcache.format.digests import mismatch
 from ndcache.sources import remote
 from ndcache.sources.manifest import ManifestSource
 from ndcache.workers.cancellation import Stop
+
+from .helpers import models
+from .helpers.servers import Connection, FileServer, Request, ScriptedServer, reply, then_close, then_reset, then_stall
 
 Serve = Callable[..., FileServer]
 QUICK = ndcache.RetryPolicy(retries=1, backoff=0.001)

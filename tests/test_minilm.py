@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from models import through_bf16
-from requirements_for_tests import need_file, need_module, need_program
 
 import ndcache
+
+from .helpers.models import through_bf16
+from .helpers.requirements import need_file, need_module, need_program
 
 Array = np.ndarray[Any, Any]
 

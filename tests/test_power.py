@@ -9,12 +9,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import power
 import pytest
-from models import random_array, write_model
-from power import Disk, NotModelledError, Replay, Step
-from servers import Connection, FileServer, Request, ScriptedServer, reply, then_close
-from servers import Step as Answer
+
+from .helpers import power
+from .helpers.models import random_array, write_model
+from .helpers.power import Disk, NotModelledError, Replay, Step
+from .helpers.servers import Connection, FileServer, Request, ScriptedServer, reply, then_close
+from .helpers.servers import Step as Answer
 
 pytestmark = pytest.mark.once
 

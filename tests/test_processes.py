@@ -20,17 +20,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import kills
-import models
 import numpy as np
 import pytest
 import requests
-from kills import Child, CountingServer, Zygote, check_published, left_behind, model_directory
-from servers import Request
 
 import ndcache
 import ndcache.store.lock
 from ndcache.store.directory import ArtifactCache
+
+from .helpers import kills, models
+from .helpers.kills import Child, CountingServer, Zygote, check_published, left_behind, model_directory
+from .helpers.servers import Request
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 

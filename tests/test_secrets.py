@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from models import simple_model
-from servers import FileServer, ScriptedServer, reply, then_close
 
 import ndcache
 from ndcache import tvm
 from ndcache.cli import doctor
 from ndcache.errors import NdcacheError, redact
 from ndcache.urls.redact import printable
+
+from .helpers.models import simple_model
+from .helpers.servers import FileServer, ScriptedServer, reply, then_close
 
 SECRET = "s3cr3t"
 

@@ -6,12 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import models
 import pytest
-from servers import FileServer
 
 import ndcache
 from ndcache.workers.serial import Serial
+
+from .helpers import models
+from .helpers.servers import FileServer
 
 #: What all scripts begin with. Of the thread that calls it, `until_the_end` waits for the main thread's end.
 PROLOGUE = """

@@ -10,12 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import models
 import pytest
-from servers import FileServer
 
 import ndcache
 from ndcache.cli.commands import main
+
+from .helpers import models
+from .helpers.servers import FileServer
 
 Serve = Callable[..., FileServer]
 

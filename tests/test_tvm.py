@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from models import simple_model, write_model
-from servers import FileServer
 
 import ndcache
 from ndcache import tvm
+
+from .helpers.models import simple_model, write_model
+from .helpers.servers import FileServer
 
 Serve = Callable[..., FileServer]
 

@@ -1,0 +1,722 @@
+"""The command line: real processes for exit statuses, signals and streams, click's runner for the rest."""
+
+from __future__ import annotations
+
+import configparser
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import click.testing
+import filelock
+import ml_dtypes
+import numpy as np
+import pytest
+
+import ndcache
+from ndcache.cli import commands as cli
+from ndcache.cli import doctor
+
+from ..helpers.models import random_array, simple_model, write_model
+from ..helpers.servers import Connection, FileServer, Request, ScriptedServer, reply, then_stall
+
+ROOT = Path(__file__).parents[2]
+posix_only = pytest.mark.skipif(sys.platform == "win32", reason="signals and terminals of POSIX")
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))  # so that the commands leave it alone
+    monkeypatch.setenv("PYTHONPATH", str(Path(ndcache.__file__).parents[1]))  # also where the package is not installed
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+
+
+def invoke(*args: object) -> click.testing.Result:
+    try:
+        runner = click.testing.CliRunner(mix_stderr=False)
+    except TypeError:  # since click 8.2 they are always apart
+        runner = click.testing.CliRunner()
+    result = runner.invoke(cli.main, [str(arg) for arg in args])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def command(*args: object) -> list[str]:
+    return [sys.executable, "-m", "ndcache", *map(str, args)]
+
+
+def run(*args: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*args), capture_output=True, text=True, timeout=120, check=False)
+
+
+def wait_until(happened: Callable[[], Any], process: subprocess.Popen[Any]) -> None:
+    deadline = time.monotonic() + 60
+    while not happened():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.01)
+
+
+def real_files(directory: Path) -> list[str]:
+    """Names of what lies in the cache, ndcache's own state left out."""
+    found = (path for path in directory.rglob("*") if path.is_file() and ".ndcache" not in path.parts)
+    return sorted(path.name for path in found)
+
+
+# --- load, fetch --------------------------------------------------------------------------------------
+
+
+def test_load_says_what_it_did_on_standard_output(tmp_path: Path, serve: Callable[..., FileServer]) -> None:
+    simple_model(tmp_path / "model", shards=4, shard_bytes=1 << 20)
+    server = serve(tmp_path / "model")
+    first, second = run("load", server.url), run("load", server.url)
+    assert first.returncode == second.returncode == 0
+    lines = dict(line.split(None, 1) for line in first.stdout.replace("from ", "from_").splitlines())
+    assert lines["source"] == server.url
+    assert lines["device"] == "cpu"
+    assert lines["tensors"] == "4, 4.0 MiB"
+    assert re.fullmatch(r"[0-9.]+ s, [0-9.,]+ MiB/s", lines["time"])
+    assert lines["from_network"] == "4.0 MiB in 5 requests"
+    assert lines["from_cache"] == "0 B"
+    assert lines["checked"] == "4 shards: 4 by md5"
+    assert re.search(r"^from network +0 B in 1 request$", second.stdout, re.M)
+    assert re.search(r"^from cache +4.0 MiB$", second.stdout, re.M)
+    assert first.stderr.splitlines()[-1].startswith("fetched 4/4 shards, 4.0 of 4.0 MiB, 100%")
+    assert "\r" not in first.stderr
+
+
+def test_quiet_load_prints_nothing_on_standard_error(tmp_path: Path) -> None:
+    simple_model(tmp_path / "model")
+    result = run("load", tmp_path / "model", "-q", "--device", "auto")
+    assert result.returncode == 0
+    assert result.stderr == ""
+    assert re.search(r"^in place +256.0 KiB$", result.stdout, re.M)
+    assert re.search(r"^checked +4 shards: 4 by size alone$", result.stdout, re.M)
+
+
+def test_row_40_secrets_of_the_source_are_not_printed(tmp_path: Path, serve: Callable[..., FileServer]) -> None:
+    simple_model(tmp_path / "model")
+    url = serve(tmp_path / "model").url.replace("http://", "http://user:hunter2@") + "?key=hunter2"
+    for result in (run("load", url), run("ls"), run("load", url + "&more", "--names", "none"), run("rm", url)):
+        assert "hunter2" not in result.stdout + result.stderr
+    assert result.returncode == 0
+
+
+def test_load_of_some_tensors(tmp_path: Path) -> None:
+    simple_model(tmp_path / "model")
+    result = invoke("load", tmp_path / "model", "--names", "layer.0", "--names", "layer.[12]", "-q")
+    assert re.search(r"^tensors +3, 192.0 KiB$", result.stdout, re.M)
+
+
+def test_load_without_decoding(tmp_path: Path) -> None:
+    write_model(tmp_path / "model", [{"a": random_array((512,))}], encoding="f32-to-bf16")
+    assert re.search(r"^tensors +1, 2.0 KiB$", invoke("load", tmp_path / "model").stdout, re.M)
+    assert re.search(r"^tensors +1, 1.0 KiB$", invoke("load", tmp_path / "model", "--no-decode").stdout, re.M)
+
+
+def test_load_to_the_gpu_names_it(tmp_path: Path, gpu: Any) -> None:
+    simple_model(tmp_path / "model")
+    result = run("load", tmp_path / "model", "--device", "gpu", "-q")
+    assert result.returncode == 0, result.stderr
+    assert re.search(rf"^device +{re.escape(gpu.adapter.info['device'])}, \w+, \w+$", result.stdout, re.M)
+
+
+def test_fetch_prints_the_path_only(tmp_path: Path, serve: Callable[..., FileServer], cache_dir: Path) -> None:
+    arrays = simple_model(tmp_path / "model")
+    result = run("fetch", serve(tmp_path / "model").url)
+    assert result.returncode == 0
+    directory = Path(result.stdout.removesuffix("\n"))
+    assert cache_dir in directory.parents
+    assert set(ndcache.load(directory)) == set(arrays)
+
+
+def test_cache_dir_and_scope(tmp_path: Path, serve: Callable[..., FileServer], cache_dir: Path) -> None:
+    simple_model(tmp_path / "model")
+    other = ("--cache-dir", tmp_path / "other", "--scope", "my app")
+    assert invoke("fetch", serve(tmp_path / "model").url, *other, "-q").stdout.startswith(str(tmp_path / "other"))
+    assert not cache_dir.exists()
+    (model,) = json.loads(invoke("ls", *other, "--json").stdout)
+    assert model["scope"] == "my app"
+    assert invoke("ls", "--cache-dir", tmp_path / "other", "--scope", "elsewhere").stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        ([], {"offline": False}),
+        (["--max-workers", "3"], {"max_workers": 3}),
+        (["--timeout", "2.5"], {"timeout": 2.5}),
+        (["--retries", "0"], {"retries": 0}),
+        (["--verify", "always"], {"verify": "always"}),
+        (["--offline"], {"offline": True}),
+        (["--mirror", "http://a/", "--mirror", "hf://b/c"], {"mirrors": ("http://a/", "hf://b/c")}),
+        (["--memory-limit-mib", "64"], {"memory_limit": 64 << 20}),
+    ],
+)
+def test_options_reach_the_loader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, args: list[str], expected: dict[str, object]
+) -> None:
+    simple_model(tmp_path / "model")
+    given: dict[str, object] = {}
+
+    class Spy(ndcache.Loader):
+        def __init__(self, **options: Any) -> None:
+            given.update(options)
+            super().__init__(**options)
+
+    monkeypatch.setattr(cli, "Loader", Spy)
+    assert invoke("fetch", tmp_path / "model", "-q", *args).exit_code == 0
+    assert given == {"offline": False} | expected
+
+
+def test_no_retries(scripted: ScriptedServer) -> None:
+    scripted.script["/tensor-cache.json"] = [reply(500)]
+    result = run("fetch", scripted.url, "--retries", "0")
+    assert result.returncode == 1
+    assert len(scripted.requests) == 1
+
+
+# --- inspect, ls, rm, verify --------------------------------------------------------------------------
+
+
+def mixed_model(directory: Path) -> None:
+    shards = [
+        {"a.q_weight": random_array((8, 4), "uint32"), "a.norm": random_array((6,))},
+        {"scalar": random_array((), "float16")},
+    ]
+    write_model(directory, shards, encoding="f32-to-bf16", metadata={"ParamSize": 3})
+
+
+def test_inspect_shows_shards_tensors_and_totals(tmp_path: Path) -> None:
+    mixed_model(tmp_path / "model")
+    lines = [re.sub(r" {2,}", "|", line.strip()) for line in invoke("inspect", tmp_path / "model").stdout.splitlines()]
+    assert "params_shard_0.bin|140 B|2|md5" in lines
+    assert "a.norm|[6]|float32 as bfloat16|12 B|params_shard_0.bin" in lines
+    assert "scalar|[]|float16|2 B|params_shard_1.bin" in lines
+    assert "uint32|1|128 B" in lines
+    assert lines[-1] == "3 tensors, 142 B, 2 shards"
+
+
+def test_inspect_prints_json(tmp_path: Path) -> None:
+    mixed_model(tmp_path / "model")
+    result = run("inspect", tmp_path / "model", "--json")
+    assert result.stderr == ""
+    value = json.loads(result.stdout)
+    assert value["metadata"] == {"ParamSize": 3}
+    assert (value["tensors"], value["nbytes"], len(value["shards"])) == (3, 142, 2)
+    assert value["dtypes"]["float32 as bfloat16"] == {"tensors": 1, "nbytes": 12}
+    assert value["shards"][0]["tensors"][1] == {
+        "name": "a.norm",
+        "shape": [6],
+        "dtype": "float32",
+        "stored_dtype": "bfloat16",
+        "offset": 128,
+        "nbytes": 12,
+    }
+
+
+def test_inspect_fetches_no_shard(tmp_path: Path, serve: Callable[..., FileServer]) -> None:
+    simple_model(tmp_path / "model")
+    server = serve(tmp_path / "model")
+    assert invoke("inspect", server.url).exit_code == 0
+    assert server.shard_requests() == []
+
+
+def test_names_cannot_play_tricks_on_the_terminal(tmp_path: Path) -> None:
+    name = "[bold]:smile:[/bold][/nothing]\x1b[31m\r\x9b2J\u202e" + "long" * 100
+    write_model(tmp_path / "model", [{name: random_array((1,))}])
+    shown = "[bold]:smile:[/bold][/nothing]\\x1b[31m \\x9b2J\\u202e" + "long" * 100
+    assert shown in invoke("inspect", tmp_path / "model").stdout
+    result = invoke("load", tmp_path / "model", "--names", "\x1b[31m", "-q")
+    assert "\x1b" not in result.stderr
+
+
+def test_ls_and_rm(tmp_path: Path, serve: Callable[..., FileServer], cache_dir: Path) -> None:
+    simple_model(tmp_path / "model")
+    url = serve(tmp_path / "model").url
+    empty = invoke("ls")
+    assert (empty.exit_code, empty.stdout, empty.stderr) == (0, "", f"no model in {cache_dir}\n")
+    assert invoke("ls", "--json").stdout == "[]\n"
+    path = invoke("fetch", url, "-q").stdout.strip()
+    header, row = invoke("ls").stdout.splitlines()
+    assert header.split() == ["scope", "source", "size", "path"]
+    assert row.split()[:2] == ["default", url]
+    assert row.endswith(path)
+    (model,) = json.loads(invoke("ls", "--json").stdout)
+    assert (model["source"], model["path"]) == (url, path)
+    removed = invoke("rm", url)
+    assert re.fullmatch(rf"{re.escape(url)}: 25\d\.\d KiB freed\n", removed.stdout)
+    assert not Path(path).exists()
+    again = invoke("rm", url)
+    assert (again.exit_code, again.stdout) == (0, f"{url}: was not cached\n")
+
+
+def test_rm_takes_paths_of_ls_and_goes_on_after_an_error(tmp_path: Path, serve: Callable[..., FileServer]) -> None:
+    simple_model(tmp_path / "model")
+    path = invoke("fetch", serve(tmp_path / "model").url, "-q").stdout.strip()
+    result = invoke("rm", tmp_path / "model", path)
+    assert result.exit_code == 1
+    assert "does not lie in the cache" in result.stderr
+    assert not Path(path).exists()
+    assert (tmp_path / "model" / "tensor-cache.json").exists()
+
+
+def test_row_31_verify_finds_what_is_bad_and_the_next_load_repairs_it(
+    tmp_path: Path, serve: Callable[..., FileServer]
+) -> None:
+    simple_model(tmp_path / "model")
+    url = serve(tmp_path / "model").url
+    directory = Path(invoke("fetch", url, "-q").stdout.strip())
+    good = invoke("verify", url)
+    assert (good.exit_code, good.stdout) == (0, "good  4 shards, 256.0 KiB: 4 by md5\n")
+    (directory / "params_shard_1.bin").write_bytes(b"\0" * (1 << 16))
+    (directory / "params_shard_2.bin").unlink()
+    bad = run("verify", url)
+    assert bad.returncode == 1
+    assert re.search(r"^good +2 shards, 128.0 KiB: 2 by md5$", bad.stdout, re.M)
+    assert re.search(r"^bad +params_shard_1.bin$", bad.stdout, re.M)
+    assert re.search(r"^missing +1 shard, not fetched so far$", bad.stdout, re.M)
+    assert bad.stderr == "error: 1 shard bad; set aside: the next load fetches them anew\n"
+    assert invoke("load", url, "-q").exit_code == 0
+    assert invoke("verify", url).exit_code == 0
+
+
+# --- dump ---------------------------------------------------------------------------------------------
+
+
+def test_dump_of_npz(tmp_path: Path) -> None:
+    arrays = {f"layer.{index}": random_array((300, 1024), seed=index) for index in range(3)}
+    np.savez(tmp_path / "in.npz", **arrays)
+    result = invoke("dump", tmp_path / "in.npz", tmp_path / "out", "--encode", "raw", "--shard-mib", "2")
+    assert result.stdout == f"{tmp_path / 'out'}: 3 tensors, 3.5 MiB, 3 shards\n"
+    for name, array in ndcache.load(tmp_path / "out").items():
+        np.testing.assert_array_equal(array, arrays[name])
+
+
+def test_dump_of_safetensors(tmp_path: Path) -> None:
+    numpy_files = pytest.importorskip("safetensors.numpy")
+    arrays = {"a": random_array((8,)), "b": random_array((3, 3), "bfloat16")}
+    numpy_files.save_file(arrays, tmp_path / "in.safetensors")
+    assert invoke("dump", tmp_path / "in.safetensors", tmp_path / "out").exit_code == 0
+    loaded = ndcache.load(tmp_path / "out")
+    np.testing.assert_array_equal(loaded["a"], arrays["a"].astype(ml_dtypes.bfloat16).astype(np.float32))
+    np.testing.assert_array_equal(loaded["b"], arrays["b"])
+
+
+def test_dump_without_safetensors_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    result = invoke("dump", tmp_path / "in.safetensors", tmp_path / "out")
+    assert result.exit_code == 1
+    assert 'pip install "ndcache[safetensors]"' in result.stderr
+
+
+def test_dump_runs_no_pickle(tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (tmp_path / "sprung",)
+
+    np.savez(tmp_path / "in.npz", trap=np.array([Trap()], dtype=object))
+    result = invoke("dump", tmp_path / "in.npz", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "array 'trap'" in result.stderr
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize("name", ["in.npz", "in.safetensors", "in.bin"])
+@pytest.mark.parametrize("content", [None, b"", b"PK\x03\x04 no", b"\x08\0\0\0\0\0\0\0{}{}{}{}"])
+def test_dump_of_garbage_is_one_line(tmp_path: Path, name: str, content: bytes | None) -> None:
+    if name.endswith("safetensors"):
+        pytest.importorskip("safetensors")
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    result = invoke("dump", tmp_path / name, tmp_path / "out")
+    assert result.exit_code == 1
+    assert re.fullmatch(rf"error: .*{re.escape(name)}.*\n", result.stderr)
+
+
+# --- doctor -------------------------------------------------------------------------------------------
+
+
+def test_doctor_shows_what_is_installed(tmp_path: Path, serve: Callable[..., FileServer]) -> None:
+    simple_model(tmp_path / "model")
+    assert invoke("fetch", serve(tmp_path / "model").url, "-q").exit_code == 0
+    result = run("doctor")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert re.search(rf"^ndcache +{re.escape(ndcache.__version__)}$", result.stdout, re.M)
+    assert re.search(rf"^numpy +{re.escape(np.__version__)}$", result.stdout, re.M)
+    assert re.search(r"^models +1, 2\d\d\.\d KiB$", result.stdout, re.M)
+    assert re.search(r"^disk +[0-9,.]+ \w+ free$", result.stdout, re.M)
+    assert re.search(r"^gpu(:0)? +", result.stdout, re.M)
+
+
+def test_doctor_lists_every_dependency() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    required = {re.split(r"[^\w-]", line)[0] for line in setup["options"]["install_requires"].split()}
+    assert required == set(doctor._PACKAGES)
+
+
+def test_doctor_lists_adapters(gpu: Any) -> None:
+    info = gpu.adapter.info
+    kind = "software" if info["adapter_type"] == "CPU" else info["adapter_type"]
+    line = rf"^gpu:0 +{re.escape(info['device'])}, {kind}, {info['backend_type']}$"
+    assert re.search(line, invoke("doctor").stdout, re.M)
+
+
+def test_doctor_without_wgpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wgpu", None)
+    result = invoke("doctor")
+    assert result.exit_code == 0
+    assert re.search(r"^gpu +none: wgpu cannot be loaded", result.stdout, re.M)
+
+
+@pytest.mark.parametrize(
+    ("found", "words"), [([], "wgpu finds no adapter"), (RuntimeError("driver broken"), "driver broken")]
+)
+def test_doctor_without_a_gpu(monkeypatch: pytest.MonkeyPatch, found: Any, words: str) -> None:
+    def adapters() -> list[Any]:
+        if isinstance(found, Exception):
+            raise found
+        return list(found)
+
+    monkeypatch.setattr(doctor, "adapters", adapters)
+    result = invoke("doctor")
+    assert result.exit_code == 0
+    assert re.search(rf"^gpu +none: .*{words}", result.stdout, re.M)
+
+
+def test_row_40_doctor_shows_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hunter2")
+    monkeypatch.setenv("HF_ENDPOINT", "https://user:hunter2@mirror.example/path?token=hunter2")
+    monkeypatch.setenv("HTTP_PROXY", "http://user:hunter2@proxy.example:3128")
+    monkeypatch.setenv("https_proxy", "user:hunt#er2@proxy.example:3129")
+    monkeypatch.setenv("NDCACHE_OFFLINE", "1")
+    out = invoke("doctor").stdout
+    assert "hunter2" not in out
+    assert "hunt#er2" not in out
+    for words in ("HF_TOKEN +set", "HF_ENDPOINT +https://mirror.example/path", "NDCACHE_OFFLINE +1"):
+        assert re.search(rf"^{words}$", out, re.M)
+    assert re.search(r"^HTTP_PROXY +http://proxy.example:3128$", out, re.M)
+    assert re.search(r"^https_proxy +proxy.example:3129$", out, re.M | re.I)
+
+
+@pytest.mark.parametrize("command_name", ["load", "demo"])
+def test_a_device_that_is_none_is_wrong_usage(command_name: str) -> None:
+    result = invoke(command_name, *(["model"] if command_name == "load" else []), "--device", "tpu")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "it is cpu, gpu, gpu:N or auto" in result.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX's message")
+def test_doctor_says_when_the_cache_cannot_be_one(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    assert "is not a directory" in invoke("doctor", "--cache-dir", tmp_path / "file").stdout
+
+
+def test_a_local_model_that_lacks_a_shard_is_bad(tmp_path: Path) -> None:
+    simple_model(tmp_path)
+    (tmp_path / "params_shard_2.bin").unlink()
+    result = invoke("verify", tmp_path)
+    assert result.exit_code == 1
+    assert re.search(r"^missing +params_shard_2\.bin$", result.stdout, re.M)
+    assert result.stderr == "error: 1 shard bad; copy them again\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="libwayland")
+def test_gpu_drivers_print_nothing(monkeypatch: pytest.MonkeyPatch, gpu: Any) -> None:
+    monkeypatch.delenv("XDG_RUNTIME_DIR")
+    result = run("doctor")
+    assert result.stderr == ""
+    assert "gpu:0" in result.stdout
+
+
+# --- errors -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["load", "{model}", "--names", "nothing"], "error: no tensor of tensor-cache.json matches 'nothing'"),
+        (["load", "{model}", "--scope", ".x"], "error: scope is a name"),
+        (["load", "ftp://host/"], "error: sources of the kind ftp://"),
+        (["load", "no/where"], "error: there is no such directory or file"),
+        (["fetch", "http://host/", "--offline"], "error: offline, and not in the cache"),
+        (["verify", "http://host/"], "error: http://host/ is not in the cache"),
+        (["dump", "none.npz", "out"], "error: none.npz: No such file or directory"),
+    ],
+)
+def test_an_error_is_one_line(tmp_path: Path, args: list[str], message: str) -> None:
+    simple_model(tmp_path / "model")
+    result = invoke(*(arg.format(model=tmp_path / "model") for arg in args))
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith(message)
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("args", [["--verbose", "load", "no/where"], ["load", "no/where", "--verbose"]])
+def test_verbose_shows_the_traceback(args: list[str]) -> None:
+    result = run(*args)
+    assert result.returncode == 1
+    assert result.stderr.startswith("Traceback")
+    assert result.stderr.splitlines()[-1].startswith("error: there is no such directory")
+
+
+def test_verbose_shows_what_is_logged(tmp_path: Path) -> None:
+    simple_model(tmp_path / "model")
+    assert "info: " not in run("load", tmp_path / "model").stderr
+    assert re.search(r"^info: .*LoadStats", run("load", tmp_path / "model", "--verbose").stderr, re.M)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["lod"], "No such command 'lod'."),
+        (["load"], "Missing argument 'SOURCE'"),
+        (["load", "x", "--devic", "gpu"], "No such option"),
+        (["load", "x", "--max-workers", "0"], "--max-workers"),
+        (["load", "x", "--memory-limit-mib", "0"], "--memory-limit-mib"),
+        (["load", "x", "--timeout", "0"], "--timeout"),
+        (["demo", "--rate-mib", "0"], "--rate-mib"),
+    ],
+)
+def test_wrong_usage(args: list[str], message: str) -> None:
+    result = invoke(*args)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert message in result.stderr
+
+
+def test_a_mistyped_option_is_guessed() -> None:
+    assert "--device" in invoke("load", "x", "--devic", "gpu").stderr
+
+
+def test_version_and_help() -> None:
+    assert invoke("--version").stdout == f"ndcache, version {ndcache.__version__}\n"
+    for name in cli.main.commands:
+        assert invoke(name, "-h").exit_code == 0
+
+
+def test_a_bug_shows_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(cli, "models", fail)
+    with pytest.raises(ZeroDivisionError):
+        invoke("ls")
+
+
+def test_row_34_a_warning_is_one_line(tmp_path: Path, serve: Callable[..., FileServer]) -> None:
+    simple_model(tmp_path / "model")
+    server = serve(tmp_path / "model")
+    assert run("fetch", server.url).returncode == 0
+    server.status["/tensor-cache.json"] = 503
+    result = run("load", server.url, "-q")
+    assert result.returncode == 0
+    assert re.fullmatch(r"warning: using the cached manifest of .*\n", result.stderr)
+
+
+def test_importing_the_package_loads_no_face() -> None:
+    code = "import sys, ndcache; print(sorted({'wgpu', 'rich', 'click', 'ndcache.cli.commands'} & set(sys.modules)))"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "[]\n"
+
+
+# --- pipes, terminals, signals ------------------------------------------------------------------------
+
+
+@posix_only
+@pytest.mark.parametrize("args", [["inspect", "{model}"], ["inspect", "{model}", "--json"], ["load", "{model}", "-q"]])
+def test_a_reader_that_goes_away_is_no_error(tmp_path: Path, args: list[str]) -> None:
+    simple_model(tmp_path / "model")
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        arguments = command(*(arg.format(model=tmp_path / "model") for arg in args))
+        result = subprocess.run(arguments, stdout=writer, stderr=subprocess.PIPE, timeout=60, check=False)
+    finally:
+        os.close(writer)
+    assert result.stderr == b""
+    assert result.returncode == 1
+
+
+@posix_only
+def test_a_terminal_that_lacks_characters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_model(tmp_path / "model", [{"模型": random_array((1,))}])
+    monkeypatch.setenv("PYTHONIOENCODING", "cp1252")
+    result = run("inspect", tmp_path / "model")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "\\u6a21\\u578b" in result.stdout
+
+
+@posix_only
+@pytest.mark.parametrize(("quiet", "columns"), [(False, 120), (False, 0), (True, 120)])
+def test_bar_on_a_terminal(tmp_path: Path, serve: Callable[..., FileServer], quiet: bool, columns: int) -> None:
+    simple_model(tmp_path / "model", shards=4, shard_bytes=1 << 20)
+    arguments = command("load", serve(tmp_path / "model").url, *(["-q"] if quiet else []))
+    terminal, status, out = on_a_terminal(arguments, columns)
+    assert status == 0
+    assert out.startswith(b"source")
+    if quiet:
+        assert terminal == ""
+        return
+    last = terminal.rstrip().splitlines()[-1].rpartition("\r")[2]
+    assert re.search(r"100%.*4\.00M/4\.00M .*B/s.*4/4 shards", last)
+
+
+def on_a_terminal(arguments: list[str], columns: int = 120) -> tuple[str, int, bytes]:
+    """Run with standard error on a terminal; what it shows, the exit status, and standard output."""
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=slave) as process:
+        os.close(slave)
+        shown = b""
+        try:
+            while piece := os.read(master, 1 << 16):
+                shown += piece
+        except OSError:
+            pass  # how Linux says that the other end is closed
+        os.close(master)
+        out, _ = process.communicate(timeout=60)
+    return shown.decode(), process.returncode, out
+
+
+@posix_only
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize(
+    ("number", "status", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+@pytest.mark.parametrize("verb", ["load", "fetch"])
+def test_row_36_signals_stop_a_load(
+    tmp_path: Path,
+    serve: Callable[..., FileServer],
+    cache_dir: Path,
+    verb: str,
+    number: signal.Signals,
+    status: int,
+    word: str,
+) -> None:
+    simple_model(tmp_path / "model", shards=20)
+    server = serve(tmp_path / "model")
+    server.gate.clear()
+    with subprocess.Popen(
+        command(verb, server.url, "-q"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        wait_until(server.shard_requests, process)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (status, "", f"{word}\n")
+    assert real_files(cache_dir) == ["tensor-cache.json"]
+    assert list(cache_dir.rglob("parts/*")) == []
+
+
+HALF = 1 << 15
+
+
+@posix_only
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("phase", ["the manifest's headers", "a shard's body", "a retry", "a lock", "hashing"])
+def test_row_36_signals_in_each_phase(
+    tmp_path: Path, scripted: ScriptedServer, cache_dir: Path, phase: str, number: signal.Signals, status: int
+) -> None:
+    simple_model(tmp_path / "model", shards=2)
+    good = {
+        f"/{path.name}": [reply(200, path.read_bytes(), {"ETag": f'"{path.name}"'})]
+        for path in (tmp_path / "model").iterdir()
+    }
+    data = (tmp_path / "model" / "params_shard_1.bin").read_bytes()
+    manifest, shard, is_refused = "/tensor-cache.json", "/params_shard_1.bin", threading.Event()
+    scripted.script = dict(good)
+    with contextlib.ExitStack() as while_it_runs:
+        if phase == "the manifest's headers":
+            scripted.script[manifest] = [then_stall(b"HTTP/1.1 200")]
+        elif phase == "a shard's body":
+            headers = {"ETag": '"params_shard_1.bin"'}
+            scripted.script[shard] = [then_stall(reply(200, data[:HALF], headers, length=len(data)))]
+        elif phase == "a retry":
+
+            def refuse(connection: Connection, request: Request) -> None:
+                while not other_is_through(cache_dir):  # or it would wait as well
+                    time.sleep(0.01)
+                connection.send(reply(503, headers={"Retry-After": "200"}))
+                is_refused.set()
+
+            scripted.script[shard] = [refuse]
+        elif phase == "a lock":
+            state = ndcache.fetch(scripted.url, names="layer.0") / ".ndcache"
+            (state / "locks").mkdir(exist_ok=True)
+            while_it_runs.enter_context(filelock.FileLock(state / "locks" / "params_shard_1.bin"))
+        else:
+            written = json.loads((tmp_path / "model" / "tensor-cache.json").read_text())
+            written["records"][1]["nbytes"] = 1 << 37  # it takes minutes to hash
+            scripted.script[manifest] = [reply(200, json.dumps(written).encode())]
+            path = ndcache.fetch(scripted.url, names="layer.0") / "params_shard_1.bin"
+            path.touch()
+            os.truncate(path, 1 << 37)  # sparse
+        scripted.requests.clear()
+        process = while_it_runs.enter_context(
+            subprocess.Popen(
+                command("fetch", scripted.url, "--timeout", 600, "--verify", "always"),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+        if phase == "the manifest's headers":
+            wait_until(lambda: scripted.requests, process)
+        elif phase == "a shard's body":
+            wait_until(lambda: other_is_through(cache_dir) and HALF in sizes(cache_dir.rglob("parts/*")), process)
+        elif phase == "a retry":
+            wait_until(is_refused.is_set, process)
+        else:
+            # After the first shard only the other one is under way; in one of 128 GiB there is no line before the end.
+            line = "0/2" if phase == "hashing" else "1/2"
+            assert process.stderr is not None
+            while line not in process.stderr.readline():
+                assert process.poll() is None
+        process.send_signal(number)
+        out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (status, ""), err
+    assert err.splitlines()[-1] == ("interrupted" if number == signal.SIGINT else "terminated")
+    kept = sorted(cache_dir.rglob("parts/*"))
+    if phase != "a shard's body":
+        assert kept == []
+        return
+    part, note = kept
+    assert note.name == f"{part.name}.json"
+    assert part.read_bytes() == data[:HALF]
+    scripted.script = good
+    assert run("fetch", scripted.url).returncode == 0
+    assert scripted.requests_for(shard)[-1].headers["range"] == f"bytes={HALF}-{len(data) - 1}"
+
+
+def other_is_through(cache_dir: Path) -> bool:
+    found = list(cache_dir.rglob("params_shard_0.bin*"))
+    return [path.parent.name for path in found if path.parent.name in ("parts", "locks")] == [] != found
+
+
+def sizes(paths: Iterable[Path]) -> list[int]:
+    found = []
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            found.append(path.stat().st_size)
+    return found
+
+
+def test_sigterm_is_as_it_was_after_a_command() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    invoke("ls")
+    assert signal.getsignal(signal.SIGTERM) is before

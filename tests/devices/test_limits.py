@@ -1,0 +1,75 @@
+"""Tensors that are larger than what a GPU device can bind at once."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import ndcache
+from ndcache import loader as loader_module
+from ndcache.devices.gpu.device import GpuDevice
+
+from ..helpers import models
+from ..helpers.servers import FileServer
+
+BINDABLE = 1 << 16
+
+
+@pytest.fixture
+def limited(gpu: Any) -> Any:
+    """A device that can bind 64 KiB at once."""
+    device = gpu.adapter.request_device_sync(required_limits={"max-storage-buffer-binding-size": BINDABLE})
+    assert device.limits["max-storage-buffer-binding-size"] == BINDABLE
+    return device
+
+
+def write(directory: Path) -> None:
+    arrays = {name: np.zeros(size, np.uint8) for name, size in (("fits", BINDABLE), ("large", BINDABLE + 1))}
+    models.write_model(directory, [arrays, {f"larger.{n}": np.zeros(2 * BINDABLE, np.uint8) for n in range(4)}])
+
+
+def test_row_62_a_warning_on_the_callers_line(
+    limited: Any, tmp_path: Path, serve: Callable[..., FileServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path)
+    server = serve(tmp_path)
+    monkeypatch.setattr(loader_module, "open_device", lambda *_: GpuDevice(limited, is_ours=True))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        weights = ndcache.load(server.url, "gpu")
+    (warning,) = caught
+    assert warning.category is RuntimeWarning
+    assert warning.filename == __file__
+    for words in ("tensors 'large' takes 65,537 bytes", "'larger.1' takes 131,072", "2 more", "65,536", "in parts"):
+        assert words in str(warning.message)
+    assert weights["larger.3"].buffer.size == 2 * BINDABLE
+    weights.close()
+
+
+def test_row_62_a_warning_can_stop_the_load_before_anything_is_fetched(
+    limited: Any, tmp_path: Path, serve: Callable[..., FileServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path)
+    server = serve(tmp_path)
+    monkeypatch.setattr(loader_module, "open_device", lambda *_: GpuDevice(limited, is_ours=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RuntimeWarning, match="'large'"):
+            ndcache.load(server.url, "gpu")
+    assert not server.shard_requests()
+
+
+def test_row_62_a_device_of_the_callers(limited: Any, tmp_path: Path, serve: Callable[..., FileServer]) -> None:
+    write(tmp_path)
+    server = serve(tmp_path)
+    with pytest.raises(ndcache.DeviceError, match=r"'large'.*required_limits.*device='gpu'") as caught:
+        ndcache.load(server.url, limited)
+    assert (caught.value.expected, caught.value.received) == (BINDABLE + 1, BINDABLE)
+    assert not server.shard_requests()
+    with ndcache.load(server.url, limited, names="fits") as weights:
+        assert weights["fits"].buffer.size == BINDABLE

@@ -1,0 +1,261 @@
+"""Ctrl-C, and threads, while a GPU is opened and used."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ndcache
+from ndcache.devices.gpu import adapters as adapters_module
+from ndcache.devices.gpu import device as gpu_module
+from ndcache.devices.gpu.shield import shielded
+from ndcache.workers.cancellation import raise_hidden_interrupt
+
+from ..helpers import models
+
+PATIENCE = 60
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_row_61_an_interrupt_waits_for_a_call_that_others_rely_on() -> None:
+    done = []
+
+    def work() -> None:
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(0.2)  # as long as a driver may take
+        done.append(True)
+
+    with pytest.raises(KeyboardInterrupt):
+        shielded(work)
+    assert done
+
+
+def test_row_61_an_interrupt_that_became_an_error_about_a_lock() -> None:
+    def wait() -> None:
+        condition = threading.Condition()
+        with condition:  # as `Thread.start` does, where an interrupt comes in the worst moment
+            condition.release()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        try:
+            wait()
+        except RuntimeError as error:
+            raise_hidden_interrupt(error)
+    raise_hidden_interrupt(RuntimeError("can't start new thread"))
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_row_61_an_interrupt_leaves_a_call_that_does_not_end() -> None:
+    may_end, undone = threading.Event(), threading.Event()
+
+    def work() -> int:
+        signal.raise_signal(signal.SIGINT)
+        may_end.wait(PATIENCE)
+        return 7
+
+    with pytest.raises(KeyboardInterrupt):
+        shielded(work, undo=lambda result: result == 7 and undone.set())
+    assert not undone.is_set()
+    may_end.set()
+    assert undone.wait(PATIENCE)
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_row_61_what_was_made_for_nobody_is_undone() -> None:
+    undone = []
+
+    def work() -> int:
+        signal.raise_signal(signal.SIGINT)
+        return 7
+
+    with pytest.raises(KeyboardInterrupt):
+        shielded(work, undo=undone.append)
+    assert undone == [7]
+
+
+def test_row_61_errors_and_results_come_back() -> None:
+    assert shielded(threading.current_thread) is not threading.current_thread()
+    with pytest.raises(ZeroDivisionError):
+        shielded(lambda: 1 / 0)
+
+
+def test_row_61_no_thread_is_needed_where_no_signal_comes() -> None:
+    seen: list[bool] = []
+    thread = threading.Thread(target=lambda: seen.append(shielded(threading.current_thread) is thread))
+    thread.start()
+    thread.join()
+    assert seen == [True]
+
+
+@pytest.mark.parametrize("is_main", [True, False])
+def test_row_61_cancel_while_a_gpu_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_main: bool) -> None:
+    models.simple_model(tmp_path)
+    cancel, may_end, discarded = threading.Event(), threading.Event(), threading.Event()
+    errors: list[BaseException] = []
+
+    class Opened:
+        def discard(self, tensors: Any) -> None:
+            discarded.set()
+
+    def hang(spec: str) -> Any:
+        cancel.set()
+        may_end.wait(PATIENCE)
+        return Opened()
+
+    def load() -> None:
+        try:
+            ndcache.load(tmp_path, "gpu", cancel=cancel)
+        except ndcache.CancelledError as error:
+            errors.append(error)
+
+    monkeypatch.setattr(gpu_module, "_open", hang)
+    if is_main:
+        load()
+    else:
+        thread = threading.Thread(target=load)
+        thread.start()
+        thread.join(PATIENCE)
+    assert len(errors) == 1
+    may_end.set()
+    assert discarded.wait(PATIENCE)
+
+
+class Adapter:
+    def __init__(self, adapter_type: str) -> None:
+        self.info = {"device": adapter_type, "adapter_type": adapter_type, "backend_type": "Vulkan"}
+
+
+@pytest.mark.parametrize(
+    ("primary", "gpu_files", "lists_all"),
+    [
+        (["DiscreteGPU"], [__file__], False),
+        (["CPU"], ["no/where"], False),
+        (["CPU"], [__file__], True),  # a GPU whose driver knows OpenGL only
+        ([], ["no/where"], True),
+        (None, ["no/where"], True),
+    ],
+)
+@pytest.mark.skipif(sys.platform != "linux", reason="where the files of GPUs are")
+def test_row_61_opengl_is_listed_only_if_it_may_have_more(
+    monkeypatch: pytest.MonkeyPatch, primary: Any, gpu_files: list[str], lists_all: bool
+) -> None:
+    wgpu = pytest.importorskip("wgpu")
+    listed: list[bool] = []
+    found = None if primary is None else [Adapter(kind) for kind in primary]
+    monkeypatch.setattr(adapters_module, "_known", [])
+    monkeypatch.setattr(adapters_module, "_GPU_FILES", gpu_files)
+    monkeypatch.setattr(adapters_module, "_list_primary", lambda: found)
+    monkeypatch.setattr(wgpu.gpu, "enumerate_adapters_sync", lambda: listed.append(True) or [Adapter("IntegratedGPU")])
+    assert len(adapters_module.adapters()) == 1
+    assert len(adapters_module.adapters()) == 1
+    assert listed == [True] * lists_all
+
+
+def test_row_61_the_adapters_of_this_machine(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    wgpu = pytest.importorskip("wgpu")
+    primary = adapters_module._list_primary()
+    if primary is not None:  # None: this version of wgpu cannot
+        every = [adapter.info for adapter in wgpu.gpu.enumerate_adapters_sync()]
+        assert [a.info["device"] for a in primary] == [i["device"] for i in every if i["backend_type"] != "OpenGL"]
+
+
+IN_THREADS = """
+import gc, os, sys, threading, ndcache
+def work():
+    for _ in range(4):
+        weights = ndcache.load(sys.argv[1], "gpu")
+        weights["layer.0"].numpy()
+        if threading.get_ident() % 2:
+            weights.close()
+        del weights
+        gc.collect()
+environ = dict(os.environ)
+threads = [threading.Thread(target=work) for _ in range(4)]
+[thread.start() for thread in threads]
+while any(thread.is_alive() for thread in threads):
+    assert dict(os.environ) == environ
+    work()
+[thread.join() for thread in threads]
+child = os.fork()
+if not child:
+    try:
+        ndcache.load(sys.argv[1], "gpu").close()
+    except ndcache.DeviceError as error:
+        os._exit(1 if "forked" in str(error) else 2)
+    os._exit(0)
+is_opengl = ndcache.devices.gpu.adapters.adapters()[0].info["backend_type"] == "OpenGL"
+assert os.waitpid(child, 0)[1] == (0x100 if is_opengl else 0)
+"""
+
+
+@pytest.mark.once
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("backend", ["any", "OpenGL alone"])
+def test_row_61_loads_in_several_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    models.simple_model(tmp_path)
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    if backend != "any":
+        monkeypatch.setenv("VK_ICD_FILENAMES", "/no/where")
+    for _ in range(3):
+        child = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", IN_THREADS, str(tmp_path)],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        if "NoAdapterError" in child.stderr:
+            pytest.skip("no OpenGL")
+        assert child.returncode == 0, child.stderr
+
+
+INTERRUPTED = """
+import collections, signal, sys, threading, time, ndcache
+def interrupt(*_):
+    raise KeyboardInterrupt
+signal.signal(signal.SIGALRM, interrupt)
+ndcache.load(sys.argv[1], "gpu").close()
+begun = time.monotonic()
+ndcache.load(sys.argv[1], "gpu").close()
+seconds, seen = time.monotonic() - begun, collections.Counter()
+for n in range(1, 101):
+    weights = None
+    try:
+        signal.setitimer(signal.ITIMER_REAL, seconds * n / 100)
+        try:
+            weights = ndcache.load(sys.argv[1], "gpu")
+            seen["loaded"] += 1
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    except BaseException as error:
+        seen[type(error).__name__] += 1
+    if weights is not None:
+        weights.close()
+    seen["threads left"] += sum(thread.name.startswith("ndcache-device") for thread in threading.enumerate())
+print(*sorted(what for what in seen if seen[what] and what != "loaded"))
+"""
+
+
+@pytest.mark.once
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="timers")
+@pytest.mark.usefixtures("gpu")
+def test_row_61_ctrl_c_at_any_moment_of_a_load(tmp_path: Path) -> None:
+    models.simple_model(tmp_path)
+    child = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", INTERRUPTED, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert (child.returncode, child.stdout) == (0, "KeyboardInterrupt\n"), child.stderr

@@ -1,0 +1,217 @@
+"""Few file descriptors: a load makes do with them, leaves some to the program, and says so where there are none."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ndcache
+from ndcache.files import descriptors
+
+from ..helpers import models
+from ..helpers.servers import FileServer
+
+pytest.importorskip("resource")
+
+Serve = Callable[..., FileServer]
+SHARDS = 250
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    models.simple_model(tmp_path / "model", shards=SHARDS, shard_bytes=64)
+    return tmp_path / "model"
+
+
+def run(script: str, **arguments: Any) -> Any:
+    """What a script finds as `result`, in a process of its own; `limit_to` sets how many files it may open."""
+    begin = """
+        import json, os, resource, sys, warnings
+        import numpy as np
+        import ndcache, ndcache.loader, queue
+
+        def limit_to(count):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (count, count))
+
+        def leave(count):
+            "Have no more than so many descriptors be left."
+            held = []
+            try:
+                while True:
+                    held.append(os.open(os.devnull, os.O_RDONLY))
+            except OSError:
+                for descriptor in held[len(held) - count:]:
+                    os.close(descriptor)
+
+        globals().update(json.loads(sys.argv[1]))
+        warnings.simplefilter("ignore")
+    """
+    environ = {**os.environ, "PYTHONPATH": str(Path(ndcache.__file__).parents[1])}
+    whole = textwrap.dedent(begin) + textwrap.dedent(script) + "\nprint(json.dumps(result))"
+    done = subprocess.run(
+        [sys.executable, "-c", whole, json.dumps(arguments, default=str)],
+        capture_output=True,
+        check=False,
+        text=True,
+        env=environ,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("where", "limit", "times"),
+    [
+        ("local", 64, 1),
+        ("local", 1024, 6),
+        ("cached", 256, 2),
+        ("cached", 64, 2),
+        ("cached", 32, 1),
+        ("cached", 1024, 6),
+        ("cold", 64, 1),
+        ("cold", 32, 1),
+        ("in memory", 64, 1),
+        ("in memory", 32, 1),
+        ("in memory", 1024, 6),
+    ],
+)
+def test_row_55_a_load_makes_do_with_few_descriptors(
+    model: Path, tmp_path: Path, serve: Serve, where: str, limit: int, times: int
+) -> None:
+    server = serve(model)
+    if where == "cached":
+        ndcache.fetch(server.url)
+    script = """
+        limit_to(limit)
+        before = len(os.listdir("/dev/fd"))
+        kept = [ndcache.load(source, **options) for _ in range(times)]
+        result = [
+            sorted({len(weights) for weights in kept}),
+            sorted({float(sum(array.sum() for array in weights.values())) for weights in kept}),
+            len(os.listdir("/dev/fd")) - before,
+        ]
+    """
+    options = {"cache_dir": os.devnull} if where == "in memory" else {}
+    source = model if where == "local" else server.url
+    counts, sums, left_open = run(script, source=source, options=options, limit=limit, times=times)
+    weights = ndcache.load(model)
+    assert counts == [SHARDS]
+    assert sums == [float(sum(array.sum() for array in weights.values()))]
+    assert left_open == 0
+
+
+@pytest.mark.parametrize("where", ["cached", "cold"])
+def test_row_55_loads_at_the_same_time_share_what_there_is(
+    model: Path, tmp_path: Path, serve: Serve, where: str
+) -> None:
+    server = serve(model)
+    if where == "cached":
+        ndcache.fetch(server.url)
+    script = """
+        import threading
+        limit_to(128)
+        result = []
+        def one(number):
+            options = {} if where == "cached" else {"cache_dir": f"{new}/{number}"}
+            result.append(len(ndcache.load(url, names=[f"layer.{n}" for n in range(40)], **options)))
+        threads = [threading.Thread(target=one, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    """
+    assert run(script, url=server.url, where=where, new=tmp_path / "new") == [40] * 8
+
+
+@pytest.mark.parametrize("where", ["cached", "cold"])
+@pytest.mark.parametrize("limit", [64, 256])
+def test_row_55_the_program_can_open_files_during_a_load(model: Path, serve: Serve, where: str, limit: int) -> None:
+    server = serve(model)
+    if where == "cached":
+        ndcache.fetch(server.url)
+    script = """
+        def look(report):
+            found.append(descriptors._free())
+
+        from ndcache.files import descriptors
+        found = []
+        limit_to(limit)
+        ndcache.load(url, progress=look)
+        result = min(found)
+    """
+    assert run(script, url=server.url, limit=limit) >= 16
+
+
+@pytest.mark.parametrize("verb", ["load", "fetch", "verify", "stream", "local", "in memory", "by name"])
+@pytest.mark.parametrize("left", [1, 2])
+def test_row_55_a_shortage_is_told_as_such(model: Path, serve: Serve, verb: str, left: int) -> None:
+    server = serve(model)
+    if verb == "verify":
+        ndcache.fetch(server.url)
+        server.requests.clear()
+    script = """
+        ndcache.load(local)  # everything is imported
+        limit_to(200)
+        leave(left)
+        verbs = {
+            "load": lambda: ndcache.load(url),
+            "by name": lambda: ndcache.load(url.replace("127.0.0.1", "localhost")),
+            "fetch": lambda: ndcache.fetch(url),
+            "verify": lambda: ndcache.verify(url),
+            "stream": lambda: dict(ndcache.stream(url)),
+            "local": lambda: ndcache.load(local),
+            "in memory": lambda: ndcache.load(url, cache_dir=os.devnull),
+        }
+        try:
+            verbs[verb]()
+            result = None
+        except ndcache.TooManyOpenFilesError as error:
+            result = [str(error), error.errno, isinstance(error, OSError), error.retryable]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))
+    """
+    result = run(script, url=server.url, local=model, verb=verb, left=left)
+    if result is None:
+        assert verb in ("local", "verify")  # a file at a time is enough
+        return
+    text, number, is_os_error, is_retryable = result
+    assert "200 file descriptors" in text
+    assert "ulimit -n" in text
+    assert "cache" not in text
+    assert "network" not in text
+    assert (number, is_os_error, is_retryable) == (24, True, False)
+    assert len(server.requests) <= 12  # of the workers, each at most once
+
+
+def test_a_shortage_of_the_whole_system() -> None:
+    with pytest.raises(ndcache.TooManyOpenFilesError, match="on this system"):
+        descriptors.check_shortage(OSError(23, "Too many open files in system"))
+    descriptors.check_shortage(OSError(13, "Permission denied"))
+    descriptors.check_exhausted()
+
+
+def test_what_can_be_afforded(monkeypatch: pytest.MonkeyPatch) -> None:
+    for free, wanted, each, count in [
+        (None, 8, 8, 8),
+        (1000, 8, 8, 8),
+        (100, 8, 8, 6),  # half of it is the program's
+        (200, 128, 4, 34),  # 64 of it are
+        (5, 8, 8, 0),
+        (0, 8, 8, 0),
+    ]:
+        monkeypatch.setattr(descriptors, "_free", lambda free=free: free)
+        assert descriptors.affordable(wanted, each) == count
+        with descriptors.budget(wanted, each) as workers:
+            assert workers == max(1, count)
+    monkeypatch.setattr(descriptors, "_free", lambda: 200)
+    with descriptors.budget(8, 8) as first, descriptors.budget(8, 8) as second, descriptors.budget(8, 8) as third:
+        assert (first, second, third) == (8, 8, 4)
+    assert descriptors._promised == {}

@@ -1,0 +1,733 @@
+"""One shard from a server into the cache: what is published, what is not, and how often is asked."""
+
+from __future__ import annotations
+
+import errno
+import gzip
+import hashlib
+import os
+import tracemalloc
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ndcache
+from ndcache.http.retry import RetryPolicy
+from ndcache.http.transport import Transport
+from ndcache.sources.download import Downloader
+from ndcache.stats import LoadStats
+from ndcache.store.directory import ArtifactCache
+from ndcache.workers.cancellation import Stop
+
+from ..helpers.servers import Connection, Request, ScriptedServer, reply, then_close, then_reset, then_stall
+
+DATA = os.urandom(100_000)
+PATH = "/params_shard_0.bin"
+SHARD = ndcache.Shard(
+    data_path="params_shard_0.bin",
+    nbytes=len(DATA),
+    md5sum=hashlib.md5(DATA).hexdigest(),
+    sha256sum=None,
+    format="raw-shard",
+    records=(),
+)
+
+
+@pytest.fixture
+def downloader(tmp_path: Path) -> Iterator[Downloader]:
+    transport = Transport(timeout=(5.0, 0.5))
+    yield Downloader(
+        transport,
+        RetryPolicy(retries=3, backoff=0.001),
+        Stop(),
+        LoadStats(),
+        ArtifactCache(tmp_path / "model", "http://host/"),
+    )
+    transport.close()
+
+
+def fetched(downloader: Downloader, urls: list[str], shard: ndcache.Shard = SHARD) -> bytes:
+    file = downloader.shard(shard, urls, "claim").file
+    assert file is not None
+    with file:
+        return file.read()
+
+
+def files(directory: Path) -> list[str]:
+    """Everything that a reader of the directory could take for a shard, and every part."""
+    found = [path for path in directory.rglob("*") if path.is_file()]
+    return sorted(
+        str(path.relative_to(directory))
+        for path in found
+        if path.parent.name != "validators" and path.suffix != ".json"
+    )
+
+
+def test_the_right_bytes_are_published(downloader: Downloader, scripted: ScriptedServer) -> None:
+    scripted.script[PATH] = [reply(200, DATA, {"ETag": '"1"'})]
+    assert fetched(downloader, [scripted.url + "params_shard_0.bin"]) == DATA
+    assert files(downloader.cache.directory) == ["params_shard_0.bin"]
+    validator = downloader.cache.validator("params_shard_0.bin")
+    assert validator is not None
+    assert (validator.digests["md5"], validator.etag, validator.nbytes) == (SHARD.md5sum, '"1"', SHARD.nbytes)
+    assert downloader.cache.is_known(SHARD, "claim") is True
+    assert (downloader.stats.network_bytes, downloader.stats.requests, downloader.stats.retries) == (100_000, 1, 0)
+
+
+def test_without_a_length_the_bytes_are_counted(downloader: Downloader, scripted: ScriptedServer) -> None:
+    scripted.script[PATH] = [then_close(reply(200, DATA, length=None))]
+    assert fetched(downloader, [scripted.url + "params_shard_0.bin"]) == DATA
+
+
+OTHER = bytes(reversed(DATA))
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "tries"),
+    [
+        (then_close(reply(200, DATA[:-1], length=len(DATA))), ndcache.TruncatedError, 4),
+        (then_close(reply(200, DATA[:-1], length=None)), ndcache.TruncatedError, 4),
+        (
+            then_close(reply(200, b"186A0\r\nabc", {"Transfer-Encoding": "chunked"}, length=None)),
+            ndcache.TruncatedError,
+            4,
+        ),
+        (then_close(reply(200, b"zz\r\n", {"Transfer-Encoding": "chunked"}, length=None)), ndcache.TruncatedError, 4),
+        (then_reset(reply(200, DATA[:9], length=len(DATA))), ndcache.ConnectError, 4),
+        (then_stall(reply(200, DATA[:9], length=len(DATA))), ndcache.StallError, 4),
+        (reply(500, b"oops"), ndcache.ServerError, 4),
+        (reply(429, b"", {"Retry-After": "0"}), ndcache.RateLimitedError, 4),
+        (reply(429, b"", {"Retry-After": "4000"}), ndcache.RateLimitedError, 1),
+        (reply(200, DATA + b"x"), ndcache.SizeMismatchError, 2),
+        (then_close(reply(200, DATA + b"x", length=None)), ndcache.SizeMismatchError, 2),
+        (reply(200, DATA[:-1]), ndcache.SizeMismatchError, 2),
+        (reply(200, OTHER), ndcache.ChecksumError, 2),
+        (reply(206, DATA, {"Content-Range": "bytes 0-99999/100000"}), ndcache.RangeError, 2),
+        (reply(416), ndcache.RangeError, 2),
+        (reply(304, length=None), ndcache.ProtocolError, 2),
+        (reply(200, DATA, {"Content-Encoding": "gzip"}), ndcache.ProtocolError, 2),
+        (reply(404, b"gone"), ndcache.NotFoundError, 1),
+        (reply(401), ndcache.AuthError, 1),
+        (reply(403), ndcache.AuthError, 1),
+    ],
+)
+def test_what_is_not_published(
+    downloader: Downloader, scripted: ScriptedServer, answer: Any, error: type[ndcache.NdcacheError], tries: int
+) -> None:
+    scripted.script[PATH] = [answer]
+    with pytest.raises(error) as caught:
+        fetched(downloader, [scripted.url + "params_shard_0.bin?signature=secret"])
+    assert type(caught.value) is error
+    assert len(scripted.requests) == tries == caught.value.attempts
+    assert files(downloader.cache.directory) == []
+    message = str(caught.value)
+    assert "params_shard_0.bin" in message
+    assert scripted.url in message
+    assert "secret" not in message
+
+
+@pytest.mark.parametrize(
+    ("headers", "body", "hint"),
+    [
+        ({"Content-Type": "text/html; charset=utf-8"}, b"<!doctype html>", "web page"),
+        ({}, b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 100000\n", "git-lfs"),
+        ({}, b"x", "different versions"),
+    ],
+)
+def test_row_3_the_message_says_what_came_instead(
+    downloader: Downloader, scripted: ScriptedServer, headers: dict[str, str], body: bytes, hint: str
+) -> None:
+    scripted.script[PATH] = [reply(200, body, headers)]
+    with pytest.raises(ndcache.SizeMismatchError, match=hint) as caught:
+        fetched(downloader, [scripted.url + "params_shard_0.bin"])
+    assert (caught.value.expected, caught.value.received) == (100_000, len(body))
+
+
+def test_row_2_an_endless_body_is_cut_off(downloader: Downloader, scripted: ScriptedServer) -> None:
+    def endless(connection: Connection, request: Request) -> None:
+        connection.send(reply(200, length=None))
+        while True:  # until the client hangs up
+            connection.send(DATA)
+
+    scripted.script[PATH] = [endless]
+    with pytest.raises(ndcache.SizeMismatchError, match="more than there should be"):
+        fetched(downloader, [scripted.url + "params_shard_0.bin"])
+    # Of each of the two tries, at most one byte more than there should be was taken.
+    assert downloader.stats.network_bytes <= 2 * (SHARD.nbytes + 1)
+
+
+@pytest.mark.parametrize(
+    "first", [reply(500), then_close(reply(200, DATA[:9], length=len(DATA))), then_reset(b""), reply(200, OTHER)]
+)
+def test_a_second_try_may_succeed(downloader: Downloader, scripted: ScriptedServer, first: Any) -> None:
+    scripted.script[PATH] = [first, reply(200, DATA)]
+    assert fetched(downloader, [scripted.url + "params_shard_0.bin"]) == DATA
+    assert downloader.stats.retries == 1
+    assert files(downloader.cache.directory) == ["params_shard_0.bin"]
+
+
+def test_mirrors_are_tried_in_turn(downloader: Downloader, scripted: ScriptedServer) -> None:
+    scripted.script["/gone/params_shard_0.bin"] = [reply(404)]
+    scripted.script["/bad/params_shard_0.bin"] = [reply(200, OTHER)]
+    scripted.script["/good/params_shard_0.bin"] = [reply(200, DATA)]
+    urls = [f"{scripted.url}{where}/params_shard_0.bin" for where in ("gone", "bad", "good")]
+    assert fetched(downloader, urls) == DATA
+    with pytest.raises(ndcache.NotFoundError) as caught:
+        fetched(downloader, urls[:2])
+    assert [type(error) for error in caught.value.others] == [ndcache.ChecksumError]
+
+
+def test_the_digest_in_the_message(downloader: Downloader, scripted: ScriptedServer) -> None:
+    scripted.script[PATH] = [reply(200, OTHER)]
+    with pytest.raises(ndcache.ChecksumError) as caught:
+        fetched(downloader, [scripted.url + "params_shard_0.bin"])
+    actual = hashlib.md5(OTHER).hexdigest()
+    assert (caught.value.expected, caught.value.received) == (SHARD.md5sum, actual)
+    assert actual in str(caught.value)
+    assert str(SHARD.md5sum) in str(caught.value)
+
+
+def test_every_digest_that_is_known_is_compared(downloader: Downloader, scripted: ScriptedServer) -> None:
+    scripted.script[PATH] = [reply(200, DATA)]
+    shard = replace(SHARD, sha256sum=hashlib.sha256(DATA).hexdigest())
+    assert fetched(downloader, [scripted.url + "params_shard_0.bin"], shard) == DATA
+    with pytest.raises(ndcache.ChecksumError, match="md5"):
+        fetched(downloader, [scripted.url + "params_shard_0.bin"], replace(shard, md5sum="0" * 32))
+    with pytest.raises(ndcache.ChecksumError, match="sha256"):
+        fetched(downloader, [scripted.url + "params_shard_0.bin"], replace(shard, sha256sum="0" * 64))
+
+
+def test_without_digests_sizes_are_checked(downloader: Downloader, scripted: ScriptedServer) -> None:
+    scripted.script[PATH] = [reply(200, OTHER), reply(200, b"short")]
+    downloader = replace(downloader, digests=False)
+    assert fetched(downloader, [scripted.url + "params_shard_0.bin"]) == OTHER
+    with pytest.raises(ndcache.SizeMismatchError):
+        fetched(downloader, [scripted.url + "params_shard_0.bin"])
+
+
+# --- going on where a transfer broke off --------------------------------------------------------------
+
+ETAG = {"ETag": '"1"'}
+
+
+def rest_of(data: bytes, start: int, etag: str = '"1"', **headers: str) -> bytes:
+    """What a server sends that is asked for everything from `start` on."""
+    content_range = f"bytes {start}-{len(data) - 1}/{len(data)}"
+    return reply(206, data[start:], {"ETag": etag, "Content-Range": content_range, **headers})
+
+
+def broken_off(nbytes: int = 60_000, data: bytes = DATA, etag: str | None = '"1"') -> Any:
+    """A body that ends after `nbytes`."""
+    headers = {} if etag is None else {"ETag": etag}
+    return then_close(reply(200, data[:nbytes], headers, length=len(data)))
+
+
+def ranges(server: ScriptedServer) -> list[str | None]:
+    return [request.headers.get("range") for request in server.requests]
+
+
+CHUNKED = {**ETAG, "Transfer-Encoding": "chunked"}
+WHOLE, REST = None, "bytes=60000-99999"
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        pytest.param(broken_off(), id="shorter than Content-Length"),
+        pytest.param(
+            then_close(reply(200, b"EA60\r\n" + DATA[:60_000] + b"\r\n", CHUNKED, length=None)), id="chunked body cut"
+        ),
+        pytest.param(then_close(reply(200, DATA[:60_000], ETAG, length=None)), id="short body without a length"),
+    ],
+)
+def test_row_1_a_short_body_is_kept_and_gone_on_with(
+    downloader: Downloader, scripted: ScriptedServer, first: Any
+) -> None:
+    scripted.script[PATH] = [first, rest_of(DATA, 60_000)]
+    assert fetched(downloader, [scripted.url + "params_shard_0.bin"]) == DATA
+    assert ranges(scripted) == [WHOLE, REST]
+    assert scripted.requests[1].headers["if-range"] == '"1"'
+    assert (downloader.stats.network_bytes, downloader.stats.retries) == (100_000, 1)
+
+
+def test_row_1_in_the_end_it_is_truncated_and_the_part_is_kept(
+    downloader: Downloader, scripted: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted.script[PATH] = [broken_off(), then_close(rest_of(DATA, 60_000)[:-40_000])]
+    with pytest.raises(ndcache.TruncatedError, match="60,000 of 100,000") as caught:
+        fetched(downloader, [scripted.url + "params_shard_0.bin"])
+    assert caught.value.attempts == 4
+    # Another call, as of another process, goes on from there.
+    scripted.script[PATH] = [rest_of(DATA, 60_000)]
+    before = len(scripted.requests)
+    assert fetched(downloader, [scripted.url + "params_shard_0.bin"]) == DATA
+    assert ranges(scripted)[before:] == [REST]
+    assert downloader.stats.resumed_bytes == 60_000
+    assert all(seconds >= 0 for seconds in downloader.stats.seconds.values())
+    assert files(downloader.cache.directory) == ["params_shard_0.bin"]
+
+
+@pytest.mark.parametrize("etag", [None, 'W/"1"', "1", '"' + "x" * 300 + '"', '"a b"'])
+def test_without_a_strong_etag_it_starts_over(
+    downloader: Downloader, scripted: ScriptedServer, etag: str | None
+) -> None:
+    scripted.script[PATH] = [broken_off(etag=etag), reply(200, DATA)]
+    assert fetched(downloader, [scripted.url + "params_shard_0.bin"]) == DATA
+    assert ranges(scripted) == [None, None]
+
+
+def test_row_3_a_length_that_is_not_the_manifests_is_not_read(downloader: Downloader, scripted: ScriptedServer) -> None:
+    scripted.script[PATH] = [reply(200, DATA + b"x", ETAG)]
+    with pytest.raises(ndcache.SizeMismatchError, match="100,001 bytes where the manifest says 100,000"):
+        fetched(downloader, [scripted.url + "params_shard_0.bin"])
+    assert (downloader.stats.network_bytes, len(scripted.requests)) == (0, 2)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        pytest.param(reply(200, DATA, length=-1), id="negative length"),
+        pytest.param(reply(200, DATA, length="1e5"), id="garbage length"),
+        pytest.param(reply(200, DATA, {"Content-Length": "99999"}), id="two lengths"),
+        pytest.param(reply(200, DATA, length="100000, 100000"), id="doubled length"),
+        pytest.param(then_close(b"HTTP/1.1 two hundred OK\r\n\r\n"), id="status line"),
+        pytest.param(then_close(b"nonsense\r\n\r\n"), id="not HTTP"),
+        pytest.param(then_close(b"HTTP/1.1 200 OK\r\n" + b"X: " + b"x" * 70_000 + b"\r\n\r\n"), id="long header"),
+        pytest.param(then_close(b"HTTP/1.1 200 OK\r\n" + b"X: x\r\n" * 200 + b"\r\n"), id="many headers"),
+    ],
+)
+def test_row_4_what_is_not_http(downloader: Downloader, scripted: ScriptedServer, answer: Any) -> None:
+    scripted.script[PATH] = [answer]
+    with pytest.raises(ndcache.ProtocolError) as caught:
+        fetched(downloader, [scripted.url + "params_shard_0.bin"])
+    assert len(scripted.requests) == caught.value.attempts == 2
+    assert files(downloader.cache.directory) == []
+
+
+def test_row_5_a_bomb_is_not_decoded(downloader: Downloader, scripted: ScriptedServer) -> None:
+    bomb = gzip.compress(bytes(50 << 20))
+    scripted.script[PATH] = [reply(200, bomb, {"Content-Encoding": "gzip"})]
+    tracemalloc.start()
+    try:
+        with pytest.raises(ndcache.ProtocolError, match="'gzip' although none was asked for"):
+            fetched(downloader, [scripted.url + "params_shard_0.bin"])
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
+    assert [request.headers["accept-encoding"] for request in scripted.requests] == ["identity"] * 2
+
+
+def test_row_6_a_server_that_ignores_ranges(downloader: Downloader, scripted: ScriptedServer) -> None:
+    scripted.script[PATH] = [broken_off(), broken_off(80_000), reply(200, DATA, ETAG)]
+    assert fetched(downloader, [scripted.url + "params_shard_0.bin"]) == DATA
+    assert ranges(scripted) == [WHOLE, REST, WHOLE]  # it is not asked for a range again
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        pytest.param(reply(206, DATA[60_000:], ETAG), id="absent"),
+        pytest.param(reply(206, DATA[60_000:], {**ETAG, "Content-Range": "bytes */100000"}), id="star"),
+        pytest.param(reply(206, DATA[60_000:], {**ETAG, "Content-Range": "bytes 60000-99999/*"}), id="unknown size"),
+        pytest.param(reply(206, DATA[60_000:], {**ETAG, "Content-Range": "bytes 59999-99998/100000"}), id="shifted"),
+        pytest.param(reply(206, DATA[60_000:], {**ETAG, "Content-Range": "bytes 60000-99999/100001"}), id="other size"),
+        pytest.param(reply(206, DATA[60_000:], {**ETAG, "Content-Range": "items 60000-99999/100000"}), id="other unit"),
+        pytest.param(reply(206, DATA[60_000:], {**ETAG, "Content-Range": "bytes 60000-99999"}), id="no size"),
+        pytest.param(rest_of(DATA, 60_000, **{"content-range": "bytes 0-1/100000"}), id="two of them"),
+        pytest.param(rest_of(DATA, 60_000)[:-1].replace(b": 40000", b": 39999"), id="another length"),
+        pytest.param(
+            reply(206, b"--x\r\n\r\n", {**ETAG, "Content-Type": "multipart/byteranges; boundary=x"}), id="multipart"
+        ),
+    ],
+)
+def test_row_7_another_range_than_the_one_asked_for(
+    downloader: Downloader, scripted: ScriptedServer, answer: bytes
+) -> None:
+    url = scripted.url + "params_shard_0.bin"
+    scripted.script[PATH] = [broken_off(), answer, reply(200, DATA, ETAG)]
+    assert fetched(downloader, [url]) == DATA
+    assert ranges(scripted) == [WHOLE, REST, WHOLE]
+    os.unlink(downloader.cache.path("params_shard_0.bin"))
+    scripted.requests.clear()
+    scripted.script["/always/params_shard_0.bin"] = [broken_off(), answer]
+    with pytest.raises(ndcache.RangeError, match="a plain request with status 206"):
+        fetched(downloader, [scripted.url + "always/params_shard_0.bin"])
+    assert ranges(scripted) == [WHOLE, REST, WHOLE, WHOLE]
+
+
+def test_row_8_no_such_range(downloader: Downloader, scripted: ScriptedServer) -> None:
+    scripted.script[PATH] = [broken_off(), reply(416, headers={"Content-Range": "bytes */5"}), reply(200, DATA, ETAG)]
+    assert fetched(downloader, [scripted.url + "params_shard_0.bin"]) == DATA
+    assert ranges(scripted) == [WHOLE, REST, WHOLE]
+
+
+def leave_part(cache: ArtifactCache, url: str, data: bytes, etag: str = '"1"', claim: str = "claim") -> None:
+    """As a process that was killed leaves it."""
+    with cache.part("params_shard_0.bin") as part:
+        part.comes_from(url, etag, claim, None)
+        part.write(data)
+
+
+def test_row_8_a_part_that_was_complete_is_checked_and_published(
+    downloader: Downloader, scripted: ScriptedServer
+) -> None:
+    scripted.script[PATH] = [reply(416)]
+    leave_part(downloader.cache, scripted.url + "params_shard_0.bin", DATA)
+    assert fetched(downloader, [scripted.url + "params_shard_0.bin"]) == DATA
+    assert scripted.requests == []
+    assert files(downloader.cache.directory) == ["params_shard_0.bin"]
+
+
+@pytest.mark.parametrize("data", [OTHER, OTHER[:60_000], DATA + b"x"])
+def test_row_8_a_part_that_turns_out_wrong_is_thrown_away(
+    downloader: Downloader, scripted: ScriptedServer, data: bytes
+) -> None:
+    """Bits that flipped on the disk, say."""
+    scripted.script[PATH] = (
+        [reply(200, DATA, ETAG)] if len(data) >= len(DATA) else [rest_of(DATA, 60_000), reply(200, DATA, ETAG)]
+    )
+    leave_part(downloader.cache, scripted.url + "params_shard_0.bin", data)
+    downloader = replace(downloader, policy=RetryPolicy(retries=0))  # it is not the server's fault
+    assert fetched(downloader, [scripted.url + "params_shard_0.bin"]) == DATA
+    assert files(downloader.cache.directory) == ["params_shard_0.bin"]
+
+
+@pytest.mark.parametrize("digests", [True, False])
+def test_row_25_a_part_from_before_a_power_loss_is_used_if_a_digest_will_show_what_is_torn(
+    downloader: Downloader, scripted: ScriptedServer, monkeypatch: pytest.MonkeyPatch, digests: bool
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("ndcache.store.partial._boot", lambda: "another start of the system")
+        leave_part(downloader.cache, scripted.url + "params_shard_0.bin", bytes(60_000))
+    scripted.script[PATH] = [rest_of(DATA, 60_000), reply(200, DATA, ETAG)] if digests else [reply(200, DATA, ETAG)]
+    downloader = replace(downloader, digests=digests)
+    assert fetched(downloader, [scripted.url + "params_shard_0.bin"]) == DATA
+    assert ranges(scripted) == ([REST, WHOLE] if digests else [WHOLE])
+
+
+@pytest.mark.parametrize("kept", ["claim", "etag", "url", "note", "boot"])
+def test_parts_that_are_of_something_else_are_not_used(
+    downloader: Downloader, scripted: ScriptedServer, kept: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = scripted.url + "params_shard_0.bin"
+    old, shard = bytes(60_000), replace(SHARD, md5sum=None)  # nothing but the rules would notice what is wrong
+    if kept == "boot":
+        monkeypatch.setattr("ndcache.store.partial._boot", lambda: "another start of the system")
+    leave_part(
+        downloader.cache,
+        url + "x" if kept == "url" else url,
+        old,
+        '"0"' if kept == "etag" else '"1"',
+        "another claim" if kept == "claim" else "claim",
+    )
+    monkeypatch.undo()
+    if kept == "note":
+        for path in (downloader.cache.directory / ".ndcache" / "parts").glob("*.json"):
+            path.write_bytes(b"{")
+
+    def answer(connection: Connection, request: Request) -> None:
+        """As a server does that goes by the rules, and has the version "1"."""
+        asked = "range" in request.headers and request.headers.get("if-range") == '"1"'
+        connection.send(rest_of(DATA, 60_000) if asked else reply(200, DATA, ETAG))
+
+    scripted.script[PATH] = [answer]
+    assert fetched(downloader, [url], shard) == DATA
+
+
+def test_row_9_a_file_that_changes_is_begun_anew(downloader: Downloader, scripted: ScriptedServer) -> None:
+    scripted.script[PATH] = [broken_off(data=OTHER), reply(200, DATA, {"ETag": '"2"'})]
+    assert fetched(downloader, [scripted.url + "params_shard_0.bin"], replace(SHARD, md5sum=None)) == DATA
+    assert ranges(scripted) == [WHOLE, REST]
+
+
+@pytest.mark.parametrize("ignores_if_range", [False, True])
+def test_row_9_what_keeps_changing_is_an_error(
+    downloader: Downloader, scripted: ScriptedServer, ignores_if_range: bool
+) -> None:
+    def changing(connection: Connection, request: Request) -> None:
+        etag = f'"{len(scripted.requests)}"'
+        if ignores_if_range and "range" in request.headers:
+            connection.send(rest_of(OTHER, 60_000, etag))
+        else:
+            connection.send(reply(200, DATA[:60_000], {"ETag": etag}, length=len(DATA)))
+
+    scripted.script[PATH] = [changing]
+    with pytest.raises(ndcache.RemoteChangedError, match="and again") as caught:
+        fetched(downloader, [scripted.url + "params_shard_0.bin"], replace(SHARD, md5sum=None))
+    assert caught.value.retryable
+    assert ranges(scripted) == ([WHOLE, REST, WHOLE, REST] if ignores_if_range else [WHOLE, REST, REST])
+    assert files(downloader.cache.directory) == []
+
+
+@pytest.mark.parametrize("answer", [reply(200, DATA, {"ETag": '"2"'}), reply(416), reply(206, DATA, ETAG)])
+def test_a_part_that_is_of_no_use_costs_no_try(downloader: Downloader, scripted: ScriptedServer, answer: bytes) -> None:
+    """It was left by another process: with no retries allowed, it must not make this one fail."""
+    leave_part(downloader.cache, scripted.url + "params_shard_0.bin", OTHER[:60_000])
+    scripted.script[PATH] = [answer, reply(200, DATA, {"ETag": '"2"'})]
+    downloader = replace(downloader, policy=RetryPolicy(retries=0))
+    assert fetched(downloader, [scripted.url + "params_shard_0.bin"]) == DATA
+
+
+def test_row_9_another_version_under_the_old_etag_of_a_range(downloader: Downloader, scripted: ScriptedServer) -> None:
+    """A server that ignores If-Range: the 206 says by its ETag that it is of another version."""
+    scripted.script[PATH] = [broken_off(data=OTHER), rest_of(DATA, 60_000, '"2"'), reply(200, DATA, {"ETag": '"2"'})]
+    assert fetched(downloader, [scripted.url + "params_shard_0.bin"], replace(SHARD, md5sum=None)) == DATA
+
+
+def test_row_10_content_that_changes_under_one_etag(downloader: Downloader, scripted: ScriptedServer) -> None:
+    mixed = OTHER[:60_000] + DATA[60_000:]
+    scripted.script[PATH] = [broken_off(data=OTHER), rest_of(DATA, 60_000), reply(200, DATA, ETAG)]
+    assert fetched(downloader, [scripted.url + "params_shard_0.bin"]) == DATA
+    os.unlink(downloader.cache.path("params_shard_0.bin"))
+    scripted.script[PATH] = [reply(200, mixed, ETAG)]
+    with pytest.raises(ndcache.ChecksumError) as caught:
+        fetched(downloader, [scripted.url + "params_shard_0.bin"])
+    for digest in (hashlib.md5(mixed).hexdigest(), str(SHARD.md5sum)):
+        assert digest in str(caught.value)
+    assert caught.value.attempts == 2
+
+
+@pytest.mark.parametrize("first", [then_reset, then_close, then_stall])
+def test_row_12_a_broken_connection_costs_nothing_twice(
+    downloader: Downloader, scripted: ScriptedServer, first: Any
+) -> None:
+    """The client may lose what the reset overtook, and asks for the rest of what it has."""
+    data = os.urandom(9 << 20)
+    shard = replace(SHARD, nbytes=len(data), md5sum=hashlib.md5(data).hexdigest())
+
+    def answer(connection: Connection, request: Request) -> None:
+        if start := int(request.headers.get("range", "bytes=0-").partition("=")[2].partition("-")[0]):
+            connection.send(rest_of(data, start))
+        else:
+            first(reply(200, data[: 6 << 20], ETAG, length=len(data)))(connection, request)
+
+    scripted.script[PATH] = [answer]
+    assert fetched(downloader, [scripted.url + "params_shard_0.bin"], shard) == data
+    assert downloader.stats.network_bytes == len(data)
+
+
+def test_row_12_each_mebibyte_of_progress_renews_the_tries(downloader: Downloader, scripted: ScriptedServer) -> None:
+    """Nine breaks with three retries allowed, and a mebibyte between each two of them."""
+    data = os.urandom(10 << 20)
+    shard = replace(SHARD, nbytes=len(data), md5sum=hashlib.md5(data).hexdigest())
+
+    def answer(connection: Connection, request: Request) -> None:
+        start = int(request.headers.get("range", "bytes=0-").partition("=")[2].partition("-")[0])
+        whole = rest_of(data, start) if start else reply(200, data, ETAG)
+        connection.send(whole[: len(whole) - (len(data) - start) + (1 << 20)])
+
+    scripted.script[PATH] = [answer]
+    assert fetched(downloader, [scripted.url + "params_shard_0.bin"], shard) == data
+    assert (len(scripted.requests), downloader.stats.network_bytes) == (10, len(data))
+
+
+def test_row_12_a_server_that_always_starts_over_makes_no_progress(
+    downloader: Downloader, scripted: ScriptedServer
+) -> None:
+    """Two mebibytes each time, but the same ones."""
+    data = os.urandom(3 << 20)
+    scripted.script[PATH] = [then_close(reply(200, data[: 2 << 20], length=len(data)))]
+    with pytest.raises(ndcache.TruncatedError):
+        fetched(downloader, [scripted.url + "params_shard_0.bin"], replace(SHARD, nbytes=len(data)))
+    assert len(scripted.requests) == 4
+
+
+def test_row_12_a_server_that_refuses_from_now_on_is_tried_again(
+    downloader: Downloader, scripted: ScriptedServer
+) -> None:
+    url = scripted.url + "params_shard_0.bin"
+    with pytest.raises(ndcache.NotFoundError):
+        fetched(downloader, [url])
+    scripted.close()
+    with pytest.raises(ndcache.ConnectError, match="refuses connections") as caught:
+        fetched(downloader, [url])
+    assert caught.value.attempts == 4
+
+
+# --- other processes' parts ---------------------------------------------------------------------------
+
+
+def test_of_several_parts_the_longest_is_used(downloader: Downloader, scripted: ScriptedServer) -> None:
+    url = scripted.url + "params_shard_0.bin"
+    for nbytes in (10, 60_000, 500):
+        leave_part(downloader.cache, url, DATA[:nbytes])
+    scripted.script[PATH] = [rest_of(DATA, 60_000)]
+    assert fetched(downloader, [url]) == DATA
+    assert files(downloader.cache.directory) == ["params_shard_0.bin"]
+
+
+@pytest.mark.parametrize("is_alone", [False, True])
+def test_a_part_that_somebody_may_still_write_is_copied_and_left(
+    downloader: Downloader, scripted: ScriptedServer, is_alone: bool
+) -> None:
+    url = scripted.url + "params_shard_0.bin"
+    with downloader.cache.part("params_shard_0.bin") as theirs:
+        theirs.comes_from(url, '"1"', "claim", None)
+        theirs.write(DATA[:60_000])
+
+        def answer(connection: Connection, request: Request) -> None:
+            assert theirs.path.exists() is not is_alone
+            theirs.write(b"their own business")
+            connection.send(rest_of(DATA, 60_000))
+
+        scripted.script[PATH] = [answer]
+        file = downloader.shard(SHARD, [url], "claim", is_alone=is_alone).file
+        assert file is not None
+        with file:
+            assert file.read() == DATA
+    assert files(downloader.cache.directory) == ["params_shard_0.bin"]
+
+
+@pytest.mark.parametrize("kind", ["symlink", "directory", "fifo"])
+def test_row_30_what_is_planted_among_the_parts_is_not_read(
+    downloader: Downloader, scripted: ScriptedServer, tmp_path: Path, kind: str
+) -> None:
+    url = scripted.url + "params_shard_0.bin"
+    leave_part(downloader.cache, url, DATA[:60_000])
+    (part,) = (p for p in (downloader.cache.directory / ".ndcache" / "parts").iterdir() if p.suffix != ".json")
+    part.unlink()
+    victim = tmp_path / "victim"
+    victim.write_bytes(OTHER[:60_000])
+    if kind == "symlink":
+        part.symlink_to(victim)
+    elif kind == "directory":
+        part.mkdir()
+    else:
+        os.mkfifo(part)
+    scripted.script[PATH] = [reply(200, DATA, ETAG)]
+    assert fetched(downloader, [url], replace(SHARD, md5sum=None)) == DATA
+    assert ranges(scripted) == [WHOLE]
+    assert victim.read_bytes() == OTHER[:60_000]
+
+
+# --- what the server says of the content --------------------------------------------------------------
+
+
+def test_hugging_faces_sha256_is_compared(downloader: Downloader, scripted: ScriptedServer) -> None:
+    def linked(data: bytes) -> bytes:
+        etag = f'"{hashlib.sha256(data).hexdigest()}"'
+        return reply(302, headers={"Location": "/storage/shard", "X-Linked-Etag": etag, "X-Linked-Size": "100000"})
+
+    scripted.script["/storage/shard"] = [broken_off(), rest_of(DATA, 60_000), reply(200, DATA, ETAG)]
+    scripted.script[PATH] = [linked(DATA), linked(DATA), linked(OTHER)]
+    shard = replace(SHARD, md5sum=None)
+    assert fetched(downloader, [scripted.url + "params_shard_0.bin"], shard) == DATA
+    validator = downloader.cache.validator("params_shard_0.bin")
+    assert validator is not None
+    assert validator.digests == {"sha256": hashlib.sha256(DATA).hexdigest()}
+    with pytest.raises(ndcache.ChecksumError, match="sha256"):
+        fetched(downloader, [scripted.url + "params_shard_0.bin"], shard)
+
+
+def test_hugging_faces_sha256_is_compared_whatever_the_storage_says(
+    downloader: Downloader, scripted: ScriptedServer
+) -> None:
+    etag = f'"{hashlib.sha256(DATA).hexdigest()}"'
+    scripted.script["/storage/shard"] = [reply(200, OTHER)]  # without an ETag nobody goes on from there
+    scripted.script[PATH] = [reply(302, headers={"Location": "/storage/shard", "X-Linked-Etag": etag})]
+    with pytest.raises(ndcache.ChecksumError, match="sha256"):
+        fetched(downloader, [scripted.url + "params_shard_0.bin"], replace(SHARD, md5sum=None))
+
+
+def test_a_digest_from_where_it_redirects_is_not_one(downloader: Downloader, scripted: ScriptedServer) -> None:
+    other = ScriptedServer()
+    try:
+        other.script["/shard"] = [reply(200, DATA, {"X-Linked-Etag": f'"{"0" * 64}"'})]
+        scripted.script[PATH] = [reply(302, headers={"Location": other.url + "shard"})]
+        assert fetched(downloader, [scripted.url + "params_shard_0.bin"], replace(SHARD, md5sum=None)) == DATA
+    finally:
+        other.close()
+
+
+def test_a_pin_is_compared_beside_the_manifests_digest(downloader: Downloader, scripted: ScriptedServer) -> None:
+    scripted.script[PATH] = [reply(200, DATA)]
+    pin = ("sha512", hashlib.sha512(DATA).hexdigest())
+    assert fetched(downloader, [scripted.url + "params_shard_0.bin"], replace(SHARD, pin=pin)) == DATA
+    with pytest.raises(ndcache.ChecksumError, match="sha384"):
+        fetched(downloader, [scripted.url + "params_shard_0.bin"], replace(SHARD, pin=("sha384", "0" * 96)))
+    with pytest.raises(ndcache.ChecksumError, match="md5"):
+        fetched(downloader, [scripted.url + "params_shard_0.bin"], replace(SHARD, pin=pin, md5sum="0" * 32))
+
+
+def test_a_mirror_that_failed_is_not_asked_first_again(downloader: Downloader, scripted: ScriptedServer) -> None:
+    """The source fails all tries for the first shard; for the next ones the mirror goes first."""
+    scripted.script["/bad/params_shard_0.bin"] = [reply(503)]
+    scripted.script["/good/params_shard_0.bin"] = [reply(200, DATA)]
+    urls = [f"{scripted.url}{where}/params_shard_0.bin" for where in ("bad", "good")]
+    for _ in range(3):
+        assert fetched(downloader, urls) == DATA
+    assert [request.path.split("/")[1] for request in scripted.requests] == [*["bad"] * 4, *["good"] * 3]
+
+
+def test_a_mirror_does_not_go_on_with_the_sources_bytes(downloader: Downloader, scripted: ScriptedServer) -> None:
+    scripted.script["/bad/params_shard_0.bin"] = [broken_off(data=OTHER), reply(404)]
+    scripted.script["/good/params_shard_0.bin"] = [reply(200, DATA, ETAG)]
+    urls = [f"{scripted.url}{where}/params_shard_0.bin" for where in ("bad", "good")]
+    assert fetched(downloader, urls, replace(SHARD, md5sum=None)) == DATA
+    assert ranges(scripted) == [WHOLE, REST, WHOLE]
+
+
+# --- the disk -----------------------------------------------------------------------------------------
+
+
+def test_row_29_a_disk_that_fills_up_takes_a_part_first(
+    downloader: Downloader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = 10
+
+    def write(handle: int, data: memoryview, start: int) -> int:
+        if start >= room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return min(room - start, len(data))
+
+    monkeypatch.setattr(os, "pwrite", write)
+    with (
+        pytest.raises(ndcache.DiskFullError, match="no room") as caught,
+        downloader.cache.part("params_shard_0.bin") as part,
+    ):
+        part.write(b"12345678901")
+    assert caught.value.errno == errno.ENOSPC
+    assert files(downloader.cache.directory) == []
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
+def test_row_29_what_could_not_be_synced_is_not_gone_on_with(
+    downloader: Downloader, scripted: ScriptedServer, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """After a failed fsync the system may forget what it could not write."""
+
+    def fail(handle: int) -> None:
+        raise OSError(number, "lost")
+
+    scripted.script[PATH] = [reply(200, DATA, ETAG)]
+    with monkeypatch.context() as patch, pytest.raises(ndcache.CacheError):
+        patch.setattr(os, "fsync", fail)
+        fetched(downloader, [scripted.url + "params_shard_0.bin"])
+    assert files(downloader.cache.directory) == []
+
+
+def test_row_6_a_web_page_in_place_of_the_rest_leaves_the_part_alone(
+    downloader: Downloader, scripted: ScriptedServer
+) -> None:
+    """As of a hotel's network."""
+    page = reply(200, b"<html>Welcome!</html>", {"Content-Type": "text/html"})
+    scripted.script[PATH] = [broken_off(), page]
+    with pytest.raises(ndcache.SizeMismatchError, match="web page"):
+        fetched(downloader, [scripted.url + "params_shard_0.bin"])
+    scripted.script[PATH] = [rest_of(DATA, 60_000)]
+    assert fetched(downloader, [scripted.url + "params_shard_0.bin"]) == DATA
+    assert ranges(scripted)[-1] == REST
+
+
+def test_a_mirrors_name_for_a_version_is_not_remembered(downloader: Downloader, scripted: ScriptedServer) -> None:
+    scripted.script["/bad/params_shard_0.bin"] = [reply(404)]
+    scripted.script["/good/params_shard_0.bin"] = [reply(200, DATA, ETAG)]
+    urls = [f"{scripted.url}{where}/params_shard_0.bin" for where in ("bad", "good")]
+    for some, etag in ((urls, None), (urls[1:], '"1"')):
+        assert fetched(downloader, some) == DATA
+        validator = downloader.cache.validator("params_shard_0.bin")
+        assert validator is not None
+        assert validator.etag == etag

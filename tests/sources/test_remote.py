@@ -1,0 +1,508 @@
+"""A model on a server and its cache: updates, mirrors, what is reclaimed, what is held."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import ndcache
+from ndcache.store.directory import ArtifactCache
+
+from ..helpers import models
+from ..helpers.servers import Connection, FileServer, Request, ScriptedServer, reply
+
+Serve = Callable[..., FileServer]
+QUICK = ndcache.RetryPolicy(retries=1, backoff=0.001)
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return tmp_path / "model"
+
+
+def write(model: Path, arrays: Arrays, **options: Any) -> None:
+    """One shard for each array."""
+    models.write_model(model, [{name: array} for name, array in arrays.items()], **options)
+
+
+def asked(server: FileServer) -> list[str]:
+    return [request.path for request in server.shard_requests()]
+
+
+def state(directory: Path) -> list[str]:
+    """What lies in ndcache's own folder, but for the source's name."""
+    found = [path for path in (directory / ".ndcache").rglob("*") if path.is_file() and path.name != "source.json"]
+    return sorted(str(path.relative_to(directory / ".ndcache")) for path in found)
+
+
+# --- updates of shards without digests ----------------------------------------------------------------
+
+
+def test_row_11_without_digests_the_server_says_what_changed(model: Path, serve: Serve) -> None:
+    arrays = models.simple_model(model)
+    write(model, arrays, md5=False)
+    server = serve(model)
+    ndcache.fetch(server.url)
+    arrays["layer.2"] = arrays["layer.2"] + 1
+    write(model, arrays, md5=False, metadata={"version": 2})
+    server.requests.clear()
+    weights = ndcache.load(server.url)
+    models.assert_same(weights, arrays)
+    assert len(asked(server)) == 4
+    assert all("if-none-match" in request.headers for request in server.requests)
+    assert (weights.stats.network_bytes, weights.stats.cache_bytes) == (1 << 16, 3 << 16)
+    server.requests.clear()
+    models.assert_same(ndcache.load(server.url), arrays)
+    assert asked(server) == []  # and that is remembered
+
+
+def test_a_shard_that_is_still_the_same_may_vanish_meanwhile(
+    model: Path, serve: Serve, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrays = models.simple_model(model, shards=1)
+    write(model, arrays, md5=False)
+    server = serve(model)
+    directory = ndcache.fetch(server.url)
+    write(model, arrays, md5=False, metadata={"version": 2})
+    from ndcache.sources.download import Downloader
+
+    shard = Downloader.shard
+
+    def vanish(self: Downloader, *args: Any, **options: Any) -> Any:
+        file = shard(self, *args, **options)
+        if file is None:
+            os.unlink(directory / "params_shard_0.bin")
+        return file
+
+    monkeypatch.setattr(Downloader, "shard", vanish)
+    models.assert_same(ndcache.load(server.url), arrays)
+
+
+# --- mirrors ------------------------------------------------------------------------------------------
+
+
+def test_a_mirror_is_held_to_the_manifest_of_the_first(model: Path, tmp_path: Path, serve: Serve) -> None:
+    arrays = models.simple_model(model)
+    shutil.copytree(model, tmp_path / "mirror")
+    shutil.copytree(model, tmp_path / "bad")
+    for path in (tmp_path / "bad").glob("*.bin"):
+        path.write_bytes(bytes(path.stat().st_size))
+    models.write_model(tmp_path / "bad", [{"evil": np.zeros(4)}], manifest_name="tensor-cache.json")
+    server, bad, good = serve(model), serve(tmp_path / "bad"), serve(tmp_path / "mirror")
+    for index in range(4):
+        server.status[f"/params_shard_{index}.bin"] = 404
+    weights = ndcache.load(server.url, mirrors=[bad.url, good.url], retries=QUICK)
+    models.assert_same(weights, arrays)
+    assert sorted(asked(good)) == sorted(f"/params_shard_{index}.bin" for index in range(4))
+    assert [request.path for request in [*bad.requests, *good.requests] if request.path.endswith(".json")] == []
+
+
+def test_an_origin_that_keeps_failing_is_left_for_the_mirror(model: Path, tmp_path: Path, serve: Serve) -> None:
+    arrays = models.simple_model(model, shards=12)
+    shutil.copytree(model, tmp_path / "mirror")
+    server, mirror = serve(model), serve(tmp_path / "mirror")
+    server.status.update({f"/params_shard_{index}.bin": 503 for index in range(12)})
+    models.assert_same(ndcache.load(server.url, mirrors=mirror.url, retries=QUICK, max_workers=2), arrays)
+    assert len(asked(mirror)) == 12
+    assert len(asked(server)) <= 6  # not two tries for each shard
+
+
+def test_all_that_failed_is_in_the_error(model: Path, tmp_path: Path, serve: Serve) -> None:
+    models.simple_model(model, shards=1)
+    shutil.copytree(model, tmp_path / "mirror")
+    server, mirror = serve(model), serve(tmp_path / "mirror")
+    server.status["/params_shard_0.bin"] = 500
+    mirror.status["/params_shard_0.bin"] = 403
+    with pytest.raises(ndcache.ServerError) as caught:
+        ndcache.load(server.url, mirrors=[mirror.url], retries=QUICK)
+    assert [type(error) for error in caught.value.others] == [ndcache.AuthError]
+
+
+def test_hf_endpoint_is_a_mirror_of_the_hub(tmp_path: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    arrays = models.simple_model(tmp_path / "owner" / "name" / "resolve" / "main")
+    server = serve(tmp_path)
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    models.assert_same(ndcache.load("hf://owner/name"), arrays)
+    first = serve(tmp_path / "owner" / "name" / "resolve" / "main")
+    first.status["/params_shard_2.bin"] = 410
+    models.assert_same(ndcache.load(first.url, mirrors=["hf://owner/name"]), arrays)
+
+
+def sri(data: bytes, algorithm: str = "sha256") -> str:
+    return f"{algorithm}-{base64.b64encode(hashlib.new(algorithm, data).digest()).decode()}"
+
+
+def test_a_pinned_manifest_may_come_from_a_mirror(model: Path, tmp_path: Path, serve: Serve) -> None:
+    arrays = models.simple_model(model)
+    server, mirror, other = serve(tmp_path / "nothing"), serve(model), serve(tmp_path / "other")
+    write(tmp_path / "other", {"evil": np.zeros(4)})
+    integrity = {"tensor-cache.json": sri((model / "tensor-cache.json").read_bytes())}
+    with pytest.raises(ndcache.NotFoundError):
+        ndcache.load(server.url, mirrors=[mirror.url])
+    mirrors = [other.url, mirror.url]
+    models.assert_same(ndcache.load(server.url, mirrors=mirrors, integrity=integrity, retries=QUICK), arrays)
+
+
+# --- what an earlier load left, and what no one needs any more ----------------------------------------
+
+
+def test_shards_of_former_versions_are_removed(model: Path, serve: Serve) -> None:
+    arrays = models.simple_model(model, shards=4)
+    server = serve(model)
+    directory = ndcache.fetch(server.url)
+    (directory / "mine.txt").write_text("not ndcache's")
+    kept = dict(list(arrays.items())[:2])
+    write(model, kept)
+    models.assert_same(ndcache.load(server.url), kept)
+    names = ["mine.txt", "params_shard_0.bin", "params_shard_1.bin", "tensor-cache.json"]
+    assert sorted(path.name for path in directory.iterdir() if path.is_file()) == names
+    assert state(directory) == [f"validators/{name}.json" for name in names[1:]]
+
+
+def test_a_load_that_fails_removes_nothing(model: Path, serve: Serve) -> None:
+    arrays = models.simple_model(model, shards=4)
+    server = serve(model)
+    directory = ndcache.fetch(server.url)
+    write(model, {"new": np.ones(4), **dict(list(arrays.items())[:2])})
+    server.status["/params_shard_0.bin"] = 404
+    with pytest.raises(ndcache.NotFoundError):
+        ndcache.load(server.url)
+    assert len(list(directory.glob("*.bin"))) == 4
+
+
+def test_what_another_manifest_needs_is_kept(model: Path, serve: Serve) -> None:
+    """Two manifests of one directory, with some shards in common."""
+    arrays = models.simple_model(model, shards=4)
+    server = serve(model)
+    directory = ndcache.fetch(server.url)
+    write(model, dict(list(arrays.items())[:2]), manifest_name="tensor-cache-b16.json")
+    ndcache.fetch(server.url + "tensor-cache-b16.json")
+    assert len(list(directory.glob("*.bin"))) == 4
+    server.requests.clear()
+    models.assert_same(ndcache.load(server.url), arrays)
+    assert asked(server) == []
+
+
+def test_files_that_were_added_are_kept(model: Path, serve: Serve) -> None:
+    from ndcache.tvm import ArtifactCache
+
+    models.simple_model(model)
+    (model / "tokenizer.model").write_bytes(b"words")
+    server = serve(model)
+    directory = ndcache.fetch(server.url)
+    ArtifactCache().add_to_cache(server.url + "tokenizer.model")
+    write(model, {"new": np.ones(4)})
+    ndcache.fetch(server.url)
+    assert ArtifactCache().has_all_keys([server.url + "tokenizer.model"])
+    assert [path.name for path in directory.glob("*.bin")] == ["params_shard_0.bin"]
+
+
+@pytest.mark.parametrize("idle", [False, True])
+def test_row_25_leftovers_are_cleared_away(model: Path, serve: Serve, idle: bool) -> None:
+    """Of shards that are there at once; what may still be somebody's, when it has been idle."""
+    models.simple_model(model)
+    server = serve(model)
+    directory = ndcache.fetch(server.url)
+    before = state(directory)
+    claim = hashlib.md5((model / "params_shard_0.bin").read_bytes()).hexdigest()
+    note = f'{{"url": "", "etag": "", "claim": "{claim}", "sha256": null, "boot": ""}}'
+    parts, locks = directory / ".ndcache" / "parts", directory / ".ndcache" / "locks"
+    mine = [parts / "params_shard_0.bin.0123456789abcdef", parts / "params_shard_0.bin.0123456789abcdef.json"]
+    others = [parts / "params_shard_9.bin.0123456789abcdef", parts / "params_shard_1.bin.0123456789abcdef"]
+    for path in [*mine, *others, locks / "params_shard_0.bin"]:
+        path.write_text(note if path.suffix == ".json" else "leftover")
+    if idle:
+        for path in others:
+            os.utime(path, (time.time() - 7200, time.time() - 7200))
+    ndcache.load(server.url)
+    assert set(state(directory)) - set(before) == (set() if idle else {f"parts/{path.name}" for path in others})
+
+
+# --- what is there when a load begins is there until it ends ------------------------------------------
+
+
+def test_row_32_what_was_there_at_the_start_is_there_until_the_end(model: Path, serve: Serve) -> None:
+    arrays = models.simple_model(model, shards=6)
+    server = serve(model)
+    ndcache.fetch(server.url)
+    stream = ndcache.stream(server.url, offline=True, max_workers=1, memory_limit=1)
+    loaded = dict([next(stream)])
+    assert ndcache.delete(server.url) > 0
+    loaded.update(stream)
+    models.assert_same(loaded, arrays)
+
+
+def test_row_32_an_update_leaves_a_load_of_the_old_version_alone(model: Path, serve: Serve) -> None:
+    old = models.simple_model(model, shards=6)
+    server = serve(model)
+    ndcache.fetch(server.url)
+    stream = ndcache.stream(server.url, max_workers=1, memory_limit=1)
+    loaded = dict([next(stream)])
+    new = {name: array + 1 for name, array in list(old.items())[:3]}
+    write(model, new)
+    models.assert_same(ndcache.load(server.url), new)
+    loaded.update(stream)
+    models.assert_same(loaded, old)
+
+
+def test_nothing_is_held_after_a_load(model: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ndcache.sources import remote
+
+    models.simple_model(model, shards=6)
+    server = serve(model)
+    ndcache.fetch(server.url)
+    ndcache.load(server.url, names="layer.3")
+    with pytest.raises(ZeroDivisionError):
+        ndcache.load(server.url, progress=lambda report: 1 / report.shards_done)  # type: ignore[arg-type, return-value]
+    stream = ndcache.stream(server.url)
+    next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    os.unlink(model / "params_shard_0.bin")
+    assert remote._all_held == set()
+    monkeypatch.setattr(remote, "_MAX_HELD", 2)
+    assert len(ndcache.load(server.url)) == 6
+    assert remote._all_held == set()
+
+
+# --- what a resumed load says -------------------------------------------------------------------------
+
+
+def test_a_resumed_load_says_how_much_was_there(model: Path, scripted: ScriptedServer) -> None:
+    arrays = models.simple_model(model, shards=1, shard_bytes=1 << 20)
+    data = (model / "params_shard_0.bin").read_bytes()
+
+    def answer(connection: Connection, request: Request) -> None:
+        if "range" not in request.headers:
+            connection.send(reply(200, data[: 1 << 19], {"ETag": '"1"'}, length=len(data)))
+            return
+        assert request.headers["range"] == f"bytes={1 << 19}-{len(data) - 1}"
+        content_range = f"bytes {1 << 19}-{len(data) - 1}/{len(data)}"
+        connection.send(reply(206, data[1 << 19 :], {"ETag": '"1"', "Content-Range": content_range}))
+
+    scripted.script["/tensor-cache.json"] = [reply(200, (model / "tensor-cache.json").read_bytes())]
+    scripted.script["/params_shard_0.bin"] = [answer]
+    with pytest.raises(ndcache.TruncatedError, match="524,288 of 1,048,576"):
+        ndcache.load(scripted.url, retries=0)
+    reports: list[ndcache.ProgressReport] = []
+    weights = ndcache.load(scripted.url, progress=reports.append)
+    models.assert_same(weights, arrays)
+    assert (weights.stats.resumed_bytes, weights.stats.network_bytes) == (1 << 19, 1 << 19)
+    assert reports[-1].progress == 1.0
+
+
+@pytest.mark.parametrize("verb", ["load", "verify"])
+def test_row_26_a_shard_that_was_published_just_now_is_not_taken_for_a_bad_one(
+    model: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    """Between the look that did not find it and the next one."""
+    arrays = models.simple_model(model, shards=1)
+    server = serve(model)
+    directory = ndcache.fetch(server.url, names=[] if verb == "load" else None)
+    (good, late) = (model / "params_shard_0.bin", directory / "params_shard_0.bin")
+    open_shard, looks = ArtifactCache.open_shard, []
+
+    def not_yet(self: ArtifactCache, shard: ndcache.Shard) -> Any:
+        looks.append(shard)
+        if len(looks) > 1:
+            return open_shard(self, shard)
+        shutil.copyfile(good, late.with_suffix(".new"))
+        late.with_suffix(".new").replace(late)
+        return None
+
+    monkeypatch.setattr(ArtifactCache, "open_shard", not_yet)
+    if verb == "load":
+        models.assert_same(ndcache.load(server.url), arrays)
+    else:
+        ndcache.verify(server.url)
+    assert looks
+    assert late.read_bytes() == good.read_bytes()
+    assert not (directory / ".ndcache" / "aside").exists()
+
+
+# --- shards without digests, of which only the manifest that they came with tells what they are --------
+
+
+def two_versions(model: Path, manifest_name: str = "tensor-cache.json") -> tuple[Arrays, Arrays]:
+    """The first one is written."""
+    old = models.simple_model(model, shards=4)
+    for path in model.glob("*.json"):
+        path.unlink()
+    write(model, old, md5=False, manifest_name=manifest_name)
+    return old, {name: array + 1 for name, array in old.items()}
+
+
+def test_row_11_an_interrupted_update_is_not_taken_for_the_new_version(model: Path, serve: Serve) -> None:
+    _, new = two_versions(model)
+    server = serve(model)
+    ndcache.fetch(server.url)
+    write(model, new, md5=False, metadata={"version": 2})
+    server.status["/params_shard_2.bin"] = 404
+    with pytest.raises(ndcache.NotFoundError):
+        ndcache.load(server.url, max_workers=1)
+    report = ndcache.verify(server.url)
+    assert set(report.missing) >= {"params_shard_2.bin", "params_shard_3.bin"}
+    assert report.bad == ()
+    server.status.clear()
+    models.assert_same(ndcache.load(server.url), new)
+
+
+@pytest.mark.parametrize("second", ["tensor-cache.json", "tensor-cache-b16.json"])
+def test_row_11_shards_of_another_manifest_are_asked_for(model: Path, serve: Serve, second: str) -> None:
+    old, new = two_versions(model, "ndarray-cache.json")
+    server = serve(model)
+    models.assert_same(ndcache.load(server.url), old)
+    write(model, new, md5=False, manifest_name=second)
+    (model / "ndarray-cache.json").unlink()
+    models.assert_same(ndcache.load(server.url + second), new)
+
+
+def test_two_manifests_of_the_same_shards_do_not_displace_each_other(model: Path, serve: Serve) -> None:
+    old, _ = two_versions(model)
+    write(model, old, md5=False, manifest_name="tensor-cache-b16.json", metadata={"version": "b16"})
+    server = serve(model)
+    for name in ("tensor-cache.json", "tensor-cache-b16.json"):
+        ndcache.fetch(server.url + name)
+    server.requests.clear()
+    for name in ("tensor-cache.json", "tensor-cache-b16.json") * 2:
+        models.assert_same(ndcache.load(server.url + name), old)
+        models.assert_same(ndcache.load(server.url + name, offline=True), old)
+    assert asked(server) == []
+
+
+@pytest.mark.parametrize("damage", ["touched", "forgotten"])
+def test_row_11_shards_of_unknown_origin_are_not_taken_for_an_update(model: Path, serve: Serve, damage: str) -> None:
+    """A copy of the cache without its times, or one that lost its notes in a crash."""
+    old, new = two_versions(model)
+    server = serve(model)
+    directory = ndcache.fetch(server.url)
+    for path in directory.glob("*.bin"):
+        if damage == "touched":
+            os.utime(path)
+        else:
+            (directory / ".ndcache" / "validators" / f"{path.name}.json").unlink()
+    models.assert_same(ndcache.load(server.url, offline=True), old)
+    write(model, new, md5=False, metadata={"version": 2})
+    models.assert_same(ndcache.load(server.url), new)
+
+
+def test_a_touched_shard_of_the_same_manifest_is_used(model: Path, serve: Serve) -> None:
+    old, _ = two_versions(model)
+    server = serve(model)
+    directory = ndcache.fetch(server.url)
+    for path in directory.glob("*.bin"):
+        os.utime(path)
+    server.requests.clear()
+    models.assert_same(ndcache.load(server.url), old)
+    assert asked(server) == []
+
+
+def test_a_file_that_lost_its_name_says_nothing_of_the_one_that_has_it(model: Path, serve: Serve) -> None:
+    """A load of the first version goes on while the second one comes; then the third one must not be mixed with it."""
+    old, new = two_versions(model)
+    server = serve(model)
+    ndcache.fetch(server.url)
+    stream = ndcache.stream(server.url, verify="always", max_workers=1, memory_limit=1)
+    loaded = dict([next(stream)])
+    write(model, new, md5=False, metadata={"version": 2})
+    models.assert_same(ndcache.load(server.url), new)
+    loaded.update(stream)
+    models.assert_same(loaded, old)
+    newest = {name: array + 1 for name, array in new.items()}
+    write(model, newest, md5=False, metadata={"version": 3})
+    models.assert_same(ndcache.load(server.url), newest)
+
+
+def test_row_32_the_end_of_an_old_load_leaves_a_new_version_alone(model: Path, serve: Serve) -> None:
+    old = models.simple_model(model, shards=2)
+    server = serve(model)
+    ndcache.fetch(server.url)
+    stream = ndcache.stream(server.url, max_workers=1, memory_limit=1)
+    next(stream)
+    write(model, {**old, "new": np.ones(4)})
+    directory = ndcache.fetch(server.url)
+    for _ in stream:
+        pass
+    assert (directory / "params_shard_2.bin").exists()
+    assert ndcache.is_cached(server.url)
+
+
+# --- what else may go wrong with files ----------------------------------------------------------------
+
+
+def test_row_25_what_a_killed_load_left_makes_room_for_the_next(
+    model: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrays = models.simple_model(model, shards=1, shard_bytes=1 << 20)
+    server = serve(model)
+    directory = ndcache.fetch(server.url, names=[])
+    left = directory / ".ndcache" / "parts" / "params_shard_0.bin.0123456789abcdef"
+    left.write_bytes(bytes(1 << 19))
+
+    def free(folder: Path) -> Any:
+        return type("usage", (), {"free": (1 << 19) - 1 if left.exists() else 1 << 20})
+
+    monkeypatch.setattr(shutil, "disk_usage", free)
+    models.assert_same(ndcache.load(server.url), arrays)
+
+
+def test_row_30_a_note_with_a_crafted_name_removes_nothing(model: Path, tmp_path: Path, serve: Serve) -> None:
+    models.simple_model(model)
+    server = serve(model)
+    directory = ndcache.fetch(server.url)
+    victim = directory.parent / "victim.txt"
+    victim.write_text("precious")
+    note = '{"nbytes": 8, "mtime_ns": 0, "claim": "x"}'
+    (directory / ".ndcache" / "validators" / "..%2Fvictim.txt.json").write_text(note)
+    models.simple_model(model, shards=3)
+    ndcache.load(server.url)
+    assert victim.read_text() == "precious"
+    assert not (directory / "params_shard_3.bin").exists()  # the rest is tidied all the same
+
+
+def test_a_cached_shard_that_cannot_be_read(model: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ndcache.sources import remote
+
+    models.simple_model(model)
+    server = serve(model)
+    ndcache.fetch(server.url)
+
+    def fail(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(remote, "mismatch", fail)
+    with pytest.raises(ndcache.CacheUnavailableError, match="Input/output error"):
+        ndcache.load(server.url, verify="always")
+
+
+@pytest.mark.parametrize("md5", [True, False])
+def test_row_26_who_waited_for_another_version_takes_turns_again(model: Path, serve: Serve, md5: bool) -> None:
+    """One still downloads the old version when the others come with the new manifest."""
+    old = models.simple_model(model, shards=1)
+    write(model, old, md5=md5)
+    server = serve(model)
+    server.gate.clear()
+    with ThreadPoolExecutor(6) as pool:
+        first = pool.submit(ndcache.load, server.url)
+        while not server.peak_bodies:  # it has read the file that it will send
+            time.sleep(0.01)
+        new = {name: array + 1 for name, array in old.items()}
+        write(model, new, md5=md5, metadata={"version": 2})
+        others = [pool.submit(ndcache.load, server.url) for _ in range(5)]
+        while len(server.requests) < 2 + 5:
+            time.sleep(0.01)
+        server.gate.set()
+        models.assert_same(first.result(60), old)
+        for other in others:
+            models.assert_same(other.result(60), new)
+    assert len(asked(server)) == 2
