@@ -36,16 +36,16 @@ from .location.locate import Location, locate
 from .options import check_options
 from .progress import Progress, Reporter
 from .sources.download import Downloader
-from .sources.model import Flaw, LocalModel, Model, Obtained
+from .sources.model import Flaw, LocalModel, Model, ShardFile
 from .sources.remote import RemoteModel
 from .stats import LoadStats
-from .store.directory import ArtifactCache
+from .store.directory import ModelDirectory
 from .store.inventory import cache_root
 from .store.memory import CacheOrMemory
 from .trace import Trace
 from .weights import Weights
-from .workers.cancellation import Stop
-from .workers.pool import Workers, in_order
+from .workers.cancellation import Cancellation
+from .workers.pool import Workers, map_ordered
 from .workers.stop_iteration import Carried, carried, delivered
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class _Run:
     """One call of a verb: an opened model, and what its threads share."""
 
     model: Model
-    stop: Stop
+    cancellation: Cancellation
     stats: LoadStats
     workers: Workers
     started: float
@@ -298,7 +298,7 @@ class Loader:
             run = self._open(source, workers, trace=trace, must_keep=True)
             shards = run.model.manifest.shards_with(names)
 
-            def work(shard: Shard) -> tuple[Obtained, None]:
+            def work(shard: Shard) -> tuple[ShardFile, None]:
                 obtained = run.model.obtain(shard)
                 obtained.file.close()
                 return obtained, None
@@ -349,7 +349,7 @@ class Loader:
             if known is not None and run.model.manifest == known[0]:
                 return known
             workers.start(len(shards))
-            results = in_order(shards, run.model.check, workers=workers, memory_limit=sys.maxsize, stats=run.stats)
+            results = map_ordered(shards, run.model.check, workers=workers, memory_limit=sys.maxsize, stats=run.stats)
             with closing(results):
                 found = {shard.data_path: found for shard, found in zip(shards, results, strict=True)}
         return run.model.manifest, found
@@ -358,7 +358,7 @@ class Loader:
         """Remove a model from the cache; the bytes freed: see `ndcache.delete`."""
         location, root = locate(source), self._cache_root()
         if location.directory is None:
-            return sum(ArtifactCache(directory, root=root).delete() for directory in self._directories(location))
+            return sum(ModelDirectory(directory, root=root).delete() for directory in self._directories(location))
         directory = Path(os.path.abspath(location.directory))
         # A model lies two folders down. How one gets to the root is the user's business, and not what is below it.
         if os.path.realpath(directory.parent.parent) != os.path.realpath(root):
@@ -366,7 +366,7 @@ class Loader:
                 f"{directory} does not lie in the cache {root}, as a model does",
                 hint="ndcache deletes only what it fetched; remove the directory yourself.",
             )
-        return ArtifactCache(root.joinpath(*directory.parts[-2:]), root=root).delete()
+        return ModelDirectory(root.joinpath(*directory.parts[-2:]), root=root).delete()
 
     def close(self) -> None:
         """Close the kept connections. The loader can still be used; it makes new ones."""
@@ -385,7 +385,7 @@ class Loader:
         return budget(self._max_workers, _FILES_PER_WORKER)
 
     def _workers(self, max_workers: int, *, has_serial: bool = False) -> Workers:
-        return Workers(max_workers, Stop(self._cancel), has_serial=has_serial)
+        return Workers(max_workers, Cancellation(self._cancel), has_serial=has_serial)
 
     def _open(
         self,
@@ -403,7 +403,7 @@ class Loader:
         started = time.perf_counter()
         with stats.timed("manifest"):
             model = self._model(location, workers, stats, offline=self._offline or offline, must_keep=must_keep)
-        return _Run(model, workers.stop, stats, workers, started)
+        return _Run(model, workers.cancellation, stats, workers, started)
 
     def _model(
         self, location: Location, workers: Workers, stats: LoadStats, *, offline: bool, must_keep: bool
@@ -413,7 +413,7 @@ class Loader:
                 location.directory,
                 location.manifest_names,
                 verify=self._verify,
-                stop=workers.stop,
+                cancellation=workers.cancellation,
                 stats=stats,
                 pins=self._pins,
             )
@@ -429,7 +429,7 @@ class Loader:
         )
 
     def _device(self, device: str | wgpu.GPUDevice) -> Device[Any, Any]:
-        return open_device(device, None if self._cancel is None else Stop(self._cancel).look)
+        return open_device(device, None if self._cancel is None else Cancellation(self._cancel).poll)
 
     def _select(
         self, run: _Run, device: Device[Any, Any], names: NameFilter, decode: bool, copy: bool
@@ -450,7 +450,7 @@ class Loader:
     ) -> Generator[tuple[str, Any], None, None]:
         """The whole way: shards are obtained and staged by the workers, tensors made here, in manifest order."""
 
-        def work(shard: Shard) -> tuple[Obtained, Any]:
+        def work(shard: Shard) -> tuple[ShardFile, Any]:
             obtained = run.model.obtain(shard)
             with obtained.file:
                 return obtained, device.stage(obtained.file, shard)
@@ -458,7 +458,7 @@ class Loader:
         arriving = self._in_order(run, shards, work, progress, self._memory_limit, device.finish)
         try:
             with carried(), closing(arriving):
-                run.stop.resume()
+                run.cancellation.resume()
                 run.workers.start(1)
                 device.begin(run.workers, keeps_all=keeps_all)
                 for shard, staged in arriving:
@@ -466,7 +466,7 @@ class Loader:
                     for record, tensor in run.stats.timed_iterator("place", placed, file=shard.data_path):
                         run.stats.tensors += 1
                         yield record.name, tensor
-                        run.stop.resume()  # before the next one is made, which would be nobody's
+                        run.cancellation.resume()  # before the next one is made, which would be nobody's
         finally:
             device.release()
 
@@ -474,7 +474,7 @@ class Loader:
         self,
         run: _Run,
         shards: Sequence[Shard],
-        work: Callable[[Shard], tuple[Obtained, T]],
+        work: Callable[[Shard], tuple[ShardFile, T]],
         progress: Progress,
         memory_limit: int,
         finish: Callable[[], None] = lambda: None,
@@ -491,7 +491,7 @@ class Loader:
                 cache_only=cache_only,
                 received=lambda: run.stats.network_bytes + run.stats.resumed_bytes,
             )
-            results = in_order(
+            results = map_ordered(
                 shards,
                 work,
                 workers=run.workers,
@@ -514,11 +514,11 @@ class Loader:
         run.stats.seconds["total"] = time.perf_counter() - run.started
         logger.info("%s: %s", run.model.directory, run.stats)
 
-    def _downloader(self, cache: ArtifactCache, workers: Workers, stats: LoadStats) -> Downloader:
+    def _downloader(self, cache: ModelDirectory, workers: Workers, stats: LoadStats) -> Downloader:
         return Downloader(
             self._transport,
             self._policy,
-            workers.stop,
+            workers.cancellation,
             stats,
             cache,
             digests=self._verify != "never",
@@ -531,8 +531,8 @@ class Loader:
             raise CacheUnavailableError(self._why_no_root or "")
         return self._root
 
-    def _cache(self, location: Location) -> ArtifactCache:
-        return ArtifactCache(self._directory(location), location.label, root=self._root, is_private=self._is_private)
+    def _cache(self, location: Location) -> ModelDirectory:
+        return ModelDirectory(self._directory(location), location.label, root=self._root, is_private=self._is_private)
 
     def _cache_or_memory(self, location: Location) -> CacheOrMemory:
         directory = None if self._root is None else self._directory(location)

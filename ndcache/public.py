@@ -15,7 +15,7 @@ from .loader import Loader, VerifyReport
 from .progress import ProgressReport
 from .stats import LoadStats
 from .weights import Weights
-from .workers import cancellation as _stop  # noqa: F401 - before Python is shutting down, if it is about to
+from .workers import cancellation as _cancellation  # noqa: F401 - before Python is shutting down, if it is about to
 
 __all__ = [
     "GPUTensor",

@@ -36,9 +36,9 @@ from .location.hub import hf_endpoint
 from .location.locate import Location, locate, remote_location
 from .progress import ProgressCallback
 from .stats import LoadStats
-from .store.directory import ArtifactCache as _ModelCache
+from .store.directory import ModelDirectory as _ModelCache
 from .urls.url import parse
-from .workers.cancellation import Stop
+from .workers.cancellation import Cancellation
 from .workers.pool import Workers
 
 if TYPE_CHECKING:
@@ -317,7 +317,7 @@ class ArtifactCache:
             error = OfflineError(f"offline, and not in the cache: {redact(url)}")
             error.missing = (name,)
             raise error
-        with Workers(1, Stop(loader._cancel)) as workers:
+        with Workers(1, Cancellation(loader._cancel)) as workers:
             downloader = loader._downloader(loader._cache(location), workers, LoadStats())
             workers.run(lambda: downloader.file(name, _file_url(url), _MAX_FILE_BYTES), tasks_to_come=0)
         return downloader.cache, name

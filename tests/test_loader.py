@@ -36,7 +36,7 @@ from ndcache.devices.cpu import CpuDevice
 from ndcache.format.digests import mismatch
 from ndcache.sources import remote
 from ndcache.sources.manifest import ManifestSource
-from ndcache.workers.cancellation import Stop
+from ndcache.workers.cancellation import Cancellation
 
 from .helpers import models
 from .helpers.servers import Connection, FileServer, Request, ScriptedServer, reply, then_close, then_reset, then_stall
@@ -872,7 +872,7 @@ def assert_is_asked_again(model: Path, scripted: ScriptedServer, where: str, sta
 def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """For how many seconds was slept between tries; it takes no time, but the servers' limits know of it."""
     seconds: list[float] = []
-    monkeypatch.setattr(Stop, "sleep", lambda self, wanted: seconds.append(wanted))
+    monkeypatch.setattr(Cancellation, "sleep", lambda self, wanted: seconds.append(wanted))
     monkeypatch.setattr("ndcache.http.rate_limits.monotonic", lambda: time.monotonic() + sum(seconds))
     return seconds
 
@@ -1183,13 +1183,13 @@ def test_row_13_a_server_that_drips(model: Path, scripted: ScriptedServer, where
 @pytest.fixture
 def stop_when(monkeypatch: pytest.MonkeyPatch) -> Callable[..., BaseException | None]:
     """Have a load stopped while the caller's thread waits for its workers; what it raised."""
-    looked, look = threading.Event(), Stop.look
+    looked, look = threading.Event(), Cancellation.poll
 
-    def tell(self: Stop) -> None:
+    def tell(self: Cancellation) -> None:
         looked.set()
         look(self)
 
-    monkeypatch.setattr(Stop, "look", tell)
+    monkeypatch.setattr(Cancellation, "poll", tell)
 
     def run(reached: Callable[[], bool], how: str, load: Callable[..., Any]) -> BaseException | None:
         cancel, is_over = threading.Event(), threading.Event()
@@ -1227,13 +1227,13 @@ STOPS = {"cancel": ndcache.CancelledError, "Ctrl-C": KeyboardInterrupt}
 @pytest.fixture
 def asleep(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Set when a worker begins to sleep."""
-    event, sleep = threading.Event(), Stop.sleep
+    event, sleep = threading.Event(), Cancellation.sleep
 
-    def tell(self: Stop, seconds: float) -> None:
+    def tell(self: Cancellation, seconds: float) -> None:
         event.set()
         sleep(self, seconds)
 
-    monkeypatch.setattr(Stop, "sleep", tell)
+    monkeypatch.setattr(Cancellation, "sleep", tell)
     return event
 
 

@@ -26,7 +26,7 @@ import requests
 
 import ndcache
 import ndcache.store.lock
-from ndcache.store.directory import ArtifactCache
+from ndcache.store.directory import ModelDirectory
 
 from .helpers import kills, models
 from .helpers.kills import Child, CountingServer, Zygote, check_published, left_behind, model_directory
@@ -506,7 +506,7 @@ def test_row_29_what_fitted_on_a_disk_that_fills_up_is_kept(
     arrays = models.simple_model(model, shards=8, shard_bytes=MIB // 2)
     server = counting(model)
     with monkeypatch.context() as patch:
-        patch.setattr(ArtifactCache, "ensure_room", lambda *_: None)  # somebody else fills it
+        patch.setattr(ModelDirectory, "check_free_space", lambda *_: None)  # somebody else fills it
         with pytest.raises(ndcache.DiskFullError) as caught:
             ndcache.fetch(server.url, cache_dir=small_disk, max_workers=max_workers)
     assert caught.value.errno == errno.ENOSPC

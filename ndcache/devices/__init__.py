@@ -23,7 +23,7 @@ def is_device_name(text: str) -> bool:
     return re.fullmatch(r"cpu|auto|gpu(:[0-9]{1,4})?", text) is not None
 
 
-def open_device(device: Any, look: Callable[[], None] | None = None) -> Device[Any, Any]:
+def open_device(device: Any, poll: Callable[[], None] | None = None) -> Device[Any, Any]:
     """Open what the ``device`` option names: ``"cpu"``, ``"gpu"``, ``"gpu:N"``, ``"auto"`` or a `wgpu.GPUDevice`.
 
     While a driver is waited for, `look` is called about every 0.1 s, to raise what is to end the wait.
@@ -45,7 +45,7 @@ def open_device(device: Any, look: Callable[[], None] | None = None) -> Device[A
     if device == "cpu":
         return CpuDevice()
     try:
-        opened = open_gpu(device, look) or CpuDevice()
+        opened = open_gpu(device, poll) or CpuDevice()
     except DeviceError:
         check_exhausted()  # a driver that can open nothing may say anything
         raise

@@ -23,7 +23,7 @@ from time import monotonic
 from typing import Literal
 
 from ..errors import NdcacheError, RateLimitedError, TransferError
-from ..workers.cancellation import Stop
+from ..workers.cancellation import Cancellation
 
 __all__ = ["Limits", "OriginLimit", "Permit", "Served", "is_refusal", "origin_of"]
 
@@ -195,13 +195,13 @@ class OriginLimit:
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
 
-    def enter(self, stop: Stop) -> Permit:
+    def enter(self, cancellation: Cancellation) -> Permit:
         """Wait until a request may be made.
 
         Raises
         ------
         CancelledError
-            `stop` was set.
+            `cancellation` was set.
         """
         with self._lock:
             now = monotonic()
@@ -211,7 +211,7 @@ class OriginLimit:
             self._line.append(me)
             try:
                 while True:
-                    stop.check()
+                    cancellation.check()
                     delay = math.inf
                     if self._line[0] is me and (delay := self.delay(now := monotonic())) <= 0:
                         return self.start(now)

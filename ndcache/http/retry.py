@@ -18,7 +18,7 @@ from typing import TypeVar
 
 from ..errors import NdcacheError, RateLimitedError
 from ..stats import LoadStats
-from ..workers.cancellation import Stop
+from ..workers.cancellation import Cancellation
 from .rate_limits import Served, is_refusal
 
 __all__ = ["RetryPolicy", "with_retries"]
@@ -89,7 +89,7 @@ class RetryPolicy:
 def with_retries(
     attempt: Callable[[], T],
     policy: RetryPolicy,
-    stop: Stop,
+    cancellation: Cancellation,
     stats: LoadStats | None = None,
     progress: Callable[[], int] = lambda: 0,
     served: Served | None = None,
@@ -133,8 +133,8 @@ def with_retries(
             level = logging.DEBUG if is_refused and served is not None else logging.WARNING
             logger.log(level, "trying again in %.1f s (try %d): %s", delay, tries + 1, str(error))
         if stats is None:
-            stop.sleep(delay)
+            cancellation.sleep(delay)
         else:
             with stats.timed("rate_limit" if is_refused else "backoff"):
-                stop.sleep(delay)
+                cancellation.sleep(delay)
             stats.count(retries=1)

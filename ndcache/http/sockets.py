@@ -24,7 +24,7 @@ from urllib3.util import parse_url
 
 from ..urls.redact import printable
 from ..urls.url import Origin
-from ..workers.cancellation import Watch
+from ..workers.cancellation import StallWatch
 from .connect import Address, Routes, connect_to_first, look_up
 from .raw_response import RawResponse
 
@@ -54,7 +54,7 @@ def waker(raw: requests.Response) -> Callable[[], None]:
 
 
 @contextmanager
-def watching(watch: Watch, origin: Origin, routes: Routes) -> Iterator[None]:
+def watching(watch: StallWatch, origin: Origin, routes: Routes) -> Iterator[None]:
     """Tell `watch` how to wake this thread while it makes a request in the block, and afterwards.
 
     The request goes to `origin` or nowhere. New connections begin with the addresses of `routes`.
@@ -97,7 +97,7 @@ class _Watched(HTTPConnection):
         self._show()
 
     def request(self, *args: Any, **kwargs: Any) -> None:
-        watch: Watch | None = getattr(_current, "watch", None)
+        watch: StallWatch | None = getattr(_current, "watch", None)
         if watch is not None:
             watch.reused = self.sock is not None and self._is_used
         self._show()
@@ -106,7 +106,7 @@ class _Watched(HTTPConnection):
 
     def _new_conn(self) -> socket.socket:
         """Like urllib3's own, but each socket can be shut while it connects, and while TLS shakes hands."""
-        watch: Watch | None = getattr(_current, "watch", None)
+        watch: StallWatch | None = getattr(_current, "watch", None)
         try:
             with watch.pausing() if watch is not None else contextlib.nullcontext():
                 sock = self._connected(watch)
@@ -122,7 +122,7 @@ class _Watched(HTTPConnection):
             watch.add_waker(functools.partial(_shut, self._connecting))
         return sock
 
-    def _connected(self, watch: Watch | None) -> socket.socket:
+    def _connected(self, watch: StallWatch | None) -> socket.socket:
         """Connect to the first of the host's addresses that answers."""
         host, port = self._dns_host.strip("[]"), self.port
         routes: Routes = getattr(_current, "routes", None) or Routes()
@@ -156,7 +156,7 @@ class _Watched(HTTPConnection):
         return sock
 
     def _show(self) -> None:
-        watch: Watch | None = getattr(_current, "watch", None)
+        watch: StallWatch | None = getattr(_current, "watch", None)
         if watch is not None and self.sock is not None:
             watch.is_connected = True
             watch.add_waker(functools.partial(_shut, self.sock))

@@ -24,7 +24,7 @@ from .._version import __version__
 from ..errors import NdcacheError, ProtocolError, RedirectError, StallError, TransferError, redact
 from ..location.hub import Login, commit_of
 from ..urls.url import Origin, Url, parse
-from ..workers.cancellation import Stop, Watch
+from ..workers.cancellation import Cancellation, StallWatch
 from .configuration import check_certificates
 from .connect import Routes
 from .proxies import proxy_for, proxy_mistake, proxy_wants_password
@@ -40,7 +40,7 @@ from .translate import (
     retry_after,
 )
 
-__all__ = ["Hop", "Response", "Transport"]
+__all__ = ["RedirectTarget", "Response", "Transport"]
 
 _MAX_REDIRECTS = 10
 _DRAIN_BYTES = 1 << 14
@@ -58,7 +58,7 @@ _answered: set[Origin] = set()
 
 
 @dataclass(frozen=True)
-class Hop:
+class RedirectTarget:
     """Where redirects have led to.
 
     Attributes
@@ -71,7 +71,7 @@ class Hop:
     """
 
     url: str
-    is_home: bool = True
+    same_origin: bool = True
     linked_sha256: str | None = None
 
 
@@ -103,13 +103,15 @@ class Response:
     permit: Permit | None = None
     is_cut: bool = False
 
-    def __init__(self, raw: requests.Response, stop: Stop, watch: Watch, location: str | None = None) -> None:
+    def __init__(
+        self, raw: requests.Response, cancellation: Cancellation, watch: StallWatch, location: str | None = None
+    ) -> None:
         self.status: int = raw.status_code
         self.headers: Mapping[str, str] = raw.headers
         self.url: str = raw.url
         self.location = location
         self._raw = raw
-        self._stop = stop
+        self._cancellation = cancellation
         self._watch = watch
 
     @property
@@ -148,14 +150,14 @@ class Response:
         try:
             data: bytes = self._raw.raw.read1(limit, decode_content=False)
         except FAILURES as error:
-            _check(self._stop, self._watch, self.url)
+            _check(self._cancellation, self._watch, self.url)
             if self.content_length is not None or "Transfer-Encoding" in self.headers or not is_tls_end(error):
                 raise_transfer_error(error, Attempt(self.url, "body"))
             self.is_cut, data = True, b""
         finally:
             self._watch.waiting = False
         if not data:
-            _check(self._stop, self._watch, self.url)  # a socket that was shut looks like the end of the body
+            _check(self._cancellation, self._watch, self.url)  # a socket that was shut looks like the end of the body
         self._watch.received(len(data))
         return data
 
@@ -179,7 +181,7 @@ class Response:
             pass
         finally:
             self._raw.close()
-            self._stop.remove(self._watch)
+            self._cancellation.remove(self._watch)
             if self.permit is not None:
                 self.permit.done()
 
@@ -219,10 +221,10 @@ class Transport:
         self,
         url: str,
         headers: Mapping[str, str],
-        stop: Stop,
+        cancellation: Cancellation,
         *,
-        owner: str | None = None,
-        hops: dict[str, Hop] | None = None,
+        source_url: str | None = None,
+        hops: dict[str, RedirectTarget] | None = None,
         enter: Callable[[str], Permit] | None = None,
         may_be_encoded: bool = False,
         start: str | None = None,
@@ -235,9 +237,9 @@ class Transport:
             May hold a user and password.
         headers : mapping
             Sent to every hop.
-        stop : Stop
+        cancellation : Cancellation
             Wakes the calling thread, here and in `Response.read_some`.
-        owner : str, optional
+        source_url : str, optional
             A URL of the origin that the caller's session is for, if that is not `url` itself (a mirror).
         hops : dict of str to Hop, optional
             Where redirects of a URL led to last, so that they are followed once, and again after a failure. Kept here.
@@ -255,39 +257,43 @@ class Transport:
         TransferError
             As one of its subclasses.
         CancelledError
-            `stop` was set.
+            `cancellation` was set.
         """
-        stop.check()
+        cancellation.check()
         hops = {} if hops is None else hops
         if (known := hops.get(url)) is not None:
             try:
-                return self._follow(url, known, headers, stop, owner, hops, enter, may_be_encoded)
+                return self._follow(url, known, headers, cancellation, source_url, hops, enter, may_be_encoded)
             except TransferError as error:
                 hops.pop(url, None)
                 if error.status not in _EXPIRED:
                     raise
-        return self._follow(url, Hop(start or url), headers, stop, owner, hops, enter, may_be_encoded)
+        return self._follow(
+            url, RedirectTarget(start or url), headers, cancellation, source_url, hops, enter, may_be_encoded
+        )
 
     def _follow(
         self,
         first: str,
-        hop: Hop,
+        hop: RedirectTarget,
         headers: Mapping[str, str],
-        stop: Stop,
-        owner: str | None,
-        hops: dict[str, Hop],
+        cancellation: Cancellation,
+        source_url: str | None,
+        hops: dict[str, RedirectTarget],
         enter: Callable[[str], Permit] | None,
         may_be_encoded: bool,
     ) -> Response:
         """Ask where redirects of `first` have led to, and go on from there."""
-        url, is_home, linked_sha256, commit = parse(hop.url), hop.is_home, hop.linked_sha256, None
+        url, same_origin, linked_sha256, commit = parse(hop.url), hop.same_origin, hop.linked_sha256, None
         asked = before = parse(first)
-        is_owners = owner is None or parse(owner).origin == asked.origin
+        is_owners = source_url is None or parse(source_url).origin == asked.origin
         auth = self._auth(asked, self._given if is_owners else None) or (None if is_owners else _no_auth)
         visits: set[tuple[str, str | None]] = set()
         while True:
-            is_home = is_home and url.origin == asked.origin  # who has been elsewhere does not come back as himself
-            session = self._sessions()[0 if is_owners and is_home else 1]
+            same_origin = (
+                same_origin and url.origin == asked.origin
+            )  # who has been elsewhere does not come back as himself
+            session = self._sessions()[0 if is_owners and same_origin else 1]
             visit = (str(url), _cookies(session, url))  # to come back with another cookie is no circle
             if visit in visits or len(visits) > _MAX_REDIRECTS:
                 raise RedirectError("the server redirects in a circle, or too often", url=str(before))
@@ -295,13 +301,13 @@ class Transport:
             permit = None if enter is None else enter(str(url))
             is_first = asked.origin not in _answered
             response = self._send_with(
-                permit, url, headers, stop, session, auth if is_home else _no_auth, is_first=is_first
+                permit, url, headers, cancellation, session, auth if same_origin else _no_auth, is_first=is_first
             )
-            if is_home:
+            if same_origin:
                 commit = commit or commit_of(response.headers)
             if response.status in (301, 302, 303, 307, 308) and response.location:
                 with response:
-                    if is_home:
+                    if same_origin:
                         linked_sha256 = _linked_sha256(response.headers)
                     before, url = url, _target(url, response.location)
                 continue
@@ -310,10 +316,10 @@ class Transport:
             except BaseException:
                 response.__exit__(Exception)
                 raise
-            response.linked_sha256 = (is_home and _linked_sha256(response.headers)) or linked_sha256
+            response.linked_sha256 = (same_origin and _linked_sha256(response.headers)) or linked_sha256
             response.commit = commit
             if str(url) != str(asked):
-                hops[first] = Hop(str(url), is_home, linked_sha256)
+                hops[first] = RedirectTarget(str(url), same_origin, linked_sha256)
             return response
 
     def close(self) -> None:
@@ -328,7 +334,7 @@ class Transport:
         permit: Permit | None,
         url: Url,
         headers: Mapping[str, str],
-        stop: Stop,
+        cancellation: Cancellation,
         session: requests.Session,
         auth: Callable[[Any], Any] | None,
         *,
@@ -336,7 +342,7 @@ class Transport:
     ) -> Response:
         """Send a request, and give the permit for it over to its answer."""
         try:
-            response = self._send(url, headers, stop, session, auth, is_first=is_first)
+            response = self._send(url, headers, cancellation, session, auth, is_first=is_first)
         except BaseException as error:
             if permit is not None:
                 if isinstance(error, TransferError) and error.status is not None:  # a hook of the session's raised it
@@ -352,7 +358,7 @@ class Transport:
         self,
         url: Url,
         headers: Mapping[str, str],
-        stop: Stop,
+        cancellation: Cancellation,
         session: requests.Session,
         auth: Callable[[Any], Any] | None,
         *,
@@ -372,8 +378,8 @@ class Transport:
 
         self._check_settings(session, url)
         given = session.hooks.get("response") or []
-        watch = Watch(patience=self._timeout[1])
-        stop.add(watch)
+        watch = StallWatch(patience=self._timeout[1])
+        cancellation.add(watch)
         try:
             with watching(watch, url.origin, self._routes):
                 raw = session.get(
@@ -386,45 +392,45 @@ class Transport:
                     hooks={"response": [keep, *([given] if callable(given) else given), hold_redirect]},
                 )
         except FAILURES as error:
-            _abandon(stop, watch, answers)
-            _check(stop, watch, str(url))
+            _abandon(cancellation, watch, answers)
+            _check(cancellation, watch, str(url))
             if watch.reused and not is_second and is_broken_connection(error):
                 # The server had closed the kept connection just then, which is nobody's failure (RFC 9112, 9.3.1).
-                return self._send(url, headers, stop, session, auth, is_first=is_first, is_second=True)
+                return self._send(url, headers, cancellation, session, auth, is_first=is_first, is_second=True)
             phase: Literal["connect", "headers"] = "headers" if watch.is_connected else "connect"
             token = auth.token if isinstance(auth, _Bearer) else None
             raise_transfer_error(error, Attempt(url.with_user, phase, session, token, is_first))
         except WrongOriginError as error:
-            _abandon(stop, watch, answers)
+            _abandon(cancellation, watch, answers)
             raise RedirectError(f"the request would go elsewhere: {error}", url=str(url)) from None
         except BaseException:
-            _abandon(stop, watch, answers)
+            _abandon(cancellation, watch, answers)
             raise
-        return self._accepted(raw, url, stop, watch, session, *held)
+        return self._accepted(raw, url, cancellation, watch, session, *held)
 
     def _accepted(
         self,
         raw: requests.Response,
         url: Url,
-        stop: Stop,
-        watch: Watch,
+        cancellation: Cancellation,
+        watch: StallWatch,
         session: requests.Session,
         location: str | None = None,
     ) -> Response:
         """Return the answer to a request, unless it is the proxy's, or only looks like one."""
         if watch.is_woken:  # and what there was of the answer looked like a whole one
             raw.close()
-            stop.remove(watch)
-            _check(stop, watch, str(url))
+            cancellation.remove(watch)
+            _check(cancellation, watch, str(url))
         if not watch.wakers:  # a connection that is not ours: a session of the caller's, a SOCKS proxy
             watch.add_waker(waker(raw))
         watch.waiting = False
         _answered.add(url.origin)
         if raw.status_code == 407:
             raw.close()
-            stop.remove(watch)
+            cancellation.remove(watch)
             raise proxy_wants_password(proxy_for(session, str(url)), str(url))
-        return Response(raw, stop, watch, location)
+        return Response(raw, cancellation, watch, location)
 
     def _check_settings(self, session: requests.Session, url: Url) -> None:
         """Look at the proxy and certificates that `session` uses for `url` before the first request to its origin.
@@ -493,16 +499,16 @@ class Transport:
         return session
 
 
-def _abandon(stop: Stop, watch: Watch, answers: list[requests.Response]) -> None:
+def _abandon(cancellation: Cancellation, watch: StallWatch, answers: list[requests.Response]) -> None:
     """End a request that failed. It has an answer if a hook of the caller's session raised."""
-    stop.remove(watch)
+    cancellation.remove(watch)
     for answer in answers:
         answer.close()
 
 
-def _check(stop: Stop, watch: Watch, url: str) -> None:
+def _check(cancellation: Cancellation, watch: StallWatch, url: str) -> None:
     """Raise if the wait that just ended was ended from outside."""
-    stop.check()
+    cancellation.check()
     if watch.overdue:
         raise StallError("the server sends next to nothing", url=url, hint="Try again later.")
 

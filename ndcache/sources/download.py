@@ -22,20 +22,20 @@ from ..errors import (
 from ..format.manifest import Shard
 from ..http.rate_limits import Limits, Permit, Served, is_refusal, origin_of
 from ..http.retry import RetryPolicy, with_retries
-from ..http.transport import Hop, Response, Transport
+from ..http.transport import RedirectTarget, Response, Transport
 from ..location.hub import at_commit, branch
 from ..stats import LoadStats
-from ..store.directory import ArtifactCache
-from ..store.metadata import Validator
-from ..store.partial import Part
-from ..store.ranges import Spans
+from ..store.directory import ModelDirectory
+from ..store.metadata import FileMetadata
+from ..store.partial import PartialFile
+from ..store.ranges import ByteRanges
 from ..urls.url import parse
-from ..workers.cancellation import Stop
+from ..workers.cancellation import Cancellation
 from ..workers.pool import Workers
-from .range_queue import Piece, Pieces
+from .range_queue import RangeQueue, RangeTask
 from .transfer import Transfer, unasked
 
-__all__ = ["Brought", "Downloader"]
+__all__ = ["DownloadResult", "Downloader"]
 
 #: The most that is read at once: little enough to be in the CPU's cache when it is hashed and written. A cold fetch
 #: with 256 KiB takes 1.07 times as long in /dev/shm and 1.04 times to a disk (benchmarks/fetch.py, 15 pairs each).
@@ -52,7 +52,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Brought:
+class DownloadResult:
     """What came of a shard.
 
     Attributes
@@ -78,9 +78,9 @@ class Downloader:
     ----------
     transport : Transport
     policy : RetryPolicy
-    stop : Stop
+    cancellation : Cancellation
     stats : LoadStats
-    cache : ArtifactCache
+    cache : ModelDirectory
         Where files go.
     digests : bool
         Whether digests are checked, or sizes only.
@@ -92,9 +92,9 @@ class Downloader:
 
     transport: Transport
     policy: RetryPolicy
-    stop: Stop
+    cancellation: Cancellation
     stats: LoadStats
-    cache: ArtifactCache
+    cache: ModelDirectory
     digests: bool = True
     workers: Workers = field(default_factory=Workers)
     limits: Limits = field(default_factory=Limits)
@@ -109,12 +109,12 @@ class Downloader:
         self,
         shard: Shard,
         urls: Sequence[str],
-        claim: str,
+        content_id: str,
         *,
-        cached: Validator | None = None,
-        is_alone: bool = False,
-        wanted: Spans | None = None,
-    ) -> Brought:
+        cached: FileMetadata | None = None,
+        is_exclusive: bool = False,
+        wanted: ByteRanges | None = None,
+    ) -> DownloadResult:
         """Bring one shard into the cache, from the first of `urls` that gives the right bytes.
 
         What comes of a file of more than 64 MiB, or a few bytes of any, is asked for in pieces, with the help of
@@ -125,18 +125,18 @@ class Downloader:
         shard : Shard
         urls : sequence of str
             Of the source, which the caller's session is for, and of mirrors: the same ones in each call.
-        claim : str
-            What the manifest says of its content; see `Validator.agrees`.
-        cached : Validator, optional
+        content_id : str
+            What the manifest says of its content; see `FileMetadata.compare_content`.
+        cached : FileMetadata, optional
             Of the file that is there. If the source says that it is still the same, nothing comes back.
-        is_alone : bool
+        is_exclusive : bool
             Whether nobody else downloads this shard now.
-        wanted : Spans, optional
+        wanted : ByteRanges, optional
             The bytes that are enough. A mirror is asked for all if there is a digest to compare it with.
 
         Returns
         -------
-        Brought
+        DownloadResult
 
         Raises
         ------
@@ -148,26 +148,26 @@ class Downloader:
             expected = self._expected(shard, None) if wanted is None else {}
             self._compute(part, expected)
             with self.stats.timed("write", file=shard.data_path):
-                self.cache.copy_longest_part(
+                self.cache.copy_longest_partial(
                     part,
                     shard,
-                    claim,
-                    self.stop.check,
+                    content_id,
+                    self.cancellation.check,
                     is_checked=bool(expected),
-                    is_alone=is_alone,
+                    is_exclusive=is_exclusive,
                 )
             in_pieces = self.workers.most > 0 and (shard.nbytes > RANGE_THRESHOLD or wanted is not None)
             transfer = Transfer(
                 shard,
-                claim,
+                content_id,
                 urls[0],
                 part,
                 cached,
-                Spans([(0, shard.nbytes)]) if wanted is None else wanted,
-                self.stop,
+                ByteRanges([(0, shard.nbytes)]) if wanted is None else wanted,
+                self.cancellation,
                 PIECE_LIMITS if in_pieces else None,
                 self.workers.most,
-                is_inherited=bool(part.spans),
+                is_inherited=bool(part.ranges),
             )
             self.stats.count(resumed_bytes=transfer.wanted.nbytes - transfer.missing.nbytes)
             try:
@@ -182,7 +182,7 @@ class Downloader:
             with self.get(url, url, {}) as response, self.cache.part(name) as part:
                 if response.status != 200:
                     raise unasked(response)
-                part.compute("md5", self.stop.check)
+                part.compute("md5", self.cancellation.check)
                 length = response.content_length
                 if length is not None and length > limit:
                     raise SizeMismatchError(
@@ -192,7 +192,7 @@ class Downloader:
                         expected=limit,
                         received=length,
                     )
-                self._receive(response, part, Piece(0, limit if length is None else length), self.stop)
+                self._receive(response, part, RangeTask(0, limit if length is None else length), self.cancellation)
                 if response.is_cut or (length is not None and part.nbytes < length):
                     raise TruncatedError(
                         "the body ended early",
@@ -212,10 +212,10 @@ class Downloader:
     def get(
         self,
         url: str,
-        owner: str,
+        source_url: str,
         headers: Mapping[str, str],
-        stop: Stop | None = None,
-        hops: dict[str, Hop] | None = None,
+        cancellation: Cancellation | None = None,
+        hops: dict[str, RedirectTarget] | None = None,
         *,
         may_be_encoded: bool = False,
     ) -> Response:
@@ -223,7 +223,7 @@ class Downloader:
 
         A branch stays at the commit that it had when it was asked for first.
         """
-        stop, name = stop or self.stop, branch(url)
+        cancellation, name = cancellation or self.cancellation, branch(url)
         commit = self._commits.get(name) if name else None
         start = at_commit(url, commit) if commit else None
         self.stats.count(requests=1)
@@ -232,15 +232,15 @@ class Downloader:
             def enter(url: str) -> Permit:
                 begun = time.perf_counter()
                 try:
-                    return self.limits.of(url).enter(stop)
+                    return self.limits.of(url).enter(cancellation)
                 finally:
                     others["rate_limit"] = others.get("rate_limit", 0.0) + time.perf_counter() - begun
 
             response = self.transport.get(
                 url,
                 headers,
-                stop,
-                owner=owner,
+                cancellation,
+                source_url=source_url,
                 hops=hops,
                 enter=enter,
                 may_be_encoded=may_be_encoded,
@@ -257,9 +257,9 @@ class Downloader:
         self, attempt: Callable[[], T], policy: RetryPolicy | None = None, progress: Callable[[], int] = lambda: 0
     ) -> T:
         """`with_retries`, as the load's policy says if there is no other."""
-        return with_retries(attempt, policy or self.policy, self.stop, self.stats, progress, self._served)
+        return with_retries(attempt, policy or self.policy, self.cancellation, self.stats, progress, self._served)
 
-    def _from_any(self, transfer: Transfer, urls: Sequence[str]) -> Brought:
+    def _from_any(self, transfer: Transfer, urls: Sequence[str]) -> DownloadResult:
         errors: dict[int, NdcacheError] = {}
         for index in sorted(range(len(urls)), key=lambda index: index in self._failing):
             transfer.leave_pieces()
@@ -280,7 +280,7 @@ class Downloader:
         first.others = tuple(others)
         raise first
 
-    def _shard_once(self, transfer: Transfer, url: str) -> Brought:
+    def _shard_once(self, transfer: Transfer, url: str) -> DownloadResult:
         """Ask once for each piece that has not come, and publish the file if it is whole and right."""
         part, shard = transfer.part, transfer.shard
         try:
@@ -289,10 +289,10 @@ class Downloader:
                 if piece is None and transfer.pieces is not None:
                     transfer.pieces.wait()  # for those who have the last ones
                 elif not self._bring(transfer, url, piece):
-                    return Brought(None, is_whole=True)
+                    return DownloadResult(None, is_whole=True)
             if not transfer.has_whole_file:
                 with self.stats.timed("publish", file=shard.data_path):
-                    return Brought(self.cache.settle(part, shard), is_whole=False)
+                    return DownloadResult(self.cache.keep_with_holes(part, shard), is_whole=False)
             expected = self._expected(shard, transfer.linked_sha256)
             self._compute(part, expected)
             self._catch_up(part, wait=True)
@@ -304,17 +304,17 @@ class Downloader:
             return self._shard_once(transfer, url)
         # What a mirror calls a version says nothing to the source, which will be asked.
         origin = part.origin
-        etag = origin.etag if origin is not None and origin.url == parse(transfer.owner).address else None
-        self.workers.relieve()
+        etag = origin.etag if origin is not None and origin.url == parse(transfer.source_url).address else None
+        self.workers.release_slot()
         with self.stats.timed("publish", file=shard.data_path):
-            file = self.cache.publish(part, shard.data_path, etag=etag, claim=transfer.claim)
-        return Brought(file, is_whole=True, checked=tuple(expected))
+            file = self.cache.publish(part, shard.data_path, etag=etag, content_id=transfer.content_id)
+        return DownloadResult(file, is_whole=True, checked=tuple(expected))
 
-    def _bring(self, transfer: Transfer, url: str, piece: Piece | None) -> bool:
+    def _bring(self, transfer: Transfer, url: str, piece: RangeTask | None) -> bool:
         """Ask for a piece, or for the whole file, once; False if the cached file is still right."""
         request, pieces = transfer.request(url, piece), transfer.pieces
         try:
-            with self.get(url, transfer.owner, request.headers, hops=transfer.hops) as response:
+            with self.get(url, transfer.source_url, request.headers, hops=transfer.hops) as response:
                 if transfer.is_unchanged(request, response):
                     return False
                 if not transfer.accept(url, request, response):
@@ -322,11 +322,11 @@ class Downloader:
                 if response.status == 200 or not transfer.is_partial:
                     self._compute(transfer.part, self._expected(transfer.shard, response.linked_sha256))
                 if pieces is not None and pieces is transfer.pieces:
-                    for _ in range(pieces.vacancies()):
+                    for _ in range(pieces.helpers_wanted()):
                         self.workers.ask(functools.partial(self._help, transfer, pieces, url))
-                coming = piece if piece is not None and response.status == 206 else Piece(0, transfer.shard.nbytes)
+                coming = piece if piece is not None and response.status == 206 else RangeTask(0, transfer.shard.nbytes)
                 try:
-                    self._receive(response, transfer.part, coming, self.stop)
+                    self._receive(response, transfer.part, coming, self.cancellation)
                 except SizeMismatchError:
                     transfer.restart()
                     raise
@@ -341,11 +341,11 @@ class Downloader:
             raise
         finally:
             if piece is not None and pieces is not None:
-                pieces.give_back(piece)
+                pieces.put_back(piece)
         self._catch_up(transfer.part)
         return True
 
-    def _help(self, transfer: Transfer, pieces: Pieces, url: str) -> None:
+    def _help(self, transfer: Transfer, pieces: RangeQueue, url: str) -> None:
         """Bring pieces of another worker's file, until there are none or the server does not give one."""
         part, is_good = transfer.part, True
         while is_good:
@@ -354,10 +354,12 @@ class Downloader:
                     return
                 request, is_good = transfer.request(url, piece, is_helping=True), False
                 try:
-                    with self.get(url, transfer.owner, request.headers, pieces.stop, transfer.hops) as response:
+                    with self.get(
+                        url, transfer.source_url, request.headers, pieces.cancellation, transfer.hops
+                    ) as response:
                         is_right = response.status == 206 and response.is_range(*piece.span, transfer.shard.nbytes)
                         if is_right and transfer.is_of_version(response):
-                            self._receive(response, part, piece, pieces.stop)
+                            self._receive(response, part, piece, pieces.cancellation)
                             is_good = piece.position == piece.end
                     self._catch_up(part)
                 except (NdcacheError, OSError) as error:
@@ -366,10 +368,10 @@ class Downloader:
                     logger.debug("a piece of %s did not come: %s", transfer.shard.data_path, str(error))
                     is_good = False
                 except BaseException as error:
-                    pieces.retire(error)
+                    pieces.helper_done(error)
                     raise
                 if not is_good:
-                    pieces.retire()  # what to make of it is for the owner to see, whose turn it is next
+                    pieces.helper_done()  # what to make of it is for the owner to see, whose turn it is next
 
     def _expected(self, shard: Shard, linked_sha256: str | None) -> dict[str, str]:
         """The digests that will be compared: the manifest's, the caller's, and the server's own."""
@@ -378,22 +380,22 @@ class Downloader:
         linked = {} if linked_sha256 is None else {"sha256": linked_sha256}
         return {**linked, **shard.digests}
 
-    def _compute(self, part: Part, algorithms: Iterable[str]) -> None:
+    def _compute(self, part: PartialFile, algorithms: Iterable[str]) -> None:
         with self.stats.timed("hash", file=part.name):
             for algorithm in algorithms:
-                part.compute(algorithm, self.stop.check)
+                part.compute(algorithm, self.cancellation.check)
 
-    def _catch_up(self, part: Part, *, wait: bool = False) -> None:
+    def _catch_up(self, part: PartialFile, *, wait: bool = False) -> None:
         with self.stats.timed("hash", file=part.name):
-            part.catch_up(self.stop.check, wait=wait)
+            part.catch_up(self.cancellation.check, wait=wait)
 
-    def _receive(self, response: Response, part: Part, piece: Piece, stop: Stop) -> None:
+    def _receive(self, response: Response, part: PartialFile, piece: RangeTask, cancellation: Cancellation) -> None:
         """Write the body to `part`; one byte more than there should be is asked for, to notice what is too long."""
         start, spent, origin = piece.position, {"write": 0.0, "hash": 0.0}, origin_of(response.url)
         with self.stats.timed("network", file=part.name, start=start, nbytes=piece.end - start) as others:
             try:
                 while data := response.read_some(min(_READ_BYTES, piece.end + 1 - piece.position)):
-                    stop.check()
+                    cancellation.check()
                     self.stats.count(network_bytes=len(data))
                     self._served.gave(origin)
                     if piece.position + len(data) > piece.end:

@@ -33,7 +33,7 @@ from ..format.parse import parse_manifest
 from ..format.strict_json import MAX_MANIFEST_BYTES
 from ..http.retry import RetryPolicy
 from ..location.locate import Location
-from ..store.metadata import Validator
+from ..store.metadata import FileMetadata
 from .download import Downloader
 from .manifest_request import ManifestBody, NotThereError, refusal_of, request_manifest
 
@@ -128,7 +128,7 @@ class ManifestSource:
             except (*_FAILURES, NotThereError):
                 continue
             with contextlib.suppress(CacheError):  # a read-only cache asks for both next time, too
-                self.downloader.cache.set_aside(old)
+                self.downloader.cache.quarantine(old)
             return opened
         return None
 
@@ -175,12 +175,12 @@ class ManifestSource:
         )
 
     def _request(self, location: Location, name: str, policy: RetryPolicy, cached: Opened | None = None) -> Opened:
-        stop = self.downloader.stop
-        url, owner = location.url(name), self.bases[0].url(name)
+        cancellation = self.downloader.cancellation
+        url, source_url = location.url(name), self.bases[0].url(name)
         known = None if cached is None else self._known(name, cached[1])
 
         def once() -> ManifestBody | None:
-            body = request_manifest(self.downloader, url, owner, known)
+            body = request_manifest(self.downloader, url, source_url, known)
             if body is not None and body.is_manifest:
                 check_manifest_pin(body.data, name, url, self.pins)
             return body
@@ -194,7 +194,7 @@ class ManifestSource:
             return cached
         if not body.is_manifest:
             try:
-                parse_manifest(body.data, name=name, url=url, check=stop.look)
+                parse_manifest(body.data, name=name, url=url, check=cancellation.poll)
             except ManifestSyntaxError as error:
                 raise refusal_of(body, error) from error
         manifest = self._parsed(body.data, name, url)
@@ -202,20 +202,20 @@ class ManifestSource:
         return manifest, _sha256(body.data)
 
     def _parsed(self, data: bytes, name: str, url: str) -> Manifest:
-        return open_manifest(data, name=name, url=url, pins=self.pins, check=self.downloader.stop.look)
+        return open_manifest(data, name=name, url=url, pins=self.pins, check=self.downloader.cancellation.poll)
 
-    def _known(self, name: str, digest: str) -> Validator | None:
+    def _known(self, name: str, digest: str) -> FileMetadata | None:
         """What is known of the cached manifest that was read: its ETag, unless that is of other bytes.
 
         The file may have been edited here, or replaced by another process since: a 304 would not be about these bytes.
         """
-        known = self.downloader.cache.validator(name)
+        known = self.downloader.cache.metadata(name)
         return known if known is not None and known.digests.get("sha256") == digest else None
 
     def _forget_version(self, name: str) -> None:
         """Ask for the manifest without a condition next time: perhaps this one is what the server failed at."""
         cache = self.downloader.cache
-        known = cache.validator(name)
+        known = cache.metadata(name)
         if known is not None and known.conditions:
             cache.try_to_remember(name, replace(known, etag=None, last_modified=None))
 
@@ -225,11 +225,13 @@ class ManifestSource:
             if cache.read(name, MAX_MANIFEST_BYTES) == data:
                 version = cache.version(name)
                 if version is not None:
-                    known = Validator(len(data), version[1], {"sha256": _sha256(data)}, body.etag, body.last_modified)
+                    known = FileMetadata(
+                        len(data), version[1], {"sha256": _sha256(data)}, body.etag, body.last_modified
+                    )
                     cache.try_to_remember(name, known)
                 return
             with cache.part(name) as part:
-                part.compute("sha256", self.downloader.stop.check)
+                part.compute("sha256", self.downloader.cancellation.check)
                 part.write(data)
                 cache.publish(part, name, etag=body.etag, last_modified=body.last_modified).close()
         except NdcacheError as error:

@@ -19,7 +19,7 @@ from ..format.parse import parse_manifest
 from ..format.strict_json import MAX_MANIFEST_BYTES, WEB_PAGE
 from ..http.content_coding import decode_body, encoding_of
 from ..http.transport import Response
-from ..store.metadata import Validator, may_blame_condition, settled_date
+from ..store.metadata import FileMetadata, may_blame_condition, settled_date
 from .download import Downloader
 
 __all__ = ["ManifestBody", "NotThereError", "refusal_of", "request_manifest"]
@@ -65,15 +65,17 @@ class ManifestBody:
         return bool(_OBJECT.match(self.data)) and (b'"records"' in self.data or b"\\u" in self.data)
 
 
-def request_manifest(downloader: Downloader, url: str, owner: str, known: Validator | None) -> ManifestBody | None:
+def request_manifest(
+    downloader: Downloader, url: str, source_url: str, known: FileMetadata | None
+) -> ManifestBody | None:
     """Ask once for a manifest; and once more, without a condition, if the server makes nothing of the first request.
 
     Parameters
     ----------
     downloader : Downloader
-    url, owner : str
+    url, source_url : str
         See `Downloader.get`.
-    known : Validator or None
+    known : FileMetadata or None
         Of the cached manifest.
 
     Returns
@@ -89,7 +91,7 @@ def request_manifest(downloader: Downloader, url: str, owner: str, known: Valida
     """
     conditions = {} if known is None else known.conditions
     try:
-        answer = _ask(downloader, url, owner, conditions)
+        answer = _ask(downloader, url, source_url, conditions)
     except TransferError as error:
         if not (conditions and may_blame_condition(error.status)):
             raise _judged(error) from error.__cause__
@@ -99,7 +101,7 @@ def request_manifest(downloader: Downloader, url: str, owner: str, known: Valida
         if conditions and known is not None and known.is_confirmed_by(answer):
             return None
     try:
-        answer = _ask(downloader, url, owner, _ANEW)
+        answer = _ask(downloader, url, source_url, _ANEW)
     except TransferError as error:
         raise _judged(error) from error.__cause__
     if isinstance(answer, ManifestBody):
@@ -131,9 +133,11 @@ def _judged(error: TransferError) -> NdcacheError:
     return error
 
 
-def _ask(downloader: Downloader, url: str, owner: str, headers: Mapping[str, str]) -> ManifestBody | Mapping[str, str]:
+def _ask(
+    downloader: Downloader, url: str, source_url: str, headers: Mapping[str, str]
+) -> ManifestBody | Mapping[str, str]:
     """Return the manifest, or the headers of a 304."""
-    with downloader.get(url, owner, headers, may_be_encoded=True) as response:
+    with downloader.get(url, source_url, headers, may_be_encoded=True) as response:
         if response.status == 304:
             return response.headers
         if response.status != 200:
@@ -142,15 +146,15 @@ def _ask(downloader: Downloader, url: str, owner: str, headers: Mapping[str, str
         is_html = headers.get("Content-Type", "").partition(";")[0].strip().lower() in _WEB_PAGES
         encoding = encoding_of(headers.get("Content-Encoding"))
         try:
-            data = decode_body(_chunks(response), encoding, MAX_MANIFEST_BYTES, downloader.stop.check, url)
+            data = decode_body(_chunks(response), encoding, MAX_MANIFEST_BYTES, downloader.cancellation.check, url)
         except ProtocolError as error:
             if is_html:  # whatever is in it
                 raise NotThereError(_web_page(url, None)) from error
             raise
         if response.is_cut:
-            _check_end(data, url, downloader.stop.check)
+            _check_end(data, url, downloader.cancellation.check)
     # What a mirror calls a version says nothing to the source.
-    is_owners = url == owner
+    is_owners = url == source_url
     return ManifestBody(
         data, headers.get("ETag") if is_owners else None, settled_date(headers) if is_owners else None, is_html
     )

@@ -20,9 +20,9 @@ from ..format.integrity import Pins, manifest_names_to_try, open_manifest
 from ..format.manifest import Manifest, Shard
 from ..format.strict_json import MAX_MANIFEST_BYTES
 from ..stats import LoadStats
-from ..workers.cancellation import Stop
+from ..workers.cancellation import Cancellation
 
-__all__ = ["Flaw", "LocalModel", "Model", "Obtained", "is_shortage"]
+__all__ = ["Flaw", "LocalModel", "Model", "ShardFile", "is_shortage"]
 
 logger = logging.getLogger("ndcache")
 
@@ -37,7 +37,7 @@ class Flaw(Enum):
 
 
 @dataclass(frozen=True)
-class Obtained:
+class ShardFile:
     """A shard's file, whole or with what is wanted of it, and checked as far as the options say.
 
     It is open, so that what was checked is what will be read, whatever becomes of its name. Whoever gets it closes it.
@@ -79,7 +79,7 @@ class Model(ABC):
         """Before anything is fetched: raise if these shards cannot all be had."""
 
     @abstractmethod
-    def obtain(self, shard: Shard) -> Obtained:
+    def obtain(self, shard: Shard) -> ShardFile:
         """The shard's file. Called from the workers."""
 
     @abstractmethod
@@ -103,14 +103,21 @@ class LocalModel(Model):
     """A directory of the user's: read in place, never written to."""
 
     def __init__(
-        self, directory: Path, manifest_names: Sequence[str], *, verify: str, stop: Stop, stats: LoadStats, pins: Pins
+        self,
+        directory: Path,
+        manifest_names: Sequence[str],
+        *,
+        verify: str,
+        cancellation: Cancellation,
+        stats: LoadStats,
+        pins: Pins,
     ) -> None:
         self._verify = verify
-        self._stop = stop
+        self._cancellation = cancellation
         self._stats = stats
         self._pins = pins
         names = manifest_names_to_try(manifest_names, pins)
-        super().__init__(_read_manifest(directory, names, pins, stop.look), directory)
+        super().__init__(_read_manifest(directory, names, pins, cancellation.poll), directory)
 
     def has(self, shard: Shard) -> bool:
         try:
@@ -132,7 +139,7 @@ class LocalModel(Model):
                     hint="The copy is not complete, or of another version than the manifest.",
                 )
 
-    def obtain(self, shard: Shard) -> Obtained:
+    def obtain(self, shard: Shard) -> ShardFile:
         file = self._open(shard)
         expected = self._expected(shard)
         try:
@@ -148,7 +155,7 @@ class LocalModel(Model):
         except BaseException:
             file.close()
             raise
-        return Obtained(file, from_cache=True, checked=next(iter(expected), "size"))
+        return ShardFile(file, from_cache=True, checked=next(iter(expected), "size"))
 
     def check(self, shard: Shard) -> str | Flaw:
         try:
@@ -170,7 +177,7 @@ class LocalModel(Model):
         if not expected:
             return None
         with self._stats.timed("hash", file=shard.data_path):
-            return mismatch(file, expected, self._stop.check)
+            return mismatch(file, expected, self._cancellation.check)
 
     @property
     def _is_pinned(self) -> bool:

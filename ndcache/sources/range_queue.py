@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from ..store.ranges import Span, Spans
-from ..workers.cancellation import Stop
+from ..store.ranges import ByteRange, ByteRanges
+from ..workers.cancellation import Cancellation
 
-__all__ = ["Piece", "Pieces"]
+__all__ = ["RangeQueue", "RangeTask"]
 
 
 @dataclass(eq=False)
-class Piece:
+class RangeTask:
     """A stretch of a file that one worker brings.
 
     Attributes
@@ -33,12 +33,12 @@ class Piece:
         self.position = self.start
 
     @property
-    def span(self) -> Span:
+    def span(self) -> ByteRange:
         """What is still to come of it."""
         return self.position, self.end
 
 
-class Pieces:
+class RangeQueue:
     """The stretches of a file that are still to come, shared out piece by piece.
 
     Its owner is the worker whose file it is: it takes pieces as its helpers do, waits only when they have all that is
@@ -46,8 +46,8 @@ class Pieces:
 
     Parameters
     ----------
-    spans : Spans
-    stop : Stop
+    ranges : ByteRanges
+    cancellation : Cancellation
         Of the load.
     limits : tuple of int, optional
         Bytes of a piece, at least and at most; without, a stretch is one piece.
@@ -56,13 +56,15 @@ class Pieces:
 
     Attributes
     ----------
-    stop : Stop
+    cancellation : Cancellation
         Of the helpers.
     """
 
-    def __init__(self, spans: Spans, stop: Stop, limits: tuple[int, int] | None = None, most: int = 0) -> None:
-        self.stop = stop.branch()
-        self._left = Spans(spans)
+    def __init__(
+        self, ranges: ByteRanges, cancellation: Cancellation, limits: tuple[int, int] | None = None, most: int = 0
+    ) -> None:
+        self.cancellation = cancellation.branch()
+        self._left = ByteRanges(ranges)
         self._limits = limits
         self._most = self._vacant = most if limits is not None else 0
         self._is_first = True
@@ -70,7 +72,7 @@ class Pieces:
         self._failure: BaseException | None = None
         self._changed = threading.Condition()
 
-    def vacancies(self) -> int:
+    def helpers_wanted(self) -> int:
         """How many helpers to ask for now: as many as there is work for; later, for one that failed, one at a time."""
         with self._changed:
             assert self._limits is not None or not self._vacant
@@ -80,14 +82,14 @@ class Pieces:
             self._vacant, self._is_first = (0 if self._is_first else self._vacant - count), False
             return count
 
-    def take(self) -> Piece | None:
+    def take(self) -> RangeTask | None:
         """The owner's next piece; None if there is none to take."""
         with self._changed:
             if self._failure is not None:
                 raise self._failure
             return self._cut()
 
-    def give_back(self, piece: Piece) -> None:
+    def put_back(self, piece: RangeTask) -> None:
         """What has not come of a piece is there to be taken again."""
         with self._changed:
             if piece.position < piece.end:
@@ -95,10 +97,10 @@ class Pieces:
             self._changed.notify_all()
 
     @contextmanager
-    def help(self) -> Iterator[Piece | None]:
+    def help(self) -> Iterator[RangeTask | None]:
         """A helper's next piece, given back at the end of the block; None if there is none to take."""
         with self._changed:
-            piece = None if self.stop.is_set else self._cut()
+            piece = None if self.cancellation.is_set else self._cut()
             self._helping += 1
         try:
             yield piece
@@ -109,7 +111,7 @@ class Pieces:
                     self._left.add(piece.position, piece.end)
                 self._changed.notify_all()
 
-    def retire(self, failure: BaseException | None = None) -> None:
+    def helper_done(self, failure: BaseException | None = None) -> None:
         """A helper goes; with it goes what should never have happened, for the owner to raise."""
         with self._changed:
             self._vacant += 1
@@ -122,16 +124,16 @@ class Pieces:
 
     def end(self) -> None:
         """Have no helper at work any more."""
-        self.stop.set()
+        self.cancellation.set()
         with self._changed:
             self._changed.wait_for(lambda: not self._helping)
 
-    def _cut(self) -> Piece | None:
+    def _cut(self) -> RangeTask | None:
         if not len(self._left):
             return None
         start, end = next(iter(self._left))
         if self._limits is not None:
             least, most = self._limits
             end = min(end, start + max(least, min(most, self._left.nbytes // (2 * (self._most + 1)))))
-        self._left = self._left.without(Spans([(start, end)]))
-        return Piece(start, end)
+        self._left = self._left.without(ByteRanges([(start, end)]))
+        return RangeTask(start, end)

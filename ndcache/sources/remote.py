@@ -27,11 +27,11 @@ from ..format.manifest import Manifest, Shard
 from ..format.parse import parse_manifest
 from ..format.strict_json import MAX_MANIFEST_BYTES
 from ..location.locate import Location
-from ..store.metadata import Validator
-from ..store.ranges import Spans
+from ..store.metadata import FileMetadata
+from ..store.ranges import ByteRanges
 from .download import Downloader
 from .manifest import ManifestSource, offline_error
-from .model import Flaw, Model, Obtained, is_shortage
+from .model import Flaw, Model, ShardFile, is_shortage
 
 __all__ = ["RemoteModel"]
 
@@ -55,25 +55,25 @@ logger = logging.getLogger("ndcache")
 
 
 @dataclass(frozen=True)
-class _Cached:
+class _CachedFile:
     """A shard's file in the cache, open, and what was remembered of it when it was opened.
 
     If it is not whole, it has what is wanted, and holes.
     """
 
     file: BinaryIO
-    validator: Validator | None = None
+    metadata: FileMetadata | None = None
     is_whole: bool = True
 
-    def judge(self, shard: Shard, claim: str) -> bool | None:
-        """See `Validator.judge`."""
-        return None if self.validator is None else self.validator.judge(os.fstat(self.file.fileno()), shard, claim)
+    def compare(self, shard: Shard, content_id: str) -> bool | None:
+        """See `FileMetadata.compare`."""
+        return None if self.metadata is None else self.metadata.compare(os.fstat(self.file.fileno()), shard, content_id)
 
-    def found_right(self, digests: Mapping[str, str], claim: str) -> Validator:
+    def found_right(self, digests: Mapping[str, str], content_id: str) -> FileMetadata:
         """What is to be remembered after it was read."""
-        status, old = os.fstat(self.file.fileno()), self.validator
-        etag = old.etag if old is not None and old.is_of(status) else None
-        return Validator(status.st_size, status.st_mtime_ns, digests, etag, claim=claim)
+        status, old = os.fstat(self.file.fileno()), self.metadata
+        etag = old.etag if old is not None and old.is_unchanged(status) else None
+        return FileMetadata(status.st_size, status.st_mtime_ns, digests, etag, content_id=content_id)
 
 
 class RemoteModel(Model):
@@ -109,7 +109,7 @@ class RemoteModel(Model):
         self._verify = verify
         self._offline = offline
         self._pins = pins
-        self._held: dict[str, _Cached] = {}
+        self._held: dict[str, _CachedFile] = {}
         self._is_told = threading.Lock()  # taken once: that nothing can be remembered
         manifest, self._manifest_digest = ManifestSource(self._bases, downloader, pins, offline=offline).open()
         super().__init__(manifest, self._cache.directory)
@@ -121,7 +121,7 @@ class RemoteModel(Model):
         return self._cache.has(shard)
 
     def is_ready(self, shard: Shard) -> bool:
-        if self.has(shard) and self._cache.is_known(shard, self._claim(shard)) is not False:
+        if self.has(shard) and self._cache.is_known(shard, self._content_id(shard)) is not False:
             return True
         if shard.data_path in self._held:
             return True
@@ -146,10 +146,10 @@ class RemoteModel(Model):
         if missing and self._offline:
             raise offline_error(self._bases[0], [shard.data_path for shard in missing])
         if missing:
-            self._ensure_room(missing)
+            self._check_free_space(missing)
             self._warn_if_not_kept()
 
-    def obtain(self, shard: Shard) -> Obtained:
+    def obtain(self, shard: Shard) -> ShardFile:
         tries = 0
         while True:
             try:
@@ -189,12 +189,12 @@ class RemoteModel(Model):
                 if self._is_of_another_version(shard):
                     return Flaw.OF_ANOTHER_VERSION
                 if self._has_right_bytes(shard, cached):
-                    return self._checked(shard, cached.validator)
+                    return self._checked(shard, cached.metadata)
                 return self._reject(shard, cached)
         size = self._cache.size(shard.data_path)
         if size in (None, shard.nbytes):
             return Flaw.MISSING if size is None else None
-        return self._set_aside_if_cut(shard) or Flaw.OF_ANOTHER_VERSION
+        return self._quarantine_if_cut(shard) or Flaw.OF_ANOTHER_VERSION
 
     def finish(self) -> None:
         self._warn_if_not_kept()
@@ -203,7 +203,7 @@ class RemoteModel(Model):
         try:
             if not self._is_current():
                 return  # an update has come meanwhile, which knows better what is of use
-            self._cache.tidy(self.manifest, self._other_manifests)
+            self._cache.prune(self.manifest, self._other_manifests)
         except (OSError, ManifestError) as error:
             logger.debug("not tidied: %s", error)  # the next load will do it
 
@@ -219,38 +219,40 @@ class RemoteModel(Model):
             self._is_warned = True
             warn_caller(f"what is fetched of {self._bases[0]} stays in memory and is not kept: {why}")
 
-    def _open(self, shard: Shard) -> _Cached | None:
+    def _open(self, shard: Shard) -> _CachedFile | None:
         file = self._cache.open_shard(shard)
         if file is None:
             return None
         try:
-            return _Cached(file, self._cache.validator(shard.data_path))
+            return _CachedFile(file, self._cache.metadata(shard.data_path))
         except BaseException:
             file.close()
             raise
 
-    def _open_some(self, shard: Shard) -> _Cached | None:
+    def _open_some(self, shard: Shard) -> _CachedFile | None:
         wanted = self._wanted(shard)
-        file = None if wanted is None else self._cache.open_some(shard, self._claim(shard), wanted)
-        return None if file is None else _Cached(file, is_whole=False)
+        file = None if wanted is None else self._cache.open_some(shard, self._content_id(shard), wanted)
+        return None if file is None else _CachedFile(file, is_whole=False)
 
-    def _wanted(self, shard: Shard) -> Spans | None:
+    def _wanted(self, shard: Shard) -> ByteRanges | None:
         """The bytes that are enough of a shard of which a few tensors are asked for; None is all of it."""
         is_vouched_for = shard.pin is not None or (self.manifest.name in self._pins and bool(shard.digests))
         if len(shard.records) == self._counts[shard.data_path] or is_vouched_for or self._verify == "always":
             return None
         stretches = ((record.byte_offset, record.byte_offset + record.nbytes) for record in shard.records)
-        wanted = Spans(stretches, gap=_GAP) or Spans([(0, 1)])  # a tensor may be empty, what is asked for may not
+        wanted = ByteRanges(stretches, gap=_GAP) or ByteRanges(
+            [(0, 1)]
+        )  # a tensor may be empty, what is asked for may not
         saved = shard.nbytes - wanted.nbytes
         return None if saved < max(_GAP, wanted.nbytes) else wanted
 
-    def _take_held(self, name: str) -> _Cached | None:
+    def _take_held(self, name: str) -> _CachedFile | None:
         cached = self._held.pop(name, None)
         if cached is not None:
             _all_held.discard(cached.file)
         return cached
 
-    def _obtain_once(self, shard: Shard, *, is_first_try: bool) -> Obtained:
+    def _obtain_once(self, shard: Shard, *, is_first_try: bool) -> ShardFile:
         name = shard.data_path
         for last_look in (*(False,) * _TRIES, True):
             version = self._cache.version(name)
@@ -265,35 +267,35 @@ class RemoteModel(Model):
 
             def sleep(seconds: float) -> None:
                 with self._downloader.stats.timed("lock", file=name):
-                    self._downloader.stop.sleep(seconds)
+                    self._downloader.cancellation.sleep(seconds)
 
-            with self._cache.turn(name, is_there, sleep) as turn:
-                if turn is not None:
+            with self._cache.acquire_or_wait(name, is_there, sleep) as acquire_or_wait:
+                if acquire_or_wait is not None:
                     if (obtained := self._from_cache(shard)) is not None:
                         return obtained  # somebody else was faster, or its validator came a moment after the file
                     # What others write is left alone by whoever was disturbed himself.
-                    return self._from_server(shard, is_alone=turn.is_alone and is_first_try)
+                    return self._from_server(shard, is_exclusive=acquire_or_wait.is_exclusive and is_first_try)
             # Somebody else has published a file: what is wanted, or another version.
         raise AssertionError("the last look waits for its turn, and for nothing else")
 
-    def _from_cache(self, shard: Shard) -> Obtained | None:
+    def _from_cache(self, shard: Shard) -> ShardFile | None:
         cached = self._take_held(shard.data_path) or self._open(shard)
         if cached is None:
             if not self._offline:
-                self._set_aside_if_cut(shard)
+                self._quarantine_if_cut(shard)
         elif cached.is_whole:
             try:
                 if self._is_good(shard, cached):
-                    return Obtained(cached.file, from_cache=True, checked=self._checked(shard, cached.validator))
+                    return ShardFile(cached.file, from_cache=True, checked=self._checked(shard, cached.metadata))
             except BaseException:
                 cached.file.close()
                 raise
             cached.file.close()
             cached = None
         cached = cached or self._open_some(shard)
-        return None if cached is None else Obtained(cached.file, from_cache=True, checked="size")
+        return None if cached is None else ShardFile(cached.file, from_cache=True, checked="size")
 
-    def _set_aside_if_cut(self, shard: Shard) -> Flaw | None:
+    def _quarantine_if_cut(self, shard: Shard) -> Flaw | None:
         """Set aside a file of the wrong size; None if there is none, or it is of another version."""
 
         def is_cut() -> bool:
@@ -301,12 +303,12 @@ class RemoteModel(Model):
 
         # The last look is for one of the right size that was published by somebody else meanwhile.
         if is_cut() and self._is_current() and not self._is_of_another_version(shard) and is_cut():
-            return self._try_to_set_aside(shard.data_path)
+            return self._try_to_quarantine(shard.data_path)
         return None
 
-    def _try_to_set_aside(self, name: str, file: BinaryIO | None = None) -> Flaw:
+    def _try_to_quarantine(self, name: str, file: BinaryIO | None = None) -> Flaw:
         try:
-            self._cache.set_aside(name, file)
+            self._cache.quarantine(name, file)
         except UnsafeCacheError:
             raise
         except CacheError as error:  # a cache that cannot be written
@@ -318,28 +320,28 @@ class RemoteModel(Model):
         """Whether the cache still has the manifest that this load uses, and no update has come."""
         return self._cache.holds(self.manifest.name, self._manifest_digest, MAX_MANIFEST_BYTES)
 
-    def _from_server(self, shard: Shard, *, is_alone: bool) -> Obtained:
-        name, claim = shard.data_path, self._claim(shard)
+    def _from_server(self, shard: Shard, *, is_exclusive: bool) -> ShardFile:
+        name, content_id = shard.data_path, self._content_id(shard)
         # Without a digest, only the server can tell whether a file of another version of the manifest is still right.
         is_candidate = not shard.digests and self.has(shard) and self._cache.is_intact(name)
-        old = self._cache.validator(name) if is_candidate else None
+        old = self._cache.metadata(name) if is_candidate else None
         urls = [base.url(name) for base in self._bases]
         wanted = self._wanted(shard)
-        brought = self._downloader.shard(shard, urls, claim, cached=old, is_alone=is_alone, wanted=wanted)
+        brought = self._downloader.shard(shard, urls, content_id, cached=old, is_exclusive=is_exclusive, wanted=wanted)
         if brought.file is not None:
-            return Obtained(brought.file, from_cache=False, checked=self._strongest(brought.checked))
+            return ShardFile(brought.file, from_cache=False, checked=self._strongest(brought.checked))
         assert old is not None
         file = self._cache.open_shard(shard)
-        if file is None or not old.is_of(os.fstat(file.fileno())):
+        if file is None or not old.is_unchanged(os.fstat(file.fileno())):
             if file is not None:
                 file.close()
             raise CacheUnavailableError(f"{name} was deleted or replaced just now") from FileNotFoundError(name)
-        self._cache.try_to_remember(name, old.with_claim(claim))
-        return Obtained(file, from_cache=True, checked=self._checked(shard, old))
+        self._cache.try_to_remember(name, old.with_content_id(content_id))
+        return ShardFile(file, from_cache=True, checked=self._checked(shard, old))
 
-    def _is_good(self, shard: Shard, cached: _Cached) -> bool:
-        known = cached.judge(shard, self._claim(shard))
-        if known is None and not shard.digests and cached.validator is None and not self._offline:
+    def _is_good(self, shard: Shard, cached: _CachedFile) -> bool:
+        known = cached.compare(shard, self._content_id(shard))
+        if known is None and not shard.digests and cached.metadata is None and not self._offline:
             return False  # nothing tells what it is
         if known is False:
             return False  # of another version; the new one takes its name
@@ -352,19 +354,19 @@ class RemoteModel(Model):
             logger.warning("%s in the cache is not what the manifest says: set aside", shard.data_path)
         return False
 
-    def _has_right_bytes(self, shard: Shard, cached: _Cached) -> bool:
-        name, claim, file = shard.data_path, self._claim(shard), cached.file
+    def _has_right_bytes(self, shard: Shard, cached: _CachedFile) -> bool:
+        name, content_id, file = shard.data_path, self._content_id(shard), cached.file
         # Of a shard without a digest, what the server said of it when it came may be known.
-        remembered = {} if cached.validator is None else dict(cached.validator.digests)
+        remembered = {} if cached.metadata is None else dict(cached.metadata.digests)
         expected = {**shard.digests, **{kind: text for kind, text in remembered.items() if kind not in shard.digests}}
         with self._downloader.stats.timed("hash", file=name):
-            wrong = mismatch(file, expected, self._downloader.stop.check)
+            wrong = mismatch(file, expected, self._downloader.cancellation.check)
         if wrong is not None and shard.digests and wrong[0] not in shard.digests:
             expected, wrong = dict(shard.digests), None  # what is remembered is wrong, not the file
         if wrong is not None:
             return False
-        if not cached.judge(shard, claim) and self._cache.is_now(name, file):
-            is_remembered = self._cache.try_to_remember(name, cached.found_right(expected, claim))
+        if not cached.compare(shard, content_id) and self._cache.is_now(name, file):
+            is_remembered = self._cache.try_to_remember(name, cached.found_right(expected, content_id))
             if not is_remembered and self._is_told.acquire(blocking=False):
                 logger.warning(
                     "files in %s are not as old as when they were fetched, and that they are right cannot be noted, as"
@@ -373,41 +375,43 @@ class RemoteModel(Model):
                 )
         return True
 
-    def _reject(self, shard: Shard, cached: _Cached) -> Flaw | None:
+    def _reject(self, shard: Shard, cached: _CachedFile) -> Flaw | None:
         """Set a file with wrong bytes aside, and say what is wrong; None if its name is not its own any more."""
         name, file = shard.data_path, cached.file
         if not self._cache.is_now(name, file):
             return None
-        known = self._cache.validator(name)
+        known = self._cache.metadata(name)
         # It may have been published just now by somebody who has another version of the manifest.
-        is_others = known is not None and known.judge(os.fstat(file.fileno()), shard, self._claim(shard)) is False
+        is_others = (
+            known is not None and known.compare(os.fstat(file.fileno()), shard, self._content_id(shard)) is False
+        )
         if is_others or not self._is_current():
             return Flaw.OF_ANOTHER_VERSION
-        return self._try_to_set_aside(name, file)
+        return self._try_to_quarantine(name, file)
 
     def _is_of_another_version(self, shard: Shard) -> bool:
         """Whether a file was published as it is now, and not as what the manifest now says."""
         name = shard.data_path
         if not self._cache.is_intact(name):
             return False
-        return self._cache.size(name) != shard.nbytes or self._cache.is_known(shard, self._claim(shard)) is False
+        return self._cache.size(name) != shard.nbytes or self._cache.is_known(shard, self._content_id(shard)) is False
 
-    def _ensure_room(self, shards: Sequence[Shard]) -> None:
+    def _check_free_space(self, shards: Sequence[Shard]) -> None:
         needed = sum(self.nbytes(shard) for shard in shards)
         try:
-            self._cache.ensure_room(needed)
+            self._cache.check_free_space(needed)
         except DiskFullError:
-            self._cache.make_room(shards)
-            self._cache.ensure_room(needed)
+            self._cache.evict_partials(shards)
+            self._cache.check_free_space(needed)
 
-    def _checked(self, shard: Shard, known: Validator | None) -> str:
+    def _checked(self, shard: Shard, known: FileMetadata | None) -> str:
         """What a file of the cache has been checked by, now or when it came."""
         return self._strongest({**shard.digests, **({} if known is None else known.digests)})
 
     def _strongest(self, digests: Iterable[str]) -> str:
         return "size" if self._verify == "never" else next((kind for kind in _KINDS if kind in digests), "size")
 
-    def _claim(self, shard: Shard) -> str:
+    def _content_id(self, shard: Shard) -> str:
         """What the manifest says of the shard's content; without a digest, that it is of this manifest."""
         return next(iter(shard.digests.values()), f"{self.manifest.name} {self._manifest_digest}")
 
@@ -415,7 +419,7 @@ class RemoteModel(Model):
         for name in self._cache.manifest_names():
             if name != self.manifest.name and (data := self._cache.read(name, MAX_MANIFEST_BYTES)):
                 with contextlib.suppress(ManifestError):  # some other JSON
-                    yield parse_manifest(data, name=name, check=self._downloader.stop.look)
+                    yield parse_manifest(data, name=name, check=self._downloader.cancellation.poll)
 
 
 def _unreadable(shard: Shard, error: OSError) -> CacheUnavailableError:

@@ -22,13 +22,13 @@ from ..errors import (
 )
 from ..format.manifest import Shard
 from ..format.strict_json import WEB_PAGE
-from ..http.transport import Hop, Response
-from ..store.metadata import Validator, may_blame_condition
-from ..store.partial import Part
-from ..store.ranges import Span, Spans
+from ..http.transport import RedirectTarget, Response
+from ..store.metadata import FileMetadata, may_blame_condition
+from ..store.partial import PartialFile
+from ..store.ranges import ByteRange, ByteRanges
 from ..urls.url import parse
-from ..workers.cancellation import Stop
-from .range_queue import Piece, Pieces
+from ..workers.cancellation import Cancellation
+from .range_queue import RangeQueue, RangeTask
 
 __all__ = ["Request", "Transfer", "unasked"]
 
@@ -47,7 +47,7 @@ class Request:
     """
 
     headers: dict[str, str]
-    span: Span | None = None
+    span: ByteRange | None = None
     is_rest: bool = False
 
 
@@ -58,17 +58,17 @@ class Transfer:
     Attributes
     ----------
     shard : Shard
-    claim : str
-        What the manifest says of its content; see `Validator.agrees`.
-    owner : str
+    content_id : str
+        What the manifest says of its content; see `FileMetadata.compare_content`.
+    source_url : str
         The source's URL, which the caller's session is for.
     part : Part
         What has come, and of which version.
-    cached : Validator or None
+    cached : FileMetadata or None
         What is known of an older file that may still be right.
-    wanted : Spans
+    wanted : ByteRanges
         Which bytes are enough.
-    stop : Stop
+    cancellation : Cancellation
     piece_limits : tuple of int or None
         Bytes of the pieces that the file is asked for in, at least and at most; None is all at once.
     most_helpers : int
@@ -92,12 +92,12 @@ class Transfer:
     """
 
     shard: Shard
-    claim: str
-    owner: str
-    part: Part
-    cached: Validator | None
-    wanted: Spans
-    stop: Stop
+    content_id: str
+    source_url: str
+    part: PartialFile
+    cached: FileMetadata | None
+    wanted: ByteRanges
+    cancellation: Cancellation
     piece_limits: tuple[int, int] | None = None
     most_helpers: int = 0
     is_inherited: bool = False
@@ -105,8 +105,8 @@ class Transfer:
     changes: int = 0
     is_stream: bool = field(default=False, init=False)
     is_asked_for: bool = field(default=False, init=False)
-    pieces: Pieces | None = field(default=None, init=False)
-    hops: dict[str, Hop] = field(default_factory=dict, init=False)
+    pieces: RangeQueue | None = field(default=None, init=False)
+    hops: dict[str, RedirectTarget] = field(default_factory=dict, init=False)
     linked_sha256: str | None = field(init=False)
     _etags: set[str] = field(default_factory=set, init=False)  # of all versions that were begun or gone on with
 
@@ -122,9 +122,9 @@ class Transfer:
         return (self.part.origin is not None or self.is_asked_for) and not self.missing
 
     @property
-    def missing(self) -> Spans:
+    def missing(self) -> ByteRanges:
         """What is wanted and has not come."""
-        return self.wanted.without(self.part.spans)
+        return self.wanted.without(self.part.ranges)
 
     @property
     def has_whole_file(self) -> bool:
@@ -138,21 +138,21 @@ class Transfer:
 
     def want_whole_file(self) -> None:
         """Have no less than the whole file be enough."""
-        self.wanted = Spans([(0, self.shard.nbytes)])
+        self.wanted = ByteRanges([(0, self.shard.nbytes)])
 
-    def take(self, url: str) -> Piece | None:
+    def take(self, url: str) -> RangeTask | None:
         """The piece to ask this server for next; None is the whole file, or that others bring what is left."""
         if self.pieces is None:
             has_some = self._is_of(url)
             if not self.with_ranges or self.is_stream or not (has_some or self.piece_limits or self.is_partial):
                 return None
-            spans = self.missing if has_some else self.wanted
-            self.pieces = Pieces(spans, self.stop, self.piece_limits, self.most_helpers)
+            ranges = self.missing if has_some else self.wanted
+            self.pieces = RangeQueue(ranges, self.cancellation, self.piece_limits, self.most_helpers)
         return self.pieces.take()
 
-    def request(self, url: str, piece: Piece | None, *, is_helping: bool = False) -> Request:
+    def request(self, url: str, piece: RangeTask | None, *, is_helping: bool = False) -> Request:
         """How to ask for a piece, or for the whole file; it need not come if it is the one in the cache."""
-        etag = self.cached.etag if self.cached is not None and url == self.owner else None
+        etag = self.cached.etag if self.cached is not None and url == self.source_url else None
         condition = {"If-None-Match": etag} if etag else {}
         if piece is None:
             return Request(condition)
@@ -256,20 +256,20 @@ class Transfer:
     def _is_of(self, url: str) -> bool:
         """Whether what has come is of a version that this server has given."""
         origin = self.part.origin
-        has_begun = bool(self.part.spans) or self.pieces is not None  # whose helpers may bring the first bytes
+        has_begun = bool(self.part.ranges) or self.pieces is not None  # whose helpers may bring the first bytes
         return has_begun and origin is not None and origin.url == parse(url).address
 
     def _begin(self, url: str, response: Response, *, keep_pieces: bool = False) -> None:
         self.is_asked_for = True
         if not keep_pieces:
             self.leave_pieces()
-        if self.part.spans or self.part.origin is not None:
+        if self.part.ranges or self.part.origin is not None:
             self.part.restart()
         self.linked_sha256 = response.linked_sha256
         if response.etag is not None:
             self.is_stream = self.is_stream or (self.changes > 0 and response.etag in self._etags)
             self._etags.add(response.etag)
-            self.part.comes_from(parse(url).address, response.etag, self.claim, response.linked_sha256)
+            self.part.comes_from(parse(url).address, response.etag, self.content_id, response.linked_sha256)
 
     def _start_over(self, url: str, etag: str | None) -> None:
         """Throw away what is of another version than what the server has now, or whose version it does not tell."""

@@ -14,7 +14,7 @@ from ..errors import CacheUnavailableError
 from ..files.folder import Folder, is_gone
 from ..format.paths import STATE_DIRECTORY
 
-__all__ = ["delete_model", "disk_bytes", "free_bytes", "remove_graves"]
+__all__ = ["delete_model", "disk_bytes", "empty_trash", "free_bytes"]
 
 
 def delete_model(folder: Folder) -> int:
@@ -39,7 +39,7 @@ def delete_model(folder: Folder) -> int:
         if is_gone(error):
             raise
         grave = folder
-    remove_graves(folder)
+    empty_trash(folder)
     failure = _remove_tree(grave)
     if failure is not None:
         left = disk_bytes(grave.path)
@@ -54,7 +54,7 @@ def delete_model(folder: Folder) -> int:
     return nbytes
 
 
-def remove_graves(folder: Folder) -> None:
+def empty_trash(folder: Folder) -> None:
     """Remove what is left of deletions of this model that were interrupted."""
     is_grave = re.compile(re.escape(folder.names[-1]) + r"\.[0-9a-f]{8}\.deleted").fullmatch
     for name in folder.parent.entries():

@@ -9,7 +9,7 @@
             source.json                  where the model came from
             validators/<file>.json       what is known of a published file: size, time, digests, ETag
             parts/<file>.<random>        private to its writer, opened with O_EXCL; see `ndcache.parts`
-            locks/<file>                 whose turn it is to download; see `ndcache.locks`
+            locks/<file>                 whose turn it is to download; see `lock`
             aside/<file>                 what turned out to be bad
 
 A file gets its name by rename, after its size and digest were found right and its bytes were synced to disk, and is
@@ -28,7 +28,7 @@ import secrets
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -37,21 +37,21 @@ from ..files.folder import Folder, sync
 from ..files.notes import read_note, write_note
 from ..format.manifest import Manifest, Shard
 from ..format.paths import STATE_DIRECTORY, check_path, flat_name, unflat
-from .cleanup import delete_model, free_bytes, remove_graves
-from .lock import Turn, if_free, turn
-from .metadata import Validator
-from .partial import Origin, Part, PartsFolder
+from .cleanup import delete_model, empty_trash, free_bytes
+from .lock import DownloadLock, acquire_or_wait, try_lock
+from .metadata import FileMetadata
+from .partial import PartialFile, PartialFiles, PartialSource
 from .publish import give_name, quarantine, remove_idle_copies
-from .ranges import Spans
+from .ranges import ByteRanges
 from .translate import Reporting, disk_full
 
-__all__ = ["ArtifactCache"]
+__all__ = ["ModelDirectory"]
 
 #: Seconds after which a part is taken to have no writer any more, where nothing else tells.
 _IDLE_SECONDS = 300
 
 
-class ArtifactCache:
+class ModelDirectory:
     """The cache directory of one model, which is a valid local model directory itself.
 
     Nothing is created before something is written, so that a read-only cache still serves what it has. What the
@@ -83,8 +83,8 @@ class ArtifactCache:
         root = directory.parent.parent if root is None else root
         self._folder = Folder(root, directory.relative_to(root).parts, is_private)
         self._state = self._folder / STATE_DIRECTORY
-        self._parts = PartsFolder(self._state / "parts")
-        self._validators = self._state / "validators"
+        self._parts = PartialFiles(self._state / "parts")
+        self._metadata = self._state / "validators"
         self._source = source
 
     def fall_back(self, error: CacheUnavailableError) -> bool:
@@ -150,18 +150,18 @@ class ArtifactCache:
         now, status = self._status(name), os.fstat(file.fileno())
         return now is not None and (now.st_size, now.st_mtime_ns) == (status.st_size, status.st_mtime_ns)
 
-    def is_known(self, shard: Shard, claim: str) -> bool | None:
-        """Whether the shard's file is what the manifest says, as far as is remembered: see `Validator.judge`."""
-        validator, status = self.validator(shard.data_path), self._status(shard.data_path)
-        return None if validator is None or status is None else validator.judge(status, shard, claim)
+    def is_known(self, shard: Shard, content_id: str) -> bool | None:
+        """Whether the shard's file is what the manifest says, as far as is remembered: see `FileMetadata.compare`."""
+        metadata, status = self.metadata(shard.data_path), self._status(shard.data_path)
+        return None if metadata is None or status is None else metadata.compare(status, shard, content_id)
 
     def is_intact(self, name: str) -> bool:
         """Whether the file is as it was published, by size and time, be it of this version or another."""
         status = self._status(name)
         if status is None:
             return False
-        validator = self.validator(name)
-        return validator is not None and validator.is_of(status)
+        metadata = self.metadata(name)
+        return metadata is not None and metadata.is_unchanged(status)
 
     def read(self, name: str, limit: int) -> bytes | None:
         """The content of a small published file, up to `limit` bytes."""
@@ -179,24 +179,31 @@ class ArtifactCache:
         data = self.read(name, limit)
         return data is not None and hashlib.sha256(data).hexdigest() == digest
 
-    def validator(self, name: str) -> Validator | None:
+    def metadata(self, name: str) -> FileMetadata | None:
         """What is known of the file; None if nothing is, or what is known cannot be read."""
         with self._reporting(name):
-            note = read_note(self._validators, f"{flat_name(name)}.json")
-        return None if note is None else Validator.from_note(note)
+            note = read_note(self._metadata, f"{flat_name(name)}.json")
+        return None if note is None else FileMetadata.from_note(note)
 
     # --- writing
 
     @contextlib.contextmanager
-    def part(self, name: str) -> Iterator[Part]:
+    def part(self, name: str) -> Iterator[PartialFile]:
         """A new part for the file `name`. At the end of the block it is closed, and kept if it is of further use."""
         with self._reporting(name):
             self._make(self._parts.folder)
             with self._parts.new(flat_name(name)) as part:
                 yield part
 
-    def copy_longest_part(
-        self, part: Part, shard: Shard, claim: str, check: Callable[[], None], *, is_checked: bool, is_alone: bool
+    def copy_longest_partial(
+        self,
+        part: PartialFile,
+        shard: Shard,
+        content_id: str,
+        check: Callable[[], None],
+        *,
+        is_checked: bool,
+        is_exclusive: bool,
     ) -> None:
         """Begin the new `part` of a shard with what somebody else has of it.
 
@@ -204,59 +211,61 @@ class ArtifactCache:
         ----------
         part : Part
         shard : Shard
-        claim : str
+        content_id : str
             What the manifest says of the shard's content: parts with another claim are not used.
         check : callable
             Called now and then; may raise to end it.
         is_checked : bool
             Whether a digest will show what a crash of the system has torn.
-        is_alone : bool
+        is_exclusive : bool
             Whether nobody else writes parts of this shard now, so that those which were found can be removed.
         """
 
-        def is_usable(origin: Origin) -> bool:
-            return origin.claim == claim and (is_checked or origin.has_lasted)
+        def is_usable(origin: PartialSource) -> bool:
+            return origin.content_id == content_id and (is_checked or origin.is_trustworthy)
 
         with self._reporting(shard.data_path):
             found = self._parts.copy_longest(part, shard.nbytes, is_usable, check)
-        if is_alone:
+        if is_exclusive:
             for file_name in found:
                 self._parts.remove(file_name)
 
-    def open_some(self, shard: Shard, claim: str, wanted: Spans) -> BinaryIO | None:
+    def open_some(self, shard: Shard, content_id: str, wanted: ByteRanges) -> BinaryIO | None:
         """A file of the shard's size that has the wanted bytes, fetched without the rest; None if there is none.
 
         They were compared with no digest.
         """
 
-        def is_usable(origin: Origin) -> bool:
-            return origin.claim == claim and origin.has_lasted
+        def is_usable(origin: PartialSource) -> bool:
+            return origin.content_id == content_id and origin.is_trustworthy
 
         with self._reporting(shard.data_path):
             return self._parts.open_with(flat_name(shard.data_path), wanted, shard.nbytes, is_usable)
 
-    def turn(
+    def acquire_or_wait(
         self, name: str, is_there: Callable[[], bool], sleep: Callable[[float], None]
-    ) -> AbstractContextManager[Turn | None]:
-        """Wait until this thread should download the file `name`, or it is there: see `ndcache.locks.turn`."""
+    ) -> AbstractContextManager[DownloadLock | None]:
+        """Wait until this thread should download the file `name`, or it is there: see `lock.acquire_or_wait`."""
         with self._reporting(name):
             locks = self._make(self._state / "locks")
         path = locks.path / flat_name(name)
-        return turn(path, is_there=is_there, progress=lambda: self._parts.progress(flat_name(name)), sleep=sleep)
+        return acquire_or_wait(
+            path, is_there=is_there, progress=lambda: self._parts.progress(flat_name(name)), sleep=sleep
+        )
 
-    def settle(self, part: Part, shard: Shard) -> BinaryIO:
+    def keep_with_holes(self, part: PartialFile, shard: Shard) -> BinaryIO:
         """Keep a part that has what is wanted of a shard, for `open_some`; it comes back open for reading."""
         with self._reporting(shard.data_path):
-            return part.settle(shard.nbytes)
+            return part.keep_with_holes(shard.nbytes)
 
     def publish(
         self,
-        part: Part,
+        part: PartialFile,
         name: str,
         *,
         etag: str | None = None,
         last_modified: str | None = None,
-        claim: str | None = None,
+        content_id: str | None = None,
     ) -> BinaryIO:
         """Give a complete and checked part its name; it comes back open for reading, whoever takes the name away again.
 
@@ -273,30 +282,30 @@ class ArtifactCache:
             part.file.close()
             folder, last = self._place(name)
             folder.make()
-            file = give_name(part, folder, last, lambda: self.set_aside(name))
+            file = give_name(part, folder, last, lambda: self.quarantine(name))
             try:
                 folder.sync()
-                known = Validator(status.st_size, status.st_mtime_ns, part.digests, etag, last_modified, claim)
+                known = FileMetadata(status.st_size, status.st_mtime_ns, part.digests, etag, last_modified, content_id)
                 now = folder.status(last)
                 # Somebody else's file may have taken its name by now.
-                if now is not None and (os.path.samestat(now, status) if are_inodes_told else known.is_of(now)):
+                if now is not None and (os.path.samestat(now, status) if are_inodes_told else known.is_unchanged(now)):
                     self.try_to_remember(name, replace(known, mtime_ns=now.st_mtime_ns))
-                if claim is not None:  # a shard: whoever else downloads it will find it here
+                if content_id is not None:  # a shard: whoever else downloads it will find it here
                     self._parts.remove_all(flat_name(name))
             except BaseException:
                 file.close()
                 raise
         return file
 
-    def remember(self, name: str, validator: Validator) -> None:
+    def remember(self, name: str, metadata: FileMetadata) -> None:
         """Keep what is known of a published file; losing it in a crash only costs reading the file again."""
         with self._reporting(name):
             if not self._folder.exists():
                 raise FileNotFoundError(errno.ENOENT, "the model was deleted just now", str(self.directory))
-            self._make(self._validators)
-            self._write_note(self._validators, f"{flat_name(name)}.json", asdict(validator))
+            self._make(self._metadata)
+            self._write_note(self._metadata, f"{flat_name(name)}.json", metadata.to_note())
 
-    def try_to_remember(self, name: str, validator: Validator) -> bool:
+    def try_to_remember(self, name: str, metadata: FileMetadata) -> bool:
         """The same where it does not matter: a cache that is full or read-only forgets, and checks again.
 
         Returns
@@ -305,14 +314,14 @@ class ArtifactCache:
             Whether it is remembered.
         """
         try:
-            self.remember(name, validator)
+            self.remember(name, metadata)
         except UnsafeCacheError:
             raise
         except OSError:
             return False
         return True
 
-    def set_aside(self, name: str, file: BinaryIO | None = None) -> None:
+    def quarantine(self, name: str, file: BinaryIO | None = None) -> None:
         """Take a bad file out of the way, without destroying the evidence if that can be helped.
 
         `file` is the open bad one, which may have lost its name to a good one in the meantime.
@@ -331,7 +340,7 @@ class ArtifactCache:
 
     # --- tidying
 
-    def tidy(self, manifest: Manifest, others: Callable[[], Iterable[Manifest]]) -> None:
+    def prune(self, manifest: Manifest, others: Callable[[], Iterable[Manifest]]) -> None:
         """Remove what is of no use any more: shards of former versions, and what interrupted loads left.
 
         Parameters
@@ -342,10 +351,10 @@ class ArtifactCache:
             Gives the other manifests whose shards are kept; called only if there is something in question.
         """
         with self._reporting():
-            remove_graves(self._folder)
+            empty_trash(self._folder)
             remove_idle_copies(self._folder, _IDLE_SECONDS)
             shards = {flat_name(shard.data_path): shard for shard in manifest.shards}
-            published = {entry.removesuffix(".json") for entry in self._validators.entries()}
+            published = {entry.removesuffix(".json") for entry in self._metadata.entries()}
             under_way = self._parts.names() | set((self._state / "locks").entries())
             if (published | under_way) - shards.keys() - {flat_name(manifest.name)}:
                 shards.update((flat_name(shard.data_path), shard) for other in others() for shard in other.shards)
@@ -355,31 +364,31 @@ class ArtifactCache:
                     with contextlib.suppress(UnsafePathError, UnsafeCacheError):  # a note with a crafted name
                         self._remove_if_shard(unflat(name))
             for name in under_way:
-                self._tidy_parts(name, shards.get(name))
+                self._prune_partials(name, shards.get(name))
 
-    def _tidy_parts(self, flat: str, shard: Shard | None) -> None:
+    def _prune_partials(self, flat: str, shard: Shard | None) -> None:
         if shard is None:
             self._parts.remove_idle(flat, _IDLE_SECONDS)
         elif self.has(shard):
-            known = self.validator(shard.data_path)
-            self._parts.remove_idle(flat, _IDLE_SECONDS, None if known is None else known.claim)
+            known = self.metadata(shard.data_path)
+            self._parts.remove_idle(flat, _IDLE_SECONDS, None if known is None else known.content_id)
             _unlink(self._state / "locks", flat)
 
     def _remove_if_shard(self, name: str) -> None:
         check_path(name)  # no shard's name leads out of here
-        validator = self.validator(name)
-        if validator is not None and validator.claim is not None:  # not a manifest, or some other file
+        metadata = self.metadata(name)
+        if metadata is not None and metadata.content_id is not None:  # not a manifest, or some other file
             _unlink(*self._place(name))
-            _unlink(self._validators, f"{flat_name(name)}.json")
+            _unlink(self._metadata, f"{flat_name(name)}.json")
             _unlink(self._state / "locks", flat_name(name))
 
-    def make_room(self, shards: Iterable[Shard]) -> None:
+    def evict_partials(self, shards: Iterable[Shard]) -> None:
         """Remove what interrupted loads have left of these shards, unless somebody is at work on them."""
         with self._reporting():
             for shard in shards:
                 flat = flat_name(shard.data_path)
                 if self._parts.of(flat):
-                    with if_free(self._make(self._state / "locks").path / flat) as is_free:
+                    with try_lock(self._make(self._state / "locks").path / flat) as is_free:
                         if is_free:
                             self._parts.remove_all(flat)
 
@@ -389,7 +398,7 @@ class ArtifactCache:
             found = [entry for entry in self._folder.entries() if entry.endswith(".json")]
         return [entry for entry in found if self.size(entry) is not None]
 
-    def ensure_room(self, nbytes: int) -> None:
+    def check_free_space(self, nbytes: int) -> None:
         """Raise `DiskFullError` unless the disk has room for `nbytes` more, or does not say.
 
         Raises

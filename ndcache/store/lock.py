@@ -23,7 +23,7 @@ from ..errors import UnsafeCacheError
 from ..files.descriptors import check_shortage
 from ..files.folder import NO_LINKS
 
-__all__ = ["Turn", "if_free", "turn"]
+__all__ = ["DownloadLock", "acquire_or_wait", "try_lock"]
 
 #: Seconds without a sign of progress after which a lock's holder is taken for dead: drawn from this range, so that of
 #: many who wait one goes first and the others see its progress.
@@ -35,23 +35,23 @@ _work_in: dict[Path, bool] = {}
 
 
 @dataclass(frozen=True)
-class Turn:
+class DownloadLock:
     """One's turn to download a file.
 
     Attributes
     ----------
-    is_alone : bool
+    is_exclusive : bool
         Whether the lock is held and nobody else can hold it. If not, the one who holds it is too slow, or locks do not
         work here.
     """
 
-    is_alone: bool
+    is_exclusive: bool
 
 
 @contextlib.contextmanager
-def turn(
+def acquire_or_wait(
     path: Path, *, is_there: Callable[[], bool], progress: Callable[[], Hashable], sleep: Callable[[float], None]
-) -> Iterator[Turn | None]:
+) -> Iterator[DownloadLock | None]:
     """Wait for one's turn to download a file, or until somebody else has done it.
 
     Parameters
@@ -76,7 +76,7 @@ def turn(
         yield None
         return
     try:
-        yield Turn(is_alone=is_held and _excludes_others(path))
+        yield DownloadLock(is_exclusive=is_held and _excludes_others(path))
         if is_held and is_there():
             with contextlib.suppress(OSError):
                 os.unlink(path)  # while it is held: whoever waits for it will see the file, and not need it
@@ -86,7 +86,7 @@ def turn(
 
 
 @contextlib.contextmanager
-def if_free(path: Path) -> Iterator[bool]:
+def try_lock(path: Path) -> Iterator[bool]:
     """Whether nobody holds the lock; nobody else gets it in the block then."""
     lock = _lock(path)
     is_held = _try(lock, is_prepared=True)

@@ -21,15 +21,15 @@ from ..errors import CacheUnavailableError, NdcacheError
 from ..files.descriptors import check_exhausted, check_shortage
 from ..files.folder import Folder
 from ..format.manifest import Shard
-from .directory import ArtifactCache
-from .lock import Turn
-from .partial import Part
-from .ranges import Spans
+from .directory import ModelDirectory
+from .lock import DownloadLock
+from .partial import PartialFile
+from .ranges import ByteRanges
 
 __all__ = ["CacheOrMemory"]
 
 
-class CacheOrMemory(ArtifactCache):
+class CacheOrMemory(ModelDirectory):
     """A cache directory that gives what it has, and keeps new files as long as it can; after that they go to memory.
 
     Parameters
@@ -41,7 +41,7 @@ class CacheOrMemory(ArtifactCache):
     why_not_kept : str, optional
         Why the cache has no place.
     root, is_private
-        See `ArtifactCache`.
+        See `ModelDirectory`.
 
     Attributes
     ----------
@@ -90,23 +90,23 @@ class CacheOrMemory(ArtifactCache):
         except CacheUnavailableError:
             return None
 
-    def open_some(self, shard: Shard, claim: str, wanted: Spans) -> BinaryIO | None:
+    def open_some(self, shard: Shard, content_id: str, wanted: ByteRanges) -> BinaryIO | None:
         try:
-            return super().open_some(shard, claim, wanted)
+            return super().open_some(shard, content_id, wanted)
         except CacheUnavailableError:
             return None
 
     # --- writing
 
-    def ensure_room(self, nbytes: int) -> None:
+    def check_free_space(self, nbytes: int) -> None:
         if self.why_not_kept is None:
             try:
-                super().ensure_room(nbytes)
+                super().check_free_space(nbytes)
             except CacheUnavailableError as error:
                 self.fall_back(error)
 
     @contextlib.contextmanager
-    def part(self, name: str) -> Iterator[Part]:
+    def part(self, name: str) -> Iterator[PartialFile]:
         if self.why_not_kept is None:
             with super().part(name) as part:
                 yield part
@@ -114,48 +114,65 @@ class CacheOrMemory(ArtifactCache):
             with _new_part(name) as part:
                 yield part
 
-    def copy_longest_part(
-        self, part: Part, shard: Shard, claim: str, check: Callable[[], None], *, is_checked: bool, is_alone: bool
+    def copy_longest_partial(
+        self,
+        part: PartialFile,
+        shard: Shard,
+        content_id: str,
+        check: Callable[[], None],
+        *,
+        is_checked: bool,
+        is_exclusive: bool,
     ) -> None:
         try:
-            super().copy_longest_part(part, shard, claim, check, is_checked=is_checked, is_alone=is_alone)
+            super().copy_longest_partial(
+                part, shard, content_id, check, is_checked=is_checked, is_exclusive=is_exclusive
+            )
         except CacheUnavailableError:
-            if not isinstance(part, _PartInMemory):
+            if not isinstance(part, _PartialInMemory):
                 raise  # what others left may not be read, and is not needed
 
-    def turn(
+    def acquire_or_wait(
         self, name: str, is_there: Callable[[], bool], sleep: Callable[[float], None]
-    ) -> AbstractContextManager[Turn | None]:
+    ) -> AbstractContextManager[DownloadLock | None]:
         # What is in memory is of no use to anybody else, so nobody waits for it.
-        return super().turn(name, is_there, sleep) if self.why_not_kept is None else contextlib.nullcontext(Turn(False))
+        return (
+            super().acquire_or_wait(name, is_there, sleep)
+            if self.why_not_kept is None
+            else contextlib.nullcontext(DownloadLock(False))
+        )
 
-    def settle(self, part: Part, shard: Shard) -> BinaryIO:
-        return part.settle(shard.nbytes) if isinstance(part, _PartInMemory) else super().settle(part, shard)
+    def keep_with_holes(self, part: PartialFile, shard: Shard) -> BinaryIO:
+        return (
+            part.keep_with_holes(shard.nbytes)
+            if isinstance(part, _PartialInMemory)
+            else super().keep_with_holes(part, shard)
+        )
 
     def publish(
         self,
-        part: Part,
+        part: PartialFile,
         name: str,
         *,
         etag: str | None = None,
         last_modified: str | None = None,
-        claim: str | None = None,
+        content_id: str | None = None,
     ) -> BinaryIO:
-        if isinstance(part, _PartInMemory):
+        if isinstance(part, _PartialInMemory):
             return part.opened_again()
-        return super().publish(part, name, etag=etag, last_modified=last_modified, claim=claim)
+        return super().publish(part, name, etag=etag, last_modified=last_modified, content_id=content_id)
 
-    def set_aside(self, name: str, file: BinaryIO | None = None) -> None:
+    def quarantine(self, name: str, file: BinaryIO | None = None) -> None:
         try:
-            super().set_aside(name, file)
+            super().quarantine(name, file)
         except CacheUnavailableError as error:
             self.fall_back(error)  # a good one is used instead, and this one found bad again by the next load
 
 
-class _PartInMemory(Part):
+class _PartialInMemory(PartialFile):
     """A partial file without a name. Nobody else can go on from it, so there is no note of what it has."""
 
-    def settle(self, nbytes: int) -> BinaryIO:
+    def keep_with_holes(self, nbytes: int) -> BinaryIO:
         self.file.truncate(nbytes)
         return self.opened_again()
 
@@ -177,10 +194,10 @@ class _PartInMemory(Part):
 
 
 @contextlib.contextmanager
-def _new_part(name: str) -> Iterator[Part]:
+def _new_part(name: str) -> Iterator[PartialFile]:
     part = None
     try:
-        part = _PartInMemory(Folder(Path(os.devnull)), name)
+        part = _PartialInMemory(Folder(Path(os.devnull)), name)
         yield part
     except NdcacheError:
         raise

@@ -7,12 +7,12 @@ import os
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ..format.manifest import Shard
 
-__all__ = ["Validator", "may_blame_condition", "settled_date"]
+__all__ = ["FileMetadata", "may_blame_condition", "settled_date"]
 
 #: ETags that can be sent back: any in quotes, and without them what several servers give. Not ``*`` or ``""``, which
 #: could be of any version.
@@ -26,7 +26,7 @@ _UNITS = (2 * 10**9, 10**9, 10**6, 10**3, 100)
 
 
 @dataclass(frozen=True)
-class Validator:
+class FileMetadata:
     """What was true of a file when it was published.
 
     An ETag or a date that cannot be sent back is dropped: from an answer, and from a note of any age.
@@ -39,8 +39,8 @@ class Validator:
         Those that were computed from its bytes and found right, by algorithm.
     etag, last_modified : str or None
         What the server called this version.
-    claim : str or None
-        What the manifest said of it, or several ones did, each in its line; see `agrees`.
+    content_id : str or None
+        What the manifest said of it, or several ones did, each in its line; see `compare_content`.
     """
 
     nbytes: int
@@ -48,7 +48,7 @@ class Validator:
     digests: Mapping[str, str] = field(default_factory=dict)
     etag: str | None = None
     last_modified: str | None = None
-    claim: str | None = None
+    content_id: str | None = None
 
     def __post_init__(self) -> None:
         if self.etag is not None and not _ETAG.fullmatch(self.etag):
@@ -73,7 +73,7 @@ class Validator:
             return headers.get("ETag", self.etag).removeprefix("W/") == self.etag.removeprefix("W/")
         return headers.get("Last-Modified", self.last_modified) == self.last_modified
 
-    def is_of(self, status: os.stat_result) -> bool:
+    def is_unchanged(self, status: os.stat_result) -> bool:
         """Whether a file is still the one that was published, by size and time.
 
         Where it was copied to, times may be coarser: an image's layers have whole seconds, FAT two of them. The time
@@ -85,21 +85,28 @@ class Validator:
         now, then = status.st_mtime_ns, self.mtime_ns
         return now == then or any(now == then - then % unit for unit in _UNITS)
 
+    def to_note(self) -> dict[str, Any]:
+        """Return the fields under the names that they have on disk."""
+        note = asdict(self)
+        note["claim"] = note.pop("content_id")
+        return note
+
     @classmethod
-    def from_note(cls, note: Mapping[str, Any]) -> Validator | None:
-        """What was noted, if it has the right form."""
+    def from_note(cls, note: Mapping[str, Any]) -> FileMetadata | None:
+        """Return what was noted, or None if it does not have the right form."""
+        fields = {"content_id" if name == "claim" else name: value for name, value in note.items()}
         try:
-            found = cls(**note)
+            found = cls(**fields)
         except TypeError:
             return None
-        texts = (found.etag, found.last_modified, found.claim)
+        texts = (found.etag, found.last_modified, found.content_id)
         if not all(isinstance(text, (str, type(None))) for text in texts) or not _are_digests(found.digests):
             return None
         if not type(found.nbytes) is type(found.mtime_ns) is int:
             return None
         return found
 
-    def judge(self, status: os.stat_result, shard: Shard, claim: str) -> bool | None:
+    def compare(self, status: os.stat_result, shard: Shard, content_id: str) -> bool | None:
         """Whether a file is what the manifest says of the shard; None if that cannot be told.
 
         What is remembered of its content holds if its size and time are those it was published with. Without them, a
@@ -110,20 +117,20 @@ class Validator:
         status : os.stat_result
             Of the file.
         shard : Shard
-        claim : str
-            See `agrees`.
+        content_id : str
+            See `compare_content`.
         """
-        if self.is_of(status):
-            return self.agrees(shard, claim)
-        return None if shard.digests or self.has_claim(claim) else False
+        if self.is_unchanged(status):
+            return self.compare_content(shard, content_id)
+        return None if shard.digests or self.has_content_id(content_id) else False
 
-    def agrees(self, shard: Shard, claim: str) -> bool | None:
+    def compare_content(self, shard: Shard, content_id: str) -> bool | None:
         """Whether this was a file of what the manifest now says of the shard; None if that cannot be told.
 
         Parameters
         ----------
         shard : Shard
-        claim : str
+        content_id : str
             What the manifest says of the shard's content: a digest, or else the manifest's name and own digest, as any
             change of the manifest may be one of the shard.
         """
@@ -132,18 +139,18 @@ class Validator:
                 return False
             return True if common == shard.digests.keys() else None
         if shard.digests:
-            return None if self.claim in (None, claim) else False
-        return self.has_claim(claim)
+            return None if self.content_id in (None, content_id) else False
+        return self.has_content_id(content_id)
 
-    def has_claim(self, claim: str) -> bool:
+    def has_content_id(self, content_id: str) -> bool:
         """Whether the file was found right for this claim."""
-        return self.claim is not None and claim in self.claim.split("\n")
+        return self.content_id is not None and content_id in self.content_id.split("\n")
 
-    def with_claim(self, claim: str) -> Validator:
+    def with_content_id(self, content_id: str) -> FileMetadata:
         """The same of a file that was found right for one more claim: those of other manifests are still true."""
-        name = claim.partition(" ")[0]
-        others = [old for old in (self.claim or "").split("\n") if old and old.partition(" ")[0] != name]
-        return replace(self, claim="\n".join([claim, *others]))
+        name = content_id.partition(" ")[0]
+        others = [old for old in (self.content_id or "").split("\n") if old and old.partition(" ")[0] != name]
+        return replace(self, content_id="\n".join([content_id, *others]))
 
 
 def may_blame_condition(status: int | None) -> bool:

@@ -26,9 +26,9 @@ from ..errors import TransferError
 from ..files.folder import Folder, sync
 from ..files.notes import read_note, sendable, write_note
 from ..format.digests import new_digest
-from .ranges import Spans
+from .ranges import ByteRanges
 
-__all__ = ["Origin", "Part", "PartsFolder"]
+__all__ = ["PartialFile", "PartialFiles", "PartialSource"]
 
 _BUFFER_BYTES = 1 << 20
 #: Bytes that may come before a note says which there are: the most that a process that is killed loses.
@@ -42,7 +42,7 @@ _NAME = re.compile(r"(?P<name>.+?)\.[0-9a-f]{16}(\.json\.[0-9a-f]{16})?", re.DOT
 
 
 @dataclass(frozen=True)
-class Origin:
+class PartialSource:
     """Where the bytes of a part come from.
 
     Attributes
@@ -51,8 +51,8 @@ class Origin:
         Without secrets.
     etag : str
         The strong ETag of this version.
-    claim : str
-        What the manifest said of the content when they came; see `Validator.agrees`.
+    content_id : str
+        What the manifest said of the content when they came; see `FileMetadata.compare_content`.
     sha256 : str or None
         What the server said of the content.
     boot : str
@@ -62,17 +62,28 @@ class Origin:
 
     url: str
     etag: str
-    claim: str
+    content_id: str
     sha256: str | None
     boot: str
 
+    def to_note(self) -> dict[str, Any]:
+        """Return the fields under the names that they have on disk."""
+        note = asdict(self)
+        note["claim"] = note.pop("content_id")
+        return note
+
+    @classmethod
+    def from_note(cls, note: Mapping[str, str]) -> PartialSource:
+        """Return what was noted; raise TypeError if a field is missing or unknown."""
+        return cls(**{"content_id" if name == "claim" else name: text for name, text in note.items()})
+
     @property
-    def has_lasted(self) -> bool:
+    def is_trustworthy(self) -> bool:
         """Whether all that was written is still there, so far as can be told."""
         return self.boot == _SYNCED or (bool(self.boot) and self.boot == _boot())
 
 
-class Part:
+class PartialFile:
     """A file being written, private to its writers until it is published.
 
     Its bytes may come in any order, from several threads. Digests are computed in order: of what comes when it is its
@@ -92,7 +103,7 @@ class Part:
         Open for reading and writing.
     file_name : str
         Its name in the folder for now.
-    spans : Spans
+    ranges : ByteRanges
         What has come.
     furthest : int
         The most bytes that there were, before it was begun anew.
@@ -109,7 +120,7 @@ class Part:
         self.name = name
         self._digests: dict[str, Any] = {}
         self.furthest = 0
-        self.origin: Origin | None = None
+        self.origin: PartialSource | None = None
         self._lock = threading.Lock()
         self._hashing = threading.Lock()
         self._open()
@@ -122,7 +133,7 @@ class Part:
     @property
     def nbytes(self) -> int:
         """Bytes from the beginning on that have come."""
-        return self.spans.prefix
+        return self.ranges.prefix
 
     def write(self, data: bytes) -> None:
         """Append `data` to what has come from the beginning on."""
@@ -141,8 +152,8 @@ class Part:
             count = _write_at(self.file, rest, at)  # a disk that fills up takes a part first
             rest, at = rest[count:], at + count
         with self._lock:
-            self.spans.add(start, at)
-            self.furthest = max(self.furthest, self.spans.nbytes)
+            self.ranges.add(start, at)
+            self.furthest = max(self.furthest, self.ranges.nbytes)
             self._not_noted += len(data)
             if self._is_scattered and self._not_noted >= _NOTE_BYTES:
                 self._write_note()
@@ -198,13 +209,13 @@ class Part:
                 self._feed_back({algorithm: digest}, start, min(self._hashed, start + _BUFFER_BYTES))
             self._digests[algorithm] = digest
 
-    def comes_from(self, url: str, etag: str, claim: str, sha256: str | None) -> None:
+    def comes_from(self, url: str, etag: str, content_id: str, sha256: str | None) -> None:
         """Note where the bytes come from that will be written, or have just been copied."""
-        self.origin = Origin(url, etag, claim, sha256, _boot())
+        self.origin = PartialSource(url, etag, content_id, sha256, _boot())
         with self._lock:
             self._write_note()
 
-    def settle(self, nbytes: int) -> BinaryIO:
+    def keep_with_holes(self, nbytes: int) -> BinaryIO:
         """Keep what has come of a file of `nbytes` bytes, for good; it comes back open for reading, with its holes."""
         assert self.origin is not None
         with self._lock:
@@ -239,7 +250,7 @@ class Part:
 
     def _open(self) -> None:
         self.file_name = f"{self.name}.{secrets.token_hex(8)}"
-        self.spans = Spans()
+        self.ranges = ByteRanges()
         self.origin = None
         self._is_scattered = False
         self._hashed = self._not_noted = 0
@@ -260,22 +271,22 @@ class Part:
     def _write_note(self) -> None:
         if self.origin is None:
             return
-        content = {**asdict(self.origin), **({"spans": list(self.spans)} if self._is_scattered else {})}
+        content = {**self.origin.to_note(), **({"spans": list(self.ranges)} if self._is_scattered else {})}
         note = _note(self.file_name)
         write_note(self.folder, note, content, (self.folder, f"{note}.{secrets.token_hex(8)}"))
         self._not_noted = 0
 
 
 @dataclass(frozen=True)
-class PartsFolder:
+class PartialFiles:
     """The folder that has the parts of one model, if it exists."""
 
     folder: Folder
 
     @contextlib.contextmanager
-    def new(self, name: str) -> Iterator[Part]:
+    def new(self, name: str) -> Iterator[PartialFile]:
         """A new part of the file `name`, closed at the end of the block, and kept if somebody could go on from it."""
-        part = Part(self.folder, name)
+        part = PartialFile(self.folder, name)
         try:
             yield part
         except OSError as error:
@@ -284,11 +295,11 @@ class PartsFolder:
             raise
         finally:
             part.close()
-            if not part.spans.nbytes or part.origin is None:
+            if not part.ranges.nbytes or part.origin is None:
                 part.discard()
 
     def copy_longest(
-        self, part: Part, limit: int, is_usable: Callable[[Origin], bool], check: Callable[[], None]
+        self, part: PartialFile, limit: int, is_usable: Callable[[PartialSource], bool], check: Callable[[], None]
     ) -> list[str]:
         """Copy into the new `part` the longest one that somebody left of the same file.
 
@@ -307,17 +318,19 @@ class PartsFolder:
         list of str
             The names of the parts that are of no use any more, unless their writers still live.
         """
-        found = sorted(self._left_by_others(part, limit, is_usable), key=lambda item: item.spans.nbytes, reverse=True)
+        found = sorted(self._left_by_others(part, limit, is_usable), key=lambda item: item.ranges.nbytes, reverse=True)
         for left in found:
-            if left.origin is not None and left.spans.nbytes and not part.spans.nbytes:
+            if left.origin is not None and left.ranges.nbytes and not part.ranges.nbytes:
                 _copy(self.folder, part, left, check)
         return [left.file_name for left in found]
 
-    def open_with(self, name: str, wanted: Spans, nbytes: int, is_usable: Callable[[Origin], bool]) -> BinaryIO | None:
+    def open_with(
+        self, name: str, wanted: ByteRanges, nbytes: int, is_usable: Callable[[PartialSource], bool]
+    ) -> BinaryIO | None:
         """A part of the file `name` that has all that is wanted, and the whole file's size; None if there is none."""
         for file_name in self.of(name):
             left = _look(self.folder, file_name, nbytes, is_usable)
-            if left is not None and left.origin is not None and not wanted.without(left.spans):
+            if left is not None and left.origin is not None and not wanted.without(left.ranges):
                 file = _open(self.folder, file_name)
                 if file is not None:
                     if os.fstat(file.fileno()).st_size == nbytes:
@@ -325,7 +338,9 @@ class PartsFolder:
                     file.close()
         return None
 
-    def _left_by_others(self, part: Part, limit: int, is_usable: Callable[[Origin], bool]) -> Iterator[_Left]:
+    def _left_by_others(
+        self, part: PartialFile, limit: int, is_usable: Callable[[PartialSource], bool]
+    ) -> Iterator[_FoundPartial]:
         for file_name in self.of(part.name):
             if file_name != part.file_name:
                 left = _look(self.folder, file_name, limit, is_usable)
@@ -355,11 +370,11 @@ class PartsFolder:
         for file_name in self.of(name):
             _remove(self.folder, file_name)
 
-    def remove_idle(self, name: str, seconds: float, claim: str | None = None) -> None:
+    def remove_idle(self, name: str, seconds: float, content_id: str | None = None) -> None:
         """Remove the parts of `name` that nobody has written to for so long, or that have this claim."""
         for file_name in self.of(name):
             origin, _ = _read_note(self.folder, file_name)
-            if self._idle_seconds(file_name) > seconds or (origin is not None and origin.claim == claim):
+            if self._idle_seconds(file_name) > seconds or (origin is not None and origin.content_id == content_id):
                 _remove(self.folder, file_name)
 
     def names(self) -> set[str]:
@@ -385,34 +400,36 @@ class PartsFolder:
 
 
 @dataclass(frozen=True)
-class _Left:
+class _FoundPartial:
     """A part that somebody left, or still writes. It has no origin if it is of no use."""
 
     file_name: str
-    origin: Origin | None
-    spans: Spans
+    origin: PartialSource | None
+    ranges: ByteRanges
 
 
-def _look(folder: Folder, file_name: str, limit: int, is_usable: Callable[[Origin], bool]) -> _Left | None:
+def _look(
+    folder: Folder, file_name: str, limit: int, is_usable: Callable[[PartialSource], bool]
+) -> _FoundPartial | None:
     """What there is of a part; None if there is none."""
     origin, noted = _read_note(folder, file_name)
     status = folder.status(file_name)
     if status is None or not stat.S_ISREG(status.st_mode):
         return None
-    spans = Spans([(0, status.st_size)]) if noted is None else noted
-    if origin is None or not origin.etag or not is_usable(origin) or spans.end > min(limit, status.st_size):
-        return _Left(file_name, None, Spans())
-    return _Left(file_name, origin, spans)
+    ranges = ByteRanges([(0, status.st_size)]) if noted is None else noted
+    if origin is None or not origin.etag or not is_usable(origin) or ranges.end > min(limit, status.st_size):
+        return _FoundPartial(file_name, None, ByteRanges())
+    return _FoundPartial(file_name, origin, ranges)
 
 
-def _copy(folder: Folder, part: Part, left: _Left, check: Callable[[], None]) -> None:
+def _copy(folder: Folder, part: PartialFile, left: _FoundPartial, check: Callable[[], None]) -> None:
     file = _open(folder, left.file_name)
     if file is None:
         return
     assert left.origin is not None
     with file:
-        part.comes_from(left.origin.url, left.origin.etag, left.origin.claim, left.origin.sha256)
-        for start, end in left.spans:
+        part.comes_from(left.origin.url, left.origin.etag, left.origin.content_id, left.origin.sha256)
+        for start, end in left.ranges:
             at = start
             while at < end:
                 check()
@@ -451,16 +468,16 @@ def _note(file_name: str) -> str:
     return f"{file_name}.json"
 
 
-def _read_note(folder: Folder, file_name: str) -> tuple[Origin | None, Spans | None]:
+def _read_note(folder: Folder, file_name: str) -> tuple[PartialSource | None, ByteRanges | None]:
     """Where a part's bytes come from, and which there are if its size does not say so."""
     note = dict(read_note(folder, _note(file_name)) or {})
-    spans = note.pop("spans", None)
+    ranges = note.pop("spans", None)
     sha256 = note.get("sha256")
     is_digest = sha256 is None or (isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256) is not None)
     texts = {name: text for name, text in note.items() if isinstance(text, str) or (name == "sha256" and is_digest)}
     try:
-        origin = Origin(**texts)
-        noted = None if spans is None else _checked_spans(spans)
+        origin = PartialSource.from_note(texts)
+        noted = None if ranges is None else _checked_spans(ranges)
     except (TypeError, ValueError):
         return None, None
     if not is_digest:
@@ -468,11 +485,11 @@ def _read_note(folder: Folder, file_name: str) -> tuple[Origin | None, Spans | N
     return replace(origin, etag=sendable(origin.etag) or ""), noted
 
 
-def _checked_spans(noted: Iterable[Iterable[int]]) -> Spans:
-    spans = [(start, end) for start, end in noted]
-    if not all(type(start) is type(end) is int and 0 <= start <= end for start, end in spans):
+def _checked_spans(noted: Iterable[Iterable[int]]) -> ByteRanges:
+    ranges = [(start, end) for start, end in noted]
+    if not all(type(start) is type(end) is int and 0 <= start <= end for start, end in ranges):
         raise ValueError("not a list of stretches")
-    return Spans(spans)
+    return ByteRanges(ranges)
 
 
 def _remove(folder: Folder, file_name: str) -> None:

@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 from ..files.folder import Folder, is_gone, sync
 from ..format.paths import STATE_DIRECTORY
-from .partial import Part
+from .partial import PartialFile
 
 __all__ = ["give_name", "quarantine", "remove_idle_copies"]
 
@@ -23,7 +23,7 @@ __all__ = ["give_name", "quarantine", "remove_idle_copies"]
 _COPY = re.compile(re.escape(STATE_DIRECTORY) + r"\.[0-9a-f]{16}")
 
 
-def give_name(part: Part, folder: Folder, name: str, set_aside: Callable[[], None]) -> BinaryIO:
+def give_name(part: PartialFile, folder: Folder, name: str, quarantine: Callable[[], None]) -> BinaryIO:
     """Give a part, which is closed, the name of what it is a part of; it comes back open for reading.
 
     Parameters
@@ -31,7 +31,7 @@ def give_name(part: Part, folder: Folder, name: str, set_aside: Callable[[], Non
     part : Part
     folder : Folder
     name : str
-    set_aside : callable
+    quarantine : callable
         Takes a folder away that has this name.
 
     Raises
@@ -47,7 +47,7 @@ def give_name(part: Part, folder: Folder, name: str, set_aside: Callable[[], Non
         try:
             _rename(part, folder, name)
         except IsADirectoryError:
-            set_aside()
+            quarantine()
             _rename(part, folder, name)
         file = file or folder.open(name)
         if file is None:
@@ -59,7 +59,7 @@ def give_name(part: Part, folder: Folder, name: str, set_aside: Callable[[], Non
     return file
 
 
-def _rename(part: Part, folder: Folder, name: str) -> None:
+def _rename(part: PartialFile, folder: Folder, name: str) -> None:
     try:
         part.folder.replace(part.file_name, folder, name)
     except OSError as error:
@@ -68,7 +68,7 @@ def _rename(part: Part, folder: Folder, name: str) -> None:
         _copy_over(part, folder, name)
 
 
-def _copy_over(part: Part, folder: Folder, name: str) -> None:
+def _copy_over(part: PartialFile, folder: Folder, name: str) -> None:
     """Publish a part in a folder that nothing can be renamed into, by way of a copy that lies there."""
     fresh = f"{STATE_DIRECTORY}.{secrets.token_hex(8)}"
     source = part.folder.open(part.file_name)

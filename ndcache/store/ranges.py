@@ -5,26 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TypeAlias
 
-__all__ = ["Span", "Spans"]
+__all__ = ["ByteRange", "ByteRanges"]
 
 #: The first byte, and the one after the last.
-Span: TypeAlias = tuple[int, int]
+ByteRange: TypeAlias = tuple[int, int]
 
 
-class Spans:
+class ByteRanges:
     """A set of bytes of a file, as stretches in order that neither overlap nor touch.
 
     Parameters
     ----------
-    spans : iterable of Span
+    ranges : iterable of Span
     gap : int
         How many bytes there may be between two stretches that are made one: bytes that are not worth leaving out.
         Default 0.
     """
 
-    def __init__(self, spans: Iterable[Span] = (), *, gap: int = 0) -> None:
-        self._spans: list[Span] = []
-        for start, end in sorted(spans):
+    def __init__(self, ranges: Iterable[ByteRange] = (), *, gap: int = 0) -> None:
+        self._spans: list[ByteRange] = []
+        for start, end in sorted(ranges):
             if start == end:
                 continue
             if self._spans and start <= self._spans[-1][1] + gap:
@@ -33,7 +33,7 @@ class Spans:
             else:
                 self._spans.append((start, end))
 
-    def __iter__(self) -> Iterator[Span]:
+    def __iter__(self) -> Iterator[ByteRange]:
         return iter(self._spans)
 
     def __len__(self) -> int:
@@ -41,7 +41,7 @@ class Spans:
         return len(self._spans)
 
     def __repr__(self) -> str:
-        return f"Spans({self._spans})"
+        return f"ByteRanges({self._spans})"
 
     @property
     def nbytes(self) -> int:
@@ -64,9 +64,9 @@ class Spans:
             if last == start and (index + 1 == len(self._spans) or end < self._spans[index + 1][0]):
                 self._spans[index] = first, end  # what a file that is being written does nearly always
                 return
-        self._spans = Spans([*self._spans, (start, end)])._spans
+        self._spans = ByteRanges([*self._spans, (start, end)])._spans
 
-    def without(self, others: Spans) -> Spans:
+    def without(self, others: ByteRanges) -> ByteRanges:
         """What of these bytes is not among the others."""
         left = []
         for start, end in self:
@@ -76,4 +76,4 @@ class Spans:
                     left.append((at, max(at, first)))
                     at = last
             left.append((at, max(at, end)))
-        return Spans(left)
+        return ByteRanges(left)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from ..errors import CancelledError
 
-__all__ = ["Stop", "Watch", "is_ending", "raise_hidden_interrupt"]
+__all__ = ["Cancellation", "StallWatch", "is_ending", "raise_hidden_interrupt"]
 
 #: Bytes per second below which a server does not send but drips.
 _MIN_RATE = 1024
@@ -22,7 +22,7 @@ _MARKS = 20
 
 
 @dataclass(eq=False)
-class Watch:
+class StallWatch:
     """One request's wait for its server, as the thread sees it that may have to end it.
 
     Attributes
@@ -86,7 +86,7 @@ class Watch:
         for waker in list(self.wakers):
             waker()
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """End the wait if it is in vain."""
         if not self.waiting:
             self.restart()
@@ -104,7 +104,7 @@ class Watch:
 
 
 #: All there are, so that none whose consumer is gone holds up the end of the interpreter.
-_live: weakref.WeakSet[Stop] = weakref.WeakSet()
+_live: weakref.WeakSet[Cancellation] = weakref.WeakSet()
 _main_thread_has_ended = threading.Event()
 
 
@@ -125,9 +125,9 @@ def raise_hidden_interrupt(error: RuntimeError) -> None:
 
 def _main_thread_ends() -> None:
     _main_thread_has_ended.set()
-    for stop in list(_live):
-        if stop._is_abandoned:
-            stop.set()
+    for cancellation in list(_live):
+        if cancellation._is_abandoned:
+            cancellation.set()
 
 
 try:
@@ -143,7 +143,7 @@ if hasattr(os, "register_at_fork"):
 
 
 @dataclass(eq=False)
-class Stop:
+class Cancellation:
     """The order to stop, for all threads of one load.
 
     The caller's thread sets it; the workers look at it, sleep on it, and have their sockets shut under them by it, so
@@ -154,15 +154,15 @@ class Stop:
     ----------
     cancel : threading.Event, optional
         The caller's own event, looked at wherever this one is.
-    parent : Stop, optional
+    parent : Cancellation, optional
         One for more threads than these, which stops these as well; see `branch`.
     """
 
     cancel: threading.Event | None = None
-    parent: Stop | None = None
+    parent: Cancellation | None = None
     _pid: int = field(default_factory=os.getpid, init=False)
     _event: threading.Event = field(default_factory=threading.Event, init=False)
-    _watches: set[Watch] = field(default_factory=set, init=False)
+    _watches: set[StallWatch] = field(default_factory=set, init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
     _when_set: list[Callable[[], None]] = field(default_factory=list, init=False)
     _consumer: threading.Thread = field(default_factory=threading.current_thread, init=False)
@@ -171,9 +171,9 @@ class Stop:
     def __post_init__(self) -> None:
         _live.add(self)
 
-    def branch(self) -> Stop:
+    def branch(self) -> Cancellation:
         """A stop for some of the threads, which leaves the others alone."""
-        return Stop(parent=self)
+        return Cancellation(parent=self)
 
     @property
     def is_set(self) -> bool:
@@ -209,13 +209,13 @@ class Stop:
         self._consumer = threading.current_thread()
         self.check()
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """What the caller's thread does now and then while it waits: end what is cancelled, or waits in vain."""
         self.check()
         with self._lock:
             watches = list(self._watches)
         for watch in watches:
-            watch.look()
+            watch.poll()
 
     def check(self) -> None:
         """Raise `CancelledError` if the order has been given."""
@@ -240,7 +240,7 @@ class Stop:
             self._event.wait(left if self.cancel is None else min(left, 0.1))
         self.check()
 
-    def add(self, watch: Watch) -> None:
+    def add(self, watch: StallWatch) -> None:
         """End the wait of `watch` when the order is given (at once, if it has been), or when it is in vain."""
         with self._lock:
             self._watches.add(watch)
@@ -250,7 +250,7 @@ class Stop:
         if self.parent is not None:
             self.parent.add(watch)
 
-    def remove(self, watch: Watch) -> None:
+    def remove(self, watch: StallWatch) -> None:
         """`watch` has ended."""
         if self.parent is not None:
             self.parent.remove(watch)

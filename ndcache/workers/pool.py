@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from ..errors import CancelledError, NdcacheError
 from ..format.manifest import Shard
 from ..stats import LoadStats
-from .cancellation import Stop, is_ending, raise_hidden_interrupt
+from .cancellation import Cancellation, is_ending, raise_hidden_interrupt
 from .serial import Serial
 from .stop_iteration import Carried
 
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
 
-__all__ = ["Workers", "in_order"]
+__all__ = ["Workers", "map_ordered"]
 
 #: Seconds between looks at ``cancel`` and movements of the bar while nothing else happens. Also what lets Ctrl-C
 #: through on Windows, where a wait without an end cannot be interrupted.
@@ -54,7 +54,7 @@ class Workers:
     Parameters
     ----------
     max_workers : int
-    stop : Stop, optional
+    cancellation : Cancellation, optional
         When it is set, the threads end.
     has_serial : bool
         Whether there is one thread more, for `serial`.
@@ -66,9 +66,11 @@ class Workers:
 
     _numbers = itertools.count(1)
 
-    def __init__(self, max_workers: int = 1, stop: Stop | None = None, *, has_serial: bool = False) -> None:
+    def __init__(
+        self, max_workers: int = 1, cancellation: Cancellation | None = None, *, has_serial: bool = False
+    ) -> None:
         self.max_workers = max_workers
-        self.stop = Stop() if stop is None else stop
+        self.cancellation = Cancellation() if cancellation is None else cancellation
         self._has_serial = has_serial
         self._serial: Serial | None = None
         self._name = f"ndcache-{next(self._numbers)}"
@@ -103,7 +105,7 @@ class Workers:
 
         # To what its threads do first, as after the main thread has ended nothing can be submitted to it.
         self._executor = ThreadPoolExecutor(most + self._has_serial, self._name, initializer=self._serve)
-        self.stop.on_set(self._close)
+        self.cancellation.on_set(self._close)
         self._begin()
 
     @property
@@ -128,14 +130,14 @@ class Workers:
         if self.has_threads:
             self._tasks.put(task)
 
-    def relieve(self) -> None:
+    def release_slot(self) -> None:
         """Called by a task that needs no connection any more: the next one may begin beside what it has still to do."""
         if getattr(self._mine, "is_manned", False):
             self._mine.is_manned = False
             self._posts.put(None)
 
     def run(self, work: Callable[[], T], *, tasks_to_come: int | None = None) -> T:
-        """``work()`` in one of the threads, while the caller's thread looks after the `Stop`.
+        """``work()`` in one of the threads, while the caller's thread looks after the `Cancellation`.
 
         Parameters
         ----------
@@ -147,12 +149,12 @@ class Workers:
         done: SimpleQueue[_Done[T]] = SimpleQueue()
         results: dict[int, T] = {}
         try:
-            self.submit(functools.partial(_run, lambda _: work(), None, 0, done, threading.Event(), self.stop))
-            _collect(done, results, 0, self.stop, lambda: None)
+            self.submit(functools.partial(_run, lambda _: work(), None, 0, done, threading.Event(), self.cancellation))
+            _collect(done, results, 0, self.cancellation, lambda: None)
         except NdcacheError:
             raise  # of the work, which is over
         except BaseException:
-            self.stop.set()
+            self.cancellation.set()
             raise
         return results[0]
 
@@ -161,7 +163,7 @@ class Workers:
         self._serial = serial = Serial(has_thread=self._has_serial and self.has_threads)
 
         def serve() -> None:
-            self.relieve()
+            self.release_slot()
             serial.serve()
 
         self.ask(serve)
@@ -199,7 +201,7 @@ class Workers:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         try:
             if error is not None:
-                self.stop.set()
+                self.cancellation.set()
             self.end()
         finally:
             self.end()  # also if Ctrl-C came while it waited
@@ -236,7 +238,7 @@ class Workers:
             with suppress(BaseException):
                 task()
             del task  # and what it holds
-            self.relieve()
+            self.release_slot()
 
     def _next(self) -> Callable[[], None] | None:
         while True:
@@ -244,7 +246,7 @@ class Workers:
                 return self._tasks.get(timeout=_LOOK_AFTER)
             except Empty:
                 with suppress(CancelledError):
-                    self.stop.check()  # if nobody waits any more, this sets it
+                    self.cancellation.check()  # if nobody waits any more, this sets it
 
     def _close(self) -> None:
         """Let the threads go when what was submitted so far is done."""
@@ -257,7 +259,7 @@ class Workers:
         return [thread for thread in threading.enumerate() if thread.name.startswith(f"{self._name}_")]
 
 
-def in_order(
+def map_ordered(
     shards: Sequence[Shard],
     work: Callable[[Shard], T],
     *,
@@ -277,7 +279,7 @@ def in_order(
     ----------
     shards : sequence of Shard
     work : callable
-        Must look at the `Stop` of `workers`, which is set when something failed, or when the caller goes away.
+        Must look at the `Cancellation` of `workers`, which is set when something failed, or when the caller goes away.
     workers : Workers
         Already started, and used for nothing else any more.
     sizes : sequence of int, optional
@@ -296,7 +298,7 @@ def in_order(
         Work, or `tick`, raised StopIteration.
     """
     sizes = [shard.nbytes for shard in shards] if sizes is None else sizes
-    stop, max_workers = workers.stop, workers.max_workers if workers.has_threads else 0
+    cancellation, max_workers = workers.cancellation, workers.max_workers if workers.has_threads else 0
     results: dict[int, T] = {}
     done: SimpleQueue[_Done[T]] = SimpleQueue()
     failed = threading.Event()
@@ -306,18 +308,18 @@ def in_order(
             while begun < len(shards) and _may_begin(sizes[begun], begun - taken, in_flight, memory_limit, max_workers):
                 in_flight += sizes[begun]
                 stats.peak_bytes_in_flight = max(stats.peak_bytes_in_flight, in_flight)
-                workers.submit(functools.partial(_run, work, shards[begun], begun, done, failed, stop))
+                workers.submit(functools.partial(_run, work, shards[begun], begun, done, failed, cancellation))
                 begun += 1
             is_limited = begun < len(shards) and in_flight + sizes[begun] > memory_limit
             is_limited = is_limited and begun - taken - len(results) < max_workers
             with stats.timed("memory_limit") if is_limited else nullcontext():
                 with stats.timed("wait"):
-                    _collect(done, results, taken, stop, tick)
+                    _collect(done, results, taken, cancellation, tick)
                 yield results.pop(taken)
             in_flight -= sizes[taken]
             taken += 1
     except BaseException as error:
-        stop.set()
+        cancellation.set()
         workers.end()
         _attach_others(error, done)
         if isinstance(error, StopIteration):
@@ -358,10 +360,10 @@ def _run(
     index: int,
     done: SimpleQueue[_Done[T]],
     failed: threading.Event,
-    stop: Stop,
+    cancellation: Cancellation,
 ) -> None:
     # After a failure, the caller's thread, which is to stop everything, may be busy with a shard that came before.
-    if failed.is_set() or stop.is_set:
+    if failed.is_set() or cancellation.is_set:
         return
     # Through a queue, and not the future that the executor makes: to wait for futures, the caller's thread would have
     # to take locks that the workers need, and Ctrl-C could leave one of them locked for ever.
@@ -378,14 +380,18 @@ def _may_begin(nbytes: int, pending: int, in_flight: int, memory_limit: int, max
 
 
 def _collect(
-    done: SimpleQueue[_Done[T]], results: dict[int, T], wanted: int, stop: Stop, tick: Callable[[], None]
+    done: SimpleQueue[_Done[T]],
+    results: dict[int, T],
+    wanted: int,
+    cancellation: Cancellation,
+    tick: Callable[[], None],
 ) -> None:
     """Take what is done until `wanted` is there, and all that is there already; raise the first error."""
     while wanted not in results or not done.empty():
         try:
             item = done.get(timeout=_TICK)
         except Empty:
-            stop.look()
+            cancellation.poll()
             tick()
             continue
         if item.error is not None:

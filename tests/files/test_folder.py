@@ -21,7 +21,7 @@ from ndcache.files import folder as folders
 from ndcache.files.folder import Folder, is_gone
 from ndcache.location.locate import locate
 from ndcache.store import inventory
-from ndcache.store.lock import Turn, if_free, turn
+from ndcache.store.lock import DownloadLock, acquire_or_wait, try_lock
 
 from ..helpers import models
 from ..helpers.servers import FileServer
@@ -214,10 +214,10 @@ def test_row_57_a_file_that_also_has_a_locks_name_keeps_its_bytes_and_mode(tmp_p
     path = tmp_path / "locks" / SHARD
     os.link(victim, path)
     if verb == "turn":
-        with turn(path, is_there=lambda: False, progress=int, sleep=lambda seconds: None) as mine:
-            assert mine == Turn(is_alone=False)
+        with acquire_or_wait(path, is_there=lambda: False, progress=int, sleep=lambda seconds: None) as mine:
+            assert mine == DownloadLock(is_exclusive=False)
     else:
-        with if_free(path) as is_free:
+        with try_lock(path) as is_free:
             assert not is_free
     assert (victim.read_bytes(), stat.S_IMODE(victim.stat().st_mode)) == (b"precious", 0o600)
 

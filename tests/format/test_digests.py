@@ -11,7 +11,7 @@ import pytest
 
 import ndcache
 from ndcache.format.digests import feed, mismatch, new_digest, parse_sri
-from ndcache.workers.cancellation import Stop
+from ndcache.workers.cancellation import Cancellation
 
 DATA = bytes(range(256)) * (5 << 12)  # more than one read
 
@@ -54,10 +54,10 @@ def test_what_differs(
 
 
 def test_row_36_it_can_be_ended(file: BinaryIO) -> None:
-    stop = Stop()
-    stop.set()
+    cancellation = Cancellation()
+    cancellation.set()
     with pytest.raises(ndcache.CancelledError):
-        mismatch(file, shard(md5=MD5).digests, stop.check)
+        mismatch(file, shard(md5=MD5).digests, cancellation.check)
 
 
 def sri(algorithm: str, data: bytes = DATA) -> str:

@@ -1,6 +1,6 @@
 """A fetch is killed again and again, at any moment, and after each kill every file under a real name must be right.
 
-Run it as ``python -m tests.helpers.kills --kills 500 --seed 0``; it needs what the tests need, and a system that can fork.
+Run it as ``python -m tests.helpers.kills --kills 500 --seed 0``. It needs what the tests need, and `os.fork`.
 A model of 12 shards of 1 MiB is fetched by four workers from a server that gives each connection a fixed rate. When a
 fetch is complete the cache is deleted, and a new round begins. There are three modes:
 

@@ -20,7 +20,7 @@ import trustme
 import ndcache
 from ndcache import Loader, RetryPolicy
 from ndcache.http.transport import Transport
-from ndcache.workers.cancellation import Stop
+from ndcache.workers.cancellation import Cancellation
 
 from ..helpers.servers import Connection, Request, ScriptedServer, reply, then_close
 
@@ -409,6 +409,6 @@ def test_nothing_is_looked_for_when_all_is_well(scripted: ScriptedServer, monkey
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/missing.pem")
     scripted.script["/a"] = [reply(200, b"there")]
     transport = Transport()
-    with transport.get(scripted.url + "a", {}, Stop()) as response:
+    with transport.get(scripted.url + "a", {}, Cancellation()) as response:
         assert response.read(10) == b"there"
     transport.close()

@@ -20,7 +20,7 @@ from ndcache.http import connect
 from ndcache.http.connect import Address, Routes, connect_to_first, look_up
 from ndcache.http.sockets import _Watched
 from ndcache.http.transport import Transport
-from ndcache.workers.cancellation import Stop
+from ndcache.workers.cancellation import Cancellation
 
 from ..helpers.servers import Connection, FileServer, Request, ScriptedServer, reply
 
@@ -73,8 +73,8 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     return lambda: monkeypatch.setattr(connect, "_STAGGER", 3600.0)
 
 
-def ask(transport: Transport, port: int, stop: Stop | None = None) -> bytes:
-    with transport.get(f"http://{NAME}:{port}/a", {}, stop or Stop()) as response:
+def ask(transport: Transport, port: int, cancellation: Cancellation | None = None) -> bytes:
+    with transport.get(f"http://{NAME}:{port}/a", {}, cancellation or Cancellation()) as response:
         return response.read(100)
 
 
@@ -128,7 +128,7 @@ def test_row_47_through_a_proxy(
     monkeypatch.setenv("http_proxy", f"http://{NAME}:{scripted.port}")
     scripted.script["http://host.example/a"] = [reply(200, b"there")]
     transport = Transport(timeout=(60.0, 60.0))
-    with transport.get("http://host.example/a", {}, Stop()) as response:
+    with transport.get("http://host.example/a", {}, Cancellation()) as response:
         assert response.read(100) == b"there"
     transport.close()
 
@@ -242,12 +242,12 @@ def test_row_36_all_that_connect_are_woken(
     addresses: list[tuple[int, str]], bury: Callable[[str, int], tuple[int, str]], unused_port: int
 ) -> None:
     addresses += [bury(f"127.0.0.{n}", unused_port) for n in (2, 3, 4)]
-    stop, transport = Stop(), Transport(timeout=(300.0, 300.0))
+    cancellation, transport = Cancellation(), Transport(timeout=(300.0, 300.0))
     with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(ask, transport, unused_port, stop)
-        while sum(len(watch.wakers) for watch in list(stop._watches)) < 3:
+        future = pool.submit(ask, transport, unused_port, cancellation)
+        while sum(len(watch.wakers) for watch in list(cancellation._watches)) < 3:
             time.sleep(0.01)
-        stop.set()
+        cancellation.set()
         with pytest.raises(ndcache.CancelledError):
             future.result(60)
     transport.close()

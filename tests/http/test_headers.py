@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import ndcache
 from ndcache.http.translate import raise_for_status
 from ndcache.http.transport import Response, Transport
-from ndcache.workers.cancellation import Stop, Watch
+from ndcache.workers.cancellation import Cancellation, StallWatch
 
 from ..helpers.servers import ScriptedServer, then_close
 
@@ -43,7 +43,7 @@ def response(**headers: str) -> Response:
     raw = requests.Response()
     raw.status_code, raw.url = 206, "http://host/"
     raw.headers.update({name.replace("_", "-"): value for name, value in headers.items()})
-    return Response(raw, Stop(), Watch(patience=1))
+    return Response(raw, Cancellation(), StallWatch(patience=1))
 
 
 @given(CONTENT_RANGES, st.integers(0, 200), st.integers(0, 200), st.integers(0, 200))
@@ -145,7 +145,7 @@ def test_row_4_whatever_a_server_sends(server: ScriptedServer, data: bytes) -> N
     with (
         contextlib.closing(Transport(timeout=(5.0, 5.0))) as transport,
         contextlib.suppress(ndcache.TransferError),
-        transport.get(server.url, {}, Stop()) as answer,
+        transport.get(server.url, {}, Cancellation()) as answer,
     ):
         assert answer.status in (200, 206, 304, 416)
         assert len(answer.read(1 << 18)) <= 1 << 18

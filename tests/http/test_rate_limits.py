@@ -25,7 +25,7 @@ import ndcache
 from ndcache.http.rate_limits import OriginLimit, Permit, Served, origin_of
 from ndcache.http.retry import RetryPolicy, with_retries
 from ndcache.loader import Loader
-from ndcache.workers.cancellation import Stop
+from ndcache.workers.cancellation import Cancellation
 
 from ..helpers.models import assert_same, simple_model
 from ..helpers.requirements import need_program
@@ -257,14 +257,14 @@ def test_origins(url: str, origin: str) -> None:
 
 
 def test_row_49_who_waits_can_be_stopped() -> None:
-    limit, stop, errors = OriginLimit(), Stop(), list[BaseException]()
-    permit = limit.enter(stop)
+    limit, cancellation, errors = OriginLimit(), Cancellation(), list[BaseException]()
+    permit = limit.enter(cancellation)
     permit.answered(429, 200.0)
     permit.done()
 
     def wait() -> None:
         try:
-            limit.enter(stop)
+            limit.enter(cancellation)
         except ndcache.CancelledError as error:
             errors.append(error)
 
@@ -273,7 +273,7 @@ def test_row_49_who_waits_can_be_stopped() -> None:
         thread.start()
     wait_until(lambda: len(limit._line) == 8)
     begun = time.monotonic()
-    stop.set()
+    cancellation.set()
     for thread in threads:
         thread.join()
     assert time.monotonic() - begun < 1
@@ -286,11 +286,11 @@ def test_row_37_a_fork_knows_no_lock_of_its_parents() -> None:
     script = """
 import os
 from ndcache.http import rate_limits as limits
-from ndcache.workers import cancellation as stop
+from ndcache.workers import cancellation
 shared = limits.Limits()
 with shared.of("http://host/")._lock:  # as of a thread that makes a request just then
     if os.fork() == 0:
-        shared.of("http://host/").enter(stop.Stop()).done()
+        shared.of("http://host/").enter(cancellation.Cancellation()).done()
         os._exit(0)
     print(os.wait()[1])
 """
@@ -325,7 +325,7 @@ def test_row_49_refusals_are_not_counted_while_others_are_served() -> None:
             raise errors.pop()
         return "value"
 
-    assert with_retries(attempt, QUICK, Stop(), served=ServedUntil(20)) == "value"
+    assert with_retries(attempt, QUICK, Cancellation(), served=ServedUntil(20)) == "value"
 
 
 @pytest.mark.parametrize("served", [0, 5, 50])
@@ -337,7 +337,7 @@ def test_row_49_they_are_counted_once_nobody_is_served(served: int) -> None:
         raise refused(503)
 
     with pytest.raises(ndcache.ServerError):
-        with_retries(attempt, QUICK, Stop(), served=ServedUntil(served))
+        with_retries(attempt, QUICK, Cancellation(), served=ServedUntil(served))
     assert len(calls) == served + 1 + QUICK.retries - (served > 0)
 
 
@@ -349,7 +349,7 @@ def test_who_wants_no_retries_gets_none() -> None:
         raise refused()
 
     with pytest.raises(ndcache.RateLimitedError):
-        with_retries(attempt, RetryPolicy(retries=0), Stop(), served=ServedUntil(1))
+        with_retries(attempt, RetryPolicy(retries=0), Cancellation(), served=ServedUntil(1))
     assert len(calls) == 1
 
 

@@ -9,7 +9,7 @@ import pytest
 import ndcache
 from ndcache.http.retry import RetryPolicy, with_retries
 from ndcache.stats import LoadStats
-from ndcache.workers.cancellation import Stop
+from ndcache.workers.cancellation import Cancellation
 
 
 def rate_limited(retry_after: float | None) -> ndcache.RateLimitedError:
@@ -76,14 +76,14 @@ QUICK = RetryPolicy(retries=3, backoff=0.0001)
 
 def test_a_value_after_some_failures() -> None:
     flaky, stats = Flaky(ndcache.ServerError("1"), ndcache.ConnectError("2")), LoadStats()
-    assert with_retries(flaky, QUICK, Stop(), stats) == "value"
+    assert with_retries(flaky, QUICK, Cancellation(), stats) == "value"
     assert (flaky.calls, stats.retries) == (3, 2)
 
 
 def test_the_last_error_says_how_often_it_was_tried() -> None:
     flaky = Flaky(*[ndcache.ServerError("failed") for _ in range(9)])
     with pytest.raises(ndcache.ServerError, match="after 4 tries") as caught:
-        with_retries(flaky, QUICK, Stop())
+        with_retries(flaky, QUICK, Cancellation())
     assert (flaky.calls, caught.value.attempts) == (4, 4)
 
 
@@ -97,10 +97,10 @@ def test_after_progress_the_count_starts_afresh() -> None:
         raise ndcache.ConnectError("broken")
 
     with pytest.raises(ndcache.ConnectError, match="after 4 tries"):
-        with_retries(attempt, QUICK, Stop(), progress=lambda: 0)
+        with_retries(attempt, QUICK, Cancellation(), progress=lambda: 0)
     nbytes = 0
     with pytest.raises(ndcache.ConnectError) as caught:
-        with_retries(attempt, QUICK, Stop(), progress=lambda: min(nbytes, 3_600_000))
+        with_retries(attempt, QUICK, Cancellation(), progress=lambda: min(nbytes, 3_600_000))
     assert caught.value.attempts == 12  # at 1.2, 2.4 and 3.6 MB it starts afresh, and three more are allowed
     assert nbytes == 400_000 * 12
 
@@ -114,19 +114,19 @@ def test_progress_does_not_renew_what_is_tried_once() -> None:
         raise ndcache.ChecksumError("wrong")
 
     with pytest.raises(ndcache.ChecksumError):
-        with_retries(attempt, QUICK, Stop(), progress=lambda: nbytes)
+        with_retries(attempt, QUICK, Cancellation(), progress=lambda: nbytes)
     assert calls == 2
 
 
 def test_each_kind_has_its_one_more_try() -> None:
     flaky = Flaky(ndcache.RangeError("1"), ndcache.ChecksumError("2"), ndcache.ConnectError("3"))
-    assert with_retries(flaky, QUICK, Stop()) == "value"
+    assert with_retries(flaky, QUICK, Cancellation()) == "value"
 
 
 def test_no_retries_means_none() -> None:
     flaky = Flaky(ndcache.RangeError("1"))
     with pytest.raises(ndcache.RangeError):
-        with_retries(flaky, RetryPolicy(retries=0), Stop())
+        with_retries(flaky, RetryPolicy(retries=0), Cancellation())
 
 
 def test_an_error_that_is_not_ours_is_not_tried_again() -> None:
@@ -137,7 +137,7 @@ def test_an_error_that_is_not_ours_is_not_tried_again() -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        with_retries(attempt, QUICK, Stop())
+        with_retries(attempt, QUICK, Cancellation())
     assert len(calls) == 1
 
 
@@ -149,4 +149,4 @@ def test_row_36_stopping_ends_the_wait_for_the_next_try() -> None:
         raise rate_limited(200)
 
     with pytest.raises(ndcache.CancelledError):
-        with_retries(attempt, QUICK, Stop(cancel))
+        with_retries(attempt, QUICK, Cancellation(cancel))

@@ -13,7 +13,7 @@ import trustme
 
 import ndcache
 from ndcache.http.transport import Transport
-from ndcache.workers.cancellation import Stop
+from ndcache.workers.cancellation import Cancellation
 
 from ..helpers.servers import Connection, Request, ScriptedServer, Step, reply
 
@@ -58,7 +58,7 @@ def proxy() -> Iterator[ScriptedServer]:
 
 
 def body(transport: Transport, url: str) -> bytes:
-    with transport.get(url, {}, Stop()) as response:
+    with transport.get(url, {}, Cancellation()) as response:
         assert response.etag == '"right"'
         return response.read(100)
 
@@ -158,21 +158,24 @@ def test_row_49_an_open_connection_goes_before_a_new_one(
     server.script["/limited"] = [reply(503, b"busy", {"Connection": "close"})]
     with requests.Session() as session:
         transport = Transport(session=session if whose == "callers" else None, timeout=(30.0, 30.0))
-        held = transport.get(server.url + "a", {}, Stop())
+        held = transport.get(server.url + "a", {}, Cancellation())
         with pytest.raises(ndcache.ServerError):
-            transport.get(server.url + "limited", {}, Stop())
+            transport.get(server.url + "limited", {}, Cancellation())
         with held:
             held.read(100)
-        with transport.get(server.url + "a", {}, Stop()) as busy, transport.get(server.url + "a", {}, Stop()) as other:
+        with (
+            transport.get(server.url + "a", {}, Cancellation()) as busy,
+            transport.get(server.url + "a", {}, Cancellation()) as other,
+        ):
             assert server.connections == 3
             busy.read(100)
             other.read(100)
         server.script["/last"] = [reply(200, b"there", {"Connection": "close"})]
-        with transport.get(server.url + "last", {}, Stop()) as closing:
-            with transport.get(server.url + "a", {}, Stop()) as response:
+        with transport.get(server.url + "last", {}, Cancellation()) as closing:
+            with transport.get(server.url + "a", {}, Cancellation()) as response:
                 response.read(100)
             closing.read(100)
-        with transport.get(server.url + "a", {}, Stop()) as response:
+        with transport.get(server.url + "a", {}, Cancellation()) as response:
             response.read(100)
         assert server.connections == 3
         transport.close()

@@ -19,7 +19,7 @@ import trustme
 
 import ndcache
 from ndcache.http.transport import Response, Transport
-from ndcache.workers.cancellation import Stop
+from ndcache.workers.cancellation import Cancellation
 
 from ..helpers.servers import Connection, Request, ScriptedServer, Step, reply
 
@@ -132,7 +132,7 @@ def test_row_45_what_came_before_it_broke_is_handed_on(secure: ScriptedServer, t
         broken.set()
 
     secure.script["/a"] = [step]
-    with transport.get(secure.url + "a", {}, Stop()) as response:
+    with transport.get(secure.url + "a", {}, Cancellation()) as response:
         assert broken.wait(30)
         came = b""
         with pytest.raises((ndcache.ConnectError, ndcache.TruncatedError)) as caught:
@@ -248,7 +248,7 @@ def unframed(data: bytes, ending: Callable[[Connection], None]) -> Step:
 @pytest.mark.parametrize("how", ["no notice", "notice"])
 def test_row_45_the_end_of_a_body_without_framing(secure: ScriptedServer, transport: Transport, how: str) -> None:
     secure.script["/a"] = [unframed(b"abc", BREAKS[how])]
-    with transport.get(secure.url + "a", {}, Stop()) as response:
+    with transport.get(secure.url + "a", {}, Cancellation()) as response:
         assert response.read(100) == b"abc"
         assert response.is_cut == (how == "no notice")
 
@@ -265,7 +265,7 @@ def test_a_session_of_the_callers_stays_as_lenient_as_it_was(secure: ScriptedSer
     with requests.Session() as session:
         transport = Transport(session=session)
         for _ in range(2):
-            with transport.get(secure.url + "b", {}, Stop()) as response:
+            with transport.get(secure.url + "b", {}, Cancellation()) as response:
                 assert response.read(100) == b"kept"
             assert session.get(secure.url + "a", timeout=30).content == b"abc"
         transport.close()
@@ -314,7 +314,7 @@ def test_row_13_no_read_waits_for_more_than_what_has_come(
             connection.send(b"0\r\n\r\n")
 
     secure.script["/a"] = [step]
-    with transport.get(secure.url + "a", {}, Stop()) as response:
+    with transport.get(secure.url + "a", {}, Cancellation()) as response:
         start = b""
         while len(start) < len(DATA):
             start += response.read_some(1 << 20)
@@ -348,7 +348,7 @@ def test_chunks_of_any_size_are_put_together(secure: ScriptedServer, transport: 
                     connection.send(bytes([byte]))
 
     secure.script["/a"] = [step]
-    with transport.get(secure.url + "a", {}, Stop()) as response:
+    with transport.get(secure.url + "a", {}, Cancellation()) as response:
         assert read_all(response) == b"".join(pieces)
         assert not response.is_cut
 
@@ -361,7 +361,7 @@ def test_a_connection_with_tls_is_used_again(secure: ScriptedServer, transport: 
     secure.script["/a"] = [reply(200, DATA)]
     secure.script["/b"] = [reply(200, chunk(DATA) + b"0\r\n\r\n", {"Transfer-Encoding": "chunked"}, length=None)]
     for path in "abab":
-        with transport.get(secure.url + path, {}, Stop()) as response:
+        with transport.get(secure.url + path, {}, Cancellation()) as response:
             assert read_all(response) == DATA
     assert secure.connections == 1
 
@@ -372,8 +372,8 @@ def test_a_connection_that_failed_is_not_used_again(secure: ScriptedServer, tran
         connection.stall()
 
     secure.script |= {"/a": [step], "/b": [reply(200, b"good")]}
-    with pytest.raises(ndcache.TransferError), transport.get(secure.url + "a", {}, Stop()) as response:
+    with pytest.raises(ndcache.TransferError), transport.get(secure.url + "a", {}, Cancellation()) as response:
         read_all(response)
-    with transport.get(secure.url + "b", {}, Stop()) as response:
+    with transport.get(secure.url + "b", {}, Cancellation()) as response:
         assert read_all(response) == b"good"
     assert secure.connections == 2

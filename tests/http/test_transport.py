@@ -25,7 +25,7 @@ import trustme
 import ndcache
 from ndcache.http.transport import Response, Transport
 from ndcache.location.hub import Login
-from ndcache.workers.cancellation import Stop
+from ndcache.workers.cancellation import Cancellation
 
 from ..helpers.servers import Connection, Request, ScriptedServer, reply, then_close, then_reset, then_stall
 
@@ -39,8 +39,10 @@ def transport() -> Iterator[Transport]:
     made.close()
 
 
-def get(transport: Transport, url: str, stop: Stop | None = None, headers: Mapping[str, str] | None = None) -> Response:
-    return transport.get(url, headers or {}, stop or Stop())
+def get(
+    transport: Transport, url: str, cancellation: Cancellation | None = None, headers: Mapping[str, str] | None = None
+) -> Response:
+    return transport.get(url, headers or {}, cancellation or Cancellation())
 
 
 def body(transport: Transport, url: str, **options: Any) -> bytes:
@@ -299,7 +301,7 @@ def test_large_bodies_over_tls(secure: ScriptedServer, authority: trustme.CA, en
     with authority.cert_pem.tempfile() as path, contextlib.ExitStack() as stack:
         session.verify = path
         transport = Transport(session=session, timeout=(10, 0.5))
-        response = stack.enter_context(transport.get(secure.url + "a", {}, Stop()))
+        response = stack.enter_context(transport.get(secure.url + "a", {}, Cancellation()))
         if error is not None:
             stack.enter_context(pytest.raises(error))
         while piece := response.read_some(1 << 18):
@@ -710,11 +712,11 @@ def test_row_36_stop_wakes_a_thread_that_waits_for_the_server(
 
     scripted.script["/a"] = [step]
     session = requests.Session() if callers_session else None
-    transport, stop = Transport(session=session, timeout=(60, 60)), Stop()
+    transport, cancellation = Transport(session=session, timeout=(60, 60)), Cancellation()
     taken = threading.Event()
 
     def request() -> bytes:
-        with get(transport, scripted.url + "a", stop) as response:
+        with get(transport, scripted.url + "a", cancellation) as response:
             taken.set()
             return response.read(100)
 
@@ -723,7 +725,7 @@ def test_row_36_stop_wakes_a_thread_that_waits_for_the_server(
         assert reached.wait(30)
         if sent:
             assert taken.wait(30)
-        stop.set()
+        cancellation.set()
         with pytest.raises(ndcache.CancelledError):
             future.result(30)
     transport.close()
@@ -732,14 +734,14 @@ def test_row_36_stop_wakes_a_thread_that_waits_for_the_server(
 
 
 def test_row_36_stop_wakes_sleepers_and_refuses_requests(transport: Transport) -> None:
-    stop = Stop()
+    cancellation = Cancellation()
     with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(stop.sleep, 1000)
-        stop.set()
+        future = pool.submit(cancellation.sleep, 1000)
+        cancellation.set()
         with pytest.raises(ndcache.CancelledError):
             future.result(30)
     with pytest.raises(ndcache.CancelledError):
-        get(transport, "http://127.0.0.1:9/", stop)
+        get(transport, "http://127.0.0.1:9/", cancellation)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
@@ -790,12 +792,12 @@ def mute() -> Iterator[str]:
 @pytest.mark.parametrize("phase", ["deaf", "mute"])
 def test_row_36_connecting_and_shaking_hands_are_cut_short(request: pytest.FixtureRequest, phase: str) -> None:
     url = f"https://{request.getfixturevalue(phase)}/"
-    stop, transport = Stop(), Transport(timeout=(300.0, 300.0))
+    cancellation, transport = Cancellation(), Transport(timeout=(300.0, 300.0))
     with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(get, transport, url, stop)
-        while not any(watch.wakers for watch in list(stop._watches)):
+        future = pool.submit(get, transport, url, cancellation)
+        while not any(watch.wakers for watch in list(cancellation._watches)):
             time.sleep(0.01)
-        stop.set()
+        cancellation.set()
         with pytest.raises(ndcache.CancelledError):
             future.result(60)
     transport.close()
@@ -803,11 +805,11 @@ def test_row_36_connecting_and_shaking_hands_are_cut_short(request: pytest.Fixtu
 
 def test_row_12_the_time_to_connect_is_its_own(deaf: str) -> None:
     """A server that is slow to answer at first is not one that sends next to nothing."""
-    stop, transport = Stop(), Transport(timeout=(1.0, 0.1))
+    cancellation, transport = Cancellation(), Transport(timeout=(1.0, 0.1))
     with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(get, transport, f"http://{deaf}/", stop)
+        future = pool.submit(get, transport, f"http://{deaf}/", cancellation)
         while not future.done():
-            stop.look()
+            cancellation.poll()
             time.sleep(0.01)
         with pytest.raises(ndcache.ConnectError, match="did not answer in time"):
             future.result()
@@ -817,10 +819,10 @@ def test_row_12_the_time_to_connect_is_its_own(deaf: str) -> None:
 def test_row_13_a_handshake_that_does_not_come(mute: str) -> None:
     transport = Transport(timeout=(30.0, 0.3))
     with pytest.raises(ndcache.StallError), ThreadPoolExecutor(1) as pool:
-        stop = Stop()
-        future = pool.submit(get, transport, f"https://{mute}/", stop)
+        cancellation = Cancellation()
+        future = pool.submit(get, transport, f"https://{mute}/", cancellation)
         while not future.done():
-            stop.look()
+            cancellation.poll()
             time.sleep(0.01)
         future.result()
     transport.close()
@@ -863,12 +865,12 @@ def test_row_36_a_session_of_the_callers_is_cut_short_before_the_headers(scripte
     scripted.script |= {"/first": [reply(200)], "/a": [then_stall(b"HTTP/1.1 200")]}
     with requests.Session() as session:
         session.get(scripted.url + "first", timeout=30)  # a connection that it made itself
-        stop, transport = Stop(), Transport(session=session, timeout=(300.0, 300.0))
+        cancellation, transport = Cancellation(), Transport(session=session, timeout=(300.0, 300.0))
         with ThreadPoolExecutor(1) as pool:
-            future = pool.submit(get, transport, scripted.url + "a", stop)
+            future = pool.submit(get, transport, scripted.url + "a", cancellation)
             while not scripted.requests_for("/a"):
                 time.sleep(0.01)
-            stop.set()
+            cancellation.set()
             with pytest.raises(ndcache.CancelledError):
                 future.result(60)
         assert session.get(scripted.url + "first", timeout=30).status_code == 200

@@ -19,8 +19,8 @@ from ndcache.http.retry import RetryPolicy
 from ndcache.http.transport import Transport
 from ndcache.sources.download import Downloader
 from ndcache.stats import LoadStats
-from ndcache.store.directory import ArtifactCache
-from ndcache.workers.cancellation import Stop
+from ndcache.store.directory import ModelDirectory
+from ndcache.workers.cancellation import Cancellation
 
 from ..helpers.servers import Connection, Request, ScriptedServer, reply, then_close, then_reset, then_stall
 
@@ -42,9 +42,9 @@ def downloader(tmp_path: Path) -> Iterator[Downloader]:
     yield Downloader(
         transport,
         RetryPolicy(retries=3, backoff=0.001),
-        Stop(),
+        Cancellation(),
         LoadStats(),
-        ArtifactCache(tmp_path / "model", "http://host/"),
+        ModelDirectory(tmp_path / "model", "http://host/"),
     )
     transport.close()
 
@@ -70,9 +70,9 @@ def test_the_right_bytes_are_published(downloader: Downloader, scripted: Scripte
     scripted.script[PATH] = [reply(200, DATA, {"ETag": '"1"'})]
     assert fetched(downloader, [scripted.url + "params_shard_0.bin"]) == DATA
     assert files(downloader.cache.directory) == ["params_shard_0.bin"]
-    validator = downloader.cache.validator("params_shard_0.bin")
-    assert validator is not None
-    assert (validator.digests["md5"], validator.etag, validator.nbytes) == (SHARD.md5sum, '"1"', SHARD.nbytes)
+    metadata = downloader.cache.metadata("params_shard_0.bin")
+    assert metadata is not None
+    assert (metadata.digests["md5"], metadata.etag, metadata.nbytes) == (SHARD.md5sum, '"1"', SHARD.nbytes)
     assert downloader.cache.is_known(SHARD, "claim") is True
     assert (downloader.stats.network_bytes, downloader.stats.requests, downloader.stats.retries) == (100_000, 1, 0)
 
@@ -364,10 +364,10 @@ def test_row_8_no_such_range(downloader: Downloader, scripted: ScriptedServer) -
     assert ranges(scripted) == [WHOLE, REST, WHOLE]
 
 
-def leave_part(cache: ArtifactCache, url: str, data: bytes, etag: str = '"1"', claim: str = "claim") -> None:
+def leave_part(cache: ModelDirectory, url: str, data: bytes, etag: str = '"1"', content_id: str = "claim") -> None:
     """As a process that was killed leaves it."""
     with cache.part("params_shard_0.bin") as part:
-        part.comes_from(url, etag, claim, None)
+        part.comes_from(url, etag, content_id, None)
         part.write(data)
 
 
@@ -561,7 +561,7 @@ def test_of_several_parts_the_longest_is_used(downloader: Downloader, scripted: 
 
 @pytest.mark.parametrize("is_alone", [False, True])
 def test_a_part_that_somebody_may_still_write_is_copied_and_left(
-    downloader: Downloader, scripted: ScriptedServer, is_alone: bool
+    downloader: Downloader, scripted: ScriptedServer, is_exclusive: bool
 ) -> None:
     url = scripted.url + "params_shard_0.bin"
     with downloader.cache.part("params_shard_0.bin") as theirs:
@@ -569,12 +569,12 @@ def test_a_part_that_somebody_may_still_write_is_copied_and_left(
         theirs.write(DATA[:60_000])
 
         def answer(connection: Connection, request: Request) -> None:
-            assert theirs.path.exists() is not is_alone
+            assert theirs.path.exists() is not is_exclusive
             theirs.write(b"their own business")
             connection.send(rest_of(DATA, 60_000))
 
         scripted.script[PATH] = [answer]
-        file = downloader.shard(SHARD, [url], "claim", is_alone=is_alone).file
+        file = downloader.shard(SHARD, [url], "claim", is_exclusive=is_exclusive).file
         assert file is not None
         with file:
             assert file.read() == DATA
@@ -615,9 +615,9 @@ def test_hugging_faces_sha256_is_compared(downloader: Downloader, scripted: Scri
     scripted.script[PATH] = [linked(DATA), linked(DATA), linked(OTHER)]
     shard = replace(SHARD, md5sum=None)
     assert fetched(downloader, [scripted.url + "params_shard_0.bin"], shard) == DATA
-    validator = downloader.cache.validator("params_shard_0.bin")
-    assert validator is not None
-    assert validator.digests == {"sha256": hashlib.sha256(DATA).hexdigest()}
+    metadata = downloader.cache.metadata("params_shard_0.bin")
+    assert metadata is not None
+    assert metadata.digests == {"sha256": hashlib.sha256(DATA).hexdigest()}
     with pytest.raises(ndcache.ChecksumError, match="sha256"):
         fetched(downloader, [scripted.url + "params_shard_0.bin"], shard)
 
@@ -728,6 +728,6 @@ def test_a_mirrors_name_for_a_version_is_not_remembered(downloader: Downloader, 
     urls = [f"{scripted.url}{where}/params_shard_0.bin" for where in ("bad", "good")]
     for some, etag in ((urls, None), (urls[1:], '"1"')):
         assert fetched(downloader, some) == DATA
-        validator = downloader.cache.validator("params_shard_0.bin")
-        assert validator is not None
-        assert validator.etag == etag
+        metadata = downloader.cache.metadata("params_shard_0.bin")
+        assert metadata is not None
+        assert metadata.etag == etag

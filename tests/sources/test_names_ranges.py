@@ -14,8 +14,8 @@ import pytest
 
 import ndcache
 from ndcache.files.folder import Folder
-from ndcache.store.partial import PartsFolder
-from ndcache.store.ranges import Spans
+from ndcache.store.partial import PartialFiles
+from ndcache.store.ranges import ByteRanges
 
 from ..helpers.servers import Connection, FileServer, Request, ScriptedServer, reply
 
@@ -55,15 +55,15 @@ def model(tmp_path: Path) -> Path:
     return folder
 
 
-def asked(requests: list[Request]) -> Spans:
+def asked(requests: list[Request]) -> ByteRanges:
     """What was asked for of the shard; each byte once."""
-    spans = []
+    ranges = []
     for request in requests:
         if request.path == PATH:
             start, end = request.headers["range"].removeprefix("bytes=").split("-")
-            spans.append((int(start), int(end) + 1))
-    asked = Spans(spans)
-    assert asked.nbytes == sum(end - start for start, end in spans)
+            ranges.append((int(start), int(end) + 1))
+    asked = ByteRanges(ranges)
+    assert asked.nbytes == sum(end - start for start, end in ranges)
     return asked
 
 
@@ -264,15 +264,15 @@ def test_a_part_that_is_no_longer_there_is_fetched_again(
 ) -> None:
     server = serve(model)
     directory = ndcache.fetch(server.url, names="w03")
-    find, left = PartsFolder.of, PartsFolder(Folder(directory / ".ndcache" / "parts")).of(PATH[1:])
+    find, left = PartialFiles.of, PartialFiles(Folder(directory / ".ndcache" / "parts")).of(PATH[1:])
 
-    def vanish(self: PartsFolder, name: str) -> list[str]:
+    def vanish(self: PartialFiles, name: str) -> list[str]:
         found = find(self, name)
         for file_name in left:
             self.remove(file_name)
         return found
 
-    monkeypatch.setattr(PartsFolder, "of", vanish)
+    monkeypatch.setattr(PartialFiles, "of", vanish)
     assert check(ndcache.load(server.url, names="w03"), "w03").network_bytes == SIZE
 
 

@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 import ndcache
 from ndcache.files.folder import Folder
 from ndcache.loader import Loader
-from ndcache.sources.range_queue import Pieces
-from ndcache.store.partial import PartsFolder
-from ndcache.store.ranges import Spans
-from ndcache.workers.cancellation import Stop
+from ndcache.sources.range_queue import RangeQueue
+from ndcache.store.partial import PartialFiles
+from ndcache.store.ranges import ByteRanges
+from ndcache.workers.cancellation import Cancellation
 
 from ..helpers.servers import Connection, FileServer, Request, ScriptedServer, reply
 
@@ -330,14 +330,14 @@ def test_where_a_redirect_leads_is_forgotten_after_a_failure(scripted: ScriptedS
     assert len(scripted.requests_for("/bad")) == 1
 
 
-def left_with_holes(loader: Loader, url: str, spans: list[tuple[int, int]]) -> Path:
+def left_with_holes(loader: Loader, url: str, ranges: list[tuple[int, int]]) -> Path:
     """As a process that was killed leaves it."""
     from ndcache.location.locate import locate
 
     cache = loader._cache(locate(url))
     with cache.part(PATH[1:]) as part:
         part.comes_from(f"{url}{PATH[1:]}", f'"{hashlib.md5(DATA).hexdigest()}"', hashlib.md5(DATA).hexdigest(), None)
-        for start, end in spans:
+        for start, end in ranges:
             part.put(DATA[start:end], start)
     return part.path
 
@@ -350,7 +350,7 @@ def test_of_a_part_with_holes_only_the_holes_are_asked_for(serve: Callable[..., 
             assert bytes(weights["w"]) == DATA
             assert weights.stats.resumed_bytes == 300_000
     wanted = [[int(n) for n in (text or "").removeprefix("bytes=").split("-")] for text in asked(server.requests)]
-    holes = Spans((start, end + 1) for start, end in wanted)
+    holes = ByteRanges((start, end + 1) for start, end in wanted)
     assert list(holes) == [(0, 100_000), (200_000, 300_000), (400_000, 900_000), (1_000_000, len(DATA))]
 
 
@@ -358,13 +358,13 @@ def test_of_a_part_with_holes_only_the_holes_are_asked_for(serve: Callable[..., 
     "spans", [[[0, 2_000_000]], [[-5, 10]], [[5, 1]], [["0", "9"]], [[0, 1, 2]], "x", 7, [[0.0, 9.0]], [[0, 1 << 70]]]
 )
 def test_a_note_that_cannot_be_true_is_not_believed(
-    serve: Callable[..., FileServer], model: Path, spans: object
+    serve: Callable[..., FileServer], model: Path, ranges: object
 ) -> None:
     server = serve(model)
     with Loader(max_workers=WORKERS) as loader:
         path = left_with_holes(loader, server.url, [(300_000, 400_000)])
         note = path.with_name(f"{path.name}.json")
-        note.write_text(json.dumps({**json.loads(note.read_text()), "spans": spans}))
+        note.write_text(json.dumps({**json.loads(note.read_text()), "spans": ranges}))
         with loader.load(server.url) as weights:
             assert bytes(weights["w"]) == DATA
             assert weights.stats.resumed_bytes == 0
@@ -372,17 +372,17 @@ def test_a_note_that_cannot_be_true_is_not_believed(
 
 def test_a_part_is_never_taken_for_more_than_it_has(tmp_path: Path) -> None:
     """At any moment, what the note says is there."""
-    with PartsFolder(Folder(tmp_path)).new("x") as part:
+    with PartialFiles(Folder(tmp_path)).new("x") as part:
         part.comes_from("u", '"1"', "c", None)
         part.put(b"b" * 10, 90)
-        with PartsFolder(Folder(tmp_path)).new("x") as other:
-            PartsFolder(Folder(tmp_path)).copy_longest(other, 100, lambda origin: True, lambda: None)
+        with PartialFiles(Folder(tmp_path)).new("x") as other:
+            PartialFiles(Folder(tmp_path)).copy_longest(other, 100, lambda origin: True, lambda: None)
             assert other.nbytes == 0
-            assert not other.spans
+            assert not other.ranges
         part.put(b"a" * 10, 0)
-    with PartsFolder(Folder(tmp_path)).new("x") as other:
-        PartsFolder(Folder(tmp_path)).copy_longest(other, 100, lambda origin: True, lambda: None)
-        assert list(other.spans) == [(0, 10), (90, 100)]
+    with PartialFiles(Folder(tmp_path)).new("x") as other:
+        PartialFiles(Folder(tmp_path)).copy_longest(other, 100, lambda origin: True, lambda: None)
+        assert list(other.ranges) == [(0, 10), (90, 100)]
 
 
 SPANS = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60)).map(lambda pair: (min(pair), max(pair))))
@@ -390,32 +390,32 @@ SPANS = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60)).map(lambda pa
 
 @given(SPANS, SPANS)
 def test_spans_are_sets_of_bytes(some: list[tuple[int, int]], others: list[tuple[int, int]]) -> None:
-    def numbers(spans: Any) -> set[int]:
-        return {number for start, end in spans for number in range(start, end)}
+    def numbers(ranges: Any) -> set[int]:
+        return {number for start, end in ranges for number in range(start, end)}
 
-    spans, added = Spans(some), Spans()
+    ranges, added = ByteRanges(some), ByteRanges()
     functools.reduce(lambda _, span: added.add(*span), some, None)
-    assert numbers(spans) == numbers(some)
-    assert list(added) == list(spans)
-    assert all(end < start for (_, end), (start, _) in zip(list(spans), list(spans)[1:], strict=False))
-    assert spans.nbytes == len(numbers(some))
-    assert spans.end == max(numbers(some), default=-1) + 1
-    assert spans.prefix == next(number for number in range(99) if number not in numbers(some))
-    assert numbers(spans.without(Spans(others))) == numbers(some) - numbers(others)
+    assert numbers(ranges) == numbers(some)
+    assert list(added) == list(ranges)
+    assert all(end < start for (_, end), (start, _) in zip(list(ranges), list(ranges)[1:], strict=False))
+    assert ranges.nbytes == len(numbers(some))
+    assert ranges.end == max(numbers(some), default=-1) + 1
+    assert ranges.prefix == next(number for number in range(99) if number not in numbers(some))
+    assert numbers(ranges.without(ByteRanges(others))) == numbers(some) - numbers(others)
 
 
 @given(st.integers(1, 5000), st.integers(0, 9))
 def test_pieces_cover_everything_once(nbytes: int, helpers: int) -> None:
-    pieces, seen = Pieces(Spans([(0, nbytes)]), Stop(), (10, 200), helpers), []
+    pieces, seen = RangeQueue(ByteRanges([(0, nbytes)]), Cancellation(), (10, 200), helpers), []
     while (piece := pieces.take()) is not None:
         assert piece.end - piece.start <= 200
         seen.append(piece.span)
-    assert list(Spans(seen)) == [(0, nbytes)]
+    assert list(ByteRanges(seen)) == [(0, nbytes)]
     assert sum(end - start for start, end in seen) == nbytes
 
 
 def test_a_helper_that_breaks_is_not_hidden() -> None:
-    pieces = Pieces(Spans([(0, 100)]), Stop(), (10, 10), 3)
-    pieces.retire(ZeroDivisionError("in a helper"))
+    pieces = RangeQueue(ByteRanges([(0, 100)]), Cancellation(), (10, 10), 3)
+    pieces.helper_done(ZeroDivisionError("in a helper"))
     with pytest.raises(ZeroDivisionError, match="in a helper"):
         pieces.take()

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import ndcache
-from ndcache.store.directory import ArtifactCache
+from ndcache.store.directory import ModelDirectory
 
 from ..helpers import models
 from ..helpers.servers import Connection, FileServer, Request, ScriptedServer, reply
@@ -215,8 +215,8 @@ def test_row_25_leftovers_are_cleared_away(model: Path, serve: Serve, idle: bool
     server = serve(model)
     directory = ndcache.fetch(server.url)
     before = state(directory)
-    claim = hashlib.md5((model / "params_shard_0.bin").read_bytes()).hexdigest()
-    note = f'{{"url": "", "etag": "", "claim": "{claim}", "sha256": null, "boot": ""}}'
+    content_id = hashlib.md5((model / "params_shard_0.bin").read_bytes()).hexdigest()
+    note = f'{{"url": "", "etag": "", "claim": "{content_id}", "sha256": null, "boot": ""}}'
     parts, locks = directory / ".ndcache" / "parts", directory / ".ndcache" / "locks"
     mine = [parts / "params_shard_0.bin.0123456789abcdef", parts / "params_shard_0.bin.0123456789abcdef.json"]
     others = [parts / "params_shard_9.bin.0123456789abcdef", parts / "params_shard_1.bin.0123456789abcdef"]
@@ -310,9 +310,9 @@ def test_row_26_a_shard_that_was_published_just_now_is_not_taken_for_a_bad_one(
     server = serve(model)
     directory = ndcache.fetch(server.url, names=[] if verb == "load" else None)
     (good, late) = (model / "params_shard_0.bin", directory / "params_shard_0.bin")
-    open_shard, looks = ArtifactCache.open_shard, []
+    open_shard, looks = ModelDirectory.open_shard, []
 
-    def not_yet(self: ArtifactCache, shard: ndcache.Shard) -> Any:
+    def not_yet(self: ModelDirectory, shard: ndcache.Shard) -> Any:
         looks.append(shard)
         if len(looks) > 1:
             return open_shard(self, shard)
@@ -320,7 +320,7 @@ def test_row_26_a_shard_that_was_published_just_now_is_not_taken_for_a_bad_one(
         late.with_suffix(".new").replace(late)
         return None
 
-    monkeypatch.setattr(ArtifactCache, "open_shard", not_yet)
+    monkeypatch.setattr(ModelDirectory, "open_shard", not_yet)
     if verb == "load":
         models.assert_same(ndcache.load(server.url), arrays)
     else:

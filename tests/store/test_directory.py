@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import ndcache
-from ndcache.store.directory import ArtifactCache
+from ndcache.store.directory import ModelDirectory
 from ndcache.store.inventory import cache_root, models
 
 #: Of a manifest that was published with nothing to remember of it.
@@ -26,11 +26,11 @@ def shard(data: bytes, name: str = "params_shard_0.bin", *, md5: bool = True) ->
 
 
 @pytest.fixture
-def cache(tmp_path: Path) -> ArtifactCache:
-    return ArtifactCache(tmp_path / "scope" / "model", "https://host/model/")
+def cache(tmp_path: Path) -> ModelDirectory:
+    return ModelDirectory(tmp_path / "scope" / "model", "https://host/model/")
 
 
-def publish(cache: ArtifactCache, name: str, data: bytes) -> Path:
+def publish(cache: ModelDirectory, name: str, data: bytes) -> Path:
     with cache.part(name) as part:
         part.compute("md5", lambda: None)
         part.write(data)
@@ -38,7 +38,7 @@ def publish(cache: ArtifactCache, name: str, data: bytes) -> Path:
     return cache.path(name)
 
 
-def test_a_part_gets_its_name_when_it_is_published(cache: ArtifactCache) -> None:
+def test_a_part_gets_its_name_when_it_is_published(cache: ModelDirectory) -> None:
     with cache.part("a/b.bin") as part:
         part.compute("md5", lambda: None)
         part.write(b"abc")
@@ -52,7 +52,7 @@ def test_a_part_gets_its_name_when_it_is_published(cache: ArtifactCache) -> None
     assert list((cache.directory / ".ndcache" / "parts").iterdir()) == []
 
 
-def test_a_part_that_is_not_published_leaves_nothing(cache: ArtifactCache) -> None:
+def test_a_part_that_is_not_published_leaves_nothing(cache: ModelDirectory) -> None:
     with pytest.raises(ZeroDivisionError), cache.part("a.bin") as part:
         part.write(b"abc")
         1 / 0  # noqa: B018
@@ -60,7 +60,7 @@ def test_a_part_that_is_not_published_leaves_nothing(cache: ArtifactCache) -> No
     assert list((cache.directory / ".ndcache" / "parts").iterdir()) == []
 
 
-def test_two_writers_of_one_file_do_not_meet(cache: ArtifactCache) -> None:
+def test_two_writers_of_one_file_do_not_meet(cache: ModelDirectory) -> None:
     with cache.part("a.bin") as one, cache.part("a.bin") as two:
         one.write(b"one")
         two.write(b"two")
@@ -74,10 +74,10 @@ def test_two_writers_of_one_file_do_not_meet(cache: ArtifactCache) -> None:
     assert cache.path("a.bin").read_bytes() == b"two"
 
 
-def test_nothing_is_made_before_something_is_written(cache: ArtifactCache) -> None:
+def test_nothing_is_made_before_something_is_written(cache: ModelDirectory) -> None:
     assert cache.size("a.bin") is None
     assert cache.read("a.json", 100) is None
-    assert cache.validator("a.bin") is None
+    assert cache.metadata("a.bin") is None
     assert cache.delete() == 0
     assert not cache.directory.parent.exists()
 
@@ -91,7 +91,7 @@ def test_nothing_is_made_before_something_is_written(cache: ArtifactCache) -> No
     ],
 )
 def test_what_is_known_holds_for_the_file_that_was_published(
-    cache: ArtifactCache, now: bytes, known: bool | None
+    cache: ModelDirectory, now: bytes, known: bool | None
 ) -> None:
     path = publish(cache, "params_shard_0.bin", b"abc")
     if now != b"abc":
@@ -119,30 +119,30 @@ MANIFEST_1, MANIFEST_2, OTHER_MANIFEST = "tensor-cache.json 1", "tensor-cache.js
     ],
 )
 def test_row_11_what_the_manifest_claimed_is_remembered(
-    cache: ArtifactCache, algorithms: tuple[str, ...], then: str, now: str, has_md5: bool, known: bool | None
+    cache: ModelDirectory, algorithms: tuple[str, ...], then: str, now: str, has_md5: bool, known: bool | None
 ) -> None:
     with cache.part("params_shard_0.bin") as part:
         for algorithm in algorithms:
             part.compute(algorithm, lambda: None)
         part.write(b"abc")
-        cache.publish(part, "params_shard_0.bin", claim=then).close()
+        cache.publish(part, "params_shard_0.bin", content_id=then).close()
     assert cache.is_known(shard(b"abc", md5=has_md5), now) is known
 
 
-def test_a_file_that_was_replaced_is_judged_by_itself(cache: ArtifactCache) -> None:
+def test_a_file_that_was_replaced_is_judged_by_itself(cache: ModelDirectory) -> None:
     publish(cache, "params_shard_0.bin", b"abc")
     with open(cache.path("params_shard_0.bin"), "rb") as old:
         publish(cache, "params_shard_0.bin", b"abd")
         assert cache.is_known(shard(b"abc"), CLAIM) is False
-        validator = cache.validator("params_shard_0.bin")
-        assert validator is not None
-        assert validator.judge(os.fstat(old.fileno()), shard(b"abc"), CLAIM) is not True  # it is the new file's
-        cache.set_aside("params_shard_0.bin", old)
+        metadata = cache.metadata("params_shard_0.bin")
+        assert metadata is not None
+        assert metadata.compare(os.fstat(old.fileno()), shard(b"abc"), CLAIM) is not True  # it is the new file's
+        cache.quarantine("params_shard_0.bin", old)
     assert cache.path("params_shard_0.bin").read_bytes() == b"abd"
 
 
 def test_a_full_disk_costs_the_memory_of_a_file_and_not_the_file(
-    cache: ArtifactCache, monkeypatch: pytest.MonkeyPatch
+    cache: ModelDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -156,7 +156,7 @@ def test_a_full_disk_costs_the_memory_of_a_file_and_not_the_file(
     assert list((cache.directory / ".ndcache" / "validators").iterdir()) == []
 
 
-def test_another_process_publishes_at_the_same_moment(cache: ArtifactCache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_process_publishes_at_the_same_moment(cache: ModelDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     replace = os.replace
 
     def overtaken(source: str, target: str, **folders: int) -> None:
@@ -174,7 +174,7 @@ def test_another_process_publishes_at_the_same_moment(cache: ArtifactCache, monk
     assert cache.is_intact("params_shard_0.bin")
 
 
-def test_a_part_that_was_taken_for_an_orphan(cache: ArtifactCache) -> None:
+def test_a_part_that_was_taken_for_an_orphan(cache: ModelDirectory) -> None:
     with cache.part("params_shard_0.bin") as part:
         part.write(b"abc")
         part.path.unlink()
@@ -183,37 +183,37 @@ def test_a_part_that_was_taken_for_an_orphan(cache: ArtifactCache) -> None:
     assert isinstance(caught.value.__cause__, FileNotFoundError)
 
 
-def test_another_digest_in_the_manifest_is_known_to_be_wrong(cache: ArtifactCache) -> None:
+def test_another_digest_in_the_manifest_is_known_to_be_wrong(cache: ModelDirectory) -> None:
     publish(cache, "params_shard_0.bin", b"abc")
     assert cache.is_known(shard(b"abd"), CLAIM) is False
     assert cache.is_known(shard(b"abd", md5=False), CLAIM) is False  # and without one, nothing vouches for it
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"nbytes": 3}', b'{"odd": 1}', b"\xff"])
-def test_a_damaged_validator_is_none(cache: ArtifactCache, content: bytes) -> None:
+def test_a_damaged_validator_is_none(cache: ModelDirectory, content: bytes) -> None:
     publish(cache, "params_shard_0.bin", b"abc")
     (cache.directory / ".ndcache" / "validators" / "params_shard_0.bin.json").write_bytes(content)
-    assert cache.validator("params_shard_0.bin") is None
+    assert cache.metadata("params_shard_0.bin") is None
     assert cache.is_known(shard(b"abc"), CLAIM) is None
 
 
-def test_names_with_slashes_and_percent_signs_stay_apart(cache: ArtifactCache) -> None:
+def test_names_with_slashes_and_percent_signs_stay_apart(cache: ModelDirectory) -> None:
     for name, data in (("a/b.bin", b"1"), ("a%2Fb.bin", b"22")):
         publish(cache, name, data)
     assert cache.is_known(shard(b"1", "a/b.bin"), CLAIM) is True
     assert cache.is_known(shard(b"22", "a%2Fb.bin"), CLAIM) is True
 
 
-def test_row_31_what_is_bad_is_set_aside(cache: ArtifactCache) -> None:
+def test_row_31_what_is_bad_is_set_aside(cache: ModelDirectory) -> None:
     publish(cache, "params_shard_0.bin", b"abc")
-    cache.set_aside("params_shard_0.bin")
-    cache.set_aside("params_shard_0.bin")
+    cache.quarantine("params_shard_0.bin")
+    cache.quarantine("params_shard_0.bin")
     assert cache.size("params_shard_0.bin") is None
     assert (cache.directory / ".ndcache" / "aside" / "params_shard_0.bin").read_bytes() == b"abc"
 
 
 @pytest.mark.parametrize("planted", ["a.bin", ".ndcache"])
-def test_row_30_a_planted_symlink_leaves_its_victim_alone(cache: ArtifactCache, tmp_path: Path, planted: str) -> None:
+def test_row_30_a_planted_symlink_leaves_its_victim_alone(cache: ModelDirectory, tmp_path: Path, planted: str) -> None:
     victim = tmp_path / "victim"
     victim.mkdir()
     (victim / "file").write_bytes(b"precious")
@@ -233,7 +233,7 @@ def test_row_30_a_planted_symlink_leaves_its_victim_alone(cache: ArtifactCache, 
     assert (victim / "file").read_bytes() == b"precious"
 
 
-def test_deleting_frees_everything_and_readers_go_on(cache: ArtifactCache) -> None:
+def test_deleting_frees_everything_and_readers_go_on(cache: ModelDirectory) -> None:
     path = publish(cache, "params_shard_0.bin", b"x" * 1000)
     with open(path, "rb") as reader:
         assert cache.delete() >= 1000
@@ -245,15 +245,15 @@ def test_a_directory_that_is_not_ours_is_not_deleted(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.jpg").write_bytes(b"abc")
     with pytest.raises(ndcache.UnsafeCacheError):
-        ArtifactCache(tmp_path / "photos").delete()
+        ModelDirectory(tmp_path / "photos").delete()
     assert (tmp_path / "photos" / "a.jpg").exists()
 
 
-def test_row_29_no_room_is_noticed_before_the_download(cache: ArtifactCache, tmp_path: Path) -> None:
+def test_row_29_no_room_is_noticed_before_the_download(cache: ModelDirectory, tmp_path: Path) -> None:
     free = shutil.disk_usage(tmp_path).free
-    cache.ensure_room(0)
+    cache.check_free_space(0)
     with pytest.raises(ndcache.DiskFullError) as caught:
-        cache.ensure_room(free * 2)
+        cache.check_free_space(free * 2)
     assert caught.value.expected == free * 2
     assert isinstance(caught.value.received, int)
     assert caught.value.errno == errno.ENOSPC
@@ -261,13 +261,13 @@ def test_row_29_no_room_is_noticed_before_the_download(cache: ArtifactCache, tmp
 
 def test_row_30_a_file_where_the_directory_should_be(tmp_path: Path) -> None:
     (tmp_path / "model").write_bytes(b"abc")
-    cache = ArtifactCache(tmp_path / "model")
+    cache = ModelDirectory(tmp_path / "model")
     assert cache.size("a.bin") is None
     with pytest.raises(ndcache.CacheUnavailableError, match="NDCACHE_HOME"):
         publish(cache, "a.bin", b"abc")
 
 
-def test_listing(cache: ArtifactCache, tmp_path: Path) -> None:
+def test_listing(cache: ModelDirectory, tmp_path: Path) -> None:
     assert list(models(tmp_path)) == []
     publish(cache, "a.bin", b"x" * 1000)
     (found,) = models(tmp_path)
@@ -284,7 +284,7 @@ def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_directories_that_are_made_are_synced_in_those_above(
-    cache: ArtifactCache, monkeypatch: pytest.MonkeyPatch
+    cache: ModelDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: list[Path] = []
     fsync = os.fsync
@@ -313,15 +313,15 @@ def test_directories_that_are_made_are_synced_in_those_above(
         *(b'{"nbytes": 3, "mtime_ns": 0, "etag": 1}', b'{"nbytes": 3, "mtime_ns": 0, "claim": ["x"]}'),
     ],
 )
-def test_a_note_of_another_form_is_none(cache: ArtifactCache, note: bytes) -> None:
+def test_a_note_of_another_form_is_none(cache: ModelDirectory, note: bytes) -> None:
     publish(cache, "params_shard_0.bin", b"abc")
     (cache.directory / ".ndcache" / "validators" / "params_shard_0.bin.json").write_bytes(note)
-    assert cache.validator("params_shard_0.bin") is None
+    assert cache.metadata("params_shard_0.bin") is None
     assert cache.is_known(shard(b"abc"), CLAIM) is None
 
 
 @pytest.mark.parametrize("kind", ["fifo", "symlink", "directory"])
-def test_row_30_what_is_planted_as_a_note_is_not_read(cache: ArtifactCache, tmp_path: Path, kind: str) -> None:
+def test_row_30_what_is_planted_as_a_note_is_not_read(cache: ModelDirectory, tmp_path: Path, kind: str) -> None:
     publish(cache, "params_shard_0.bin", b"abc")
     note = cache.directory / ".ndcache" / "validators" / "params_shard_0.bin.json"
     note.rename(tmp_path / "real")
@@ -331,11 +331,11 @@ def test_row_30_what_is_planted_as_a_note_is_not_read(cache: ArtifactCache, tmp_
         note.symlink_to(tmp_path / "real")
     else:
         note.mkdir()
-    assert cache.validator("params_shard_0.bin") is None
+    assert cache.metadata("params_shard_0.bin") is None
 
 
 @pytest.mark.parametrize("call", ["publish", "open", "set_aside", "size"])
-def test_row_30_a_folder_that_is_a_symlink_is_not_followed(cache: ArtifactCache, tmp_path: Path, call: str) -> None:
+def test_row_30_a_folder_that_is_a_symlink_is_not_followed(cache: ModelDirectory, tmp_path: Path, call: str) -> None:
     publish(cache, "other.bin", b"abc")
     (tmp_path / "victim").mkdir()
     (tmp_path / "victim" / "x.bin").write_bytes(b"precious")
@@ -346,7 +346,7 @@ def test_row_30_a_folder_that_is_a_symlink_is_not_followed(cache: ArtifactCache,
         elif call == "open":
             cache.open_shard(shard(b"precious", "sub/x.bin"))
         elif call == "set_aside":
-            cache.set_aside("sub/x.bin")
+            cache.quarantine("sub/x.bin")
         else:
             cache.size("sub/x.bin")
     assert {path.name: path.read_bytes() for path in (tmp_path / "victim").iterdir()} == {"x.bin": b"precious"}
@@ -354,7 +354,7 @@ def test_row_30_a_folder_that_is_a_symlink_is_not_followed(cache: ArtifactCache,
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
 def test_a_file_system_that_cannot_sync_directories(
-    cache: ArtifactCache, monkeypatch: pytest.MonkeyPatch, number: int
+    cache: ModelDirectory, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     fsync = os.fsync
 
@@ -368,7 +368,7 @@ def test_a_file_system_that_cannot_sync_directories(
 
 
 def test_what_an_interrupted_deletion_left_goes_with_the_next(
-    cache: ArtifactCache, monkeypatch: pytest.MonkeyPatch
+    cache: ModelDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish(cache, "a.bin", b"abc")
     with monkeypatch.context() as patch:

@@ -24,8 +24,8 @@ import ndcache
 from ndcache.format.paths import flat_name, unflat
 from ndcache.sources import remote
 from ndcache.store.cleanup import disk_bytes
-from ndcache.store.directory import ArtifactCache
-from ndcache.store.metadata import Validator
+from ndcache.store.directory import ModelDirectory
+from ndcache.store.metadata import FileMetadata
 
 from ..helpers import models
 from ..helpers.servers import FileServer
@@ -319,8 +319,8 @@ def test_row_58_which_time_counts_as_the_same(tmp_path: Path, noted: int, now: i
     path = tmp_path / "file"
     path.write_bytes(b"abc")
     os.utime(path, ns=(now, now))
-    assert Validator(3, noted).is_of(path.stat()) is is_same
-    assert not Validator(4, noted).is_of(path.stat())
+    assert FileMetadata(3, noted).is_unchanged(path.stat()) is is_same
+    assert not FileMetadata(4, noted).is_unchanged(path.stat())
 
 
 def test_row_58_other_times_cost_one_check(server: FileServer, hashed: list[str]) -> None:
@@ -387,7 +387,7 @@ def test_names_in_ndcaches_own_folders() -> None:
 
 
 def test_row_58_a_stale_handle_is_a_file_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = ArtifactCache(tmp_path / "scope" / "model")
+    cache = ModelDirectory(tmp_path / "scope" / "model")
     failing(monkeypatch, "lstat", errno.ESTALE, lambda path, **_: str(path).endswith("a.bin"))
     cache.directory.mkdir(parents=True)
     assert cache.size("a.bin") is None

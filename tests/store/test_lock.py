@@ -15,7 +15,7 @@ import pytest
 
 import ndcache
 from ndcache.store import lock as locks
-from ndcache.store.lock import Turn, if_free, turn
+from ndcache.store.lock import DownloadLock, acquire_or_wait, try_lock
 
 
 def never() -> bool:
@@ -52,8 +52,8 @@ def path(tmp_path: Path) -> Path:
 
 def test_who_is_alone_goes_at_once(path: Path) -> None:
     sleep = Sleeper()
-    with turn(path, is_there=never, progress=int, sleep=sleep) as mine:
-        assert mine == Turn(is_alone=True)
+    with acquire_or_wait(path, is_there=never, progress=int, sleep=sleep) as mine:
+        assert mine == DownloadLock(is_exclusive=True)
         with pytest.raises(filelock.Timeout):
             filelock.FileLock(path).acquire(blocking=False)
     filelock.FileLock(path).acquire(blocking=False).lock.release()
@@ -62,10 +62,10 @@ def test_who_is_alone_goes_at_once(path: Path) -> None:
 
 def test_the_lock_is_removed_when_the_file_is_there(path: Path) -> None:
     found = [False]
-    with turn(path, is_there=lambda: found[0], progress=int, sleep=Sleeper()):
+    with acquire_or_wait(path, is_there=lambda: found[0], progress=int, sleep=Sleeper()):
         found[0] = True
     assert not path.exists()
-    with turn(path, is_there=never, progress=int, sleep=Sleeper()):
+    with acquire_or_wait(path, is_there=never, progress=int, sleep=Sleeper()):
         pass
     assert path.exists()  # others may wait for it
 
@@ -74,7 +74,7 @@ def test_who_waits_goes_when_the_file_is_there(path: Path) -> None:
     found = [False]
     with filelock.FileLock(path):
         sleep = Sleeper(lambda: None, lambda: found.__setitem__(0, True))
-        with turn(path, is_there=lambda: found[0], progress=int, sleep=sleep) as mine:
+        with acquire_or_wait(path, is_there=lambda: found[0], progress=int, sleep=sleep) as mine:
             assert mine is None
     assert sleep.happenings == []
 
@@ -82,8 +82,8 @@ def test_who_waits_goes_when_the_file_is_there(path: Path) -> None:
 def test_row_28_who_waits_goes_when_the_holder_lets_go(path: Path) -> None:
     lock = filelock.FileLock(path)
     lock.acquire()
-    with turn(path, is_there=never, progress=int, sleep=Sleeper(lambda: None, lock.release)) as mine:
-        assert mine == Turn(is_alone=True)
+    with acquire_or_wait(path, is_there=never, progress=int, sleep=Sleeper(lambda: None, lock.release)) as mine:
+        assert mine == DownloadLock(is_exclusive=True)
 
 
 @pytest.mark.parametrize("moves", [0, 5])
@@ -95,8 +95,8 @@ def test_row_28_who_waits_goes_when_nothing_moves(path: Path, monkeypatch: pytes
         """Once in 25 seconds, some times."""
         return min(int(sleep.seconds / 25), moves)
 
-    with filelock.FileLock(path), turn(path, is_there=never, progress=progress, sleep=sleep) as mine:
-        assert mine == Turn(is_alone=False)
+    with filelock.FileLock(path), acquire_or_wait(path, is_there=never, progress=progress, sleep=sleep) as mine:
+        assert mine == DownloadLock(is_exclusive=False)
     assert 28 <= sleep.seconds - 25 * moves <= 35
 
 
@@ -107,7 +107,7 @@ def test_waiting_can_be_ended(path: Path) -> None:
     with (
         filelock.FileLock(path),
         pytest.raises(ndcache.CancelledError),
-        turn(path, is_there=never, progress=int, sleep=stop),
+        acquire_or_wait(path, is_there=never, progress=int, sleep=stop),
     ):
         pytest.fail("it was nobody's turn")
 
@@ -116,19 +116,22 @@ def test_the_lock_is_let_go_of_whatever_happens(path: Path) -> None:
     def fail() -> bool:
         raise ZeroDivisionError
 
-    with pytest.raises(ZeroDivisionError) as caught, turn(path, is_there=fail, progress=int, sleep=Sleeper()):
+    with (
+        pytest.raises(ZeroDivisionError) as caught,
+        acquire_or_wait(path, is_there=fail, progress=int, sleep=Sleeper()),
+    ):
         pass
-    with turn(path, is_there=never, progress=int, sleep=Sleeper()) as mine:
-        assert mine == Turn(is_alone=True)
+    with acquire_or_wait(path, is_there=never, progress=int, sleep=Sleeper()) as mine:
+        assert mine == DownloadLock(is_exclusive=True)
     assert caught.value.__traceback__ is not None  # it was still there
 
 
 def test_whether_a_lock_is_free(path: Path) -> None:
-    with if_free(path) as is_free:
+    with try_lock(path) as is_free:
         assert is_free
-        with if_free(path) as is_free_too:
+        with try_lock(path) as is_free_too:
             assert not is_free_too
-    with turn(path, is_there=never, progress=int, sleep=Sleeper()), if_free(path) as is_free:
+    with acquire_or_wait(path, is_there=never, progress=int, sleep=Sleeper()), try_lock(path) as is_free:
         assert not is_free
 
 
@@ -137,8 +140,8 @@ def test_row_27_locks_that_everybody_gets(path: Path, monkeypatch: pytest.Monkey
     fcntl = pytest.importorskip("fcntl")
     monkeypatch.setattr(fcntl, "flock", lambda *_: None)
     for _ in range(2):
-        with turn(path, is_there=never, progress=int, sleep=Sleeper()) as mine:
-            assert mine == Turn(is_alone=False)
+        with acquire_or_wait(path, is_there=never, progress=int, sleep=Sleeper()) as mine:
+            assert mine == DownloadLock(is_exclusive=False)
 
 
 @pytest.mark.parametrize(
@@ -155,8 +158,8 @@ def test_row_27_no_locks_at_all(path: Path, monkeypatch: pytest.MonkeyPatch, err
         raise error
 
     monkeypatch.setattr(filelock.FileLock, "acquire", fail)
-    with turn(path, is_there=never, progress=int, sleep=Sleeper()) as mine:
-        assert mine == Turn(is_alone=False)
+    with acquire_or_wait(path, is_there=never, progress=int, sleep=Sleeper()) as mine:
+        assert mine == DownloadLock(is_exclusive=False)
 
 
 def test_row_30_a_symlink_at_the_locks_name(path: Path, tmp_path: Path) -> None:
@@ -165,7 +168,7 @@ def test_row_30_a_symlink_at_the_locks_name(path: Path, tmp_path: Path) -> None:
     path.symlink_to(victim)
     with (
         pytest.raises(ndcache.UnsafeCacheError, match="symbolic link"),
-        turn(path, is_there=never, progress=int, sleep=Sleeper()),
+        acquire_or_wait(path, is_there=never, progress=int, sleep=Sleeper()),
     ):
         pytest.fail("it was used")
     assert victim.read_text() == "precious"
@@ -180,7 +183,7 @@ def test_row_30_a_symlink_that_is_planted_in_the_last_moment(
     monkeypatch.setattr(Path, "is_symlink", lambda self: False)
     with (
         pytest.raises(ndcache.UnsafeCacheError, match="symbolic link"),
-        turn(path, is_there=never, progress=int, sleep=Sleeper()),
+        acquire_or_wait(path, is_there=never, progress=int, sleep=Sleeper()),
     ):
         pytest.fail("it was used")
     assert victim.read_text() == "precious"
@@ -192,8 +195,10 @@ def test_of_many_threads_one_has_its_turn_at_a_time(path: Path) -> None:
     guard, pause = threading.Lock(), threading.Event()
 
     def work() -> None:
-        with turn(path, is_there=never, progress=lambda: next(counter), sleep=lambda s: pause.wait(s / 10)) as mine:
-            assert mine == Turn(is_alone=True)
+        with acquire_or_wait(
+            path, is_there=never, progress=lambda: next(counter), sleep=lambda s: pause.wait(s / 10)
+        ) as mine:
+            assert mine == DownloadLock(is_exclusive=True)
             with guard:
                 inside[0] += 1
                 most[0] = max(most[0], inside[0])

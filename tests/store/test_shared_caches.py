@@ -18,7 +18,7 @@ import requests
 
 import ndcache
 from ndcache.files.folder import Folder
-from ndcache.store.partial import PartsFolder
+from ndcache.store.partial import PartialFiles
 
 from ..helpers import models
 from ..helpers.kills import CountingServer, Zygote
@@ -155,13 +155,13 @@ def digest(tensor: Any) -> str:
     return hashlib.md5(bytes(tensor)).hexdigest()
 
 
-def leave_part(url: str, cache_dir: str, *, etag: str, claim: str, nbytes: int, mode: int, **_: Any) -> str:
+def leave_part(url: str, cache_dir: str, *, etag: str, content_id: str, nbytes: int, mode: int, **_: Any) -> str:
     """Leave a part of the first shard, as a load that was killed does."""
     directory = Path(ndcache.fetch(url, cache_dir=cache_dir, names="layer.1"))
     data = bytes(nbytes)
     folder = Folder(Path(cache_dir), (*directory.parts[-2:], ".ndcache", "parts"))
-    with PartsFolder(folder).new(SHARD) as part:
-        part.comes_from(f"{url}{SHARD}", etag, claim, None)
+    with PartialFiles(folder).new(SHARD) as part:
+        part.comes_from(f"{url}{SHARD}", etag, content_id, None)
         part.write(data)
     part.path.chmod(mode)
     return part.file_name
@@ -232,7 +232,7 @@ def test_row_59_a_part_of_another_account_is_copied_if_it_may_be(
     models.write_model(counting.directory, [{"layer.0": np.frombuffer(data, "float32")}, {"layer.1": other}])
     shard = ndcache.read_manifest(counting.directory).shards[0]
     etag = requests.get(counting.url + SHARD, timeout=10).headers["ETag"]
-    options = {"etag": etag, "claim": shard.md5sum, "nbytes": SHARD_BYTES // 2, "mode": mode}
+    options = {"etag": etag, "content_id": shard.md5sum, "nbytes": SHARD_BYTES // 2, "mode": mode}
     left = zygote.start(act_as, FIRST, 0o002, counting.url, str(root), "leave part", **options).result(15)
     (parts,) = root.glob("*/*/.ndcache/parts")
     if is_sticky:
@@ -315,7 +315,7 @@ def test_row_54_what_lies_in_a_folder_of_anothers_is_loaded_into_memory(
     zygote: Zygote, counting: CountingServer, public: Path, closed: str, mode: int
 ) -> None:
     root = shared(public, 0o755)
-    part = {"etag": '"1"', "claim": "?", "nbytes": 1000, "mode": 0o644}
+    part = {"etag": '"1"', "content_id": "?", "nbytes": 1000, "mode": 0o644}
     zygote.start(act_as, FIRST, 0o022, counting.url, str(root), "leave part", **part).result(15)
     (folder,) = root.glob(closed) if closed else [root]
     folder.chmod(mode)

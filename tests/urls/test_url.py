@@ -25,7 +25,7 @@ from ndcache.http.transport import Transport
 from ndcache.location.hub import Login
 from ndcache.location.locate import locate
 from ndcache.urls.url import Origin, UrlError, parse, parse_proxy
-from ndcache.workers.cancellation import Stop, Watch
+from ndcache.workers.cancellation import Cancellation, StallWatch
 
 from ..helpers.servers import ScriptedServer, reply
 
@@ -312,7 +312,7 @@ def peers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Peers]:
 
 
 def answer(transport: Transport, url: str) -> str:
-    with transport.get(url, {}, Stop()) as response:
+    with transport.get(url, {}, Cancellation()) as response:
         return response.read(1000).decode()
 
 
@@ -383,7 +383,7 @@ def test_row_41_a_session_that_changes_the_url_is_stopped() -> None:
     for url in ("http://127.0.0.1:9/", "https://localhost/", "http://localhost:80/"):
         with (
             pytest.raises(WrongOriginError),
-            watching(Watch(patience=1), Origin("http", "localhost", 9), Routes()),
+            watching(StallWatch(patience=1), Origin("http", "localhost", 9), Routes()),
         ):
             session.get(url, timeout=1)
     transport.close()
@@ -398,7 +398,7 @@ def test_row_41_a_proxy_is_told_the_origin_that_was_judged(
     assert answer(transport, "http://home.test/a") == "there"
     with (
         pytest.raises(WrongOriginError),
-        watching(Watch(patience=1), Origin("http", "home.test", 80), Routes()),
+        watching(StallWatch(patience=1), Origin("http", "home.test", 80), Routes()),
     ):
         transport._sessions()[0].get("http://evil.test/a", timeout=1)
     transport.close()

@@ -12,48 +12,48 @@ import pytest
 
 import ndcache
 from ndcache.workers import cancellation as stop_module
-from ndcache.workers.cancellation import Stop, Watch
+from ndcache.workers.cancellation import Cancellation, StallWatch
 
 
 def test_row_36_the_callers_event_stops_too() -> None:
     cancel = threading.Event()
-    stop = Stop(cancel)
-    stop.check()
+    cancellation = Cancellation(cancel)
+    cancellation.check()
     cancel.set()
     with pytest.raises(ndcache.CancelledError):
-        stop.sleep(1000)
+        cancellation.sleep(1000)
 
 
 def test_row_36_sleepers_wake() -> None:
-    stop = Stop()
+    cancellation = Cancellation()
     with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(stop.sleep, 1000)
-        stop.set()
+        future = pool.submit(cancellation.sleep, 1000)
+        cancellation.set()
         with pytest.raises(ndcache.CancelledError):
             future.result(30)
 
 
 def test_row_36_waits_are_ended_when_it_is_set_and_at_once_afterwards() -> None:
-    stop = Stop()
+    cancellation = Cancellation()
     ended: list[str] = []
     before, forgotten, after = (
-        Watch(60, [lambda name=name: ended.append(name)]) for name in ("before", "forgotten", "after")
+        StallWatch(60, [lambda name=name: ended.append(name)]) for name in ("before", "forgotten", "after")
     )
-    stop.add(before)
-    stop.add(forgotten)
-    stop.remove(forgotten)
+    cancellation.add(before)
+    cancellation.add(forgotten)
+    cancellation.remove(forgotten)
     assert ended == []
-    stop.set()
+    cancellation.set()
     assert ended == ["before"]
-    stop.add(after)
+    cancellation.add(after)
     assert ended == ["before", "after"]
     assert not any(watch.overdue for watch in (before, forgotten, after))
 
 
 def test_row_36_a_waker_that_comes_too_late_is_called_at_once() -> None:
-    stop, watch, ended = Stop(), Watch(60), []
-    stop.add(watch)
-    stop.set()  # the request's connection is still being made
+    cancellation, watch, ended = Cancellation(), StallWatch(60), []
+    cancellation.add(watch)
+    cancellation.set()  # the request's connection is still being made
     watch.add_waker(lambda: ended.append(True))
     assert ended == [True]
 
@@ -87,38 +87,38 @@ def test_row_13_a_drip_is_a_wait_in_vain(
     clock = Clock()
     monkeypatch.setattr(stop_module, "time", clock)
     ended: list[bool] = []
-    watch = Watch(10, [lambda: ended.append(True)])
+    watch = StallWatch(10, [lambda: ended.append(True)])
     for seconds, nbytes in arrivals:
         clock.now += seconds
         watch.received(nbytes)
-        watch.look()
+        watch.poll()
     assert watch.overdue == overdue == bool(ended)
 
 
 def test_what_is_remembered_of_a_long_wait_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     monkeypatch.setattr(stop_module, "time", clock)
-    watch = Watch(10)
+    watch = StallWatch(10)
     for _ in range(100_000):
         clock.now += 0.01
         watch.received(1 << 20)
-        watch.look()
+        watch.poll()
     assert len(watch._marks) < 30
 
 
 def test_row_13_time_in_which_the_thread_does_something_else_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     monkeypatch.setattr(stop_module, "time", clock)
-    watch = Watch(10)
+    watch = StallWatch(10)
     watch.waiting = False
     clock.now += 60
-    watch.look()
+    watch.poll()
     watch.waiting = True
     clock.now += 9
-    watch.look()
+    watch.poll()
     assert not watch.overdue
     clock.now += 2
-    watch.look()
+    watch.poll()
     assert watch.overdue
 
 
@@ -126,13 +126,13 @@ def test_row_13_time_in_which_the_thread_does_something_else_does_not_count(monk
 def test_row_37_a_fork_does_not_stop_what_its_parent_does() -> None:
     script = """
 import os
-from ndcache.workers import cancellation as stop
+from ndcache.workers import cancellation
 ended = []
-one = stop.Stop()
-one.add(stop.Watch(60, [lambda: ended.append("shut")]))
+one = cancellation.Cancellation()
+one.add(cancellation.StallWatch(60, [lambda: ended.append("shut")]))
 with one._lock:  # as of a thread that looks just then
     if os.fork() == 0:
-        stop._main_thread_ends()
+        cancellation._main_thread_ends()
         one.set()
         os._exit(len(ended))
 _, status = os.wait()

@@ -13,8 +13,8 @@ import pytest
 
 import ndcache
 from ndcache.stats import LoadStats
-from ndcache.workers.cancellation import Stop
-from ndcache.workers.pool import Workers, in_order
+from ndcache.workers.cancellation import Cancellation
+from ndcache.workers.pool import Workers, map_ordered
 
 
 def shards(*sizes: int) -> list[ndcache.Shard]:
@@ -26,13 +26,13 @@ def run(
     work: Callable[[ndcache.Shard], Any],
     *,
     max_workers: int = 4,
-    stop: Stop | None = None,
+    cancellation: Cancellation | None = None,
     workers: Workers | None = None,
     **options: Any,
 ) -> Generator[Any, None, None]:
-    workers = workers or Workers(max_workers, stop)
+    workers = workers or Workers(max_workers, cancellation)
     workers.start()
-    return in_order(items, work, **{"workers": workers, "memory_limit": 1000, "stats": LoadStats(), **options})
+    return map_ordered(items, work, **{"workers": workers, "memory_limit": 1000, "stats": LoadStats(), **options})
 
 
 def name(shard: ndcache.Shard) -> str:
@@ -96,9 +96,9 @@ def test_who_is_relieved_has_another_begin(max_workers: int) -> None:
         together.wait(30)  # none goes on before max_workers of them are here
         with lock:
             unrelieved -= 1
-        workers.relieve()
+        workers.release_slot()
         relieved.wait(30)  # with max_workers=1: for one that has begun although this one is not done
-        workers.relieve()  # twice is once
+        workers.release_slot()  # twice is once
         return shard.data_path
 
     count = 4 * max_workers  # which are begun before the first one's turn comes
@@ -133,15 +133,15 @@ def test_the_look_ahead_is_bounded_by_bytes(
 
 
 def test_row_35_an_error_is_raised_at_once_whoevers_turn_it_is() -> None:
-    stop = Stop()
+    cancellation = Cancellation()
 
     def work(shard: ndcache.Shard) -> None:
         if shard.data_path == "2.bin":
             raise ndcache.ChecksumError("bad", shard=shard.data_path)
-        stop.sleep(1000)
+        cancellation.sleep(1000)
 
     with pytest.raises(ndcache.ChecksumError) as caught:
-        list(run(shards(1, 1, 1, 1), work, stop=stop))
+        list(run(shards(1, 1, 1, 1), work, cancellation=cancellation))
     assert caught.value.shard == "2.bin"
     assert caught.value.others == ()  # that the rest was stopped is no error of its own
 
@@ -174,16 +174,16 @@ def test_row_35_what_was_not_begun_is_never_begun_after_an_error() -> None:
 @pytest.mark.parametrize("how", ["close", "drop", "raise", "cancel"])
 def test_row_36_going_away_stops_the_workers(how: str) -> None:
     cancel = threading.Event()
-    stop = Stop(cancel)
+    cancellation = Cancellation(cancel)
     reached = threading.Event()
 
     def work(shard: ndcache.Shard) -> str:
         if shard.data_path != "0.bin":
             reached.set()
-            stop.sleep(1000)
+            cancellation.sleep(1000)
         return shard.data_path
 
-    results = run(shards(1, 1, 1), work, stop=stop)
+    results = run(shards(1, 1, 1), work, cancellation=cancellation)
     assert next(results) == "0.bin"
     assert reached.wait(30)
     if how == "close":
@@ -201,16 +201,16 @@ def test_row_36_going_away_stops_the_workers(how: str) -> None:
 
 
 def test_row_36_what_waits_for_its_turn_is_never_begun_after_going_away() -> None:
-    stop, begun, reached = Stop(), list[str](), threading.Event()
+    cancellation, begun, reached = Cancellation(), list[str](), threading.Event()
 
     def work(shard: ndcache.Shard) -> None:
         begun.append(shard.data_path)
         if shard.data_path == "1.bin":
             reached.set()
             with pytest.raises(ndcache.CancelledError):
-                stop.sleep(1000)
+                cancellation.sleep(1000)
 
-    results = run(shards(1, 1, 1, 1), work, max_workers=1, stop=stop)
+    results = run(shards(1, 1, 1, 1), work, max_workers=1, cancellation=cancellation)
     next(results)
     assert reached.wait(30)
     results.close()
@@ -259,14 +259,14 @@ def test_row_36_ctrl_c_while_a_thread_is_begun(monkeypatch: pytest.MonkeyPatch, 
         press("in start")
         return started
 
-    stop = Stop()
+    cancellation = Cancellation()
 
     def work(shard: ndcache.Shard) -> None:
-        stop.sleep(100)
+        cancellation.sleep(100)
 
     monkeypatch.setattr(threading.Thread, "start", pressed)
     monkeypatch.setattr(threading, name, pressed_inside)
-    with pytest.raises(KeyboardInterrupt), Workers(4, stop) as workers:
+    with pytest.raises(KeyboardInterrupt), Workers(4, cancellation) as workers:
         workers.start()
         list(run(shards(1, 1, 1, 1), work, workers=workers))
     assert len(threads) >= begun

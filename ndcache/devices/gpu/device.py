@@ -368,7 +368,7 @@ class GpuDevice(Device[_Staged, GPUTensor]):
             staged.file.close()
 
 
-def open_gpu(spec: str, look: Callable[[], None] | None = None) -> GpuDevice | None:
+def open_gpu(spec: str, poll: Callable[[], None] | None = None) -> GpuDevice | None:
     """Open ``"gpu"``, ``"gpu:N"``, or for ``"auto"`` the first real adapter, if any.
 
     Parameters
@@ -384,7 +384,7 @@ def open_gpu(spec: str, look: Callable[[], None] | None = None) -> GpuDevice | N
     DeviceError
         The adapter gives no device.
     """
-    return shielded(lambda: _open(spec), look=look, undo=_close)
+    return shielded(lambda: _open(spec), poll=poll, undo=_close)
 
 
 def _close(opened: GpuDevice | None) -> None:

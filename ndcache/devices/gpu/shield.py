@@ -30,7 +30,7 @@ _GRACE = 0.8
 def shielded(
     work: Callable[[], T],
     *,
-    look: Callable[[], None] | None = None,
+    poll: Callable[[], None] | None = None,
     undo: Callable[[T], object] | None = None,
     thread: CallThread | None = None,
 ) -> T:
@@ -49,12 +49,12 @@ def shielded(
     thread : CallThread, optional
         Where there are many calls: to start a thread for each takes longer. Its calls cannot be left.
     """
-    if look is None and threading.current_thread() is not threading.main_thread():
+    if poll is None and threading.current_thread() is not threading.main_thread():
         return work()
     call = _Call(work, undo)
     try:
         call.start(thread)
-        call.wait(look)
+        call.wait(poll)
         call.join()
     except BaseException:
         call.leave()
@@ -116,14 +116,14 @@ class _Call(Generic[T]):
             raise_hidden_interrupt(error)
             self._run()  # The interpreter is about to end.
 
-    def wait(self, look: Callable[[], None] | None = None, deadline: float = math.inf) -> bool:
+    def wait(self, poll: Callable[[], None] | None = None, deadline: float = math.inf) -> bool:
         """Wait for the end; whether it came before the deadline."""
         while not self._has_ended and time.monotonic() < deadline:
             try:
                 self._wake_up.get(timeout=_TICK)
             except Empty:
-                if look is not None:
-                    look()
+                if poll is not None:
+                    poll()
         return self._has_ended
 
     def leave(self) -> None:
