@@ -12,8 +12,9 @@ import logging
 import random
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import TracebackType
 from typing import TypeVar
 
 from ..errors import NdcacheError, RateLimitedError
@@ -21,7 +22,7 @@ from ..stats import LoadStats
 from ..workers.cancellation import Cancellation
 from .rate_limits import Served, is_refusal
 
-__all__ = ["RetryPolicy", "with_retries"]
+__all__ = ["Attempt", "RetryPolicy", "attempts", "with_retries"]
 
 logger = logging.getLogger("ndcache")
 
@@ -86,55 +87,129 @@ class RetryPolicy:
         return wait if spent + wait <= self.budget else None
 
 
+def attempts(
+    policy: RetryPolicy,
+    cancellation: Cancellation,
+    stats: LoadStats | None = None,
+    served: Served | None = None,
+    progress: Callable[[], int] = lambda: 0,
+) -> Iterator[Attempt]:
+    """Yield attempts at some work until one succeeds, and wait between them.
+
+    An error that `policy` does not forgive leaves the block of its attempt, and knows how many attempts there were::
+
+        for attempt in attempts(policy, cancellation, stats, served):
+            with attempt:
+                result = work()
+        return result
+
+    Parameters
+    ----------
+    policy : RetryPolicy
+    cancellation : Cancellation
+        Ends the wait for the next attempt with `CancelledError`.
+    stats : LoadStats, optional
+        Counts the retries, and the time between them.
+    served : Served, optional
+        Knows whether a server that refuses a request (429, 503) gives others something meanwhile: if it does, the
+        refusal does not count as a failure.
+    progress : callable
+        Return how many bytes of the work are done for good; bytes that come a second time do not count.
+    """
+    attempt = Attempt(policy, served, progress)
+    while True:
+        yield attempt
+        if attempt.delay is None:
+            return
+        if stats is None:
+            cancellation.sleep(attempt.delay)
+        else:
+            with stats.timed("rate_limit" if attempt.is_refused else "backoff"):
+                cancellation.sleep(attempt.delay)
+            stats.count(retries=1)
+
+
+class Attempt:
+    """The current attempt at some work, as a context manager that ends an error after which there is another one.
+
+    Attributes
+    ----------
+    delay : float or None
+        Seconds to wait before the next attempt; None if there is none.
+    is_refused : bool
+        Whether the server refused the last attempt because it gets too many requests.
+    """
+
+    delay: float | None = None
+    is_refused: bool = False
+
+    def __init__(self, policy: RetryPolicy, served: Served | None, progress: Callable[[], int]) -> None:
+        self._policy = policy
+        self._served = served
+        self._progress = progress
+        self._tries = 0
+        self._kinds: Counter[type[NdcacheError]] = Counter()
+        self._last_time = time.monotonic()
+        # Since the last progress: failures, refusals that do not count as such, and how many others had before.
+        self._mark = progress()
+        self._failures = 0
+        self._first_failure = 0.0
+        self._refusals = 0
+        self._refused_before = 0
+
+    def __enter__(self) -> None:
+        self.delay = None
+
+    def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> bool:
+        if not isinstance(error, NdcacheError):
+            return False
+        self.is_refused = is_refusal(error)
+        self._tries += 1
+        self._kinds[type(error)] += 1
+        error.attempts = self._tries
+        counted, spent = self._count(error)
+        self.delay = self._policy.delay(error, counted, self._kinds[type(error)], spent)
+        if self.delay is None:
+            return False
+        level = logging.WARNING
+        if self.is_refused and self._served is not None:
+            self._served.note_limit(error)
+            level = logging.DEBUG
+        logger.log(level, "trying again in %.1f s (try %d): %s", self.delay, self._tries + 1, str(error))
+        return True
+
+    def _count(self, error: NdcacheError) -> tuple[int, float]:
+        """Return how many failures in a row there were with this one, and the seconds since the first of them."""
+        now = time.monotonic()
+        if self._progress() - self._mark >= _PROGRESS_BYTES:
+            self._mark, self._failures, self._first_failure, self._refusals = self._progress(), 0, now, 0
+        served = self._served if self.is_refused else None
+        if served is not None and served.has_given(error, self._last_time):
+            self._failures, self._first_failure, self._refusals = 0, now, self._refusals + 1
+        self._last_time = now
+        self._failures += 1
+        self._first_failure = self._first_failure or now
+        spent = now - self._first_failure
+        counted = max(self._failures, min(self._refusals, _MOST_COUNTED, self._policy.retries))
+        if served is not None:
+            in_a_row = served.refusals(error)
+            if self._failures == 1:
+                self._refused_before = in_a_row - 1
+            if spent >= self._policy.typical_patience:
+                counted = max(counted, in_a_row - self._refused_before)  # nobody got anything in the meantime
+        return counted, spent
+
+
 def with_retries(
-    attempt: Callable[[], T],
+    work: Callable[[], T],
     policy: RetryPolicy,
     cancellation: Cancellation,
     stats: LoadStats | None = None,
     progress: Callable[[], int] = lambda: 0,
     served: Served | None = None,
 ) -> T:
-    """`attempt()`, tried again as `policy` says. The last error knows how many tries there were.
-
-    `progress` says how many bytes are there for good; bytes that come a second time do not count. A try that a
-    server refused, because there were too many, does not count if it has given something to anybody since the try
-    before, as `served` knows.
-    """
-    tries, failures, first_failure, refusals, refused_before = 0, 0, 0.0, 0, 0
-    kinds: Counter[type[NdcacheError]] = Counter()
-    mark, since = progress(), time.monotonic()
-    while True:
-        try:
-            return attempt()
-        except NdcacheError as error:
-            now = time.monotonic()
-            if progress() - mark >= _PROGRESS_BYTES:
-                mark, failures, first_failure, refusals = progress(), 0, now, 0
-            is_refused = is_refusal(error)
-            if is_refused and served is not None and served.has_given(error, since):
-                failures, first_failure, refusals = 0, now, refusals + 1
-            since = now
-            tries, failures = tries + 1, failures + 1
-            kinds[type(error)] += 1
-            first_failure = first_failure or now
-            error.attempts = tries
-            counted, spent = max(failures, min(refusals, _MOST_COUNTED, policy.retries)), now - first_failure
-            if is_refused and served is not None:
-                in_a_row = served.refusals(error)
-                if failures == 1:
-                    refused_before = in_a_row - 1
-                if spent >= policy.typical_patience:
-                    counted = max(counted, in_a_row - refused_before)  # nobody got anything in the meantime
-            delay = policy.delay(error, counted, kinds[type(error)], spent)
-            if delay is None:
-                raise
-            if is_refused and served is not None:
-                served.note_limit(error)
-            level = logging.DEBUG if is_refused and served is not None else logging.WARNING
-            logger.log(level, "trying again in %.1f s (try %d): %s", delay, tries + 1, str(error))
-        if stats is None:
-            cancellation.sleep(delay)
-        else:
-            with stats.timed("rate_limit" if is_refused else "backoff"):
-                cancellation.sleep(delay)
-            stats.count(retries=1)
+    """Return `work()`, tried again as `attempts` says."""
+    for attempt in attempts(policy, cancellation, stats, served, progress):
+        with attempt:
+            result = work()
+    return result

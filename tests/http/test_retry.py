@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+import weakref
 
 import pytest
 
 import ndcache
-from ndcache.http.retry import RetryPolicy, with_retries
+from ndcache.http.retry import RetryPolicy, attempts, with_retries
 from ndcache.stats import LoadStats
 from ndcache.workers.cancellation import Cancellation
 
@@ -150,3 +152,27 @@ def test_row_36_stopping_ends_the_wait_for_the_next_try() -> None:
 
     with pytest.raises(ndcache.CancelledError):
         with_retries(attempt, QUICK, Cancellation(cancel))
+
+
+def test_no_frame_of_the_retries_is_below_the_work() -> None:
+    for attempt in attempts(QUICK, Cancellation()):
+        with attempt:
+            frame = sys._getframe()
+            assert frame.f_back is not None
+            assert "ndcache/http" not in frame.f_back.f_code.co_filename
+            break
+
+
+def test_an_error_that_is_tried_again_is_not_kept() -> None:
+    seen: list[weakref.ref[ndcache.ServerError]] = []
+    for attempt in attempts(QUICK, Cancellation()):
+        with attempt:
+            assert all(reference() is None for reference in seen)
+            if len(seen) < 2:
+                error = ndcache.ServerError("failed")
+                seen.append(weakref.ref(error))
+                try:
+                    raise error
+                finally:
+                    del error
+    assert len(seen) == 2
