@@ -559,7 +559,7 @@ def test_of_several_parts_the_longest_is_used(downloader: Downloader, scripted: 
     assert files(downloader.cache.directory) == ["params_shard_0.bin"]
 
 
-@pytest.mark.parametrize("is_alone", [False, True])
+@pytest.mark.parametrize("is_exclusive", [False, True])
 def test_a_part_that_somebody_may_still_write_is_copied_and_left(
     downloader: Downloader, scripted: ScriptedServer, is_exclusive: bool
 ) -> None:

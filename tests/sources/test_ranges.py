@@ -355,7 +355,7 @@ def test_of_a_part_with_holes_only_the_holes_are_asked_for(serve: Callable[..., 
 
 
 @pytest.mark.parametrize(
-    "spans", [[[0, 2_000_000]], [[-5, 10]], [[5, 1]], [["0", "9"]], [[0, 1, 2]], "x", 7, [[0.0, 9.0]], [[0, 1 << 70]]]
+    "ranges", [[[0, 2_000_000]], [[-5, 10]], [[5, 1]], [["0", "9"]], [[0, 1, 2]], "x", 7, [[0.0, 9.0]], [[0, 1 << 70]]]
 )
 def test_a_note_that_cannot_be_true_is_not_believed(
     serve: Callable[..., FileServer], model: Path, ranges: object
