@@ -24,13 +24,14 @@ import requests
 
 from .devices import open_device
 from .devices.base import Device
-from .errors import CacheUnavailableError, ManifestError, NotFoundError, OfflineError, UnsafeCacheError
+from .errors import CacheUnavailableError, ManifestError, NotFoundError, OfflineError, UnsafeCacheError, redact
 from .files.descriptors import budget
 from .format.digests import parse_sri
 from .format.manifest import Manifest, NameFilter, Shard
 from .http.rate_limits import Limits
 from .http.retry import RetryPolicy
 from .http.transport import Transport
+from .location.file_url import file_url, possible_models
 from .location.hub import Login
 from .location.locate import Location, locate
 from .options import check_options
@@ -60,6 +61,8 @@ _LOOKS = 3
 #: What a worker may have open at once: a socket or two, a lock, what it writes and reads, two folders that it publishes
 #: in and one on the way there, the folder that is synced, and spare ones.
 _FILES_PER_WORKER = 12
+#: The limit of a single file, whose size no manifest gives; it keeps an endless body from filling the disk.
+_MAX_FILE_BYTES = 64 << 30
 
 Source = str | os.PathLike[str]
 T = TypeVar("T")
@@ -367,6 +370,63 @@ class Loader:
                 hint="ndcache deletes only what it fetched; remove the directory yourself.",
             )
         return ModelDirectory(root.joinpath(*directory.parts[-2:]), root=root).delete()
+
+    def find_file(self, url: str) -> Path | None:
+        """Return the path of a single file in the cache, or None if it is not there. Makes no request.
+
+        Raises
+        ------
+        CacheUnavailableError
+        UnsafePathError, ValueError
+            `url` does not name a file on a server.
+        """
+        for location, name in possible_models(url):
+            cache = self._cache(location)
+            if cache.size(name) is not None:
+                return cache.path(name)
+        return None
+
+    def fetch_file(self, url: str) -> Path:
+        """Download a single file, such as a tokenizer, into the cache unless it is there.
+
+        It is stored with the nearest model above it that has a cache directory, else under its own directory's URL.
+
+        Returns
+        -------
+        pathlib.Path
+            The file in the cache.
+
+        Raises
+        ------
+        TransferError, OfflineError, CacheError
+        UnsafePathError, ValueError
+            `url` does not name a file on a server.
+        """
+        if (found := self.find_file(url)) is not None:
+            return found
+        places = [(self._cache(location), name) for location, name in possible_models(url)]
+        cache, name = next((place for place in places if place[0].exists()), places[0])
+        if self._offline:
+            error = OfflineError(f"offline, and not in the cache: {redact(url)}")
+            error.missing = (name,)
+            raise error
+        with self._workers(1) as workers:
+            downloader = self._downloader(cache, workers, LoadStats())
+            return workers.run(lambda: downloader.file(name, file_url(url), _MAX_FILE_BYTES), tasks_to_come=0)
+
+    def delete_file(self, url: str) -> None:
+        """Remove a single file from the cache, wherever it lies there; do nothing if it is not cached.
+
+        Raises
+        ------
+        CacheError
+        UnsafePathError, ValueError
+            `url` does not name a file on a server.
+        """
+        for location, name in possible_models(url):
+            cache = self._cache(location)
+            if cache.size(name) is not None:
+                cache.remove(name)
 
     def close(self) -> None:
         """Close the kept connections. The loader can still be used; it makes new ones."""

@@ -20,26 +20,15 @@ The tensors are in one registry of the whole process, which any thread may use. 
 from __future__ import annotations
 
 import json
-import os
-import re
 import threading
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote
 
 from .api import load
-from .errors import CacheUnavailableError, NotFoundError, OfflineError, UnsafePathError, redact
-from .format.paths import check_path
+from .errors import CacheUnavailableError, NotFoundError
 from .loader import Loader, Source
-from .location.hub import hf_endpoint
-from .location.locate import Location, locate, remote_location
 from .progress import ProgressCallback
-from .stats import LoadStats
-from .store.directory import ModelDirectory as _ModelCache
-from .urls.url import parse
-from .workers.cancellation import Cancellation
-from .workers.pool import Workers
+from .store.translate import Reporting
 
 if TYPE_CHECKING:
     import wgpu
@@ -60,9 +49,6 @@ __all__ = [
     "tensor_cache_remove",
     "tensor_cache_update",
 ]
-
-#: Of one file whose size is not known; it keeps a body without an end from filling the disk.
-_MAX_FILE_BYTES = 64 << 30
 
 _lock = threading.Lock()
 _registry: dict[str, Any] = {}
@@ -249,14 +235,14 @@ class ArtifactCache:
         self._loader = Loader(scope=scope, **options)
 
     def has_all_keys(self, urls: Iterable[str]) -> bool:
-        """Whether all these files are in the cache. Makes no request."""
+        """Return whether all these files are in the cache. Makes no request."""
         try:
-            return all(self._found(url) is not None for url in urls)
+            return all(self._loader.find_file(url) is not None for url in urls)
         except CacheUnavailableError:
             return False
 
     def add_to_cache(self, url: str) -> None:
-        """Bring a file into the cache unless it is there.
+        """Download a file into the cache unless it is there.
 
         Raises
         ------
@@ -264,10 +250,10 @@ class ArtifactCache:
         UnsafePathError, ValueError
             `url` does not name a file on a server.
         """
-        self._add(url)
+        self._loader.fetch_file(url)
 
     def fetch_with_cache(self, url: str, storetype: str | None = None) -> Any:
-        """The content of a file, which is brought into the cache unless it is there.
+        """Return the content of a file, which is downloaded into the cache unless it is there.
 
         Parameters
         ----------
@@ -283,17 +269,17 @@ class ArtifactCache:
         """
         if storetype not in (None, "arraybuffer", "json"):
             raise ValueError(f"storetype is None, 'arraybuffer' or 'json', not {storetype!r}")
-        cache, name = self._add(url)
-        data = cache.read(name, cache.size(name) or 0)
-        if data is None:
-            raise NotFoundError("the file was deleted while it was being read", url=url, shard=name)
+        path = self._loader.fetch_file(url)
+        with Reporting(path.parent, path.name):
+            try:
+                data = path.read_bytes()
+            except FileNotFoundError as error:
+                raise NotFoundError("the file was deleted while it was being read", url=url, shard=path.name) from error
         return json.loads(data) if storetype == "json" else data
 
     def delete_in_cache(self, url: str) -> None:
-        """Remove a file from the cache; if it is not there, nothing happens."""
-        while (found := self._found(url)) is not None:
-            cache, name = found
-            cache.remove(name)
+        """Remove a file from the cache; do nothing if it is not there."""
+        self._loader.delete_file(url)
 
     def close(self) -> None:
         """Close the kept connections."""
@@ -304,64 +290,3 @@ class ArtifactCache:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    # --- inside
-
-    def _add(self, url: str) -> tuple[_ModelCache, str]:
-        found = self._found(url)
-        if found is not None:
-            return found
-        loader = self._loader
-        location, name = self._home(url)
-        if loader._offline:
-            error = OfflineError(f"offline, and not in the cache: {redact(url)}")
-            error.missing = (name,)
-            raise error
-        with Workers(1, Cancellation(loader._cancel)) as workers:
-            downloader = loader._downloader(loader._cache(location), workers, LoadStats())
-            workers.run(lambda: downloader.file(name, _file_url(url), _MAX_FILE_BYTES), tasks_to_come=0)
-        return downloader.cache, name
-
-    def _found(self, url: str) -> tuple[_ModelCache, str] | None:
-        """The cache that has the file, and its name there."""
-        for location, name in _places(url):
-            cache = self._loader._cache(location)
-            if cache.size(name) is not None:
-                return cache, name
-        return None
-
-    def _home(self, url: str) -> tuple[Location, str]:
-        """Where a new file belongs: to the nearest model that has a cache directory, else to the URL's directory."""
-        places = list(_places(url))
-        known = (place for place in places if self._loader._cache(place[0]).exists())
-        return next(known, places[0])
-
-
-def _file_url(url: str) -> str:
-    """The URL of the file itself, for the spellings that `ndcache.load` knows."""
-    location = locate(url)
-    if not location.is_remote:
-        raise ValueError(f"this is no URL of a file on a server: {redact(url)}")
-    # A manifest's URL was taken apart, any other taken for a directory's.
-    base = location.url(location.manifest_names[0]) if len(location.manifest_names) == 1 else location.base[:-1]
-    file = replace(parse(base), query=location.query)
-    if file.path.rpartition("/")[2] == "" or re.search(r"/([?#].*)?$", url):
-        raise ValueError(f"this URL names a directory, not a file: {redact(url)}")
-    return file.with_user
-
-
-def _places(url: str) -> Iterator[tuple[Location, str]]:
-    """The directories above a file in which the model may be, the nearest first, and the file's name in each."""
-    file, endpoint = parse(_file_url(url)), hf_endpoint(os.environ)
-    folder, _, name = file.path.rpartition("/")
-    check_path(unquote(name))
-    while True:
-        yield remote_location(replace(file, path=f"{folder}/"), (), endpoint), unquote(name)
-        if not folder:
-            return
-        folder, _, last = folder.rpartition("/")
-        name = f"{last}/{name}"
-        try:
-            check_path(unquote(name))
-        except UnsafePathError:
-            return  # no file of a model can have that path, nor one that ends in it

@@ -185,6 +185,19 @@ def server(tmp_path: Path, serve: Serve) -> FileServer:
     return serve(tmp_path / "www")
 
 
+def test_a_loader_fetches_finds_and_deletes_a_file(server: FileServer) -> None:
+    url = server.url + "m/tokenizer.json"
+    with ndcache.Loader() as loader:
+        assert loader.find_file(url) is None
+        path = loader.fetch_file(url)
+        assert loader.find_file(url) == path
+        assert path.read_bytes() == b'{"version": "1.0"}'
+        loader.delete_file(url)
+        loader.delete_file(url)
+        assert loader.find_file(url) is None
+        assert not path.exists()
+
+
 def test_what_fetch_brought_is_here(server: FileServer, cache: tvm.ArtifactCache) -> None:
     urls = [server.url + path for path in ("m/params_shard_0.bin", "m/deep/a%20b.bin", "m/tensor-cache.json")]
     assert not any(cache.has_all_keys([url]) for url in urls)
@@ -303,7 +316,7 @@ def test_urls_that_name_no_file(cache: tvm.ArtifactCache, url: str) -> None:
 
 def test_a_local_file_is_not_cached(tmp_path: Path, cache: tvm.ArtifactCache) -> None:
     (tmp_path / "x.json").write_text("{}")
-    with pytest.raises(ValueError, match="no URL"):
+    with pytest.raises(ValueError, match="not the URL"):
         cache.add_to_cache(str(tmp_path / "x.json"))
 
 

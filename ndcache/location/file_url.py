@@ -1,0 +1,63 @@
+"""URLs of single files: the URL to request, and the models that the file may belong to."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from urllib.parse import unquote
+
+from ..errors import UnsafePathError, redact
+from ..format.paths import check_path
+from ..urls.url import parse
+from .hub import hf_endpoint
+from .locate import Location, locate, remote_location
+
+__all__ = ["file_url", "possible_models"]
+
+
+def file_url(url: str) -> str:
+    """Return the http(s) URL of a file, for every spelling that `ndcache.load` knows.
+
+    Raises
+    ------
+    ValueError
+        `url` does not name a file on a server.
+    """
+    location = locate(url)
+    if not location.is_remote:
+        raise ValueError(f"this is not the URL of a file on a server: {redact(url)}")
+    # `locate` takes the name off a manifest's URL, and takes any other file for a directory.
+    base = location.url(location.manifest_names[0]) if len(location.manifest_names) == 1 else location.base[:-1]
+    file = replace(parse(base), query=location.query)
+    if file.path.rpartition("/")[2] == "" or re.search(r"/([?#].*)?$", url):
+        raise ValueError(f"this URL names a directory, not a file: {redact(url)}")
+    return file.with_user
+
+
+def possible_models(url: str) -> Iterator[tuple[Location, str]]:
+    """Yield each directory above a file, the nearest first, and the file's path in it.
+
+    Any of them may be the directory of the model that the file belongs to.
+
+    Raises
+    ------
+    UnsafePathError
+        The file's name cannot be that of a model's file.
+    ValueError
+        `url` does not name a file on a server.
+    """
+    file, endpoint = parse(file_url(url)), hf_endpoint(os.environ)
+    folder, _, name = file.path.rpartition("/")
+    check_path(unquote(name))
+    while True:
+        yield remote_location(replace(file, path=f"{folder}/"), (), endpoint), unquote(name)
+        if not folder:
+            return
+        folder, _, last = folder.rpartition("/")
+        name = f"{last}/{name}"
+        try:
+            check_path(unquote(name))
+        except UnsafePathError:
+            return  # no model has a file with this path, or with a longer one that ends in it
