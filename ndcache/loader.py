@@ -18,10 +18,10 @@ from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
-from urllib.parse import quote
 
 import requests
 
+from .context import LoadContext
 from .devices import open_device
 from .devices.base import Device
 from .errors import CacheUnavailableError, ManifestError, NotFoundError, OfflineError, UnsafeCacheError, redact
@@ -39,10 +39,8 @@ from .progress import Progress, Reporter
 from .sources.download import Downloader
 from .sources.model import Flaw, LocalModel, Model, ShardFile
 from .sources.remote import RemoteModel
-from .stats import LoadStats
 from .store.directory import ModelDirectory
-from .store.inventory import cache_root
-from .store.memory import CacheOrMemory
+from .store.scope import cache_scope
 from .trace import Trace
 from .weights import Weights
 from .workers.cancellation import Cancellation
@@ -101,17 +99,6 @@ class VerifyReport:
     def ok(self) -> bool:
         """Whether nothing is bad."""
         return not self.bad
-
-
-@dataclass(frozen=True)
-class _Run:
-    """One call of a verb: an opened model, and what its threads share."""
-
-    model: Model
-    cancellation: Cancellation
-    stats: LoadStats
-    workers: Workers
-    started: float
 
 
 class Loader:
@@ -174,14 +161,7 @@ class Loader:
         check_options({name: value for name, value in locals().items() if name != "self"})
         environ = os.environ
         self._max_workers = max_workers
-        self._root: Path | None = None
-        self._why_no_root: str | None = None
-        try:
-            self._root = cache_root(cache_dir, environ.get("NDCACHE_HOME"))
-        except CacheUnavailableError as error:
-            self._why_no_root = str(error)  # local directories load all the same
-        self._is_private = cache_dir is None and not environ.get("NDCACHE_HOME")
-        self._scope = quote(scope, safe="")
+        self._cache = cache_scope(cache_dir, scope, environ)
         self._policy = retries if isinstance(retries, RetryPolicy) else RetryPolicy(retries)
         self._limits = Limits(self._policy.backoff / 4, self._policy.budget)
         self._verify = verify
@@ -228,15 +208,15 @@ class Loader:
         tensors: dict[str, Any] = {}
         try:
             with self._budget() as count, self._workers(count, has_serial=target.has_serial) as workers:
-                run = self._open(source, workers, trace=trace)
-                shards = self._select(run, target, names, decode, copy)
-                with closing(self._tensors(run, target, shards, progress, keeps_all=True)) as arriving:
+                model, context = self._open(source, workers, trace=trace)
+                shards = self._select(model, context, target, names, decode, copy)
+                with closing(self._tensors(model, context, target, shards, progress, keeps_all=True)) as arriving:
                     for name, tensor in arriving:
                         tensors[name] = tensor
         except BaseException:
             target.discard(tensors)
             raise
-        return Weights(tensors, manifest=run.model.manifest, device=target, stats=run.stats)
+        return Weights(tensors, manifest=model.manifest, device=target, stats=context.stats)
 
     def stream(
         self,
@@ -271,11 +251,11 @@ class Loader:
             is_open = False
             try:
                 with self._budget() as count, self._workers(count, has_serial=target.has_serial) as workers:
-                    run = self._open(source, workers, trace=events)
-                    shards = self._select(run, target, names, decode, copy)
+                    model, context = self._open(source, workers, trace=events)
+                    shards = self._select(model, context, target, names, decode, copy)
                     is_open = True
                     yield "", None
-                    yield from self._tensors(run, target, shards, progress)
+                    yield from self._tensors(model, context, target, shards, progress)
             except BaseException as error:
                 if not is_open:
                     target.discard({})
@@ -298,30 +278,30 @@ class Loader:
 
     def _fetch(self, source: Source, names: NameFilter, progress: Progress, trace: Trace | None) -> Path:
         with self._budget() as count, self._workers(count) as workers:
-            run = self._open(source, workers, trace=trace, must_keep=True)
-            shards = run.model.manifest.shards_with(names)
+            model, context = self._open(source, workers, trace=trace, must_keep=True)
+            shards = model.manifest.shards_with(names)
 
             def work(shard: Shard) -> tuple[ShardFile, None]:
-                obtained = run.model.obtain(shard)
+                obtained = model.obtain(shard)
                 obtained.file.close()
                 return obtained, None
 
             # Nothing waits for a device: only the disk is the limit.
-            with closing(self._in_order(run, shards, work, progress, memory_limit=sys.maxsize)) as arriving:
+            with closing(self._in_order(model, context, shards, work, progress, memory_limit=sys.maxsize)) as arriving:
                 for _ in arriving:
                     pass
-            return run.model.directory
+            return model.directory
 
     def read_manifest(self, source: Source) -> Manifest:
         """The model's manifest, parsed and checked: see `ndcache.read_manifest`."""
         with self._workers(1) as workers:
-            return self._open(source, workers).model.manifest
+            return self._open(source, workers)[0].manifest
 
     def is_cached(self, source: Source) -> bool:
         """Whether the manifest and every shard of the right size are on disk: see `ndcache.is_cached`."""
         try:
             with self._workers(1) as workers:
-                model = self._open(source, workers, offline=True).model
+                model, _ = self._open(source, workers, offline=True)
                 return all(model.has(shard) for shard in model.manifest.shards)
         except (OfflineError, NotFoundError, ManifestError, CacheUnavailableError):
             return False
@@ -347,21 +327,21 @@ class Loader:
     def _check(self, source: Source, known: _Checked | None = None) -> _Checked:
         """Check the shards of the cached manifest, unless it is the one of which it is `known` how they are."""
         with delivered(), self._budget() as count, self._workers(count) as workers:
-            run = self._open(source, workers, offline=True)
-            shards = run.model.manifest.shards
-            if known is not None and run.model.manifest == known[0]:
+            model, context = self._open(source, workers, offline=True)
+            shards = model.manifest.shards
+            if known is not None and model.manifest == known[0]:
                 return known
             workers.start(len(shards))
-            results = map_ordered(shards, run.model.check, workers=workers, memory_limit=sys.maxsize, stats=run.stats)
+            results = map_ordered(shards, model.check, workers=workers, memory_limit=sys.maxsize, stats=context.stats)
             with closing(results):
                 found = {shard.data_path: found for shard, found in zip(shards, results, strict=True)}
-        return run.model.manifest, found
+        return model.manifest, found
 
     def delete(self, source: Source) -> int:
         """Remove a model from the cache; the bytes freed: see `ndcache.delete`."""
-        location, root = locate(source), self._cache_root()
+        location, root = locate(source), self._cache.root
         if location.directory is None:
-            return sum(ModelDirectory(directory, root=root).delete() for directory in self._directories(location))
+            return sum(ModelDirectory(directory, root=root).delete() for directory in self._cache.directories(location))
         directory = Path(os.path.abspath(location.directory))
         # A model lies two folders down. How one gets to the root is the user's business, and not what is below it.
         if os.path.realpath(directory.parent.parent) != os.path.realpath(root):
@@ -381,7 +361,7 @@ class Loader:
             `url` does not name a file on a server.
         """
         for location, name in possible_models(url):
-            cache = self._cache(location)
+            cache = self._cache.open(location)
             if cache.size(name) is not None:
                 return cache.path(name)
         return None
@@ -404,15 +384,15 @@ class Loader:
         """
         if (found := self.find_file(url)) is not None:
             return found
-        places = [(self._cache(location), name) for location, name in possible_models(url)]
-        cache, name = next((place for place in places if place[0].exists()), places[0])
+        places = list(possible_models(url))
+        location, name = next((place for place in places if self._cache.open(place[0]).exists()), places[0])
         if self._offline:
             error = OfflineError(f"offline, and not in the cache: {redact(url)}")
             error.missing = (name,)
             raise error
         with self._workers(1) as workers:
-            downloader = self._downloader(cache, workers, LoadStats())
-            return workers.run(lambda: downloader.file(name, file_url(url), _MAX_FILE_BYTES), tasks_to_come=0)
+            brings = _downloader(self._context(workers, location), self._cache.open(location))
+            return workers.run(lambda: brings.file(name, file_url(url), _MAX_FILE_BYTES), tasks_to_come=0)
 
     def delete_file(self, url: str) -> None:
         """Remove a single file from the cache, wherever it lies there; do nothing if it is not cached.
@@ -424,7 +404,7 @@ class Loader:
             `url` does not name a file on a server.
         """
         for location, name in possible_models(url):
-            cache = self._cache(location)
+            cache = self._cache.open(location)
             if cache.size(name) is not None:
                 cache.remove(name)
 
@@ -455,53 +435,45 @@ class Loader:
         offline: bool = False,
         must_keep: bool = False,
         trace: Trace | None = None,
-    ) -> _Run:
+    ) -> tuple[Model, LoadContext]:
         """Find the model and read its manifest. What cannot be kept goes to memory, unless it must be kept."""
         location = locate(source)
-        stats = LoadStats()
-        stats.record_to(trace)
-        started = time.perf_counter()
-        with stats.timed("manifest"):
-            model = self._model(location, workers, stats, offline=self._offline or offline, must_keep=must_keep)
-        return _Run(model, workers.cancellation, stats, workers, started)
+        context = self._context(workers, location, offline=offline, must_keep=must_keep)
+        context.stats.record_to(trace)
+        with context.stats.timed("manifest"):
+            return _open_model(location, context), context
 
-    def _model(
-        self, location: Location, workers: Workers, stats: LoadStats, *, offline: bool, must_keep: bool
-    ) -> Model:
-        if location.directory is not None:
-            return LocalModel(
-                location.directory,
-                location.manifest_names,
-                verify=self._verify,
-                cancellation=workers.cancellation,
-                stats=stats,
-                pins=self._pins,
-            )
-        # Offline, nothing comes that could go to memory.
-        cache = self._cache(location) if must_keep or offline else self._cache_or_memory(location)
-        return RemoteModel(
-            location,
-            self._downloader(cache, workers, stats),
-            mirrors=[_mirror(mirror) for mirror in self._mirrors],
+    def _context(
+        self, workers: Workers, location: Location, *, offline: bool = False, must_keep: bool = False
+    ) -> LoadContext:
+        return LoadContext(
+            transport=self._transport,
+            policy=self._policy,
+            limits=self._limits,
+            workers=workers,
+            cache=self._cache,
             verify=self._verify,
-            offline=offline,
-            pins=self._pins,
+            offline=self._offline or offline,
+            integrity=self._pins,
+            mirrors=tuple(_mirror(mirror) for mirror in self._mirrors) if location.is_remote else (),
+            must_keep=must_keep,
         )
 
     def _device(self, device: str | wgpu.GPUDevice) -> Device[Any, Any]:
         return open_device(device, None if self._cancel is None else Cancellation(self._cancel).poll)
 
     def _select(
-        self, run: _Run, device: Device[Any, Any], names: NameFilter, decode: bool, copy: bool
+        self, model: Model, context: LoadContext, device: Device[Any, Any], names: NameFilter, decode: bool, copy: bool
     ) -> tuple[Shard, ...]:
         """The shards wanted, every one of which can be decoded and fits the device."""
-        shards = run.model.manifest.select(names)
-        device.prepare(shards, decode=decode, copy=copy, memory_limit=self._memory_limit, stats=run.stats)
+        shards = model.manifest.select(names)
+        device.prepare(shards, decode=decode, copy=copy, memory_limit=self._memory_limit, stats=context.stats)
         return shards
 
     def _tensors(
         self,
-        run: _Run,
+        model: Model,
+        context: LoadContext,
         device: Device[Any, Any],
         shards: Sequence[Shard],
         progress: Progress,
@@ -511,28 +483,29 @@ class Loader:
         """The whole way: shards are obtained and staged by the workers, tensors made here, in manifest order."""
 
         def work(shard: Shard) -> tuple[ShardFile, Any]:
-            obtained = run.model.obtain(shard)
+            obtained = model.obtain(shard)
             with obtained.file:
                 return obtained, device.stage(obtained.file, shard)
 
-        arriving = self._in_order(run, shards, work, progress, self._memory_limit, device.finish)
+        arriving = self._in_order(model, context, shards, work, progress, self._memory_limit, device.finish)
         try:
             with carried(), closing(arriving):
-                run.cancellation.resume()
-                run.workers.start(1)
-                device.begin(run.workers, keeps_all=keeps_all)
+                context.cancellation.resume()
+                context.workers.start(1)
+                device.begin(context.workers, keeps_all=keeps_all)
                 for shard, staged in arriving:
                     placed = device.place(staged, shard)
-                    for record, tensor in run.stats.timed_iterator("place", placed, file=shard.data_path):
-                        run.stats.tensors += 1
+                    for record, tensor in context.stats.timed_iterator("place", placed, file=shard.data_path):
+                        context.stats.tensors += 1
                         yield record.name, tensor
-                        run.cancellation.resume()  # before the next one is made, which would be nobody's
+                        context.cancellation.resume()  # before the next one is made, which would be nobody's
         finally:
             device.release()
 
     def _in_order(
         self,
-        run: _Run,
+        model: Model,
+        context: LoadContext,
         shards: Sequence[Shard],
         work: Callable[[Shard], tuple[ShardFile, T]],
         progress: Progress,
@@ -540,24 +513,24 @@ class Loader:
         finish: Callable[[], None] = lambda: None,
     ) -> Generator[tuple[Shard, T], None, None]:
         """Each shard with what `work` made of it; it is done, and reported, when the next one is asked for."""
-        with carried(), closing(run.model):
-            run.model.prepare(shards)
-            sizes = [run.model.nbytes(shard) for shard in shards]
-            cache_only = all(run.model.is_ready(shard) for shard in shards)
-            run.workers.start(len(shards) if cache_only else None)
+        with carried(), closing(model):
+            model.prepare(shards)
+            sizes = [model.nbytes(shard) for shard in shards]
+            cache_only = all(model.is_ready(shard) for shard in shards)
+            context.workers.start(len(shards) if cache_only else None)
             reporter = Reporter(
                 progress,
                 sizes,
                 cache_only=cache_only,
-                received=lambda: run.stats.network_bytes + run.stats.resumed_bytes,
+                received=lambda: context.stats.network_bytes + context.stats.resumed_bytes,
             )
             results = map_ordered(
                 shards,
                 work,
-                workers=run.workers,
+                workers=context.workers,
                 sizes=sizes,
                 memory_limit=memory_limit,
-                stats=run.stats,
+                stats=context.stats,
                 tick=reporter.tick,
             )
             with closing(reporter), closing(results):
@@ -566,46 +539,46 @@ class Loader:
                 for done, (shard, nbytes, (obtained, result)) in enumerate(arriving, 1):
                     yield shard, result
                     if done == len(shards):
-                        with run.stats.timed("finish"):
+                        with context.stats.timed("finish"):
                             finish()
-                    run.stats.shard_done(nbytes, from_cache=obtained.from_cache, checked=obtained.checked)
+                    context.stats.shard_done(nbytes, from_cache=obtained.from_cache, checked=obtained.checked)
                     reporter.shard_done(nbytes)
-            run.model.finish()
-        run.stats.seconds["total"] = time.perf_counter() - run.started
-        logger.info("%s: %s", run.model.directory, run.stats)
+            model.finish()
+        context.stats.seconds["total"] = time.perf_counter() - context.started
+        logger.info("%s: %s", model.directory, context.stats)
 
-    def _downloader(self, cache: ModelDirectory, workers: Workers, stats: LoadStats) -> Downloader:
-        return Downloader(
-            self._transport,
-            self._policy,
-            workers.cancellation,
-            stats,
-            cache,
-            digests=self._verify != "never",
-            workers=workers,
-            limits=self._limits,
+
+def _open_model(location: Location, context: LoadContext) -> Model:
+    if location.directory is not None:
+        return LocalModel(
+            location.directory,
+            location.manifest_names,
+            verify=context.verify,
+            cancellation=context.cancellation,
+            stats=context.stats,
+            pins=context.integrity,
         )
+    return RemoteModel(
+        location,
+        _downloader(context, context.open_directory(location)),
+        mirrors=context.mirrors,
+        verify=context.verify,
+        offline=context.offline,
+        pins=context.integrity,
+    )
 
-    def _cache_root(self) -> Path:
-        if self._root is None:
-            raise CacheUnavailableError(self._why_no_root or "")
-        return self._root
 
-    def _cache(self, location: Location) -> ModelDirectory:
-        return ModelDirectory(self._directory(location), location.label, root=self._root, is_private=self._is_private)
-
-    def _cache_or_memory(self, location: Location) -> CacheOrMemory:
-        directory = None if self._root is None else self._directory(location)
-        return CacheOrMemory(directory, location.label, self._why_no_root, root=self._root, is_private=self._is_private)
-
-    def _directory(self, location: Location) -> Path:
-        first, *others = self._directories(location)
-        if others and not os.path.isdir(first):
-            first = next(filter(os.path.isdir, others), first)  # of an earlier version
-        return first
-
-    def _directories(self, location: Location) -> list[Path]:
-        return [self._cache_root() / self._scope / key for key in location.cache_keys]
+def _downloader(context: LoadContext, cache: ModelDirectory) -> Downloader:
+    return Downloader(
+        context.transport,
+        context.policy,
+        context.cancellation,
+        context.stats,
+        cache,
+        digests=context.compares_digests,
+        workers=context.workers,
+        limits=context.limits,
+    )
 
 
 @contextmanager

@@ -122,12 +122,12 @@ def test_row_60_a_shard_that_was_published_with_nothing_known_of_it_yet(server: 
     directory = ndcache.fetch(server.url)
     before = ndcache.read_manifest(server.url)
     with ndcache.Loader(offline=True) as loader, loader._workers(1) as workers:
-        run = loader._open(server.url, workers)
+        opened, _ = loader._open(server.url, workers)
         update(source)
         ndcache.fetch(server.url)
         for path in (directory / ".ndcache" / "validators").glob("params*"):
             path.unlink()
-        found = [run.model.check(shard) for shard in before.shards]
+        found = [opened.check(shard) for shard in before.shards]
     assert found == [model.Flaw.OF_ANOTHER_VERSION] * SHARDS
     assert len(ndcache.verify(server.url).checked) == SHARDS
 

@@ -1,0 +1,88 @@
+"""The one object that carries what a load shares."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+from .format.integrity import Pins
+from .http.rate_limits import Limits
+from .http.retry import RetryPolicy
+from .http.transport import Transport
+from .location.locate import Location
+from .stats import LoadStats
+from .store.directory import ModelDirectory
+from .store.scope import CacheScope
+from .workers.cancellation import Cancellation
+from .workers.pool import Workers
+
+__all__ = ["LoadContext", "VerifyMode"]
+
+#: When a shard's digest is computed and compared: see `LoaderOptions.verify`.
+VerifyMode: TypeAlias = Literal["download", "always", "never"]
+
+
+@dataclass(frozen=True)
+class LoadContext:
+    """Carry what one load shares: its threads, its connections, its cache, and the options that models need.
+
+    A load makes one context and gives it to `sources.open_model` and the pipeline. Everything in it may be used from
+    any thread.
+
+    Attributes
+    ----------
+    transport : Transport
+        Makes the requests; shared by the loads of a `Loader`.
+    policy : RetryPolicy
+        How often a failed request is made again, and how long that may take.
+    limits : Limits
+        How many requests each server accepts; shared by the loads of a `Loader`.
+    workers : Workers
+        The load's threads, and its cancellation.
+    cache : CacheScope
+        Opens the model's cache directory.
+    stats : LoadStats
+        What the load costs.
+    verify : {"download", "always", "never"}
+        When a shard's digest is computed and compared.
+    offline : bool
+        Make no request.
+    integrity : mapping of str to tuple of str
+        The digests that the caller demands: by file name, the algorithm and the hex digest.
+    mirrors : tuple of Location
+        Where else the shards may be had, in this order.
+    must_keep : bool
+        Raise if the cache cannot be written. By default, what comes from a server is then held in memory.
+    started : float
+        When the load began, by `time.perf_counter`.
+    """
+
+    transport: Transport
+    policy: RetryPolicy
+    limits: Limits
+    workers: Workers
+    cache: CacheScope
+    stats: LoadStats = field(default_factory=LoadStats)
+    verify: VerifyMode = "download"
+    offline: bool = False
+    integrity: Pins = field(default_factory=dict)
+    mirrors: tuple[Location, ...] = ()
+    must_keep: bool = False
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def cancellation(self) -> Cancellation:
+        """Return the cancellation of the load's threads."""
+        return self.workers.cancellation
+
+    @property
+    def compares_digests(self) -> bool:
+        """Return whether digests are compared at all, or only sizes."""
+        return self.verify != "never"
+
+    def open_directory(self, location: Location) -> ModelDirectory:
+        """Open the cache directory of a model on a server."""
+        if self.must_keep or self.offline:  # offline, nothing comes that memory could hold
+            return self.cache.open(location)
+        return self.cache.open_or_memory(location)
