@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-from .format.integrity import Pins
+from .format.integrity import Integrity
 from .http.rate_limits import Limits
 from .http.retry import RetryPolicy
 from .http.transport import Transport
@@ -15,7 +15,7 @@ from .stats import LoadStats
 from .store.directory import ModelDirectory
 from .store.scope import CacheScope
 from .workers.cancellation import Cancellation
-from .workers.pool import Workers
+from .workers.pool import WorkerPool
 
 __all__ = ["LoadContext", "VerifyMode"]
 
@@ -38,7 +38,7 @@ class LoadContext:
         How often a failed request is made again, and how long that may take.
     limits : Limits
         How many requests each server accepts; shared by the loads of a `Loader`.
-    workers : Workers
+    workers : WorkerPool
         The load's threads, and its cancellation.
     cache : CacheScope
         Opens the model's cache directory.
@@ -61,12 +61,12 @@ class LoadContext:
     transport: Transport
     policy: RetryPolicy
     limits: Limits
-    workers: Workers
+    workers: WorkerPool
     cache: CacheScope
     stats: LoadStats = field(default_factory=LoadStats)
     verify: VerifyMode = "download"
     offline: bool = False
-    integrity: Pins = field(default_factory=dict)
+    integrity: Integrity = field(default_factory=dict)
     mirrors: tuple[Location, ...] = ()
     must_keep: bool = False
     started: float = field(default_factory=time.perf_counter)

@@ -26,7 +26,7 @@ from .devices import open_device
 from .devices.base import Device
 from .errors import CacheUnavailableError, ManifestError, NotFoundError, OfflineError, UnsafeCacheError, redact
 from .files.descriptors import budget
-from .format.digests import parse_sri
+from .format.integrity import parse_sri
 from .format.manifest import Manifest, NameFilter, Shard
 from .http.rate_limits import Limits
 from .http.retry import RetryPolicy
@@ -44,8 +44,9 @@ from .store.scope import cache_scope
 from .trace import Trace
 from .weights import Weights
 from .workers.cancellation import Cancellation
-from .workers.pool import Workers, map_ordered
-from .workers.stop_iteration import Carried, carried, delivered
+from .workers.ordered import map_ordered
+from .workers.pool import WorkerPool
+from .workers.stop_iteration import WrappedStopIteration, unwrap_stop_iteration, wrap_stop_iteration
 
 if TYPE_CHECKING:
     import wgpu
@@ -167,7 +168,7 @@ class Loader:
         self._verify = verify
         self._offline = offline or any(_is_set(environ.get(name)) for name in ("NDCACHE_OFFLINE", "HF_HUB_OFFLINE"))
         self._mirrors = [mirrors] if isinstance(mirrors, str) else list(mirrors)
-        self._pins = {name: parse_sri(text) for name, text in (integrity or {}).items()}
+        self._integrity = {name: parse_sri(text) for name, text in (integrity or {}).items()}
         self._memory_limit = memory_limit
         self._cancel = cancel
         self._transport = Transport(
@@ -191,7 +192,7 @@ class Loader:
         trace: str | os.PathLike[str] | None = None,
     ) -> Weights:
         """Load a model's weights, downloading what is not cached: see `ndcache.load`."""
-        with _tracing(trace) as events, delivered():
+        with _tracing(trace) as events, unwrap_stop_iteration():
             return self._load(source, device, names, decode, copy, progress, events)
 
     def _load(
@@ -231,7 +232,7 @@ class Loader:
     ) -> Iterator[tuple[str, Any]]:
         """Like `load`, but give each tensor as soon as it is there: see `ndcache.stream`."""
         arriving = self._stream(source, device, names, decode, copy, progress, trace)
-        with delivered():
+        with unwrap_stop_iteration():
             next(arriving)  # so that what is wrong with the model, or the options, is said here
         return arriving
 
@@ -259,7 +260,7 @@ class Loader:
             except BaseException as error:
                 if not is_open:
                     target.discard({})
-                elif isinstance(error, Carried):
+                elif isinstance(error, WrappedStopIteration):
                     # Which makes it a RuntimeError, as from any generator. It must not end the caller's loop silently.
                     raise error.error from None
                 raise
@@ -273,7 +274,7 @@ class Loader:
         trace: str | os.PathLike[str] | None = None,
     ) -> Path:
         """Bring a model into the cache without decoding it: see `ndcache.fetch`."""
-        with _tracing(trace) as events, delivered():
+        with _tracing(trace) as events, unwrap_stop_iteration():
             return self._fetch(source, names, progress, events)
 
     def _fetch(self, source: Source, names: NameFilter, progress: Progress, trace: Trace | None) -> Path:
@@ -326,13 +327,16 @@ class Loader:
 
     def _check(self, source: Source, known: _Checked | None = None) -> _Checked:
         """Check the shards of the cached manifest, unless it is the one of which it is `known` how they are."""
-        with delivered(), self._budget() as count, self._workers(count) as workers:
+        with unwrap_stop_iteration(), self._budget() as count, self._workers(count) as workers:
             model, context = self._open(source, workers, offline=True)
             shards = model.manifest.shards
             if known is not None and model.manifest == known[0]:
                 return known
             workers.start(len(shards))
-            results = map_ordered(shards, model.check, workers=workers, memory_limit=sys.maxsize, stats=context.stats)
+            sizes = [shard.nbytes for shard in shards]
+            results = map_ordered(
+                shards, model.check, pool=workers, sizes=sizes, memory_limit=sys.maxsize, stats=context.stats
+            )
             with closing(results):
                 found = {shard.data_path: found for shard, found in zip(shards, results, strict=True)}
         return model.manifest, found
@@ -424,13 +428,13 @@ class Loader:
         """Give how many workers there may be, while file descriptors are kept for them."""
         return budget(self._max_workers, _FILES_PER_WORKER)
 
-    def _workers(self, max_workers: int, *, has_serial: bool = False) -> Workers:
-        return Workers(max_workers, Cancellation(self._cancel), has_serial=has_serial)
+    def _workers(self, max_workers: int, *, has_serial: bool = False) -> WorkerPool:
+        return WorkerPool(max_workers, Cancellation(self._cancel), has_serial_thread=has_serial)
 
     def _open(
         self,
         source: Source,
-        workers: Workers,
+        workers: WorkerPool,
         *,
         offline: bool = False,
         must_keep: bool = False,
@@ -444,7 +448,7 @@ class Loader:
             return _open_model(location, context), context
 
     def _context(
-        self, workers: Workers, location: Location, *, offline: bool = False, must_keep: bool = False
+        self, workers: WorkerPool, location: Location, *, offline: bool = False, must_keep: bool = False
     ) -> LoadContext:
         return LoadContext(
             transport=self._transport,
@@ -454,7 +458,7 @@ class Loader:
             cache=self._cache,
             verify=self._verify,
             offline=self._offline or offline,
-            integrity=self._pins,
+            integrity=self._integrity,
             mirrors=tuple(_mirror(mirror) for mirror in self._mirrors) if location.is_remote else (),
             must_keep=must_keep,
         )
@@ -489,7 +493,7 @@ class Loader:
 
         arriving = self._in_order(model, context, shards, work, progress, self._memory_limit, device.finish)
         try:
-            with carried(), closing(arriving):
+            with wrap_stop_iteration(), closing(arriving):
                 context.cancellation.resume()
                 context.workers.start(1)
                 device.begin(context.workers, keeps_all=keeps_all)
@@ -513,7 +517,7 @@ class Loader:
         finish: Callable[[], None] = lambda: None,
     ) -> Generator[tuple[Shard, T], None, None]:
         """Each shard with what `work` made of it; it is done, and reported, when the next one is asked for."""
-        with carried(), closing(model):
+        with wrap_stop_iteration(), closing(model):
             model.prepare(shards)
             sizes = [model.nbytes(shard) for shard in shards]
             cache_only = all(model.is_ready(shard) for shard in shards)
@@ -527,7 +531,7 @@ class Loader:
             results = map_ordered(
                 shards,
                 work,
-                workers=context.workers,
+                pool=context.workers,
                 sizes=sizes,
                 memory_limit=memory_limit,
                 stats=context.stats,
@@ -556,7 +560,7 @@ def _open_model(location: Location, context: LoadContext) -> Model:
             verify=context.verify,
             cancellation=context.cancellation,
             stats=context.stats,
-            pins=context.integrity,
+            integrity=context.integrity,
         )
     return RemoteModel(
         location,
@@ -564,7 +568,7 @@ def _open_model(location: Location, context: LoadContext) -> Model:
         mirrors=context.mirrors,
         verify=context.verify,
         offline=context.offline,
-        pins=context.integrity,
+        integrity=context.integrity,
     )
 
 

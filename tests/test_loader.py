@@ -33,7 +33,7 @@ import requests
 
 import ndcache
 from ndcache.devices.cpu import CpuDevice
-from ndcache.format.digests import mismatch
+from ndcache.format.integrity import find_mismatch
 from ndcache.sources import remote
 from ndcache.sources.manifest import ManifestSource
 from ndcache.workers.cancellation import Cancellation
@@ -1314,9 +1314,9 @@ def test_row_36_while_a_cached_file_is_hashed(
 
     def tell(*args: Any) -> Any:
         begun.set()
-        return mismatch(*args)
+        return find_mismatch(*args)
 
-    monkeypatch.setattr(remote, "mismatch", tell)
+    monkeypatch.setattr(remote, "find_mismatch", tell)
     options = {"verify": "always"} if verb is ndcache.load else {}
     error = stop_when(begun.is_set, how, functools.partial(verb, server.url, **options))
     assert type(error) is STOPS[how]

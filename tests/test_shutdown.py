@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import ndcache
-from ndcache.workers.serial import Serial
+from ndcache.workers.serial import SerialQueue
 
 from .helpers import models
 from .helpers.servers import FileServer
@@ -92,10 +92,10 @@ def test_row_63_while_python_is_shutting_down(tmp_path: Path, what: str) -> None
 
 
 def test_row_63_what_is_submitted_to_a_closed_serial_is_done_at_once() -> None:
-    serial = Serial(has_thread=True)
+    serial = SerialQueue(has_thread=True)
     first = serial.submit(lambda: 1)
     serial.close()
     assert serial.submit(lambda: 2).result(0) == 2
     assert first.result(0) == 1
     serial.cancel()
-    assert Serial(has_thread=False).submit(lambda: 3).result(0) == 3
+    assert SerialQueue(has_thread=False).submit(lambda: 3).result(0) == 3

@@ -19,7 +19,7 @@ import click
 from .._version import __version__
 from ..devices import is_device_name
 from ..errors import NdcacheError
-from ..format.digests import parse_sri
+from ..format.integrity import parse_sri
 from ..format.manifest import Manifest, Record
 from ..loader import Loader
 from ..location.locate import locate

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO, Generic, TypeVar
 
 from ..format.manifest import Record, Shard
 from ..stats import LoadStats
-from ..workers.pool import Workers
+from ..workers.pool import WorkerPool
 
 __all__ = ["Device"]
 
@@ -59,12 +59,12 @@ class Device(ABC, Generic[Staged, Tensor]):
         """
 
     @abstractmethod
-    def begin(self, workers: Workers, *, keeps_all: bool) -> None:
+    def begin(self, workers: WorkerPool, *, keeps_all: bool) -> None:
         """Get ready for `stage`; `release` must be called afterwards.
 
         Parameters
         ----------
-        workers : Workers
+        workers : WorkerPool
             Of the load.
         keeps_all : bool
             Whether all tensors will be there at once in the end, so that memory for all of them may be asked for now.

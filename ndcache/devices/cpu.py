@@ -14,7 +14,7 @@ from ..format.codec import decode as decode_record
 from ..format.codec import stored
 from ..format.manifest import Record, Shard
 from ..stats import LoadStats
-from ..workers.pool import Workers
+from ..workers.pool import WorkerPool
 from .base import Device
 from .reading import check_size, read_shard
 
@@ -44,7 +44,7 @@ class CpuDevice(Device[list[Array], Array]):
         self._copy = copy
         self._may_map = len(shards) <= _MAX_MAPS
 
-    def begin(self, workers: Workers, *, keeps_all: bool) -> None:
+    def begin(self, workers: WorkerPool, *, keeps_all: bool) -> None:
         pass
 
     def stage(self, file: BinaryIO, shard: Shard) -> list[Array]:

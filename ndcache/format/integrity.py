@@ -1,80 +1,188 @@
-"""Digests that the caller demands of a model's files: the ``integrity`` option."""
+"""Digests of a model's files, and those that the caller demands with the ``integrity`` option."""
 
 from __future__ import annotations
 
+import base64
+import binascii
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeAlias
+from typing import BinaryIO, NamedTuple, Protocol, TypeAlias
 
 from ..errors import ChecksumError, ManifestLayoutError
 from .manifest import Manifest
 from .parse import parse_manifest
 
-__all__ = ["Pins", "check_manifest_pin", "manifest_names_to_try", "open_manifest"]
+__all__ = [
+    "Hasher",
+    "Integrity",
+    "Mismatch",
+    "check_manifest_digest",
+    "find_mismatch",
+    "manifest_names_to_try",
+    "new_hasher",
+    "parse_sri",
+    "update_from_file",
+    "verify_and_parse",
+]
 
-#: By file name: the algorithm and the hex digest.
-Pins: TypeAlias = Mapping[str, tuple[str, str]]
+#: The digests that the caller demands: file name → (algorithm, hex digest).
+Integrity: TypeAlias = Mapping[str, tuple[str, str]]
+
+_BUFFER_BYTES = 1 << 20
+#: The algorithms of Subresource Integrity, strongest first.
+_SRI_ALGORITHMS = ("sha512", "sha384", "sha256")
 
 
-def manifest_names_to_try(names: Sequence[str], pins: Pins) -> tuple[str, ...]:
-    """Of the names that the manifest may have, those that are pinned; all of them if no manifest is.
+class Hasher(Protocol):
+    """A hash object of `hashlib`."""
+
+    def update(self, data: bytes | memoryview, /) -> None: ...
+
+    def hexdigest(self) -> str: ...
+
+
+class Mismatch(NamedTuple):
+    """A digest that a file should have, and the one that it has."""
+
+    algorithm: str
+    expected: str
+    received: str
+
+
+# --- digests of files ---------------------------------------------------------------------------------
+
+
+def new_hasher(algorithm: str) -> Hasher:
+    """Return a new hash object. It is for finding damage, so FIPS builds of Python allow md5, too."""
+    return hashlib.new(algorithm, usedforsecurity=False)
+
+
+def update_from_file(hashers: Mapping[str, Hasher], file: BinaryIO, check: Callable[[], None]) -> None:
+    """Read the rest of a file into all `hashers`; `check` is called for each buffer and may raise."""
+    while data := file.read(_BUFFER_BYTES):
+        check()
+        for hasher in hashers.values():
+            hasher.update(data)
+
+
+def find_mismatch(file: BinaryIO, expected: Mapping[str, str], check: Callable[[], None]) -> Mismatch | None:
+    """Return the first expected digest that a file does not have, or None if all are right.
+
+    Parameters
+    ----------
+    file : binary file
+        Read once from start to end, unless `expected` is empty.
+    expected : mapping
+        Hex digests by algorithm.
+    check : callable
+        Called for each buffer; may raise to cancel.
+    """
+    hashers = {algorithm: new_hasher(algorithm) for algorithm in expected}
+    if hashers:
+        file.seek(0)
+        update_from_file(hashers, file, check)
+    for algorithm, hasher in hashers.items():
+        if (received := hasher.hexdigest()) != expected[algorithm]:
+            return Mismatch(algorithm, expected[algorithm], received)
+    return None
+
+
+# --- digests that the caller demands ------------------------------------------------------------------
+
+
+def parse_sri(text: str) -> tuple[str, str]:
+    """Return the algorithm and hex digest of a Subresource Integrity value, the strongest if there are several.
+
+    Parameters
+    ----------
+    text : str
+        ``"sha256-"``, ``"sha384-"`` or ``"sha512-"`` and the digest in base64; several are separated by spaces. As in
+        https://www.w3.org/TR/SRI/ and in web-llm's ``integrity``.
 
     Raises
     ------
     ValueError
-        Manifests are pinned, but none of these: nothing unpinned is taken in their place.
+        The text has another form.
     """
-    pinned = tuple(name for name in names if name in pins)
-    others = sorted(name for name in pins if _is_manifest(name))
-    if others and not pinned:
+    found: dict[str, str] = {}
+    for item in text.split():
+        algorithm, _, rest = item.partition("-")
+        encoded = rest.partition("?")[0]  # the standard allows options here, but defines none
+        try:
+            digest = base64.b64decode(encoded, validate=True)
+        except (binascii.Error, ValueError):
+            digest = b""
+        if algorithm not in _SRI_ALGORITHMS or len(digest) != hashlib.new(algorithm).digest_size:
+            raise ValueError(
+                f"not a digest in SRI form, such as 'sha256-…' with 44 characters of base64: {item[:120]!r}"
+            )
+        found[algorithm] = digest.hex()
+    for algorithm in _SRI_ALGORITHMS:
+        if algorithm in found:
+            return algorithm, found[algorithm]
+    raise ValueError(f"no digest in {text[:120]!r}")
+
+
+def manifest_names_to_try(names: Sequence[str], integrity: Integrity) -> tuple[str, ...]:
+    """Return the possible manifest names that have a required digest; all of them if no manifest has one.
+
+    Raises
+    ------
+    ValueError
+        Digests of manifests are required, but of none of `names`: no unverified manifest may take their place.
+    """
+    required = tuple(name for name in names if name in integrity)
+    others = sorted(name for name in integrity if _is_manifest_name(name))
+    if others and not required:
         raise ValueError(f"integrity is given for {' and '.join(others)}, and not for {' or '.join(names)}")
-    return pinned or tuple(names)
+    return required or tuple(names)
 
 
-def open_manifest(
-    data: bytes, *, name: str, url: str, pins: Pins, check: Callable[[], None] = lambda: None
+def verify_and_parse(
+    data: bytes, *, name: str, url: str, integrity: Integrity, check: Callable[[], None] = lambda: None
 ) -> Manifest:
-    """Parse a manifest, which must be what the caller has pinned, and give its shards their pins.
+    """Parse a manifest after checking its required digest, and give its shards theirs.
 
-    `check` is called now and then; it may raise to end it.
+    `check` is called now and then while parsing; it may raise to cancel.
 
     Raises
     ------
     ChecksumError
-        It is not what was pinned.
+        The manifest does not have its required digest.
     ManifestError
-        It cannot be used, or a pin is of no file of this model.
+        The manifest cannot be used, or a digest is required of a file that the model does not have.
     """
-    check_manifest_pin(data, name, url, pins)
+    check_manifest_digest(data, name, url, integrity)
     manifest = parse_manifest(data, name=name, url=url, check=check)
-    if not pins:
+    if not integrity:
         return manifest
     files = {shard.data_path for shard in manifest.shards}
-    for pinned in pins:
-        if pinned not in files and not _is_manifest(pinned):
+    for file in integrity:
+        if file not in files and not _is_manifest_name(file):
             raise ManifestLayoutError(
-                f"integrity is given for {pinned!r}, which is no file of this manifest", url=url, shard=name
+                f"integrity is given for {file!r}, which is no file of this manifest", url=url, shard=name
             )
-    return replace(manifest, shards=tuple(replace(shard, pin=pins.get(shard.data_path)) for shard in manifest.shards))
+    shards = (replace(shard, required_digest=integrity.get(shard.data_path)) for shard in manifest.shards)
+    return replace(manifest, shards=tuple(shards))
 
 
-def _is_manifest(name: str) -> bool:
-    return "/" not in name and name.endswith(".json")  # as no shard's path does
-
-
-def check_manifest_pin(data: bytes, name: str, url: str, pins: Pins) -> None:
-    """Raise `ChecksumError` unless a manifest is what the caller has pinned, if it is pinned."""
-    if name not in pins:
+def check_manifest_digest(data: bytes, name: str, url: str, integrity: Integrity) -> None:
+    """Raise `ChecksumError` unless the manifest has its required digest, if there is one."""
+    if name not in integrity:
         return
-    algorithm, expected = pins[name]
-    actual = hashlib.new(algorithm, data).hexdigest()
-    if actual != expected:
+    algorithm, expected = integrity[name]
+    received = hashlib.new(algorithm, data).hexdigest()
+    if received != expected:
         raise ChecksumError(
-            f"the manifest has the {algorithm} {actual}, and should have {expected}",
+            f"the manifest's {algorithm} is {received} instead of {expected}",
             url=url,
             shard=name,
             expected=expected,
-            received=actual,
+            received=received,
             hint="It is not the version that the integrity option names.",
         )
+
+
+def _is_manifest_name(name: str) -> bool:
+    return "/" not in name and name.endswith(".json")  # parse_manifest refuses such names for shards

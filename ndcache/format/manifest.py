@@ -85,7 +85,7 @@ class Shard:
         Its size.
     md5sum, sha256sum : str or None
         Its digests in lower-case hex, where the manifest has them.
-    pin : tuple of str or None
+    required_digest : tuple of str or None
         The algorithm and the digest that the caller's ``integrity`` option demands.
     format : str
         ``"raw-shard"``.
@@ -99,12 +99,12 @@ class Shard:
     sha256sum: str | None
     format: str
     records: tuple[Record, ...]
-    pin: tuple[str, str] | None = None
+    required_digest: tuple[str, str] | None = None
 
     @property
     def digests(self) -> dict[str, str]:
         """Every digest that the shard must have, by algorithm, the strongest first."""
-        known = {} if self.pin is None else dict([self.pin])
+        known = {} if self.required_digest is None else dict([self.required_digest])
         for algorithm, digest in (("sha256", self.sha256sum), ("md5", self.md5sum)):
             if digest is not None:
                 known.setdefault(algorithm, digest)

@@ -24,7 +24,7 @@ from urllib3.util import parse_url
 
 from ..urls.redact import printable
 from ..urls.url import Origin
-from ..workers.cancellation import StallWatch
+from ..workers.stall import StallWatch
 from .connect import Address, Routes, connect_to_first, look_up
 from .raw_response import RawResponse
 
@@ -99,7 +99,7 @@ class _Watched(HTTPConnection):
     def request(self, *args: Any, **kwargs: Any) -> None:
         watch: StallWatch | None = getattr(_current, "watch", None)
         if watch is not None:
-            watch.reused = self.sock is not None and self._is_used
+            watch.is_reused = self.sock is not None and self._is_used
         self._show()
         super().request(*args, **kwargs)
         self._is_used = True
@@ -108,7 +108,7 @@ class _Watched(HTTPConnection):
         """Like urllib3's own, but each socket can be shut while it connects, and while TLS shakes hands."""
         watch: StallWatch | None = getattr(_current, "watch", None)
         try:
-            with watch.pausing() if watch is not None else contextlib.nullcontext():
+            with watch.paused() if watch is not None else contextlib.nullcontext():
                 sock = self._connected(watch)
         except socket.gaierror as error:
             raise NameResolutionError(self.host, self, error) from error

@@ -24,7 +24,8 @@ from .._version import __version__
 from ..errors import NdcacheError, ProtocolError, RedirectError, StallError, TransferError, redact
 from ..location.hub import Login, commit_of
 from ..urls.url import Origin, Url, parse
-from ..workers.cancellation import Cancellation, StallWatch
+from ..workers.cancellation import Cancellation
+from ..workers.stall import StallWatch
 from .configuration import check_certificates
 from .connect import Routes
 from .proxies import proxy_for, proxy_mistake, proxy_wants_password
@@ -146,7 +147,7 @@ class Response:
             The body broke off, as the HTTP framing shows it. A body without framing just ends: count its bytes, or
             see `is_cut`.
         """
-        self._watch.waiting = True
+        self._watch.is_waiting = True
         try:
             data: bytes = self._raw.raw.read1(limit, decode_content=False)
         except FAILURES as error:
@@ -155,7 +156,7 @@ class Response:
                 raise_transfer_error(error, Attempt(self.url, "body"))
             self.is_cut, data = True, b""
         finally:
-            self._watch.waiting = False
+            self._watch.is_waiting = False
         if not data:
             _check(self._cancellation, self._watch, self.url)  # a socket that was shut looks like the end of the body
         self._watch.received(len(data))
@@ -378,7 +379,7 @@ class Transport:
 
         self._check_settings(session, url)
         given = session.hooks.get("response") or []
-        watch = StallWatch(patience=self._timeout[1])
+        watch = StallWatch(timeout=self._timeout[1])
         cancellation.add(watch)
         try:
             with watching(watch, url.origin, self._routes):
@@ -394,7 +395,7 @@ class Transport:
         except FAILURES as error:
             _abandon(cancellation, watch, answers)
             _check(cancellation, watch, str(url))
-            if watch.reused and not is_second and is_broken_connection(error):
+            if watch.is_reused and not is_second and is_broken_connection(error):
                 # The server had closed the kept connection just then, which is nobody's failure (RFC 9112, 9.3.1).
                 return self._send(url, headers, cancellation, session, auth, is_first=is_first, is_second=True)
             phase: Literal["connect", "headers"] = "headers" if watch.is_connected else "connect"
@@ -424,7 +425,7 @@ class Transport:
             _check(cancellation, watch, str(url))
         if not watch.wakers:  # a connection that is not ours: a session of the caller's, a SOCKS proxy
             watch.add_waker(waker(raw))
-        watch.waiting = False
+        watch.is_waiting = False
         _answered.add(url.origin)
         if raw.status_code == 407:
             raw.close()
@@ -509,7 +510,7 @@ def _abandon(cancellation: Cancellation, watch: StallWatch, answers: list[reques
 def _check(cancellation: Cancellation, watch: StallWatch, url: str) -> None:
     """Raise if the wait that just ended was ended from outside."""
     cancellation.check()
-    if watch.overdue:
+    if watch.is_stalled:
         raise StallError("the server sends next to nothing", url=url, hint="Try again later.")
 
 

@@ -31,7 +31,7 @@ from ..store.partial import PartialFile
 from ..store.ranges import ByteRanges
 from ..urls.url import parse
 from ..workers.cancellation import Cancellation
-from ..workers.pool import Workers
+from ..workers.pool import WorkerPool
 from .range_queue import RangeQueue, RangeTask
 from .transfer import Transfer, unasked
 
@@ -84,7 +84,7 @@ class Downloader:
         Where files go.
     digests : bool
         Whether digests are checked, or sizes only.
-    workers : Workers
+    workers : WorkerPool
         Of the load, some of whom may bring pieces of a large file. Without threads unless given.
     limits : Limits
         What the servers accept; several loads may share it.
@@ -96,7 +96,7 @@ class Downloader:
     stats: LoadStats
     cache: ModelDirectory
     digests: bool = True
-    workers: Workers = field(default_factory=Workers)
+    workers: WorkerPool = field(default_factory=WorkerPool)
     limits: Limits = field(default_factory=Limits)
     _failing: set[int] = field(default_factory=set)  # which of the URLs are tried last
     _commits: dict[str, str] = field(default_factory=dict)  # of branches on Hugging Face
@@ -156,7 +156,7 @@ class Downloader:
                     is_checked=bool(expected),
                     is_exclusive=is_exclusive,
                 )
-            in_pieces = self.workers.most > 0 and (shard.nbytes > RANGE_THRESHOLD or wanted is not None)
+            in_pieces = self.workers.max_helpers > 0 and (shard.nbytes > RANGE_THRESHOLD or wanted is not None)
             transfer = Transfer(
                 shard,
                 content_id,
@@ -166,7 +166,7 @@ class Downloader:
                 ByteRanges([(0, shard.nbytes)]) if wanted is None else wanted,
                 self.cancellation,
                 PIECE_LIMITS if in_pieces else None,
-                self.workers.most,
+                self.workers.max_helpers,
                 is_inherited=bool(part.ranges),
             )
             self.stats.count(resumed_bytes=transfer.wanted.nbytes - transfer.missing.nbytes)
@@ -323,7 +323,7 @@ class Downloader:
                     self._compute(transfer.part, self._expected(transfer.shard, response.linked_sha256))
                 if pieces is not None and pieces is transfer.pieces:
                     for _ in range(pieces.helpers_wanted()):
-                        self.workers.ask(functools.partial(self._help, transfer, pieces, url))
+                        self.workers.submit_helper(functools.partial(self._help, transfer, pieces, url))
                 coming = piece if piece is not None and response.status == 206 else RangeTask(0, transfer.shard.nbytes)
                 try:
                     self._receive(response, transfer.part, coming, self.cancellation)

@@ -27,7 +27,7 @@ from ..errors import (
     TransferError,
 )
 from ..files.folder import is_gone
-from ..format.integrity import Pins, check_manifest_pin, manifest_names_to_try, open_manifest
+from ..format.integrity import Integrity, check_manifest_digest, manifest_names_to_try, verify_and_parse
 from ..format.manifest import Manifest
 from ..format.parse import parse_manifest
 from ..format.strict_json import MAX_MANIFEST_BYTES
@@ -58,7 +58,7 @@ class ManifestSource:
     bases : sequence of Location
         Where the model is; and its mirrors, for a manifest that the caller has pinned.
     downloader : Downloader
-    pins : mapping
+    integrity : mapping
         The digests that the caller demands.
     offline : bool
         Use what is cached and nothing else.
@@ -66,7 +66,7 @@ class ManifestSource:
 
     bases: Sequence[Location]
     downloader: Downloader
-    pins: Pins
+    integrity: Integrity
     offline: bool
 
     def open(self) -> Opened:
@@ -103,7 +103,7 @@ class ManifestSource:
 
     @property
     def _names(self) -> tuple[str, ...]:
-        return manifest_names_to_try(self.bases[0].manifest_names, self.pins)
+        return manifest_names_to_try(self.bases[0].manifest_names, self.integrity)
 
     def _cached(self) -> Opened | None:
         for name in self._names:
@@ -137,7 +137,7 @@ class ManifestSource:
         try:
             return self._of(self.bases[0])
         except _FAILURES as error:
-            mirrors = self.bases[1:] if set(self._names) <= self.pins.keys() else ()
+            mirrors = self.bases[1:] if set(self._names) <= self.integrity.keys() else ()
             for mirror in mirrors:
                 try:
                     return self._of(mirror)
@@ -182,7 +182,7 @@ class ManifestSource:
         def once() -> ManifestBody | None:
             body = request_manifest(self.downloader, url, source_url, known)
             if body is not None and body.is_manifest:
-                check_manifest_pin(body.data, name, url, self.pins)
+                check_manifest_digest(body.data, name, url, self.integrity)
             return body
 
         # In a worker, so that this thread can cancel it, and end it if the server drips. Parsing is for this thread:
@@ -202,7 +202,9 @@ class ManifestSource:
         return manifest, _sha256(body.data)
 
     def _parsed(self, data: bytes, name: str, url: str) -> Manifest:
-        return open_manifest(data, name=name, url=url, pins=self.pins, check=self.downloader.cancellation.poll)
+        return verify_and_parse(
+            data, name=name, url=url, integrity=self.integrity, check=self.downloader.cancellation.poll
+        )
 
     def _known(self, name: str, digest: str) -> FileMetadata | None:
         """What is known of the cached manifest that was read: its ETag, unless that is of other bytes.

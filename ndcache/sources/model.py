@@ -15,8 +15,7 @@ from typing import BinaryIO
 
 from ..errors import ChecksumError, NotFoundError, SizeMismatchError
 from ..files.descriptors import check_shortage
-from ..format.digests import mismatch
-from ..format.integrity import Pins, manifest_names_to_try, open_manifest
+from ..format.integrity import Integrity, find_mismatch, manifest_names_to_try, verify_and_parse
 from ..format.manifest import Manifest, Shard
 from ..format.strict_json import MAX_MANIFEST_BYTES
 from ..stats import LoadStats
@@ -110,14 +109,14 @@ class LocalModel(Model):
         verify: str,
         cancellation: Cancellation,
         stats: LoadStats,
-        pins: Pins,
+        integrity: Integrity,
     ) -> None:
         self._verify = verify
         self._cancellation = cancellation
         self._stats = stats
-        self._pins = pins
-        names = manifest_names_to_try(manifest_names, pins)
-        super().__init__(_read_manifest(directory, names, pins, cancellation.poll), directory)
+        self._integrity = integrity
+        names = manifest_names_to_try(manifest_names, integrity)
+        super().__init__(_read_manifest(directory, names, integrity, cancellation.poll), directory)
 
     def has(self, shard: Shard) -> bool:
         try:
@@ -177,18 +176,18 @@ class LocalModel(Model):
         if not expected:
             return None
         with self._stats.timed("hash", file=shard.data_path):
-            return mismatch(file, expected, self._cancellation.check)
+            return find_mismatch(file, expected, self._cancellation.check)
 
     @property
     def _is_pinned(self) -> bool:
         """Whether the caller vouches for the manifest, and so for the digests in it."""
-        return self.manifest.name in self._pins
+        return self.manifest.name in self._integrity
 
     def _expected(self, shard: Shard) -> dict[str, str]:
         """The digests that are compared at each load: what the caller has pinned, or everything."""
         if self._verify == "always" or (self._is_pinned and self._verify != "never"):
             return shard.digests
-        return {} if self._verify == "never" or shard.pin is None else dict([shard.pin])
+        return {} if self._verify == "never" or shard.required_digest is None else dict([shard.required_digest])
 
     def _open(self, shard: Shard) -> BinaryIO:
         path = self._path(shard)
@@ -207,7 +206,7 @@ def is_shortage(error: OSError) -> bool:
     return error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
-def _read_manifest(directory: Path, names: Sequence[str], pins: Pins, check: Callable[[], None]) -> Manifest:
+def _read_manifest(directory: Path, names: Sequence[str], integrity: Integrity, check: Callable[[], None]) -> Manifest:
     for name in names:
         try:
             with open(directory / name, "rb") as file:
@@ -217,7 +216,7 @@ def _read_manifest(directory: Path, names: Sequence[str], pins: Pins, check: Cal
         except OSError as error:
             check_shortage(error)
             raise NotFoundError(f"{directory / name} cannot be read: {error.strerror}") from error
-        return open_manifest(data, name=name, url=str(directory / name), pins=pins, check=check)
+        return verify_and_parse(data, name=name, url=str(directory / name), integrity=integrity, check=check)
     raise NotFoundError(
         f"there is no {' or '.join(names)} in {directory}",
         hint="Give the directory that holds the manifest, or the manifest itself.",

@@ -63,7 +63,7 @@ class RangeQueue:
     def __init__(
         self, ranges: ByteRanges, cancellation: Cancellation, limits: tuple[int, int] | None = None, most: int = 0
     ) -> None:
-        self.cancellation = cancellation.branch()
+        self.cancellation = cancellation.child()
         self._left = ByteRanges(ranges)
         self._limits = limits
         self._most = self._vacant = most if limits is not None else 0

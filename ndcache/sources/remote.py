@@ -21,8 +21,7 @@ from ..errors import (
 )
 from ..files.descriptors import affordable
 from ..files.folder import is_gone
-from ..format.digests import mismatch
-from ..format.integrity import Pins
+from ..format.integrity import Integrity, find_mismatch
 from ..format.manifest import Manifest, Shard
 from ..format.parse import parse_manifest
 from ..format.strict_json import MAX_MANIFEST_BYTES
@@ -89,7 +88,7 @@ class RemoteModel(Model):
         The ``verify`` option.
     offline : bool
         Use what is cached and nothing else.
-    pins : mapping
+    integrity : mapping
         The digests that the caller demands.
     """
 
@@ -101,17 +100,17 @@ class RemoteModel(Model):
         mirrors: Iterable[Location] = (),
         verify: str,
         offline: bool,
-        pins: Pins,
+        integrity: Integrity,
     ) -> None:
         self._bases = (location, *mirrors)
         self._downloader = downloader
         self._cache = downloader.cache
         self._verify = verify
         self._offline = offline
-        self._pins = pins
+        self._integrity = integrity
         self._held: dict[str, _CachedFile] = {}
         self._is_told = threading.Lock()  # taken once: that nothing can be remembered
-        manifest, self._manifest_digest = ManifestSource(self._bases, downloader, pins, offline=offline).open()
+        manifest, self._manifest_digest = ManifestSource(self._bases, downloader, integrity, offline=offline).open()
         super().__init__(manifest, self._cache.directory)
         self._is_warned = False
         self._warn_if_not_kept()
@@ -236,7 +235,9 @@ class RemoteModel(Model):
 
     def _wanted(self, shard: Shard) -> ByteRanges | None:
         """The bytes that are enough of a shard of which a few tensors are asked for; None is all of it."""
-        is_vouched_for = shard.pin is not None or (self.manifest.name in self._pins and bool(shard.digests))
+        is_vouched_for = shard.required_digest is not None or (
+            self.manifest.name in self._integrity and bool(shard.digests)
+        )
         if len(shard.records) == self._counts[shard.data_path] or is_vouched_for or self._verify == "always":
             return None
         stretches = ((record.byte_offset, record.byte_offset + record.nbytes) for record in shard.records)
@@ -360,7 +361,7 @@ class RemoteModel(Model):
         remembered = {} if cached.metadata is None else dict(cached.metadata.digests)
         expected = {**shard.digests, **{kind: text for kind, text in remembered.items() if kind not in shard.digests}}
         with self._downloader.stats.timed("hash", file=name):
-            wrong = mismatch(file, expected, self._downloader.cancellation.check)
+            wrong = find_mismatch(file, expected, self._downloader.cancellation.check)
         if wrong is not None and shard.digests and wrong[0] not in shard.digests:
             expected, wrong = dict(shard.digests), None  # what is remembered is wrong, not the file
         if wrong is not None:

@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 from ..errors import TransferError
 from ..files.folder import Folder, sync
 from ..files.notes import read_note, sendable, write_note
-from ..format.digests import new_digest
+from ..format.integrity import new_hasher
 from .ranges import ByteRanges
 
 __all__ = ["PartialFile", "PartialFiles", "PartialSource"]
@@ -203,7 +203,7 @@ class PartialFile:
         if algorithm in self._digests:
             return
         with self._hashing:
-            digest = new_digest(algorithm)
+            digest = new_hasher(algorithm)
             for start in range(0, self._hashed, _BUFFER_BYTES):
                 check()
                 self._feed_back({algorithm: digest}, start, min(self._hashed, start + _BUFFER_BYTES))

@@ -1,1 +1,1 @@
-"""Threads of a load, and how they are cancelled."""
+"""Threads of a load: tasks in order, slots, cancellation, and detection of stalled requests."""

@@ -1,4 +1,4 @@
-"""Run tasks one after the other, in a thread of their own."""
+"""A queue of tasks that run one after the other."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any, ParamSpec, TypeVar
 
-__all__ = ["Serial"]
+__all__ = ["SerialQueue"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class Serial:
-    """Does one thing after the other, in the thread that calls `serve`; without it, whoever submits something does it.
+class SerialQueue:
+    """Run tasks one after the other, in the thread that calls `serve`; without one, in the thread that submits them.
 
-    Not an executor: to one, nothing can be submitted once the main thread has ended.
+    This is not an executor, as nothing can be submitted to one after the main thread has ended.
 
     Parameters
     ----------
     has_thread : bool
+        Whether a thread will call `serve`.
     """
 
     def __init__(self, *, has_thread: bool) -> None:
@@ -33,38 +34,38 @@ class Serial:
         """Run ``work(*args, **kwargs)`` when its turn comes."""
         future: Future[T] = Future()
         self._tasks.put((future, lambda: work(*args, **kwargs)))
-        if self._is_closed:  # looked at after it is in the queue, as `close` does it the other way round
-            self._do_what_is_left()
+        if self._is_closed:  # Checked after the task is in the queue: `close` goes the other way round.
+            self._run_remaining()
         return future
 
     def serve(self) -> None:
-        """Do what is submitted, until it is closed."""
+        """Run tasks until the queue is closed."""
         while (task := self._tasks.get()) is not None:
-            _do(*task)
+            _run(*task)
             del task  # and what it holds
-        self._do_what_is_left()
+        self._run_remaining()
 
     def close(self) -> None:
-        """Let `serve` return when what was submitted so far is done."""
+        """Let `serve` return after the tasks that were submitted so far."""
         self._is_closed = True
         self._tasks.put(None)
 
     def cancel(self) -> None:
-        """Cancel what has not begun; nobody waits for it."""
+        """Cancel the tasks that have not begun. Nobody may be waiting for them."""
         self._is_closed = True
         with suppress(Empty):
             while True:
                 if (task := self._tasks.get_nowait()) is not None:
                     task[0].cancel()
 
-    def _do_what_is_left(self) -> None:
+    def _run_remaining(self) -> None:
         with suppress(Empty):
             while True:
                 if (task := self._tasks.get_nowait()) is not None:
-                    _do(*task)
+                    _run(*task)
 
 
-def _do(future: Future[Any], work: Callable[[], Any]) -> None:
+def _run(future: Future[Any], work: Callable[[], Any]) -> None:
     if not future.set_running_or_notify_cancel():
         return
     try:

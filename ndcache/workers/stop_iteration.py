@@ -1,4 +1,4 @@
-"""A StopIteration of the caller's code, on its way through generators."""
+"""Carry a StopIteration that the caller's code raises out of generators."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
-__all__ = ["Carried", "carried", "delivered"]
+__all__ = ["WrappedStopIteration", "unwrap_stop_iteration", "wrap_stop_iteration"]
 
 
-class Carried(BaseException):
-    """Carries a StopIteration out of a generator, which would make a RuntimeError of it (PEP 479).
+class WrappedStopIteration(BaseException):
+    """Carry a StopIteration out of a generator, which would turn it into a RuntimeError (PEP 479).
 
     Attributes
     ----------
@@ -23,20 +23,20 @@ class Carried(BaseException):
 
 
 @contextmanager
-def carried() -> Iterator[None]:
-    """Around what may raise StopIteration in a generator."""
+def wrap_stop_iteration() -> Iterator[None]:
+    """Wrap a StopIteration that the block, in a generator, raises."""
     try:
         yield
     except StopIteration as error:
-        raise Carried(error) from None
+        raise WrappedStopIteration(error) from None
 
 
-class delivered:  # noqa: N801 - used as a function, but one of contextlib's is a generator, too
-    """Around what uses such a generator: the StopIteration is raised as what it is."""
+class unwrap_stop_iteration:  # noqa: N801 - used as a function; contextlib's would itself be a generator
+    """Raise a `WrappedStopIteration` of the block, which uses a generator, as the StopIteration that it was."""
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if isinstance(error, Carried):
+        if isinstance(error, WrappedStopIteration):
             raise error.error from error.error.__cause__

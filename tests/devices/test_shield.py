@@ -17,7 +17,7 @@ import ndcache
 from ndcache.devices.gpu import adapters as adapters_module
 from ndcache.devices.gpu import device as gpu_module
 from ndcache.devices.gpu.shield import shielded
-from ndcache.workers.cancellation import raise_hidden_interrupt
+from ndcache.workers.threads import raise_hidden_interrupt
 
 from ..helpers import models
 

@@ -10,7 +10,7 @@ from typing import BinaryIO
 import pytest
 
 import ndcache
-from ndcache.format.digests import feed, mismatch, new_digest, parse_sri
+from ndcache.format.integrity import find_mismatch, new_hasher, parse_sri, update_from_file
 from ndcache.workers.cancellation import Cancellation
 
 DATA = bytes(range(256)) * (5 << 12)  # more than one read
@@ -26,10 +26,10 @@ def shard(*, md5: str | None = None, sha256: str | None = None) -> ndcache.Shard
 
 
 @pytest.mark.parametrize("algorithm", ["md5", "sha256"])
-def test_feed(file: BinaryIO, algorithm: str) -> None:
-    digest = new_digest(algorithm)
-    feed({algorithm: digest}, file, lambda: None)
-    assert digest.hexdigest() == hashlib.new(algorithm, DATA).hexdigest()
+def test_update_from_file(file: BinaryIO, algorithm: str) -> None:
+    hasher = new_hasher(algorithm)
+    update_from_file({algorithm: hasher}, file, lambda: None)
+    assert hasher.hexdigest() == hashlib.new(algorithm, DATA).hexdigest()
 
 
 MD5, SHA256 = hashlib.md5(DATA).hexdigest(), hashlib.sha256(DATA).hexdigest()
@@ -50,14 +50,14 @@ MD5, SHA256 = hashlib.md5(DATA).hexdigest(), hashlib.sha256(DATA).hexdigest()
 def test_what_differs(
     file: BinaryIO, md5: str | None, sha256: str | None, expected: tuple[str, str, str] | None
 ) -> None:
-    assert mismatch(file, shard(md5=md5, sha256=sha256).digests, lambda: None) == expected
+    assert find_mismatch(file, shard(md5=md5, sha256=sha256).digests, lambda: None) == expected
 
 
 def test_row_36_it_can_be_ended(file: BinaryIO) -> None:
     cancellation = Cancellation()
     cancellation.set()
     with pytest.raises(ndcache.CancelledError):
-        mismatch(file, shard(md5=MD5).digests, cancellation.check)
+        find_mismatch(file, shard(md5=MD5).digests, cancellation.check)
 
 
 def sri(algorithm: str, data: bytes = DATA) -> str:

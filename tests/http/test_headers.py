@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 import ndcache
 from ndcache.http.translate import raise_for_status
 from ndcache.http.transport import Response, Transport
-from ndcache.workers.cancellation import Cancellation, StallWatch
+from ndcache.workers.cancellation import Cancellation
+from ndcache.workers.stall import StallWatch
 
 from ..helpers.servers import ScriptedServer, then_close
 
@@ -43,7 +44,7 @@ def response(**headers: str) -> Response:
     raw = requests.Response()
     raw.status_code, raw.url = 206, "http://host/"
     raw.headers.update({name.replace("_", "-"): value for name, value in headers.items()})
-    return Response(raw, Cancellation(), StallWatch(patience=1))
+    return Response(raw, Cancellation(), StallWatch(timeout=1))
 
 
 @given(CONTENT_RANGES, st.integers(0, 200), st.integers(0, 200), st.integers(0, 200))

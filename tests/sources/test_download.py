@@ -645,11 +645,11 @@ def test_a_digest_from_where_it_redirects_is_not_one(downloader: Downloader, scr
 def test_a_pin_is_compared_beside_the_manifests_digest(downloader: Downloader, scripted: ScriptedServer) -> None:
     scripted.script[PATH] = [reply(200, DATA)]
     pin = ("sha512", hashlib.sha512(DATA).hexdigest())
-    assert fetched(downloader, [scripted.url + "params_shard_0.bin"], replace(SHARD, pin=pin)) == DATA
+    assert fetched(downloader, [scripted.url + "params_shard_0.bin"], replace(SHARD, required_digest=pin)) == DATA
     with pytest.raises(ndcache.ChecksumError, match="sha384"):
-        fetched(downloader, [scripted.url + "params_shard_0.bin"], replace(SHARD, pin=("sha384", "0" * 96)))
+        fetched(downloader, [scripted.url + "params_shard_0.bin"], replace(SHARD, required_digest=("sha384", "0" * 96)))
     with pytest.raises(ndcache.ChecksumError, match="md5"):
-        fetched(downloader, [scripted.url + "params_shard_0.bin"], replace(SHARD, pin=pin, md5sum="0" * 32))
+        fetched(downloader, [scripted.url + "params_shard_0.bin"], replace(SHARD, required_digest=pin, md5sum="0" * 32))
 
 
 def test_a_mirror_that_failed_is_not_asked_first_again(downloader: Downloader, scripted: ScriptedServer) -> None:

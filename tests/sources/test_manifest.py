@@ -213,8 +213,8 @@ def test_row_50_a_pinned_manifest_may_come_from_a_mirror(model: Path, scripted: 
     manifest = (model / OLD.lstrip("/")).read_bytes()
     scripted.script = {f"/mirror{path}": steps for path, steps in scripted.script.items()}
     scripted.script |= {f"/home{name}": [NOT_THERE[case][0]] for name in (NEW, OLD)}
-    pins = {OLD.lstrip("/"): sri(manifest)}
-    weights = ndcache.load(scripted.url + "home/", mirrors=[scripted.url + "mirror/"], integrity=pins)
+    integrity = {OLD.lstrip("/"): sri(manifest)}
+    weights = ndcache.load(scripted.url + "home/", mirrors=[scripted.url + "mirror/"], integrity=integrity)
     assert_same(weights, arrays)
     assert manifests_asked_for(scripted) == ["/home" + OLD, "/mirror" + OLD]  # only the name that is pinned
 
@@ -262,8 +262,8 @@ def test_row_51_an_encoded_manifest_is_decoded(model: Path, scripted: ScriptedSe
             reply(200, body, headers) if framing == "length" else then_close(reply(200, body, headers, length=None))
         )
     scripted.script[NEW] = [answer, reply(304, headers=headers, length=None)]
-    pins = {"tensor-cache.json": sri(manifest)}
-    assert_same(ndcache.load(scripted.url, integrity=pins), arrays)
+    integrity = {"tensor-cache.json": sri(manifest)}
+    assert_same(ndcache.load(scripted.url, integrity=integrity), arrays)
     assert (ndcache.fetch(scripted.url) / "tensor-cache.json").read_bytes() == manifest
     conditions = [request.headers.get("if-none-match") for request in scripted.requests_for(NEW)]
     assert conditions == [None, headers["ETag"]]
@@ -338,8 +338,8 @@ def test_row_51_a_byte_order_mark_is_skipped(model: Path, scripted: ScriptedServ
     (model / "tensor-cache.json").write_bytes(manifest)
     scripted.script[NEW] = [reply(200, manifest)]
     source = model if where == "directory" else scripted.url
-    pins = {"tensor-cache.json": sri(manifest)}
-    assert_same(ndcache.load(source, integrity=pins), arrays)
+    integrity = {"tensor-cache.json": sri(manifest)}
+    assert_same(ndcache.load(source, integrity=integrity), arrays)
     if where == "server":
         assert_same(ndcache.load(source, offline=True), arrays)  # of the cache
 

@@ -480,7 +480,7 @@ def test_a_cached_shard_that_cannot_be_read(model: Path, serve: Serve, monkeypat
     def fail(*_: object) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(remote, "mismatch", fail)
+    monkeypatch.setattr(remote, "find_mismatch", fail)
     with pytest.raises(ndcache.CacheUnavailableError, match="Input/output error"):
         ndcache.load(server.url, verify="always")
 

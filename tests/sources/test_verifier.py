@@ -48,14 +48,14 @@ def update(source: Path, *, longer: int = 0) -> None:
 
 def at_each_check(monkeypatch: pytest.MonkeyPatch, happens: Callable[[int, Any], None]) -> None:
     """Have something happen before each time that a cached file is read; it gets how often that was before."""
-    mismatch, lock, calls = remote.mismatch, threading.Lock(), iter(range(10**6))
+    find_mismatch, lock, calls = remote.find_mismatch, threading.Lock(), iter(range(10**6))
 
     def spy(file: Any, expected: Any, check: Any) -> Any:
         with lock:
             happens(next(calls), file)
-        return mismatch(file, expected, check)
+        return find_mismatch(file, expected, check)
 
-    monkeypatch.setattr(remote, "mismatch", spy)
+    monkeypatch.setattr(remote, "find_mismatch", spy)
 
 
 def read_only(monkeypatch: pytest.MonkeyPatch) -> None:

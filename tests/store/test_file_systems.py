@@ -49,13 +49,13 @@ def server(model: Path, serve: Serve) -> FileServer:
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The files of the cache whose digests are computed."""
     found: list[str] = []
-    mismatch = remote.mismatch
+    find_mismatch = remote.find_mismatch
 
     def spy(file: Any, expected: Any, check: Any) -> Any:
         found.append(os.path.basename(file.name))
-        return mismatch(file, expected, check)
+        return find_mismatch(file, expected, check)
 
-    monkeypatch.setattr(remote, "mismatch", spy)
+    monkeypatch.setattr(remote, "find_mismatch", spy)
     return found
 
 

@@ -25,7 +25,8 @@ from ndcache.http.transport import Transport
 from ndcache.location.hub import Login
 from ndcache.location.locate import locate
 from ndcache.urls.url import Origin, UrlError, parse, parse_proxy
-from ndcache.workers.cancellation import Cancellation, StallWatch
+from ndcache.workers.cancellation import Cancellation
+from ndcache.workers.stall import StallWatch
 
 from ..helpers.servers import ScriptedServer, reply
 
@@ -383,7 +384,7 @@ def test_row_41_a_session_that_changes_the_url_is_stopped() -> None:
     for url in ("http://127.0.0.1:9/", "https://localhost/", "http://localhost:80/"):
         with (
             pytest.raises(WrongOriginError),
-            watching(StallWatch(patience=1), Origin("http", "localhost", 9), Routes()),
+            watching(StallWatch(timeout=1), Origin("http", "localhost", 9), Routes()),
         ):
             session.get(url, timeout=1)
     transport.close()
@@ -398,7 +399,7 @@ def test_row_41_a_proxy_is_told_the_origin_that_was_judged(
     assert answer(transport, "http://home.test/a") == "there"
     with (
         pytest.raises(WrongOriginError),
-        watching(StallWatch(patience=1), Origin("http", "home.test", 80), Routes()),
+        watching(StallWatch(timeout=1), Origin("http", "home.test", 80), Routes()),
     ):
         transport._sessions()[0].get("http://evil.test/a", timeout=1)
     transport.close()

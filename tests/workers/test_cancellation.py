@@ -11,8 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 import ndcache
-from ndcache.workers import cancellation as stop_module
-from ndcache.workers.cancellation import Cancellation, StallWatch
+from ndcache.workers import stall
+from ndcache.workers.cancellation import Cancellation
+from ndcache.workers.stall import StallWatch
 
 
 def test_row_36_the_callers_event_stops_too() -> None:
@@ -47,7 +48,7 @@ def test_row_36_waits_are_ended_when_it_is_set_and_at_once_afterwards() -> None:
     assert ended == ["before"]
     cancellation.add(after)
     assert ended == ["before", "after"]
-    assert not any(watch.overdue for watch in (before, forgotten, after))
+    assert not any(watch.is_stalled for watch in (before, forgotten, after))
 
 
 def test_row_36_a_waker_that_comes_too_late_is_called_at_once() -> None:
@@ -66,7 +67,7 @@ class Clock:
 
 
 @pytest.mark.parametrize(
-    ("arrivals", "overdue"),
+    ("arrivals", "is_stalled"),
     [
         # Seconds, and bytes that came in them; one look after each.
         ([(9, 0)], False),
@@ -82,57 +83,57 @@ class Clock:
     ],
 )
 def test_row_13_a_drip_is_a_wait_in_vain(
-    monkeypatch: pytest.MonkeyPatch, arrivals: list[tuple[float, int]], overdue: bool
+    monkeypatch: pytest.MonkeyPatch, arrivals: list[tuple[float, int]], is_stalled: bool
 ) -> None:
     clock = Clock()
-    monkeypatch.setattr(stop_module, "time", clock)
+    monkeypatch.setattr(stall, "time", clock)
     ended: list[bool] = []
     watch = StallWatch(10, [lambda: ended.append(True)])
     for seconds, nbytes in arrivals:
         clock.now += seconds
         watch.received(nbytes)
         watch.poll()
-    assert watch.overdue == overdue == bool(ended)
+    assert watch.is_stalled == is_stalled == bool(ended)
 
 
 def test_what_is_remembered_of_a_long_wait_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
-    monkeypatch.setattr(stop_module, "time", clock)
+    monkeypatch.setattr(stall, "time", clock)
     watch = StallWatch(10)
     for _ in range(100_000):
         clock.now += 0.01
         watch.received(1 << 20)
         watch.poll()
-    assert len(watch._marks) < 30
+    assert len(watch._samples) < 30
 
 
 def test_row_13_time_in_which_the_thread_does_something_else_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
-    monkeypatch.setattr(stop_module, "time", clock)
+    monkeypatch.setattr(stall, "time", clock)
     watch = StallWatch(10)
-    watch.waiting = False
+    watch.is_waiting = False
     clock.now += 60
     watch.poll()
-    watch.waiting = True
+    watch.is_waiting = True
     clock.now += 9
     watch.poll()
-    assert not watch.overdue
+    assert not watch.is_stalled
     clock.now += 2
     watch.poll()
-    assert watch.overdue
+    assert watch.is_stalled
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_row_37_a_fork_does_not_stop_what_its_parent_does() -> None:
     script = """
 import os
-from ndcache.workers import cancellation
+from ndcache.workers import cancellation, stall, threads
 ended = []
 one = cancellation.Cancellation()
-one.add(cancellation.StallWatch(60, [lambda: ended.append("shut")]))
+one.add(stall.StallWatch(60, [lambda: ended.append("shut")]))
 with one._lock:  # as of a thread that looks just then
     if os.fork() == 0:
-        cancellation._main_thread_ends()
+        threads._main_thread_ends()
         one.set()
         os._exit(len(ended))
 _, status = os.wait()

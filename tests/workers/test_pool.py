@@ -14,7 +14,8 @@ import pytest
 import ndcache
 from ndcache.stats import LoadStats
 from ndcache.workers.cancellation import Cancellation
-from ndcache.workers.pool import Workers, map_ordered
+from ndcache.workers.ordered import map_ordered
+from ndcache.workers.pool import WorkerPool
 
 
 def shards(*sizes: int) -> list[ndcache.Shard]:
@@ -27,12 +28,15 @@ def run(
     *,
     max_workers: int = 4,
     cancellation: Cancellation | None = None,
-    workers: Workers | None = None,
+    workers: WorkerPool | None = None,
     **options: Any,
 ) -> Generator[Any, None, None]:
-    workers = workers or Workers(max_workers, cancellation)
+    workers = workers or WorkerPool(max_workers, cancellation)
     workers.start()
-    return map_ordered(items, work, **{"workers": workers, "memory_limit": 1000, "stats": LoadStats(), **options})
+    sizes = [item.nbytes for item in items]
+    return map_ordered(
+        items, work, **{"pool": workers, "sizes": sizes, "memory_limit": 1000, "stats": LoadStats(), **options}
+    )
 
 
 def name(shard: ndcache.Shard) -> str:
@@ -84,7 +88,7 @@ def test_never_more_than_max_workers(max_workers: int) -> None:
 
 @pytest.mark.parametrize("max_workers", [1, 3])
 def test_who_is_relieved_has_another_begin(max_workers: int) -> None:
-    lock, workers = threading.Lock(), Workers(max_workers)
+    lock, workers = threading.Lock(), WorkerPool(max_workers)
     together, relieved = threading.Barrier(max_workers), threading.Barrier(2)
     unrelieved = peak = 0
 
@@ -266,7 +270,7 @@ def test_row_36_ctrl_c_while_a_thread_is_begun(monkeypatch: pytest.MonkeyPatch, 
 
     monkeypatch.setattr(threading.Thread, "start", pressed)
     monkeypatch.setattr(threading, name, pressed_inside)
-    with pytest.raises(KeyboardInterrupt), Workers(4, cancellation) as workers:
+    with pytest.raises(KeyboardInterrupt), WorkerPool(4, cancellation) as workers:
         workers.start()
         list(run(shards(1, 1, 1, 1), work, workers=workers))
     assert len(threads) >= begun

@@ -18,9 +18,9 @@ from ...errors import DeviceError, OutOfDeviceMemoryError
 from ...format.dtypes import DTYPES
 from ...format.manifest import Record, Shard
 from ...stats import LoadStats
-from ...workers.cancellation import is_ending
-from ...workers.pool import Workers
-from ...workers.serial import Serial
+from ...workers.pool import WorkerPool
+from ...workers.serial import SerialQueue
+from ...workers.threads import main_thread_has_ended
 from ..base import Device
 from ..reading import check_size, read_into
 from .adapters import adapter_name, find_adapter, one_at_a_time
@@ -150,7 +150,7 @@ class GpuDevice(Device[_Staged, GPUTensor]):
         usage = wgpu.BufferUsage
         self._usage = usage.STORAGE | usage.COPY_SRC | usage.COPY_DST
         self._ring: Ring | None = None  # while something is loaded, as is `_maker`
-        self._maker: Serial | None = None
+        self._maker: SerialQueue | None = None
         self._caller: CallThread | None = None
         self._fence_buffer: wgpu.GPUBuffer | None = None
         self._expander: Expander | None = None
@@ -177,11 +177,11 @@ class GpuDevice(Device[_Staged, GPUTensor]):
         self._memory_limit = memory_limit
         self._piece_bytes = min(_PIECE_BYTES, self.handle.limits["max-buffer-size"] & -WORD, Expander.most(self.handle))
 
-    def begin(self, workers: Workers, *, keeps_all: bool) -> None:
+    def begin(self, workers: WorkerPool, *, keeps_all: bool) -> None:
         shielded(self._start_calls)
         self._ring = Ring(self.handle, self._memory_limit)
         # Drivers make one buffer after the other, however many threads ask: one for it leaves the others to read.
-        self._maker = workers.serial()
+        self._maker = workers.open_serial_queue()
         if keeps_all:
             for shard in self._shards:
                 self._made[shard.data_path] = self._make(shard)
@@ -435,7 +435,7 @@ def _device_errors() -> Iterator[None]:
     except (wgpu.GPUError, RuntimeError, AttributeError) as error:
         if isinstance(error, AttributeError) and error.name != "get_token":
             raise  # Not of wgpu's poller, which is None once the device's owner has destroyed it.
-        if is_ending() and "new thread" in str(error):  # wgpu has one for each device
+        if main_thread_has_ended() and "new thread" in str(error):  # wgpu has one for each device
             raise DeviceError(
                 f"no GPU can be opened, as Python is shutting down: {error}",
                 hint="Open it before the main thread ends, or load with device='cpu'.",

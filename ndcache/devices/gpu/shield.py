@@ -15,7 +15,7 @@ from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Generic, TypeVar
 
-from ...workers.cancellation import raise_hidden_interrupt
+from ...workers.threads import raise_hidden_interrupt
 
 __all__ = ["CallThread", "shielded"]
 

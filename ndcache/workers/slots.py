@@ -1,0 +1,41 @@
+"""Slots that limit how many tasks run at once."""
+
+from __future__ import annotations
+
+import threading
+from queue import SimpleQueue
+
+__all__ = ["Slots"]
+
+
+class Slots:
+    """Limit how many tasks run at once. A task may release its slot before it ends.
+
+    Parameters
+    ----------
+    count : int
+    """
+
+    # A queue and not a semaphore: Ctrl-C can come between any two steps of the main thread, and must not leave a lock
+    # locked that the workers need.
+
+    def __init__(self, count: int) -> None:
+        self._free: SimpleQueue[None] = SimpleQueue()
+        self._this_thread = threading.local()
+        for _ in range(count):
+            self.add()
+
+    def acquire(self) -> None:
+        """Wait for a free slot, which this thread then holds."""
+        self._free.get()
+        self._this_thread.holds_slot = True
+
+    def release(self) -> None:
+        """Free the slot of this thread, if it still holds one."""
+        if getattr(self._this_thread, "holds_slot", False):
+            self._this_thread.holds_slot = False
+            self._free.put(None)
+
+    def add(self) -> None:
+        """Add one slot."""
+        self._free.put(None)
