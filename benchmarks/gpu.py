@@ -29,7 +29,7 @@ import json, os, sys, time
 import ndcache
 assert os.path.dirname(os.path.dirname(ndcache.__file__)) == os.environ["PYTHONPATH"].split(":")[0], ndcache.__file__
 directory, workers, decode = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "decode"
-from ndcache.devices.gpu.device import open_gpu
+from ndcache.devices.gpu import open_gpu
 device = open_gpu("gpu").handle
 load = ndcache.load  # with all that it imports
 times, stats = [], None

@@ -27,7 +27,7 @@ from typing import Any
 
 import wgpu
 
-from ndcache.devices.gpu.device import open_gpu
+from ndcache.devices.gpu import open_gpu
 from ndcache.devices.gpu.expand import Expander
 
 MIB = 1 << 20

@@ -454,7 +454,7 @@ def pinned_copy(given):
 
 def open_gpu():
     """The device that ndcache itself would open, for whoever wants one."""
-    from ndcache.devices.gpu.device import open_gpu as open_device
+    from ndcache.devices.gpu import open_gpu as open_device
     from ndcache.errors import NoAdapterError
 
     try:

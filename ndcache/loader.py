@@ -23,7 +23,7 @@ import requests
 
 from .context import LoadContext
 from .devices import open_device
-from .devices.base import Device
+from .devices.base import Device, Upload
 from .errors import CacheUnavailableError, ManifestError, NotFoundError, OfflineError, UnsafeCacheError, redact
 from .files.descriptors import budget
 from .format.integrity import parse_sri
@@ -208,10 +208,13 @@ class Loader:
         target = self._device(device)
         tensors: dict[str, Any] = {}
         try:
-            with self._budget() as count, self._workers(count, has_serial=target.has_serial) as workers:
+            with self._budget() as count, self._workers(count, has_serial=target.needs_serial_thread) as workers:
                 model, context = self._open(source, workers, trace=trace)
-                shards = self._select(model, context, target, names, decode, copy)
-                with closing(self._tensors(model, context, target, shards, progress, keeps_all=True)) as arriving:
+                shards = self._select(model, target, names, decode)
+                tensors_to_come = self._tensors(
+                    model, context, target, shards, progress, decode=decode, copy=copy, keeps_all=True
+                )
+                with closing(tensors_to_come) as arriving:
                     for name, tensor in arriving:
                         tensors[name] = tensor
         except BaseException:
@@ -251,12 +254,12 @@ class Loader:
             target = self._device(device)
             is_open = False
             try:
-                with self._budget() as count, self._workers(count, has_serial=target.has_serial) as workers:
+                with self._budget() as count, self._workers(count, has_serial=target.needs_serial_thread) as workers:
                     model, context = self._open(source, workers, trace=events)
-                    shards = self._select(model, context, target, names, decode, copy)
+                    shards = self._select(model, target, names, decode)
                     is_open = True
                     yield "", None
-                    yield from self._tensors(model, context, target, shards, progress)
+                    yield from self._tensors(model, context, target, shards, progress, decode=decode, copy=copy)
             except BaseException as error:
                 if not is_open:
                     target.discard({})
@@ -463,48 +466,54 @@ class Loader:
             must_keep=must_keep,
         )
 
-    def _device(self, device: str | wgpu.GPUDevice) -> Device[Any, Any]:
+    def _device(self, device: str | wgpu.GPUDevice) -> Device[Any]:
         return open_device(device, None if self._cancel is None else Cancellation(self._cancel).poll)
 
-    def _select(
-        self, model: Model, context: LoadContext, device: Device[Any, Any], names: NameFilter, decode: bool, copy: bool
-    ) -> tuple[Shard, ...]:
+    def _select(self, model: Model, device: Device[Any], names: NameFilter, decode: bool) -> tuple[Shard, ...]:
         """The shards wanted, every one of which can be decoded and fits the device."""
         shards = model.manifest.select(names)
-        device.prepare(shards, decode=decode, copy=copy, memory_limit=self._memory_limit, stats=context.stats)
+        device.check_limits(shards, decode=decode)
         return shards
 
     def _tensors(
         self,
         model: Model,
         context: LoadContext,
-        device: Device[Any, Any],
+        device: Device[Any],
         shards: Sequence[Shard],
         progress: Progress,
         *,
+        decode: bool,
+        copy: bool,
         keeps_all: bool = False,
     ) -> Generator[tuple[str, Any], None, None]:
-        """The whole way: shards are obtained and staged by the workers, tensors made here, in manifest order."""
+        """Yield the tensors in manifest order: workers obtain and stage the shards, this thread places them."""
+        with wrap_stop_iteration():
+            context.cancellation.resume()
+            context.workers.start(1)
+            upload: Upload[Any, Any] = device.open_upload(
+                shards,
+                workers=context.workers,
+                stats=context.stats,
+                decode=decode,
+                copy=copy,
+                memory_limit=self._memory_limit,
+                keeps_all=keeps_all,
+            )
 
-        def work(shard: Shard) -> tuple[ShardFile, Any]:
-            obtained = model.obtain(shard)
-            with obtained.file:
-                return obtained, device.stage(obtained.file, shard)
+            def work(shard: Shard) -> tuple[ShardFile, Any]:
+                obtained = model.obtain(shard)
+                with obtained.file:
+                    return obtained, upload.stage(obtained.file, shard)
 
-        arriving = self._in_order(model, context, shards, work, progress, self._memory_limit, device.finish)
-        try:
-            with wrap_stop_iteration(), closing(arriving):
-                context.cancellation.resume()
-                context.workers.start(1)
-                device.begin(context.workers, keeps_all=keeps_all)
+            arriving = self._in_order(model, context, shards, work, progress, self._memory_limit, upload.finish)
+            with upload, closing(arriving):  # `arriving` first: no worker may be in `stage` when the upload is closed
                 for shard, staged in arriving:
-                    placed = device.place(staged, shard)
+                    placed = upload.place(staged, shard)
                     for record, tensor in context.stats.timed_iterator("place", placed, file=shard.data_path):
                         context.stats.tensors += 1
                         yield record.name, tensor
                         context.cancellation.resume()  # before the next one is made, which would be nobody's
-        finally:
-            device.release()
 
     def _in_order(
         self,

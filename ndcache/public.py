@@ -6,7 +6,7 @@ from . import errors
 from . import tvm as tvm
 from ._version import __version__
 from .api import delete, fetch, is_cached, load, read_manifest, stream, verify
-from .devices.gpu.device import GPUTensor
+from .devices.gpu.tensor import GPUTensor
 from .errors import *  # noqa: F403 - every error is public
 from .format.manifest import Manifest, Record, Shard
 from .format.writer import dump

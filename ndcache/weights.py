@@ -37,7 +37,7 @@ class Weights(Mapping[str, Any]):
         tensors: Mapping[str, Any],
         *,
         manifest: Manifest,
-        device: Device[Any, Any],
+        device: Device[Any],
         stats: LoadStats,
     ) -> None:
         self._tensors: dict[str, Any] | None = dict(tensors)

@@ -113,7 +113,7 @@ def interruptible() -> Iterator[None]:
 def gpu() -> Any:
     """A `wgpu.GPUDevice`, software or not. Where there is none the test is skipped; in CI it fails."""
     import ndcache
-    from ndcache.devices.gpu.device import open_gpu
+    from ndcache.devices.gpu import open_gpu
 
     try:
         device = open_gpu("gpu")

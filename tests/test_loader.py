@@ -32,7 +32,7 @@ import pytest
 import requests
 
 import ndcache
-from ndcache.devices.cpu import CpuDevice
+from ndcache.devices.cpu import CpuUpload
 from ndcache.format.integrity import find_mismatch
 from ndcache.sources import remote
 from ndcache.sources.manifest import ManifestSource
@@ -226,7 +226,7 @@ def test_a_stream_that_is_left_stops_fetching(model: Path, serve: Serve) -> None
 def test_a_stream_says_at_once_what_it_can_know(tmp_path: Path) -> None:
     with pytest.raises(ndcache.NotFoundError):
         ndcache.stream(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="device is"):
+    with pytest.raises(ValueError, match="device must be"):
         ndcache.stream(tmp_path, device="gpuu")
 
 
@@ -577,14 +577,14 @@ def test_the_file_that_was_checked_is_the_one_that_is_read(
     arrays = models.simple_model(model, shards=1)
     server = serve(model)
     directory = ndcache.fetch(server.url)
-    stage = CpuDevice.stage
+    stage = CpuUpload.stage
 
-    def too_late(self: CpuDevice, file: Any, shard: ndcache.Shard) -> Any:
+    def too_late(self: CpuUpload, file: Any, shard: ndcache.Shard) -> Any:
         (directory / "new").write_bytes(bytes(1 << 16))
         os.replace(directory / "new", directory / "params_shard_0.bin")
         return stage(self, file, shard)
 
-    monkeypatch.setattr(CpuDevice, "stage", too_late)
+    monkeypatch.setattr(CpuUpload, "stage", too_late)
     assert_same(ndcache.load(server.url, verify="always"), arrays)
 
 

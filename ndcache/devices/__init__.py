@@ -1,4 +1,4 @@
-"""Where tensors end up: NumPy arrays, or buffers of a GPU."""
+"""Devices, where tensors end up: NumPy arrays in memory, or buffers on a GPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..errors import DeviceError
 from ..files.descriptors import check_exhausted
 from .base import Device
 from .cpu import CpuDevice
-from .gpu.device import GpuDevice, open_gpu
+from .gpu import GpuDevice, open_gpu
 
 __all__ = ["is_device_name", "open_device"]
 
@@ -19,35 +19,39 @@ logger = logging.getLogger("ndcache")
 
 
 def is_device_name(text: str) -> bool:
-    """Whether it is one of the strings that `open_device` takes."""
+    """Return whether `open_device` accepts this string."""
     return re.fullmatch(r"cpu|auto|gpu(:[0-9]{1,4})?", text) is not None
 
 
-def open_device(device: Any, poll: Callable[[], None] | None = None) -> Device[Any, Any]:
-    """Open what the ``device`` option names: ``"cpu"``, ``"gpu"``, ``"gpu:N"``, ``"auto"`` or a `wgpu.GPUDevice`.
+def open_device(device: Any, poll: Callable[[], None] | None = None) -> Device[Any]:
+    """Open the device that the ``device`` option names.
 
-    While a driver is waited for, `look` is called about every 0.1 s, to raise what is to end the wait.
+    Parameters
+    ----------
+    device : {"cpu", "gpu", "gpu:N", "auto"} or wgpu.GPUDevice
+    poll : callable, optional
+        Called about every 0.1 s while a driver is busy; an exception that it raises ends the wait.
 
     Raises
     ------
     ValueError, TypeError
-        None of these.
+        `device` is none of these.
     DeviceError
         There is no such GPU, or it cannot be used.
     """
     if not isinstance(device, str):
-        # Anything that can make buffers, so that wgpu need not be imported to ask.
+        # Judged by what it can do, so that wgpu need not be imported to ask.
         if not hasattr(device, "create_buffer"):
-            raise TypeError(f"device takes a string or a wgpu.GPUDevice, not {device!r}")
+            raise TypeError(f"device must be a string or a wgpu.GPUDevice, not {device!r}")
         return GpuDevice(device, is_ours=False)
     if not is_device_name(device):
-        raise ValueError(f"device is 'cpu', 'gpu', 'gpu:N' or 'auto', not {device!r}")
+        raise ValueError(f"device must be 'cpu', 'gpu', 'gpu:N' or 'auto', not {device!r}")
     if device == "cpu":
         return CpuDevice()
     try:
         opened = open_gpu(device, poll) or CpuDevice()
     except DeviceError:
-        check_exhausted()  # a driver that can open nothing may say anything
+        check_exhausted()  # a driver that cannot open files may report anything
         raise
     if device == "auto":
         logger.info("device 'auto' is %s", opened.name)

@@ -1,24 +1,25 @@
-"""What a device must do to have a model loaded onto it."""
+"""The interface of a device, and of one load's upload to it."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from types import TracebackType
 from typing import Any, BinaryIO, Generic, TypeVar
 
 from ..format.manifest import Record, Shard
 from ..stats import LoadStats
 from ..workers.pool import WorkerPool
 
-__all__ = ["Device"]
+__all__ = ["Device", "Upload"]
 
-#: What `Device.stage` leaves for `Device.place`.
+#: What `Upload.stage` hands to `Upload.place`.
 Staged = TypeVar("Staged")
 Tensor = TypeVar("Tensor")
 
 
-class Device(ABC, Generic[Staged, Tensor]):
-    """Takes shards in two steps: the bytes are staged in a worker, the tensors made on the caller's thread.
+class Device(ABC, Generic[Tensor]):
+    """A place for tensors.
 
     Attributes
     ----------
@@ -26,76 +27,108 @@ class Device(ABC, Generic[Staged, Tensor]):
         What users see as `Weights.device`.
     name : str
         The device in words.
-    has_serial : bool
-        Whether `begin` asks for a thread of its own.
+    needs_serial_thread : bool
+        Whether its uploads need a thread for `WorkerPool.open_serial_queue`.
     """
 
     handle: Any
     name: str
-    has_serial = False
+    needs_serial_thread = False
 
     @abstractmethod
-    def prepare(
-        self, shards: Sequence[Shard], *, decode: bool, copy: bool, memory_limit: int, stats: LoadStats
-    ) -> None:
-        """Say what will be loaded, before anything is fetched.
+    def check_limits(self, shards: Sequence[Shard], *, decode: bool) -> None:
+        """Check that the device can hold each tensor, before anything is fetched.
 
         Parameters
         ----------
         shards : sequence of Shard
         decode : bool
-            Expand float32 stored as bfloat16; else the tensor has the stored bits.
-        copy : bool
-            Give each tensor memory of its own, even where a view of the file would do.
-        memory_limit : int
-            Bytes of memory for shards on their way.
-        stats : LoadStats
-            Told how long what takes.
+            Whether float32 that is stored as bfloat16 will be expanded.
 
         Raises
         ------
         DeviceError
-            A tensor cannot fit the device's limits.
+            A tensor exceeds a limit of the device.
         """
 
     @abstractmethod
-    def begin(self, workers: WorkerPool, *, keeps_all: bool) -> None:
-        """Get ready for `stage`; `release` must be called afterwards.
+    def open_upload(
+        self,
+        shards: Sequence[Shard],
+        *,
+        workers: WorkerPool,
+        stats: LoadStats,
+        decode: bool,
+        copy: bool,
+        memory_limit: int,
+        keeps_all: bool,
+    ) -> Upload[Any, Tensor]:
+        """Start the upload of one load. The caller must close it.
 
         Parameters
         ----------
+        shards : sequence of Shard
+            The shards to come, in manifest order.
         workers : WorkerPool
-            Of the load.
+            The load's threads, already started.
+        stats : LoadStats
+            Receives the time that each phase takes.
+        decode : bool
+            Expand float32 that is stored as bfloat16; otherwise tensors keep the stored bits.
+        copy : bool
+            Give each tensor memory of its own, even where a view of the file would do.
+        memory_limit : int
+            Bytes of memory for shards that are not placed yet.
         keeps_all : bool
-            Whether all tensors will be there at once in the end, so that memory for all of them may be asked for now.
+            Whether all tensors will exist at once in the end, so that memory for all of them may be allocated now.
         """
 
     @abstractmethod
+    def discard(self, tensors: dict[str, Tensor]) -> None:
+        """Free tensors and empty `tensors`; free the device, too, unless the caller opened it.
+
+        The device cannot be used afterwards.
+        """
+
+
+class Upload(ABC, Generic[Staged, Tensor]):
+    """One load's way to a device: workers stage the bytes of shards, the caller's thread makes tensors of them.
+
+    A context manager that closes itself.
+    """
+
+    @abstractmethod
     def stage(self, file: BinaryIO, shard: Shard) -> Staged:
-        """Make the bytes of a shard's open file ready for `place`. Called from many threads at once."""
+        """Read a shard's open file, ready for `place`. Several workers call this at once."""
 
     @abstractmethod
     def place(self, staged: Staged, shard: Shard) -> Iterator[tuple[Record, Tensor]]:
-        """The shard's tensors, in its records' order. Called from one thread, in manifest order.
+        """Yield the shard's tensors in the order of its records.
+
+        Only the caller's thread calls this, once for each shard, in manifest order.
 
         Parameters
         ----------
         staged
-            From `stage`.
+            The result of `stage`.
         shard : Shard
         """
 
     @abstractmethod
     def finish(self) -> None:
-        """Wait until everything placed is really there."""
+        """Wait until the device has all the bytes that were placed."""
 
     @abstractmethod
-    def release(self) -> None:
-        """Free what was needed for loading: no thread is in `stage` or `place` any more. Never raises."""
+    def close(self) -> None:
+        """Free everything but the tensors that were handed out. No thread may be in `stage` or `place` any more.
 
-    @abstractmethod
-    def discard(self, tensors: dict[str, Tensor]) -> None:
-        """Free tensors of this device, which leaves none in `tensors`, and the device itself unless it is the caller's.
-
-        The device cannot be used afterwards.
+        Raises nothing of its own. A second call does nothing.
         """
+
+    def __enter__(self) -> Upload[Staged, Tensor]:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,4 +1,4 @@
-"""The CPU: views of mapped shard files, and expanded copies where the format stores bfloat16 for float32."""
+"""The CPU: views of mapped shard files, and expanded copies where the format stores float32 as bfloat16."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from ..format.codec import stored
 from ..format.manifest import Record, Shard
 from ..stats import LoadStats
 from ..workers.pool import WorkerPool
-from .base import Device
+from .base import Device, Upload
 from .reading import check_size, read_shard
 
-__all__ = ["CpuDevice"]
+__all__ = ["CpuDevice", "CpuUpload"]
 
 logger = logging.getLogger("ndcache")
 
-#: Shards of one load that are mapped at most: a quarter of the maps that Linux allows a process. Stacks of threads and
+#: The most shards of one load that are mapped: a quarter of the maps that Linux allows a process. Thread stacks and
 #: large arrays need maps, too.
 _MAX_MAPS = 16_384
 
@@ -30,41 +30,56 @@ Array = npt.NDArray[Any]
 Bytes = npt.NDArray[np.uint8]
 
 
-class CpuDevice(Device[list[Array], Array]):
-    """Gives plain NumPy arrays, which the workers make: several cores expand bfloat16, and touch the new memory."""
+class CpuDevice(Device[Array]):
+    """The CPU's memory, with tensors that are plain NumPy arrays."""
 
     handle = "cpu"
     name = "cpu"
 
-    def prepare(
-        self, shards: Sequence[Shard], *, decode: bool, copy: bool, memory_limit: int, stats: LoadStats
-    ) -> None:
+    def check_limits(self, shards: Sequence[Shard], *, decode: bool) -> None:
+        """Do nothing: memory has no limit for a single tensor."""
+
+    def open_upload(
+        self,
+        shards: Sequence[Shard],
+        *,
+        workers: WorkerPool,
+        stats: LoadStats,
+        decode: bool,
+        copy: bool,
+        memory_limit: int,
+        keeps_all: bool,
+    ) -> CpuUpload:
+        return CpuUpload(stats, decode=decode, copy=copy, may_map=len(shards) <= _MAX_MAPS)
+
+    def discard(self, tensors: dict[str, Array]) -> None:
+        tensors.clear()  # their memory goes with the last reference
+
+
+class CpuUpload(Upload[list[Array], Array]):
+    """Make arrays in the workers, so that several cores expand bfloat16 and touch the new memory.
+
+    Parameters
+    ----------
+    stats : LoadStats
+    decode, copy : bool
+        See `Device.open_upload`.
+    may_map : bool
+        Whether files may be mapped instead of read.
+    """
+
+    def __init__(self, stats: LoadStats, *, decode: bool, copy: bool, may_map: bool) -> None:
         self._stats = stats
         self._decode = decode_record if decode else stored
         self._copy = copy
-        self._may_map = len(shards) <= _MAX_MAPS
-
-    def begin(self, workers: WorkerPool, *, keeps_all: bool) -> None:
-        pass
+        self._may_map = may_map
 
     def stage(self, file: BinaryIO, shard: Shard) -> list[Array]:
         with self._stats.timed("read", file=shard.data_path):
-            data = self._bytes(file, shard)
+            data = self._map_or_read(file, shard)
         with self._stats.timed("decode", file=shard.data_path):
             arrays = [self._decode(record, data) for record in shard.records]
             return [array if array.flags.writeable else array.copy() for array in arrays] if self._copy else arrays
-
-    def _bytes(self, file: BinaryIO, shard: Shard) -> Bytes:
-        """Return the shard's bytes as a read-only array: mapped, or else read into memory."""
-        check_size(file, shard)  # reading past the end of a map would kill the process
-        if self._may_map and shard.nbytes > 0:  # there is no empty map
-            try:
-                return map_file(file, shard.nbytes)
-            except (OSError, ValueError) as error:
-                # Some network and FUSE file systems map nothing; a process may have only so many maps.
-                self._may_map = False
-                logger.debug("shards are read into memory, %s cannot be mapped: %s", shard.data_path, error)
-        return read_shard(file, shard)
 
     def place(self, staged: list[Array], shard: Shard) -> Iterator[tuple[Record, Array]]:
         return zip(shard.records, staged, strict=True)
@@ -72,8 +87,17 @@ class CpuDevice(Device[list[Array], Array]):
     def finish(self) -> None:
         pass
 
-    def release(self) -> None:
+    def close(self) -> None:
         pass
 
-    def discard(self, tensors: dict[str, Array]) -> None:
-        tensors.clear()  # memory goes with its last reference
+    def _map_or_read(self, file: BinaryIO, shard: Shard) -> Bytes:
+        """Return the shard's bytes as a read-only array."""
+        check_size(file, shard)  # reading past the end of a map would kill the process
+        if self._may_map and shard.nbytes > 0:  # an empty file cannot be mapped
+            try:
+                return map_file(file, shard.nbytes)
+            except (OSError, ValueError) as error:
+                # Some network and FUSE file systems cannot map files; a process may have only so many maps.
+                self._may_map = False
+                logger.debug("shards are read into memory, as %s cannot be mapped: %s", shard.data_path, error)
+        return read_shard(file, shard)

@@ -1,4 +1,4 @@
-"""A shard's file: of the right size, and read into memory that is there."""
+"""Read a shard's file into memory, and refuse a file of another size."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from ..format.manifest import Shard
 
 __all__ = ["check_size", "read_into", "read_shard"]
 
-#: Where there is no way to read at an offset that leaves the file's own position alone.
-_one_at_a_time = threading.Lock()
+#: Held while the file's own position is moved, where the system cannot read at an offset (Windows).
+_position_lock = threading.Lock()
 
 
 def check_size(file: BinaryIO, shard: Shard) -> None:
-    """Raise `SizeMismatchError` unless the file is of the manifest's size."""
+    """Raise `SizeMismatchError` unless the file has the size in the manifest."""
     size = os.fstat(file.fileno()).st_size
     if size != shard.nbytes:
         raise _wrong_size(file, shard, size)
 
 
 def read_shard(file: BinaryIO, shard: Shard) -> npt.NDArray[np.uint8]:
-    """Return a shard's bytes as a read-only array in memory of its own.
+    """Return a shard's bytes as a read-only array with memory of its own.
 
     Raises
     ------
     SizeMismatchError
-        The file ends before.
+        The file is too short.
     MemoryError
     """
     try:
@@ -44,18 +44,18 @@ def read_shard(file: BinaryIO, shard: Shard) -> npt.NDArray[np.uint8]:
 
 
 def read_into(file: BinaryIO, offset: int, view: memoryview, shard: Shard) -> None:
-    """Fill `view` with what the file has from `offset` on.
+    """Fill `view` with the file's bytes from `offset` on.
 
     Raises
     ------
     SizeMismatchError
-        The file ends before.
+        The file is too short.
     """
     while view:
         if hasattr(os, "preadv"):
             count = os.preadv(file.fileno(), [view], offset)
         else:
-            with _one_at_a_time:
+            with _position_lock:
                 file.seek(offset)
                 count = file.readinto(view)  # type: ignore[attr-defined]
         if not count:
@@ -70,5 +70,5 @@ def _wrong_size(file: BinaryIO, shard: Shard, size: int) -> SizeMismatchError:
         shard=shard.data_path,
         expected=shard.nbytes,
         received=size,
-        hint="It was changed during the load; load again.",
+        hint="The file changed during the load; load again.",
     )

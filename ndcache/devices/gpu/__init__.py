@@ -1,1 +1,5 @@
-"""A GPU through wgpu."""
+"""A GPU, through wgpu."""
+
+from .device import GpuDevice, open_gpu
+
+__all__ = ["GpuDevice", "open_gpu"]

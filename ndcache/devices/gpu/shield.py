@@ -17,7 +17,7 @@ from typing import Generic, TypeVar
 
 from ...workers.threads import raise_hidden_interrupt
 
-__all__ = ["CallThread", "shielded"]
+__all__ = ["CallThread", "nothing_to_undo", "open_call_thread", "shielded"]
 
 T = TypeVar("T")
 
@@ -62,13 +62,21 @@ def shielded(
     return call.result()
 
 
+def nothing_to_undo(result: object) -> None:
+    """Do nothing: `undo` of a call that leaves nothing behind."""
+
+
 class CallThread:
-    """A thread for shielded calls, one after the other. Start it where no signal comes, as in a shielded call."""
+    """A thread that makes shielded calls, one after the other. See `open_call_thread`."""
 
     def __init__(self) -> None:
         self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._thread = threading.Thread(target=_make_calls, args=(self._calls,), name="ndcache-calls", daemon=True)
+
+    def start(self) -> CallThread:
+        """Start the thread, where no signal comes."""
         self._thread.start()
+        return self
 
     def submit(self, call: Callable[[], None]) -> None:
         """Hand it a call to make, which must not raise."""
@@ -81,6 +89,18 @@ class CallThread:
 
     def __del__(self) -> None:
         self._calls.put(None)  # where an interrupt kept `end` from being called
+
+
+def open_call_thread() -> CallThread | None:
+    """Start a thread for shielded calls, or return None if Python is shutting down and starts no more threads."""
+
+    def start() -> CallThread | None:
+        try:
+            return CallThread().start()
+        except RuntimeError:
+            return None
+
+    return shielded(start, undo=lambda thread: None if thread is None else thread.end())
 
 
 def _make_calls(calls: SimpleQueue[Callable[[], None] | None]) -> None:

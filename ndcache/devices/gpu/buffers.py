@@ -1,0 +1,103 @@
+"""The tensors' buffers: what they hold, and the thread that makes them ahead of their bytes."""
+
+from __future__ import annotations
+
+import math
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ...format.dtypes import DTYPES
+from ...format.manifest import Record, Shard
+from ...stats import LoadStats
+from ...workers.serial import SerialQueue
+from .layout import WORD, padded
+
+if TYPE_CHECKING:
+    import wgpu
+
+__all__ = ["BufferMaker", "tensor_dtype", "tensor_nbytes", "tensor_usage"]
+
+
+def tensor_dtype(record: Record, *, decode: bool) -> np.dtype[Any]:
+    """Return the dtype that a record's tensor has on the device."""
+    return DTYPES[record.dtype if decode else record.stored_dtype]
+
+
+def tensor_nbytes(record: Record, *, decode: bool) -> int:
+    """Return the bytes that a record's tensor has on the device."""
+    return math.prod(record.shape) * tensor_dtype(record, decode=decode).itemsize
+
+
+def tensor_usage() -> int:
+    """Return the usage flags of tensors' buffers."""
+    import wgpu
+
+    usage = wgpu.BufferUsage
+    return int(usage.STORAGE | usage.COPY_SRC | usage.COPY_DST)
+
+
+class BufferMaker:
+    """Makes the buffers of one load, shard by shard.
+
+    Drivers make one buffer after the other, however many threads ask. So one thread makes them all, and the others are
+    free to read files.
+
+    Parameters
+    ----------
+    device : wgpu.GPUDevice
+    serial : SerialQueue
+        Runs in the thread that makes them.
+    stats : LoadStats
+    decode : bool
+        Whether float32 that is stored as bfloat16 is expanded.
+
+    Attributes
+    ----------
+    failure : BaseException or None
+        The first error. After it, no more buffers are made.
+    """
+
+    def __init__(self, device: wgpu.GPUDevice, serial: SerialQueue, stats: LoadStats, *, decode: bool) -> None:
+        self.failure: BaseException | None = None
+        self._device = device
+        self._serial = serial
+        self._stats = stats
+        self._decode = decode
+        self._usage = tensor_usage()
+        self._requested: dict[str, Future[list[wgpu.GPUBuffer]]] = {}  # by the shard's data path
+
+    def request(self, shard: Shard) -> Future[list[wgpu.GPUBuffer]]:
+        """Return the future buffers of a shard, in the order of its records.
+
+        A buffer that the caller takes out of the list is the caller's to destroy.
+        """
+        if shard.data_path not in self._requested:
+            self._requested[shard.data_path] = self._serial.submit(self._make, shard)
+        return self._requested[shard.data_path]
+
+    def close(self) -> None:
+        """Stop, and destroy the buffers that nobody took."""
+        self._serial.cancel()
+        for future in self._requested.values():
+            if not future.cancelled() and future.exception() is None:
+                for buffer in future.result():
+                    buffer.destroy()
+        self._requested.clear()
+
+    def _make(self, shard: Shard) -> list[wgpu.GPUBuffer]:
+        if self.failure is not None:
+            raise self.failure
+        sizes = [tensor_nbytes(record, decode=self._decode) for record in shard.records]
+        buffers: list[wgpu.GPUBuffer] = []
+        with self._stats.timed("buffers", file=shard.data_path, nbytes=sum(sizes)):
+            try:
+                for nbytes in sizes:
+                    buffers.append(self._device.create_buffer(size=max(padded(nbytes), WORD), usage=self._usage))
+            except BaseException as error:
+                self.failure = error
+                for buffer in buffers:
+                    buffer.destroy()
+                raise
+        return buffers

@@ -1,0 +1,152 @@
+"""Have the GPU copy what is staged into the tensors' buffers, and wait until it has done so."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from ...stats import LoadStats
+from .buffers import tensor_usage
+from .expand import Expander
+from .layout import Piece
+from .shield import CallThread, shielded
+from .staging import Chunk, Ring
+
+if TYPE_CHECKING:
+    import wgpu
+
+__all__ = ["Fence", "StagedShard", "Submitter"]
+
+
+@dataclass(eq=False)
+class StagedShard:
+    """A shard on its way: its tensors' buffers, and the staging memory with their bytes.
+
+    Attributes
+    ----------
+    buffers : Future of list of wgpu.GPUBuffer
+        In the order of the shard's records.
+    unread : list of Piece
+        Pieces that are still to be read, of a shard that is too large to be staged as a whole.
+    filled : list of tuple
+        Pieces that are read, with the memory that holds them.
+    file : binary file or None
+        An open file to read the rest from.
+    """
+
+    buffers: Future[list[wgpu.GPUBuffer]]
+    unread: list[Piece]
+    filled: list[tuple[Chunk, Piece]] = field(default_factory=list)
+    file: BinaryIO | None = None
+
+
+class Submitter:
+    """Submits copies from staging memory to the tensors' buffers, which expand bfloat16 on the way.
+
+    Only the caller's thread uses it.
+
+    Parameters
+    ----------
+    device : wgpu.GPUDevice
+    ring : Ring
+        Gets the staging memory back once its copy is submitted.
+    stats : LoadStats
+    calls : CallThread or None
+        For shielded calls.
+    piece_bytes : int
+        The most bytes of a piece.
+    """
+
+    def __init__(
+        self, device: wgpu.GPUDevice, ring: Ring, stats: LoadStats, calls: CallThread | None, piece_bytes: int
+    ) -> None:
+        self._device = device
+        self._ring = ring
+        self._stats = stats
+        self._calls = calls
+        self._piece_bytes = piece_bytes
+        self._expander: Expander | None = None
+        # A submission's calls into wgpu run no Python, so the caller's thread makes them without a shield. The objects
+        # that they return are kept for a shielded call to drop: their destructors do run Python, and Ctrl-C would be
+        # lost there.
+        self._submitted: list[Any] = []
+
+    def submit(self, shards: Sequence[StagedShard]) -> None:
+        """Submit the copies of everything that is filled, at once, and give the staging memory back."""
+        filled = [(shard, chunk, piece) for shard in shards for chunk, piece in shard.filled]
+        if self._expander is None and any(copy.is_expanded for _, _, piece in filled for copy in piece.copies):
+            # A process's first expander takes 0.12 s, in which cffi parses the names of C types. Made earlier, it would
+            # hold up the threads that begin to read. By now they have begun, and this thread has nothing else to do.
+            with self._stats.timed("shader"):
+                shielded(self._make_expander, thread=self._calls)
+        with self._stats.timed("copy", nbytes=sum(piece.nbytes for _, _, piece in filled)):
+            self._submit_copies(filled)
+        for shard in shards:
+            for chunk, _ in shard.filled:
+                self._ring.submitted(chunk)
+            shard.filled.clear()
+
+    def close(self) -> None:
+        """Free the expander's memory and drop wgpu's objects. Call this shielded."""
+        self._submitted.clear()
+        if self._expander is not None:
+            self._expander.destroy()
+            self._expander = None
+
+    def _make_expander(self) -> None:
+        self._expander = Expander(self._device, self._piece_bytes)
+
+    def _submit_copies(self, filled: Sequence[tuple[StagedShard, Chunk, Piece]]) -> None:
+        encoder = self._device.create_command_encoder()
+        for shard, chunk, piece in filled:
+            chunk.unmap()
+            self._encode(encoder, chunk, piece, shard.buffers.result())
+        commands = encoder.finish()  # raises if the device was lost; to submit anything then would end the process
+        self._submitted += [encoder, commands]
+        self._device.queue.submit([commands])
+
+    def _encode(
+        self,
+        encoder: wgpu.GPUCommandEncoder,
+        chunk: Chunk,
+        piece: Piece,
+        buffers: Sequence[wgpu.GPUBuffer],
+    ) -> None:
+        start, end = piece.expanded
+        expander, copy = self._expander, encoder.copy_buffer_to_buffer
+        if expander is not None and end:
+            self._submitted.append(expander.encode(encoder, chunk.buffer, start, end))
+        for part in piece.copies:
+            if part.is_expanded:
+                assert expander is not None
+                copy(expander.expanded, 2 * (part.at - start), buffers[part.record], 2 * part.to, 2 * part.nbytes)
+            else:
+                copy(chunk.buffer, part.at, buffers[part.record], part.to, part.nbytes)
+
+
+class Fence:
+    """Waits until a device has done everything that was submitted to it.
+
+    Parameters
+    ----------
+    device : wgpu.GPUDevice
+    """
+
+    def __init__(self, device: wgpu.GPUDevice) -> None:
+        self._device = device
+        self._buffer: wgpu.GPUBuffer | None = None
+
+    def wait(self) -> None:
+        """Wait for the GPU. Call this shielded."""
+        if self._buffer is None:
+            self._buffer = self._device.create_buffer(size=4, usage=tensor_usage())
+        # The queue works in order: what can be read now was written after everything that came before.
+        self._device.queue.read_buffer(self._buffer, 0, 4)
+
+    def destroy(self) -> None:
+        """Free the buffer that `wait` reads. Call this shielded."""
+        if self._buffer is not None:
+            self._buffer.destroy()
+            self._buffer = None

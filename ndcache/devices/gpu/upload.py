@@ -1,0 +1,154 @@
+"""One load's way to a GPU: files → staging memory → the tensors' buffers."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, BinaryIO
+
+from ...format.manifest import Record, Shard
+from ...stats import LoadStats
+from ...workers.serial import SerialQueue
+from ..base import Upload
+from ..reading import check_size, read_into
+from .buffers import BufferMaker, tensor_dtype
+from .expand import Expander
+from .layout import WORD, pieces
+from .shield import CallThread, nothing_to_undo, shielded
+from .staging import Ring
+from .submission import Fence, StagedShard, Submitter
+from .tensor import GPUTensor
+from .translate import translated_errors
+
+if TYPE_CHECKING:
+    import wgpu
+
+__all__ = ["GpuUpload"]
+
+#: The most bytes of a piece. Shards have 32 MiB at most, unless a single tensor is larger.
+_PIECE_BYTES = 33 << 20
+
+
+class GpuUpload(Upload[StagedShard, GPUTensor]):
+    """Uploads one load's shards.
+
+    Workers read files straight into staging memory, while one thread makes the tensors' buffers ahead of them. The
+    caller's thread has the GPU copy from there: each submission takes everything that is ready.
+
+    Parameters
+    ----------
+    device : wgpu.GPUDevice
+    fence : Fence
+        Of the device; destroyed with this upload.
+    calls : CallThread or None
+        For shielded calls; ended with this upload.
+    serial : SerialQueue
+        Makes the tensors' buffers.
+    stats, decode, memory_limit
+        See `Device.open_upload`.
+    """
+
+    def __init__(
+        self,
+        device: wgpu.GPUDevice,
+        fence: Fence,
+        calls: CallThread | None,
+        serial: SerialQueue,
+        stats: LoadStats,
+        *,
+        decode: bool,
+        memory_limit: int,
+    ) -> None:
+        self._device = device
+        self._fence = fence
+        self._stats = stats
+        self._decode = decode
+        self._memory_limit = memory_limit
+        self._piece_bytes = min(_PIECE_BYTES, device.limits["max-buffer-size"] & -WORD, Expander.most(device))
+        self._calls = calls
+        self._ring = Ring(device, memory_limit)
+        self._maker = BufferMaker(device, serial, stats, decode=decode)
+        self._submitter = Submitter(device, self._ring, stats, self._calls, self._piece_bytes)
+        self._staged: set[StagedShard] = set()  # and not placed
+        self._ready: deque[StagedShard] = deque()  # all of whose bytes are in staging memory
+
+    def request_buffers(self, shards: Iterable[Shard]) -> None:
+        """Begin to make the tensors' buffers of these shards."""
+        for shard in shards:
+            self._maker.request(shard)
+
+    def stage(self, file: BinaryIO, shard: Shard) -> StagedShard:
+        check_size(file, shard)
+        unread = list(pieces(shard.records, self._piece_bytes, decode=self._decode))
+        with translated_errors():
+            staged = StagedShard(self._maker.request(shard), unread)
+            self._staged.add(staged)
+            if shard.nbytes <= self._memory_limit or len(unread) == 1:
+                while unread:
+                    self._fill(staged, file, shard)
+                self._ready.append(staged)
+            else:
+                staged.file = open(os.dup(file.fileno()), "rb", buffering=0)  # noqa: SIM115 - until it is placed
+        return staged
+
+    def place(self, staged: StagedShard, shard: Shard) -> Iterator[tuple[Record, GPUTensor]]:
+        with translated_errors():
+            with self._stats.timed("wait_buffers", file=shard.data_path):
+                buffers = staged.buffers.result()
+            if self._maker.failure is not None:
+                raise self._maker.failure  # no need to wait for the shard whose buffers found no memory
+            if staged.filled:
+                self._submitter.submit([staged, *self._others_ready(staged)])
+            while staged.unread and staged.file is not None:
+                self._fill(staged, staged.file, shard)
+                self._submitter.submit([staged])
+        for record in shard.records:
+            dtype = tensor_dtype(record, decode=self._decode)
+            yield record, GPUTensor(buffers.pop(0), record.shape, dtype, self._device)
+        self._forget(staged)
+
+    def finish(self) -> None:
+        with translated_errors():
+            shielded(self._fence.wait, undo=nothing_to_undo)
+
+    def close(self) -> None:
+        shielded(self._close)
+
+    def _close(self) -> None:
+        self._ready.clear()
+        for staged in list(self._staged):
+            self._forget(staged)
+        self._submitter.close()
+        self._maker.close()
+        self._ring.destroy()
+        if self._calls is not None:
+            self._calls.end()
+            self._calls = None
+        self._fence.destroy()
+
+    def _fill(self, staged: StagedShard, file: BinaryIO, shard: Shard) -> None:
+        """Read the shard's next piece into staging memory."""
+        ring, piece = self._ring, staged.unread[0]
+        with self._stats.timed("staging", nbytes=piece.nbytes):
+            chunk = shielded(lambda: ring.take(max(piece.nbytes, WORD)), thread=self._calls)
+        with self._stats.timed("read", file=shard.data_path, nbytes=piece.nbytes):
+            for read in piece.reads:
+                end = read.at + read.nbytes
+                read_into(file, read.offset, chunk.view[read.at : end], shard)
+                if read.is_tail:
+                    chunk.view[end : read.at + WORD] = bytes(WORD - read.nbytes)
+        staged.filled.append((chunk, piece))
+        del staged.unread[0]
+
+    def _others_ready(self, staged: StagedShard) -> list[StagedShard]:
+        """Take the later shards that can be submitted with this one: a submission costs more than a copy."""
+        candidates = [self._ready.popleft() for _ in range(len(self._ready))]
+        ready = [other for other in candidates if other.buffers.done() and other.buffers.exception() is None]
+        self._ready.extend(other for other in candidates if other not in ready)
+        return [other for other in ready if other is not staged]
+
+    def _forget(self, staged: StagedShard) -> None:
+        self._staged.discard(staged)
+        if staged.file is not None:
+            staged.file.close()
