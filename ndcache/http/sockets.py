@@ -196,34 +196,14 @@ class WrongOriginError(Exception):
     """A request was about to go to another origin than the one that was judged."""
 
 
-def _check_origin(pool: HTTPConnectionPool, url: str) -> None:
-    """Raise unless a request goes to the origin that it is for: all above have read its URL, each in its own way.
-
-    Sessions of the caller's have pools without this, as they may ask others for a token, within a request of ours.
-    """
+def _check_origin(scheme: str | None, host: str | None, port: int | None) -> None:
+    """Raise unless a request goes to the origin that it is for: all above have read its URL, each in its own way."""
     origin: Origin | None = getattr(_current, "origin", None)
     if origin is None:
         return
-    is_at_proxy = pool.proxy is not None and url[:5].lower() == "http:"  # which is told the whole URL
-    target = parse_url(url) if is_at_proxy else pool
-    found = (target.scheme or "", (target.host or "").strip("[]"), target.port or origin.port)
+    found = (scheme or "", (host or "").strip("[]"), port or origin.port)
     if found != origin:
         raise WrongOriginError(f"to {found[0]}://{found[1]}:{found[2]}")
-
-
-class _OwnPool(_Pool):
-    def urlopen(self, method: str, url: str, *args: Any, **kwargs: Any) -> Any:
-        _check_origin(self, url)
-        return super().urlopen(method, url, *args, **kwargs)
-
-
-class _OwnTLSPool(_TLSPool):
-    def urlopen(self, method: str, url: str, *args: Any, **kwargs: Any) -> Any:
-        _check_origin(self, url)
-        return super().urlopen(method, url, *args, **kwargs)
-
-
-_OWN_POOLS = {"http": _OwnPool, "https": _OwnTLSPool}
 
 
 _POOLS = {"http": _Pool, "https": _TLSPool}
@@ -249,15 +229,35 @@ def watch_adapter(session: requests.Session, url: str, proxy: str | None) -> Non
 
 
 class WatchedAdapter(HTTPAdapter):
+    """The adapter of our own sessions: its connections can be watched, and go to the origin that was judged.
+
+    The adapters of a caller's session do not check that: it may ask others for a token within a request of ours.
+    """
+
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
         super().init_poolmanager(*args, **kwargs)
-        self.poolmanager.pool_classes_by_scheme = dict(_OWN_POOLS)
+        self.poolmanager.pool_classes_by_scheme = dict(_POOLS)
 
     def proxy_manager_for(self, *args: Any, **kwargs: Any) -> urllib3.ProxyManager:
         manager: urllib3.ProxyManager = super().proxy_manager_for(*args, **kwargs)
         if type(manager) is urllib3.ProxyManager:  # a SOCKS manager has connections of its own
-            manager.pool_classes_by_scheme = dict(_OWN_POOLS)
+            manager.pool_classes_by_scheme = dict(_POOLS)
         return manager
+
+    # requests calls the next two just before it hands a request over to urllib3. They have returned before it waits for
+    # the server, so that they cost no frame there.
+
+    def cert_verify(self, conn: Any, url: Any, verify: Any, cert: Any) -> None:
+        if conn.proxy is None or url[:5].lower() != "http:":  # else the proxy is told the URL, see `request_url`
+            _check_origin(conn.scheme, conn.host, conn.port)
+        super().cert_verify(conn, url, verify, cert)  # type: ignore[no-untyped-call]
+
+    def request_url(self, request: requests.PreparedRequest, proxies: Any) -> str:
+        url = super().request_url(request, proxies)
+        if url[:5].lower() == "http:":  # for a proxy, which is told the whole URL
+            target = parse_url(url)
+            _check_origin(target.scheme, target.host, target.port)
+        return url
 
     def close(self) -> None:
         # Else the pools' finalizers would do it, in which Ctrl-C is lost. A pool that is in use stays one.

@@ -36,7 +36,7 @@ from .tls import has_tls_ended, tls_error
 
 __all__ = [
     "FAILURES",
-    "Attempt",
+    "FailedRequest",
     "is_broken_connection",
     "is_tls_end",
     "raise_for_status",
@@ -138,7 +138,7 @@ def _seconds(value: str | None) -> float | None:
 
 
 @dataclass(frozen=True)
-class Attempt:
+class FailedRequest:
     """Hold what is known of a request that failed.
 
     Attributes
@@ -161,18 +161,18 @@ class Attempt:
     is_first: bool = False
 
 
-def raise_transfer_error(error: Exception, attempt: Attempt) -> NoReturn:
+def raise_transfer_error(error: Exception, request: FailedRequest) -> NoReturn:
     """Raise `error`, of whatever library, as ours."""
     chain = list(_causes(error))
     check_shortages(chain)
     for item in chain:
         # A hook of the caller's session that calls raise_for_status().
         if isinstance(item, requests.HTTPError) and item.response is not None:
-            raise_for_status(item.response.status_code, item.response.headers, attempt.url)
+            raise_for_status(item.response.status_code, item.response.headers, request.url)
     # Their own text may hold the whole URL, or a header with a token in it; that of the system's errors does not.
     cause = next((e for e in reversed(chain) if _shows_no_secrets(e)), None)
-    found = _mistake(chain, attempt) or _transfer_error(chain, attempt.url, attempt.phase)
-    if attempt.is_first and _is_nobody_there(chain) and found.retryable:
+    found = _mistake(chain, request) or _transfer_error(chain, request.url, request.phase)
+    if request.is_first and _is_nobody_there(chain) and found.retryable:
         found.max_retries = 1  # rather an address with a mistake than a server that comes back
     try:
         raise found from cause
@@ -180,16 +180,16 @@ def raise_transfer_error(error: Exception, attempt: Attempt) -> NoReturn:
         found.__context__ = None  # is suppressed, and yet shown by who looks for it
 
 
-def _mistake(chain: list[BaseException], attempt: Attempt) -> TransferError | None:
+def _mistake(chain: list[BaseException], request: FailedRequest) -> TransferError | None:
     """Return the error for a wrong setting of the user's, which no further try can mend; None if there is none."""
-    session, url = attempt.session, attempt.url
-    if session is None or attempt.phase == "body":
+    session, url = request.session, request.url
+    if session is None or request.phase == "body":
         return None
     proxy = proxy_for(session, url)
     return (
-        credential_mistake(session, url, attempt.token, None if proxy is None else proxy.address, chain)
+        credential_mistake(session, url, request.token, None if proxy is None else proxy.address, chain)
         or certificate_mistake(session, url, chain)
-        or proxy_error(proxy, chain, url, is_first=attempt.is_first)
+        or proxy_error(proxy, chain, url, is_first=request.is_first)
     )
 
 

@@ -21,8 +21,9 @@ from ..errors import (
 )
 from ..format.manifest import Shard
 from ..http.rate_limits import Limits, Permit, Served, is_refusal, origin_of
+from ..http.response import Response
 from ..http.retry import RetryPolicy, with_retries
-from ..http.transport import RedirectTarget, Response, Transport
+from ..http.transport import RedirectTarget, Transport
 from ..location.hub import at_commit, branch
 from ..stats import LoadStats
 from ..store.directory import ModelDirectory
@@ -193,7 +194,7 @@ class Downloader:
                         received=length,
                     )
                 self._receive(response, part, RangeTask(0, limit if length is None else length), self.cancellation)
-                if response.is_cut or (length is not None and part.nbytes < length):
+                if response.may_be_truncated or (length is not None and part.nbytes < length):
                     raise TruncatedError(
                         "the body ended early",
                         url=url,
@@ -215,7 +216,7 @@ class Downloader:
         source_url: str,
         headers: Mapping[str, str],
         cancellation: Cancellation | None = None,
-        hops: dict[str, RedirectTarget] | None = None,
+        redirects: dict[str, RedirectTarget] | None = None,
         *,
         may_be_encoded: bool = False,
     ) -> Response:
@@ -241,7 +242,7 @@ class Downloader:
                 headers,
                 cancellation,
                 source_url=source_url,
-                hops=hops,
+                redirects=redirects,
                 enter=enter,
                 may_be_encoded=may_be_encoded,
                 start=start,
@@ -314,7 +315,7 @@ class Downloader:
         """Ask for a piece, or for the whole file, once; False if the cached file is still right."""
         request, pieces = transfer.request(url, piece), transfer.pieces
         try:
-            with self.get(url, transfer.source_url, request.headers, hops=transfer.hops) as response:
+            with self.get(url, transfer.source_url, request.headers, redirects=transfer.redirects) as response:
                 if transfer.is_unchanged(request, response):
                     return False
                 if not transfer.accept(url, request, response):
@@ -333,7 +334,7 @@ class Downloader:
                 if coming.position < coming.end:
                     raise transfer.truncated(url)
         except NdcacheError as error:
-            transfer.hops.pop(url, None)  # it may be the fault of where that led to
+            transfer.redirects.pop(url, None)  # it may be the fault of where that led to
             if transfer.drop_condition(request, error):
                 return True
             if isinstance(error, TruncatedError):
@@ -355,7 +356,7 @@ class Downloader:
                 request, is_good = transfer.request(url, piece, is_helping=True), False
                 try:
                     with self.get(
-                        url, transfer.source_url, request.headers, pieces.cancellation, transfer.hops
+                        url, transfer.source_url, request.headers, pieces.cancellation, transfer.redirects
                     ) as response:
                         is_right = response.status == 206 and response.is_range(*piece.span, transfer.shard.nbytes)
                         if is_right and transfer.is_of_version(response):

@@ -18,7 +18,7 @@ from ..errors import (
 from ..format.parse import parse_manifest
 from ..format.strict_json import MAX_MANIFEST_BYTES, WEB_PAGE
 from ..http.content_coding import decode_body, encoding_of
-from ..http.transport import Response
+from ..http.response import Response
 from ..store.metadata import FileMetadata, may_blame_condition, settled_date
 from .download import Downloader
 
@@ -151,7 +151,7 @@ def _ask(
             if is_html:  # whatever is in it
                 raise NotThereError(_web_page(url, None)) from error
             raise
-        if response.is_cut:
+        if response.may_be_truncated:
             _check_end(data, url, downloader.cancellation.check)
     # What a mirror calls a version says nothing to the source.
     is_owners = url == source_url

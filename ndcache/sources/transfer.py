@@ -22,7 +22,8 @@ from ..errors import (
 )
 from ..format.manifest import Shard
 from ..format.strict_json import WEB_PAGE
-from ..http.transport import RedirectTarget, Response
+from ..http.response import Response
+from ..http.transport import RedirectTarget
 from ..store.metadata import FileMetadata, may_blame_condition
 from ..store.partial import PartialFile
 from ..store.ranges import ByteRange, ByteRanges
@@ -85,7 +86,7 @@ class Transfer:
         Whether the server has said that it gives the file; without that, not even an empty one is there.
     pieces : Pieces or None
         What is still to come, while it comes in pieces.
-    hops : dict of str to Hop
+    redirects : dict of str to RedirectTarget
         Where the servers have redirected to.
     linked_sha256 : str or None
         What the server has said of the content.
@@ -106,7 +107,7 @@ class Transfer:
     is_stream: bool = field(default=False, init=False)
     is_asked_for: bool = field(default=False, init=False)
     pieces: RangeQueue | None = field(default=None, init=False)
-    hops: dict[str, RedirectTarget] = field(default_factory=dict, init=False)
+    redirects: dict[str, RedirectTarget] = field(default_factory=dict, init=False)
     linked_sha256: str | None = field(init=False)
     _etags: set[str] = field(default_factory=set, init=False)  # of all versions that were begun or gone on with
 

@@ -12,8 +12,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import ndcache
+from ndcache.http.response import Response
 from ndcache.http.translate import raise_for_status
-from ndcache.http.transport import Response, Transport
+from ndcache.http.transport import Transport
 from ndcache.workers.cancellation import Cancellation
 from ndcache.workers.stall import StallWatch
 

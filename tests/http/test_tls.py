@@ -18,7 +18,8 @@ import requests
 import trustme
 
 import ndcache
-from ndcache.http.transport import Response, Transport
+from ndcache.http.response import Response
+from ndcache.http.transport import Transport
 from ndcache.workers.cancellation import Cancellation
 
 from ..helpers.servers import Connection, Request, ScriptedServer, Step, reply
@@ -250,7 +251,7 @@ def test_row_45_the_end_of_a_body_without_framing(secure: ScriptedServer, transp
     secure.script["/a"] = [unframed(b"abc", BREAKS[how])]
     with transport.get(secure.url + "a", {}, Cancellation()) as response:
         assert response.read(100) == b"abc"
-        assert response.is_cut == (how == "no notice")
+        assert response.may_be_truncated == (how == "no notice")
 
 
 def test_row_45_a_whole_model_without_framing_or_notice_loads_at_once(secure: ScriptedServer) -> None:
@@ -350,7 +351,7 @@ def test_chunks_of_any_size_are_put_together(secure: ScriptedServer, transport: 
     secure.script["/a"] = [step]
     with transport.get(secure.url + "a", {}, Cancellation()) as response:
         assert read_all(response) == b"".join(pieces)
-        assert not response.is_cut
+        assert not response.may_be_truncated
 
 
 def read_all(response: Response) -> bytes:

@@ -23,7 +23,8 @@ import responses
 import trustme
 
 import ndcache
-from ndcache.http.transport import Response, Transport
+from ndcache.http.response import Response
+from ndcache.http.transport import Transport
 from ndcache.location.hub import Login
 from ndcache.workers.cancellation import Cancellation
 
@@ -902,7 +903,7 @@ def test_connections_are_closed_by_close_and_not_by_finalizers(transport: Transp
 
     scripted.script["/a"] = [answer]
     assert body(transport, scripted.url + "a") == b"body"
-    session = transport._sessions()[0]
+    session = transport._sessions.get(with_secrets=True)
     pool = session.get_adapter(scripted.url).poolmanager.connection_from_url(scripted.url)  # type: ignore[attr-defined]
     transport.close()
     assert hung_up.wait(30)

@@ -380,7 +380,7 @@ def test_row_41_a_redirect_takes_no_secret_elsewhere(peers: Peers) -> None:
 def test_row_41_a_session_that_changes_the_url_is_stopped() -> None:
     """Should any part above the sockets read a URL otherwise than it was judged, nothing is sent."""
     transport = Transport()
-    session = transport._sessions()[0]
+    session = transport._sessions.get(with_secrets=True)
     for url in ("http://127.0.0.1:9/", "https://localhost/", "http://localhost:80/"):
         with (
             pytest.raises(WrongOriginError),
@@ -401,7 +401,7 @@ def test_row_41_a_proxy_is_told_the_origin_that_was_judged(
         pytest.raises(WrongOriginError),
         watching(StallWatch(timeout=1), Origin("http", "home.test", 80), Routes()),
     ):
-        transport._sessions()[0].get("http://evil.test/a", timeout=1)
+        transport._sessions.get(with_secrets=True).get("http://evil.test/a", timeout=1)
     transport.close()
 
 

@@ -1,0 +1,154 @@
+"""The sessions of requests that one transport uses, and what authenticates their requests."""
+
+from __future__ import annotations
+
+import http.cookiejar
+import os
+import weakref
+from collections.abc import Callable
+
+import requests
+
+from .._version import __version__
+from ..location.hub import Login
+from ..urls.url import Origin, Url
+from .configuration import check_certificates
+from .proxies import proxy_for, proxy_mistake
+from .sockets import WatchedAdapter, watch_adapter
+
+__all__ = ["Auth", "BearerAuth", "Sessions", "cookie_header", "no_auth"]
+
+Auth = Callable[[requests.PreparedRequest], requests.PreparedRequest]
+
+_AUTHORIZATION = "Authorization"
+_USER_AGENT = f"ndcache/{__version__}"
+
+#: The process that last used each session of a caller's here; by default, the one that imported this module.
+_last_user: weakref.WeakKeyDictionary[requests.Session, int] = weakref.WeakKeyDictionary()
+_FIRST_PID = os.getpid()
+
+
+class Sessions:
+    """Two sessions for each process: one for the source's origin, and one without the caller's secrets.
+
+    Safe to share between threads, and after a fork.
+
+    Parameters
+    ----------
+    given : requests.Session or None
+        The caller's, for the source's origin.
+    max_connections : int
+        Connections kept for reuse.
+    login : Login or None
+        Has a token for one origin (Hugging Face).
+    """
+
+    def __init__(self, given: requests.Session | None, max_connections: int, login: Login | None) -> None:
+        self._given = given
+        self._max_connections = max_connections
+        self._login = login
+        self._by_process: dict[int, tuple[requests.Session, requests.Session]] = {}
+        self._checked: set[tuple[int, int, Origin]] = set()
+
+    def get(self, *, with_secrets: bool) -> requests.Session:
+        """Return the session for the source's origin, or the one for all others."""
+        # Without a lock, which another thread could hold at the moment of a fork, and so for ever in the child.
+        pid = os.getpid()  # a forked child must not share its parent's sockets
+        pair = self._by_process.get(pid)
+        if pair is None:
+            pair = self._by_process.setdefault(pid, self._new_pair())
+        return pair[0 if with_secrets else 1]
+
+    def auth(self, url: Url, *, is_source: bool) -> Auth | None:
+        """Return what authenticates requests for `url`: its user and password, or the token of its origin.
+
+        None leaves it to the session and to netrc, which are for the source and not for its mirrors. What the caller's
+        session has goes before a token that happens to be in the environment.
+        """
+        if url.credentials is not None:
+            return requests.auth.HTTPBasicAuth(*url.credentials)
+        session = self._given if is_source else None
+        has_own = session is not None and (session.auth or _AUTHORIZATION in session.headers)
+        token = None if self._login is None or has_own else self._login.token(url.origin)
+        if token is not None:
+            return BearerAuth(token)
+        return None if is_source else no_auth
+
+    def check_settings(self, session: requests.Session, url: Url) -> None:
+        """Check the proxy and certificates that `session` uses for `url`, before the first request to its origin.
+
+        Raises
+        ------
+        ConnectError
+            The proxy's address cannot be used, or can be read in more than one way.
+        TLSError
+            The certificates would be read from a pipe.
+        """
+        key = (os.getpid(), id(session), url.origin)
+        if key in self._checked:
+            return
+        proxy = proxy_for(session, str(url))
+        if proxy is not None and (mistake := proxy_mistake(proxy, str(url))) is not None:
+            raise mistake
+        if url.scheme == "https":
+            check_certificates(session, str(url))
+        if session is self._given:
+            watch_adapter(session, str(url), None if proxy is None else proxy.value)
+        self._checked.add(key)
+
+    def close(self) -> None:
+        """Close the connections that were kept, but for those of the caller's session."""
+        for pair in list(self._by_process.values()):
+            for session in {*pair} - {self._given}:
+                session.close()
+        self._by_process.clear()
+
+    def _new_pair(self) -> tuple[requests.Session, requests.Session]:
+        bare = self._new_session()
+        if self._given is None:
+            return bare, bare
+        if _last_user.get(self._given, _FIRST_PID) != os.getpid():
+            # The other side of a fork has used it, and no socket may be shared with that.
+            for adapter in self._given.adapters.values():
+                if isinstance(adapter, requests.adapters.HTTPAdapter):
+                    adapter.__setstate__(adapter.__getstate__())  # type: ignore[attr-defined]  # makes new pools
+        _last_user[self._given] = os.getpid()
+        bare.proxies, bare.verify = dict(self._given.proxies), self._given.verify
+        bare.trust_env = self._given.trust_env
+        return self._given, bare
+
+    def _new_session(self) -> requests.Session:
+        session = requests.Session()
+        session.headers.clear()
+        session.headers["User-Agent"] = _USER_AGENT
+        # A cookie would be sent to other ports of its host, and with whatever is loaded next.
+        session.cookies.set_policy(http.cookiejar.DefaultCookiePolicy(allowed_domains=[]))
+        adapter = WatchedAdapter(pool_maxsize=self._max_connections, max_retries=0)
+        session.mount("http://", adapter)
+        session.mount("https://", adapter)
+        return session
+
+
+class BearerAuth(requests.auth.AuthBase):
+    """Authenticate a request by a token."""
+
+    def __init__(self, token: str) -> None:
+        self.token = token
+
+    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        request.headers[_AUTHORIZATION] = f"Bearer {self.token}"
+        return request
+
+
+def no_auth(request: requests.PreparedRequest) -> requests.PreparedRequest:
+    """Leave a request as it is. Given as ``auth``, this keeps requests from reading netrc."""
+    return request
+
+
+def cookie_header(session: requests.Session, url: Url) -> str | None:
+    """Return the cookies that `session` sends with a request for `url`."""
+    if next(iter(session.cookies), None) is None:
+        return None  # as most sessions have none
+    request = requests.Request("GET", str(url))
+    cookies: str | None = requests.cookies.get_cookie_header(session.cookies, request)  # type: ignore[no-untyped-call]
+    return cookies
