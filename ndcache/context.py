@@ -13,7 +13,7 @@ from .http.transport import Transport
 from .location.locate import Location
 from .stats import LoadStats
 from .store.directory import ModelDirectory
-from .store.scope import CacheScope
+from .store.inventory import CacheScope
 from .workers.cancellation import Cancellation
 from .workers.pool import WorkerPool
 

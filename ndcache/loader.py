@@ -39,8 +39,9 @@ from .progress import Progress, Reporter
 from .sources.download import Downloader
 from .sources.model import Flaw, LocalModel, Model, ShardFile
 from .sources.remote import RemoteModel
+from .store.cleanup import delete_model
 from .store.directory import ModelDirectory
-from .store.scope import cache_scope
+from .store.inventory import cache_scope
 from .trace import Trace
 from .weights import Weights
 from .workers.cancellation import Cancellation
@@ -348,7 +349,9 @@ class Loader:
         """Remove a model from the cache; the bytes freed: see `ndcache.delete`."""
         location, root = locate(source), self._cache.root
         if location.directory is None:
-            return sum(ModelDirectory(directory, root=root).delete() for directory in self._cache.directories(location))
+            return sum(
+                delete_model(ModelDirectory(directory, root=root)) for directory in self._cache.directories(location)
+            )
         directory = Path(os.path.abspath(location.directory))
         # A model lies two folders down. How one gets to the root is the user's business, and not what is below it.
         if os.path.realpath(directory.parent.parent) != os.path.realpath(root):
@@ -356,7 +359,7 @@ class Loader:
                 f"{directory} does not lie in the cache {root}, as a model does",
                 hint="ndcache deletes only what it fetched; remove the directory yourself.",
             )
-        return ModelDirectory(root.joinpath(*directory.parts[-2:]), root=root).delete()
+        return delete_model(ModelDirectory(root.joinpath(*directory.parts[-2:]), root=root))
 
     def find_file(self, url: str) -> Path | None:
         """Return the path of a single file in the cache, or None if it is not there. Makes no request.

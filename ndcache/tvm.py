@@ -28,7 +28,7 @@ from .api import load
 from .errors import CacheUnavailableError, NotFoundError
 from .loader import Loader, Source
 from .progress import ProgressCallback
-from .store.translate import Reporting
+from .store.layout import TranslateErrors
 
 if TYPE_CHECKING:
     import wgpu
@@ -270,7 +270,7 @@ class ArtifactCache:
         if storetype not in (None, "arraybuffer", "json"):
             raise ValueError(f"storetype is None, 'arraybuffer' or 'json', not {storetype!r}")
         path = self._loader.fetch_file(url)
-        with Reporting(path.parent, path.name):
+        with TranslateErrors(path.parent, path.name):
             try:
                 data = path.read_bytes()
             except FileNotFoundError as error:

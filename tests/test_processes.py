@@ -26,7 +26,6 @@ import requests
 
 import ndcache
 import ndcache.store.lock
-from ndcache.store.directory import ModelDirectory
 
 from .helpers import kills, models
 from .helpers.kills import Child, CountingServer, Zygote, check_published, left_behind, model_directory
@@ -157,11 +156,11 @@ def fetch_with_patience(
     locks._LONGEST_PAUSE = 0.05
     really_try = locks._try
 
-    def noted(lock: Any, **options: Any) -> bool | None:
-        is_held = really_try(lock, **options)
-        if is_held is False:
+    def noted(lock: Any, **options: Any) -> ndcache.store.lock._Result:
+        result = really_try(lock, **options)
+        if result is locks._Result.BUSY:
             waiting.touch()
-        return is_held
+        return result
 
     def monotonic() -> float:
         assert told_time is not None
@@ -506,7 +505,7 @@ def test_row_29_what_fitted_on_a_disk_that_fills_up_is_kept(
     arrays = models.simple_model(model, shards=8, shard_bytes=MIB // 2)
     server = counting(model)
     with monkeypatch.context() as patch:
-        patch.setattr(ModelDirectory, "check_free_space", lambda *_: None)  # somebody else fills it
+        patch.setattr("ndcache.sources.remote.check_free_space", lambda *_: None)  # somebody else fills it
         with pytest.raises(ndcache.DiskFullError) as caught:
             ndcache.fetch(server.url, cache_dir=small_disk, max_workers=max_workers)
     assert caught.value.errno == errno.ENOSPC

@@ -145,11 +145,11 @@ class Downloader:
             The first URL's error, those of the others attached.
         CacheError, CancelledError
         """
-        with self.cache.part(shard.data_path) as part:
+        with self.cache.partials.create(shard.data_path) as part:
             expected = self._expected(shard, None) if wanted is None else {}
             self._compute(part, expected)
             with self.stats.timed("write", file=shard.data_path):
-                self.cache.copy_longest_partial(
+                self.cache.partials.copy_longest(
                     part,
                     shard,
                     content_id,
@@ -180,10 +180,10 @@ class Downloader:
         """Bring a file of unknown size, up to `limit` bytes, into the cache."""
 
         def once() -> Path:
-            with self.get(url, url, {}) as response, self.cache.part(name) as part:
+            with self.get(url, url, {}) as response, self.cache.partials.create(name) as part:
                 if response.status != 200:
                     raise unasked(response)
-                part.compute("md5", self.cancellation.check)
+                part.hasher.add("md5", self.cancellation.check)
                 length = response.content_length
                 if length is not None and length > limit:
                     raise SizeMismatchError(
@@ -293,7 +293,7 @@ class Downloader:
                     return DownloadResult(None, is_whole=True)
             if not transfer.has_whole_file:
                 with self.stats.timed("publish", file=shard.data_path):
-                    return DownloadResult(self.cache.keep_with_holes(part, shard), is_whole=False)
+                    return DownloadResult(part.keep_with_holes(shard.nbytes), is_whole=False)
             expected = self._expected(shard, transfer.linked_sha256)
             self._compute(part, expected)
             self._catch_up(part, wait=True)
@@ -304,7 +304,7 @@ class Downloader:
             transfer.is_inherited = False  # what was left may have been torn: that is not the server's fault
             return self._shard_once(transfer, url)
         # What a mirror calls a version says nothing to the source, which will be asked.
-        origin = part.origin
+        origin = part.source
         etag = origin.etag if origin is not None and origin.url == parse(transfer.source_url).address else None
         self.workers.release_slot()
         with self.stats.timed("publish", file=shard.data_path):
@@ -384,11 +384,11 @@ class Downloader:
     def _compute(self, part: PartialFile, algorithms: Iterable[str]) -> None:
         with self.stats.timed("hash", file=part.name):
             for algorithm in algorithms:
-                part.compute(algorithm, self.cancellation.check)
+                part.hasher.add(algorithm, self.cancellation.check)
 
     def _catch_up(self, part: PartialFile, *, wait: bool = False) -> None:
         with self.stats.timed("hash", file=part.name):
-            part.catch_up(self.cancellation.check, wait=wait)
+            part.hasher.catch_up(self.cancellation.check, wait=wait)
 
     def _receive(self, response: Response, part: PartialFile, piece: RangeTask, cancellation: Cancellation) -> None:
         """Write the body to `part`; one byte more than there should be is asked for, to notice what is too long."""
@@ -406,9 +406,9 @@ class Downloader:
                             expected=piece.end - start,
                         )
                     begun = time.perf_counter()
-                    part.put(data, piece.position)
+                    part.write_at(data, piece.position)
                     written = time.perf_counter()
-                    part.feed(data, piece.position)
+                    part.hasher.feed(data, piece.position)
                     spent["write"] += written - begun
                     spent["hash"] += time.perf_counter() - written
                     piece.position += len(data)

@@ -232,8 +232,8 @@ class ManifestSource:
                     )
                     cache.try_to_remember(name, known)
                 return
-            with cache.part(name) as part:
-                part.compute("sha256", self.downloader.cancellation.check)
+            with cache.partials.create(name) as part:
+                part.hasher.add("sha256", self.downloader.cancellation.check)
                 part.write(data)
                 cache.publish(part, name, etag=body.etag, last_modified=body.last_modified).close()
         except NdcacheError as error:

@@ -26,7 +26,8 @@ from ..format.manifest import Manifest, Shard
 from ..format.parse import parse_manifest
 from ..format.strict_json import MAX_MANIFEST_BYTES
 from ..location.locate import Location
-from ..store.metadata import FileMetadata
+from ..store.cleanup import check_free_space, evict_partials, prune
+from ..store.metadata import FileMetadata, Match
 from ..store.ranges import ByteRanges
 from .download import Downloader
 from .manifest import ManifestSource, offline_error
@@ -64,15 +65,17 @@ class _CachedFile:
     metadata: FileMetadata | None = None
     is_whole: bool = True
 
-    def compare(self, shard: Shard, content_id: str) -> bool | None:
+    def compare(self, shard: Shard, content_id: str) -> Match:
         """See `FileMetadata.compare`."""
-        return None if self.metadata is None else self.metadata.compare(os.fstat(self.file.fileno()), shard, content_id)
+        if self.metadata is None:
+            return Match.UNKNOWN
+        return self.metadata.compare(os.fstat(self.file.fileno()), shard, content_id)
 
     def found_right(self, digests: Mapping[str, str], content_id: str) -> FileMetadata:
         """What is to be remembered after it was read."""
         status, old = os.fstat(self.file.fileno()), self.metadata
         etag = old.etag if old is not None and old.is_unchanged(status) else None
-        return FileMetadata(status.st_size, status.st_mtime_ns, digests, etag, content_id=content_id)
+        return FileMetadata.of(status, digests, etag=etag, content_id=content_id)
 
 
 class RemoteModel(Model):
@@ -120,7 +123,7 @@ class RemoteModel(Model):
         return self._cache.has(shard)
 
     def is_ready(self, shard: Shard) -> bool:
-        if self.has(shard) and self._cache.is_known(shard, self._content_id(shard)) is not False:
+        if self.has(shard) and self._cache.compare(shard, self._content_id(shard)) is not Match.DIFFERENT:
             return True
         if shard.data_path in self._held:
             return True
@@ -202,7 +205,7 @@ class RemoteModel(Model):
         try:
             if not self._is_current():
                 return  # an update has come meanwhile, which knows better what is of use
-            self._cache.prune(self.manifest, self._other_manifests)
+            prune(self._cache, self.manifest, self._other_manifests)
         except (OSError, ManifestError) as error:
             logger.debug("not tidied: %s", error)  # the next load will do it
 
@@ -230,7 +233,7 @@ class RemoteModel(Model):
 
     def _open_some(self, shard: Shard) -> _CachedFile | None:
         wanted = self._wanted(shard)
-        file = None if wanted is None else self._cache.open_some(shard, self._content_id(shard), wanted)
+        file = None if wanted is None else self._cache.partials.open_covering(shard, self._content_id(shard), wanted)
         return None if file is None else _CachedFile(file, is_whole=False)
 
     def _wanted(self, shard: Shard) -> ByteRanges | None:
@@ -319,7 +322,7 @@ class RemoteModel(Model):
 
     def _is_current(self) -> bool:
         """Whether the cache still has the manifest that this load uses, and no update has come."""
-        return self._cache.holds(self.manifest.name, self._manifest_digest, MAX_MANIFEST_BYTES)
+        return self._cache.has_sha256(self.manifest.name, self._manifest_digest, MAX_MANIFEST_BYTES)
 
     def _from_server(self, shard: Shard, *, is_exclusive: bool) -> ShardFile:
         name, content_id = shard.data_path, self._content_id(shard)
@@ -342,16 +345,16 @@ class RemoteModel(Model):
 
     def _is_good(self, shard: Shard, cached: _CachedFile) -> bool:
         known = cached.compare(shard, self._content_id(shard))
-        if known is None and not shard.digests and cached.metadata is None and not self._offline:
+        if known is Match.UNKNOWN and not shard.digests and cached.metadata is None and not self._offline:
             return False  # nothing tells what it is
-        if known is False:
+        if known is Match.DIFFERENT:
             return False  # of another version; the new one takes its name
-        if self._verify == "never" or (self._verify == "download" and known):
+        if self._verify == "never" or (self._verify == "download" and known is Match.SAME):
             return True
         if self._has_right_bytes(shard, cached):
             return True
         self._reject(shard, cached)
-        if not self._cache.is_now(shard.data_path, cached.file):
+        if not self._cache.is_published(shard.data_path, cached.file):
             logger.warning("%s in the cache is not what the manifest says: set aside", shard.data_path)
         return False
 
@@ -366,7 +369,7 @@ class RemoteModel(Model):
             expected, wrong = dict(shard.digests), None  # what is remembered is wrong, not the file
         if wrong is not None:
             return False
-        if not cached.compare(shard, content_id) and self._cache.is_now(name, file):
+        if cached.compare(shard, content_id) is not Match.SAME and self._cache.is_published(name, file):
             is_remembered = self._cache.try_to_remember(name, cached.found_right(expected, content_id))
             if not is_remembered and self._is_told.acquire(blocking=False):
                 logger.warning(
@@ -379,12 +382,13 @@ class RemoteModel(Model):
     def _reject(self, shard: Shard, cached: _CachedFile) -> Flaw | None:
         """Set a file with wrong bytes aside, and say what is wrong; None if its name is not its own any more."""
         name, file = shard.data_path, cached.file
-        if not self._cache.is_now(name, file):
+        if not self._cache.is_published(name, file):
             return None
         known = self._cache.metadata(name)
         # It may have been published just now by somebody who has another version of the manifest.
         is_others = (
-            known is not None and known.compare(os.fstat(file.fileno()), shard, self._content_id(shard)) is False
+            known is not None
+            and known.compare(os.fstat(file.fileno()), shard, self._content_id(shard)) is Match.DIFFERENT
         )
         if is_others or not self._is_current():
             return Flaw.OF_ANOTHER_VERSION
@@ -395,15 +399,18 @@ class RemoteModel(Model):
         name = shard.data_path
         if not self._cache.is_intact(name):
             return False
-        return self._cache.size(name) != shard.nbytes or self._cache.is_known(shard, self._content_id(shard)) is False
+        return (
+            self._cache.size(name) != shard.nbytes
+            or self._cache.compare(shard, self._content_id(shard)) is Match.DIFFERENT
+        )
 
     def _check_free_space(self, shards: Sequence[Shard]) -> None:
         needed = sum(self.nbytes(shard) for shard in shards)
         try:
-            self._cache.check_free_space(needed)
+            check_free_space(self._cache, needed)
         except DiskFullError:
-            self._cache.evict_partials(shards)
-            self._cache.check_free_space(needed)
+            evict_partials(self._cache, shards)
+            check_free_space(self._cache, needed)
 
     def _checked(self, shard: Shard, known: FileMetadata | None) -> str:
         """What a file of the cache has been checked by, now or when it came."""

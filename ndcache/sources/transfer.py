@@ -112,7 +112,7 @@ class Transfer:
     _etags: set[str] = field(default_factory=set, init=False)  # of all versions that were begun or gone on with
 
     def __post_init__(self) -> None:
-        origin = self.part.origin
+        origin = self.part.source
         self.linked_sha256 = None if origin is None else origin.sha256
         if origin is not None:
             self._etags.add(origin.etag)
@@ -120,7 +120,7 @@ class Transfer:
     @property
     def is_complete(self) -> bool:
         """Whether all that is wanted is there already, left by somebody else or by a try that failed later."""
-        return (self.part.origin is not None or self.is_asked_for) and not self.missing
+        return (self.part.source is not None or self.is_asked_for) and not self.missing
 
     @property
     def missing(self) -> ByteRanges:
@@ -160,8 +160,8 @@ class Transfer:
         headers = {"Range": f"bytes={piece.position}-{piece.end - 1}"}
         if not (is_helping or self._is_of(url)):
             return Request({**headers, **condition}, piece.span)
-        assert self.part.origin is not None
-        return Request({**headers, "If-Range": self.part.origin.etag}, piece.span, is_rest=True)
+        assert self.part.source is not None
+        return Request({**headers, "If-Range": self.part.source.etag}, piece.span, is_rest=True)
 
     def accept(self, url: str, request: Request, response: Response) -> bool:
         """Judge an answer, before its body is read.
@@ -212,14 +212,14 @@ class Transfer:
 
     def is_of_version(self, response: Response) -> bool:
         """Whether an answer is about the version that the part is of."""
-        origin = self.part.origin
+        origin = self.part.source
         return origin is not None and response.etag == origin.etag
 
     def check(self, url: str, expected: Mapping[str, str]) -> None:
         """Raise unless what has come has the expected digests."""
         part, shard = self.part, self.shard
         for algorithm, digest in expected.items():
-            actual = part.digest(algorithm)
+            actual = part.hasher.hexdigest(algorithm)
             if actual != digest:
                 self.restart()
                 raise ChecksumError(
@@ -256,7 +256,7 @@ class Transfer:
 
     def _is_of(self, url: str) -> bool:
         """Whether what has come is of a version that this server has given."""
-        origin = self.part.origin
+        origin = self.part.source
         has_begun = bool(self.part.ranges) or self.pieces is not None  # whose helpers may bring the first bytes
         return has_begun and origin is not None and origin.url == parse(url).address
 
@@ -264,13 +264,13 @@ class Transfer:
         self.is_asked_for = True
         if not keep_pieces:
             self.leave_pieces()
-        if self.part.ranges or self.part.origin is not None:
+        if self.part.ranges or self.part.source is not None:
             self.part.restart()
         self.linked_sha256 = response.linked_sha256
         if response.etag is not None:
             self.is_stream = self.is_stream or (self.changes > 0 and response.etag in self._etags)
             self._etags.add(response.etag)
-            self.part.comes_from(parse(url).address, response.etag, self.content_id, response.linked_sha256)
+            self.part.set_source(parse(url).address, response.etag, self.content_id, response.linked_sha256)
 
     def _start_over(self, url: str, etag: str | None) -> None:
         """Throw away what is of another version than what the server has now, or whose version it does not tell."""

@@ -1,70 +1,228 @@
-"""Deleting a model from the cache, and how much room there is."""
+"""Make room in the cache: remove what is of no use, check how much is free, delete a model."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import secrets
 import shutil
 import stat
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from ..errors import CacheUnavailableError
+from ..errors import CacheUnavailableError, UnsafeCacheError, UnsafePathError
 from ..files.folder import Folder, is_gone
-from ..format.paths import STATE_DIRECTORY
+from ..format.manifest import Manifest, Shard
+from ..format.paths import STATE_DIRECTORY, check_path, flat_name, unflat
+from .directory import ModelDirectory
+from .layout import disk_full
+from .lock import try_lock
+from .publish import remove_idle_copies
 
-__all__ = ["delete_model", "disk_bytes", "empty_trash", "free_bytes"]
+__all__ = ["check_free_space", "delete_model", "disk_bytes", "evict_partials", "free_bytes", "prune"]
+
+#: Seconds without a write after which a partial file counts as abandoned, where nothing else tells.
+_IDLE_SECONDS = 300
 
 
-def delete_model(folder: Folder) -> int:
-    """Remove a model's folder; the bytes that it held.
+# --- what is of no use any more
 
-    It is renamed first, so that it is gone at once for whoever looks, however long the rest takes. Where that cannot be
-    done (a folder of a lower layer of overlayfs, a mount point, one in a folder of another account's) its files are
-    removed in place, the manifest first, so that nobody takes a half of it for the whole.
+
+def prune(directory: ModelDirectory, manifest: Manifest, others: Callable[[], Iterable[Manifest]]) -> None:
+    """Remove shards of former versions of a model, and what interrupted loads left.
+
+    Parameters
+    ----------
+    directory : ModelDirectory
+    manifest : Manifest
+        The one in use.
+    others : callable
+        Returns the other manifests whose shards are kept; called only if something may have to be removed.
+    """
+    layout, partials = directory.layout, directory.partials
+    with layout.translate_errors():
+        _empty_trash(layout.model)
+        remove_idle_copies(layout.model, _IDLE_SECONDS)
+        shards = {flat_name(shard.data_path): shard for shard in manifest.shards}
+        published = {entry.removesuffix(".json") for entry in layout.metadata.entries()}
+        under_way = partials.flat_names() | set(layout.locks.entries())
+        if (published | under_way) - shards.keys() - {flat_name(manifest.name)}:
+            shards.update((flat_name(shard.data_path), shard) for other in others() for shard in other.shards)
+        in_use = {shard.data_path for shard in shards.values()}
+        for flat in published - shards.keys():
+            if unflat(flat) not in in_use:
+                with contextlib.suppress(UnsafePathError, UnsafeCacheError):  # a note with a crafted name
+                    _remove_if_shard(directory, unflat(flat))
+        for flat in under_way:
+            _prune_partials(directory, flat, shards.get(flat))
+
+
+def _prune_partials(directory: ModelDirectory, flat: str, shard: Shard | None) -> None:
+    """Remove the partial files of a published shard, or of a file that is no shard, unless somebody writes them."""
+    if shard is not None and not directory.has(shard):
+        return
+    partials, known = directory.partials, None if shard is None else directory.metadata(shard.data_path)
+    for file_name in partials.find(flat):
+        source = partials.source(file_name)
+        is_published = known is not None and source is not None and known.has_content_id(source.content_id)
+        if is_published or partials.idle_seconds(file_name) > _IDLE_SECONDS:
+            partials.remove(file_name)
+    if shard is not None:
+        _unlink(directory.layout.locks, flat)
+
+
+def _remove_if_shard(directory: ModelDirectory, name: str) -> None:
+    check_path(name)  # no shard's name leads out of here
+    metadata, layout = directory.metadata(name), directory.layout
+    if metadata is not None and metadata.content_ids:  # not a manifest, or some other file
+        _unlink(*layout.place(name))
+        _unlink(layout.metadata, f"{flat_name(name)}.json")
+        _unlink(layout.locks, flat_name(name))
+
+
+def _unlink(folder: Folder, name: str) -> None:
+    with contextlib.suppress(OSError):
+        folder.unlink(name)
+
+
+# --- room on the disk
+
+
+def evict_partials(directory: ModelDirectory, shards: Iterable[Shard]) -> None:
+    """Remove the partial files of these shards that interrupted loads left, unless somebody is writing them."""
+    with directory.layout.translate_errors():
+        for shard in shards:
+            flat = flat_name(shard.data_path)
+            if directory.partials.find(flat):
+                with try_lock(directory.layout.make(directory.layout.locks).path / flat) as is_free:
+                    if is_free:
+                        directory.partials.remove_all(flat)
+
+
+def check_free_space(directory: ModelDirectory, nbytes: int) -> None:
+    """Raise `DiskFullError` unless the disk has room for `nbytes` more, or does not say.
 
     Raises
     ------
     CacheUnavailableError
+        Nothing may be written there, whatever room there is, and the directory does not fall back to memory.
+    """
+    if directory.why_not_kept is not None:
+        return
+    try:
+        with directory.layout.translate_errors():
+            folder = _existing(directory.directory)
+            # Before its room: an image's read-only file system is always full. (On Windows it tells nothing.)
+            if os.name != "nt" and not os.access(folder, os.W_OK):
+                raise PermissionError(errno.EACCES, "it may not be written")
+    except CacheUnavailableError as error:
+        if not directory.fall_back(error):
+            raise
+        return
+    free = free_bytes(directory.directory)
+    if free is not None and nbytes > free:
+        raise disk_full(directory.directory, nbytes, free)
+
+
+def free_bytes(directory: Path) -> int | None:
+    """Return how many bytes are free on the disk of a directory, which need not exist; None if the system does not say.
+
+    Some file systems say that there are none where there are. A disk that is really full says so when it is written to.
+    """
+    try:
+        free = shutil.disk_usage(_existing(directory)).free
+    except OSError:
+        return None
+    return free if free > 0 else None
+
+
+def _existing(directory: Path) -> Path:
+    """Return a directory, or the nearest one above it that exists."""
+    return next(folder for folder in (directory, *directory.parents) if os.path.exists(folder))
+
+
+def disk_bytes(directory: Path) -> int:
+    """Return how many bytes the files below a directory take on disk."""
+    total = 0
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            with contextlib.suppress(OSError):
+                status = os.lstat(os.path.join(folder, name))
+                if stat.S_ISREG(status.st_mode):
+                    on_disk = 512 * getattr(status, "st_blocks", 0)  # fewer if it has holes; not every system says
+                    total += min(status.st_size, on_disk or status.st_size)
+    return total
+
+
+# --- a whole model
+
+
+def delete_model(directory: ModelDirectory) -> int:
+    """Remove a model's directory, and return how many bytes it took. Loads that have its files open go on.
+
+    Raises
+    ------
+    UnsafeCacheError
+        ndcache did not make this directory.
+    CacheUnavailableError
         Some of it could not be removed; `received` says how many of the `expected` bytes were freed.
     """
+    with directory.layout.translate_errors():
+        if not directory.layout.model.exists():
+            return 0
+        if not directory.layout.state.exists():
+            if not os.listdir(directory.directory):
+                return 0  # left over where the folder itself could not be removed
+            raise UnsafeCacheError(
+                f"{directory.directory} is not a directory that ndcache made", hint="It was left alone."
+            )
+        return _delete_folder(directory.layout.model)
+
+
+def _delete_folder(folder: Folder) -> int:
+    """Move a model's folder to the trash and empty that, so that the model is gone at once.
+
+    Where the folder cannot be renamed (in a lower layer of overlayfs, as a mount point, in a folder of another account)
+    its files are removed in place, the manifest first, so that nobody takes half a model for a whole one.
+    """
     nbytes = disk_bytes(folder.path)
-    grave = folder.parent / f"{folder.names[-1]}.{secrets.token_hex(4)}.deleted"
+    trash = folder.parent / f"{folder.names[-1]}.{secrets.token_hex(4)}.deleted"
     try:
-        folder.parent.replace(folder.names[-1], grave.parent, grave.names[-1])
+        folder.parent.replace(folder.names[-1], trash.parent, trash.names[-1])
     except FileNotFoundError:
         return 0  # somebody else was faster
     except OSError as error:
         if is_gone(error):
             raise
-        grave = folder
-    empty_trash(folder)
-    failure = _remove_tree(grave)
+        trash = folder
+    _empty_trash(folder)
+    failure = _remove_tree(trash)
     if failure is not None:
-        left = disk_bytes(grave.path)
-        where = "" if grave == folder else f", the rest is now in {grave.path}"
+        left = disk_bytes(trash.path)
+        where = "" if trash == folder else f", the rest is now in {trash.path}"
         raise CacheUnavailableError(
             f"{folder.path} could be deleted only in part, {max(0, nbytes - left):,} of {nbytes:,} bytes{where}: "
             f"{failure.strerror or failure}",
             expected=nbytes,
             received=max(0, nbytes - left),
-            hint="Look who owns what is left.",
+            hint="See who owns what is left.",
         ) from failure
     return nbytes
 
 
-def empty_trash(folder: Folder) -> None:
-    """Remove what is left of deletions of this model that were interrupted."""
-    is_grave = re.compile(re.escape(folder.names[-1]) + r"\.[0-9a-f]{8}\.deleted").fullmatch
+def _empty_trash(folder: Folder) -> None:
+    """Remove what interrupted deletions of this model left."""
+    is_trash = re.compile(re.escape(folder.names[-1]) + r"\.[0-9a-f]{8}\.deleted").fullmatch
     for name in folder.parent.entries():
-        if is_grave(name):
-            with contextlib.suppress(OSError):  # a link that somebody gave such a name, too
+        if is_trash(name):
+            with contextlib.suppress(OSError):  # also where somebody gave a link such a name
                 _remove_tree(folder.parent / name)
 
 
 def _remove_tree(top: Folder) -> OSError | None:
-    """Remove a folder and all that is in it, as far as possible; the first failure to remove a file."""
+    """Remove a folder and all that is in it, as far as possible; return the first failure to remove a file."""
     files: list[tuple[Folder, str]] = []
     folders = [top]
     failure: OSError | None = None
@@ -79,7 +237,7 @@ def _remove_tree(top: Folder) -> OSError | None:
                 folders.append(folder / name)
             else:
                 files.append((folder, name))
-    # The manifest first. What says that the folder is ndcache's comes last, and stays with whatever cannot be removed.
+    # The manifest first. The note that shows that the folder is ndcache's comes last, and stays if anything else does.
     source = (top / STATE_DIRECTORY, "source.json")
     files.sort(key=lambda file: 2 if file == source else not (file[0] == top and file[1].endswith(".json")))
     for file in files:
@@ -92,29 +250,3 @@ def _remove_tree(top: Folder) -> OSError | None:
         with contextlib.suppress(OSError):  # it is not empty, or has no file that matters
             folder.remove()
     return failure
-
-
-def disk_bytes(directory: Path) -> int:
-    """The bytes that the files below a directory take on disk."""
-    total = 0
-    for folder, _, names in os.walk(directory):
-        for name in names:
-            with contextlib.suppress(OSError):
-                status = os.lstat(os.path.join(folder, name))
-                if stat.S_ISREG(status.st_mode):
-                    on_disk = 512 * getattr(status, "st_blocks", 0)  # fewer if it has holes; not every system says
-                    total += min(status.st_size, on_disk or status.st_size)
-    return total
-
-
-def free_bytes(directory: Path) -> int | None:
-    """The bytes that are free on the disk of a directory, or where it would be made; None if the system does not say.
-
-    Some file systems say that there are none where there are. A disk that is really full says so when it is written to.
-    """
-    existing = next(folder for folder in (directory, *directory.parents) if os.path.exists(folder))
-    try:
-        free = shutil.disk_usage(existing).free
-    except OSError:
-        return None
-    return free if free > 0 else None

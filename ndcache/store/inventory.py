@@ -1,13 +1,13 @@
-"""Where the cache is, and which models are in it."""
+"""Find the cache, the models in it, and the directory of each."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 import platformdirs
 
@@ -15,9 +15,12 @@ from ..errors import CacheUnavailableError
 from ..files.folder import Folder, is_gone
 from ..files.notes import read_note
 from ..format.paths import STATE_DIRECTORY
+from ..location.locate import Location
 from .cleanup import disk_bytes
+from .directory import ModelDirectory
+from .memory import FallbackDirectory
 
-__all__ = ["CachedModel", "cache_root", "models"]
+__all__ = ["CacheScope", "CachedModel", "cache_root", "cache_scope", "models"]
 
 
 @dataclass(frozen=True)
@@ -47,14 +50,14 @@ def cache_root(cache_dir: str | os.PathLike[str] | None, home: str | None) -> Pa
     Raises
     ------
     CacheUnavailableError
-        It cannot be told: there is no home directory.
+        There is no such place, as there is no home directory.
     """
     given, cause = cache_dir if cache_dir is not None else home, None
     try:
         if given:
             return Path(given).expanduser().absolute()
         root = Path(platformdirs.user_cache_dir("ndcache"))
-        if root.is_absolute():  # not a "~" that nobody could resolve: it would lie wherever we happen to be
+        if root.is_absolute():  # a "~" that cannot be resolved would lie in the working directory
             return root
     except (OSError, RuntimeError) as error:  # no such user, no home directory; no working directory any more
         cause = error
@@ -67,7 +70,7 @@ def cache_root(cache_dir: str | os.PathLike[str] | None, home: str | None) -> Pa
 
 
 def models(root: Path) -> Iterator[CachedModel]:
-    """The models in the cache, of all scopes, by name; what somebody linked into it is left out.
+    """Yield the models in the cache, of all scopes, by name; leave out what somebody linked into it.
 
     Raises
     ------
@@ -84,7 +87,7 @@ def models(root: Path) -> Iterator[CachedModel]:
             hint="Choose another one: cache_dir, --cache-dir, or NDCACHE_HOME.",
         ) from error
     for scope in scopes:
-        with contextlib.suppress(OSError):  # of another account, or just deleted
+        with contextlib.suppress(OSError):  # it belongs to another account, or was deleted just now
             for name in _folders(root / scope):
                 if not name.endswith(".deleted") and (model := _model(Folder(root, (scope, name)))) is not None:
                     yield model
@@ -97,7 +100,7 @@ def _model(folder: Folder) -> CachedModel | None:
         if not state.exists():
             return None
     except OSError:
-        return None  # of another account's, or one that somebody linked to it
+        return None  # it belongs to another account, or is a link
     source = (read_note(state, "source.json") or {}).get("source")
     return CachedModel(
         unquote(scope), source if isinstance(source, str) else name, folder.path, disk_bytes(folder.path)
@@ -105,6 +108,69 @@ def _model(folder: Folder) -> CachedModel | None:
 
 
 def _folders(directory: Path) -> list[str]:
-    """The names of the folders in a directory, sorted; no links."""
+    """Return the names of the folders in a directory, sorted, without links to folders."""
     with os.scandir(directory) as entries:
         return sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
+
+
+@dataclass(frozen=True)
+class CacheScope:
+    """Find and open the cache directories of models.
+
+    Attributes
+    ----------
+    top : pathlib.Path or None
+        The cache's top directory; None if there is no place for one.
+    name : str
+        The scope, as its folder is called.
+    is_private : bool
+        Whether `top`, if it has to be made, is for this account only.
+    why_no_top : str or None
+        Why there is no place for a cache. Local directories can be loaded all the same.
+    """
+
+    top: Path | None
+    name: str
+    is_private: bool
+    why_no_top: str | None = None
+
+    @property
+    def root(self) -> Path:
+        """Return the cache's top directory.
+
+        Raises
+        ------
+        CacheUnavailableError
+            There is no place for one.
+        """
+        if self.top is None:
+            raise CacheUnavailableError(self.why_no_top or "")
+        return self.top
+
+    def directories(self, location: Location) -> list[Path]:
+        """Return the directories that a model may have: today's, then those of earlier versions of ndcache."""
+        return [self.root / self.name / key for key in location.cache_keys]
+
+    def open(self, location: Location) -> ModelDirectory:
+        """Open a model's directory. Nothing is created before something is written."""
+        return ModelDirectory(self._directory(location), location.label, root=self.top, is_private=self.is_private)
+
+    def open_or_memory(self, location: Location) -> FallbackDirectory:
+        """Open a model's directory, or, where nothing can be kept, hold in memory what comes."""
+        directory = None if self.top is None else self._directory(location)
+        return FallbackDirectory(directory, location.label, self.why_no_top, root=self.top, is_private=self.is_private)
+
+    def _directory(self, location: Location) -> Path:
+        first, *earlier = self.directories(location)
+        return first if os.path.isdir(first) else next(filter(os.path.isdir, earlier), first)
+
+
+def cache_scope(cache_dir: str | os.PathLike[str] | None, name: str, environ: Mapping[str, str]) -> CacheScope:
+    """Return a scope of the cache in `cache_dir`, else in NDCACHE_HOME, else in the system's place for caches."""
+    home = environ.get("NDCACHE_HOME")
+    top, why_no_top = None, None
+    try:
+        top = cache_root(cache_dir, home)
+    except CacheUnavailableError as error:
+        why_no_top = str(error)
+    return CacheScope(top, quote(name, safe=""), is_private=cache_dir is None and not home, why_no_top=why_no_top)

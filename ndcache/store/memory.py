@@ -1,7 +1,7 @@
-"""Hold files in memory that the cache cannot keep, for as long as their load uses them.
+"""Hold files in memory that the cache cannot keep, as long as their load uses them.
 
-A cache may have no place (no home directory), may not be written (a read-only mount, another user's), or may become so
-in the middle of a load. Such files go through the same steps as all others (any order of their bytes, digests, one
+A cache may have no place (no home directory), may not be writable (a read-only mount, another user's), or may become so
+in the middle of a load. Files then go through the same steps as all others (any order of their bytes, digests, one
 complete file that is opened for reading), but have no name and are gone when the last user closes or unmaps them.
 """
 
@@ -14,6 +14,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -24,13 +25,16 @@ from ..format.manifest import Shard
 from .directory import ModelDirectory
 from .lock import DownloadLock
 from .partial import PartialFile
+from .partial_files import PartialFiles
 from .ranges import ByteRanges
 
-__all__ = ["CacheOrMemory"]
+__all__ = ["FallbackDirectory"]
 
 
-class CacheOrMemory(ModelDirectory):
-    """A cache directory that gives what it has, and keeps new files as long as it can; after that they go to memory.
+class FallbackDirectory(ModelDirectory):
+    """A model's cache directory that keeps new files as long as it can, and holds them in memory after that.
+
+    Files that are in the directory are used in any case.
 
     Parameters
     ----------
@@ -62,14 +66,15 @@ class CacheOrMemory(ModelDirectory):
         nowhere = Path(os.devnull, "scope", "model")
         super().__init__(directory or nowhere, source, root=root, is_private=is_private)
         self.why_not_kept = why_not_kept
+        self.partials = _FallbackPartialFiles(self.layout, lambda: self.why_not_kept is None)
 
     def fall_back(self, error: CacheUnavailableError) -> bool:
         self.why_not_kept = self.why_not_kept or str(error)
-        # They hold each other, and so the connection of this thread, until the next garbage collection.
+        # The error and its frames refer to each other: this thread's connection would stay until garbage is collected.
         traceback.clear_frames(error.__traceback__)
         return True
 
-    # --- looking up: what may not be read is not there
+    # --- looking up: files that may not be read count as missing
 
     def _status(self, name: str) -> os.stat_result | None:
         try:
@@ -90,33 +95,50 @@ class CacheOrMemory(ModelDirectory):
         except CacheUnavailableError:
             return None
 
-    def open_some(self, shard: Shard, content_id: str, wanted: ByteRanges) -> BinaryIO | None:
-        try:
-            return super().open_some(shard, content_id, wanted)
-        except CacheUnavailableError:
-            return None
-
     # --- writing
 
-    def check_free_space(self, nbytes: int) -> None:
+    def acquire_or_wait(
+        self, name: str, is_there: Callable[[], bool], sleep: Callable[[float], None]
+    ) -> AbstractContextManager[DownloadLock | None]:
         if self.why_not_kept is None:
-            try:
-                super().check_free_space(nbytes)
-            except CacheUnavailableError as error:
-                self.fall_back(error)
+            return super().acquire_or_wait(name, is_there, sleep)
+        # A file in memory is of no use to anybody else, so nobody waits for it.
+        return contextlib.nullcontext(DownloadLock(is_exclusive=False))
+
+    def publish(
+        self,
+        partial: PartialFile,
+        name: str,
+        *,
+        etag: str | None = None,
+        last_modified: str | None = None,
+        content_id: str | None = None,
+    ) -> BinaryIO:
+        if isinstance(partial, MemoryPartialFile):
+            return partial.reopen()
+        return super().publish(partial, name, etag=etag, last_modified=last_modified, content_id=content_id)
+
+    def quarantine(self, name: str, file: BinaryIO | None = None) -> None:
+        try:
+            super().quarantine(name, file)
+        except CacheUnavailableError as error:
+            self.fall_back(error)  # a good file is used instead, and the next load finds this one bad again
+
+
+@dataclass(frozen=True)
+class _FallbackPartialFiles(PartialFiles):
+    """Partial files that are created in memory as soon as `is_kept` says that files are not kept any more."""
+
+    is_kept: Callable[[], bool]
 
     @contextlib.contextmanager
-    def part(self, name: str) -> Iterator[PartialFile]:
-        if self.why_not_kept is None:
-            with super().part(name) as part:
-                yield part
-        else:
-            with _new_part(name) as part:
-                yield part
+    def create(self, name: str) -> Iterator[PartialFile]:
+        with super().create(name) if self.is_kept() else _create_in_memory(name) as partial:
+            yield partial
 
-    def copy_longest_partial(
+    def copy_longest(
         self,
-        part: PartialFile,
+        partial: PartialFile,
         shard: Shard,
         content_id: str,
         check: Callable[[], None],
@@ -125,80 +147,49 @@ class CacheOrMemory(ModelDirectory):
         is_exclusive: bool,
     ) -> None:
         try:
-            super().copy_longest_partial(
-                part, shard, content_id, check, is_checked=is_checked, is_exclusive=is_exclusive
-            )
+            super().copy_longest(partial, shard, content_id, check, is_checked=is_checked, is_exclusive=is_exclusive)
         except CacheUnavailableError:
-            if not isinstance(part, _PartialInMemory):
-                raise  # what others left may not be read, and is not needed
+            if not isinstance(partial, MemoryPartialFile):
+                raise  # for one in memory, files that others left and that may not be read are no loss
 
-    def acquire_or_wait(
-        self, name: str, is_there: Callable[[], bool], sleep: Callable[[float], None]
-    ) -> AbstractContextManager[DownloadLock | None]:
-        # What is in memory is of no use to anybody else, so nobody waits for it.
-        return (
-            super().acquire_or_wait(name, is_there, sleep)
-            if self.why_not_kept is None
-            else contextlib.nullcontext(DownloadLock(False))
-        )
-
-    def keep_with_holes(self, part: PartialFile, shard: Shard) -> BinaryIO:
-        return (
-            part.keep_with_holes(shard.nbytes)
-            if isinstance(part, _PartialInMemory)
-            else super().keep_with_holes(part, shard)
-        )
-
-    def publish(
-        self,
-        part: PartialFile,
-        name: str,
-        *,
-        etag: str | None = None,
-        last_modified: str | None = None,
-        content_id: str | None = None,
-    ) -> BinaryIO:
-        if isinstance(part, _PartialInMemory):
-            return part.opened_again()
-        return super().publish(part, name, etag=etag, last_modified=last_modified, content_id=content_id)
-
-    def quarantine(self, name: str, file: BinaryIO | None = None) -> None:
+    def open_covering(self, shard: Shard, content_id: str, wanted: ByteRanges) -> BinaryIO | None:
         try:
-            super().quarantine(name, file)
-        except CacheUnavailableError as error:
-            self.fall_back(error)  # a good one is used instead, and this one found bad again by the next load
+            return super().open_covering(shard, content_id, wanted)
+        except CacheUnavailableError:
+            return None
 
 
-class _PartialInMemory(PartialFile):
-    """A partial file without a name. Nobody else can go on from it, so there is no note of what it has."""
+class MemoryPartialFile(PartialFile):
+    """A partial file without a name. Nobody else can go on from it, so there is no note about it."""
 
     def keep_with_holes(self, nbytes: int) -> BinaryIO:
         self.file.truncate(nbytes)
-        return self.opened_again()
+        return self.reopen()
 
-    def opened_again(self) -> BinaryIO:
-        """Return the file once more, for reading; closing the part leaves it open."""
+    def reopen(self) -> BinaryIO:
+        """Return the file once more, for reading; it stays open when the partial file is closed."""
         return os.fdopen(os.dup(self.file.fileno()), "rb", buffering=0)
 
-    def discard(self) -> None:
+    def delete(self) -> None:
         self.file.close()
 
     def close(self) -> None:
         self.file.close()
 
-    def _create(self) -> BinaryIO:
-        return _anonymous_file()
+    @staticmethod
+    def _create(folder: Folder, name: str) -> tuple[str, BinaryIO]:
+        return name, _anonymous_file()
 
     def _write_note(self) -> None:
         pass
 
 
 @contextlib.contextmanager
-def _new_part(name: str) -> Iterator[PartialFile]:
-    part = None
+def _create_in_memory(name: str) -> Iterator[PartialFile]:
+    partial = None
     try:
-        part = _PartialInMemory(Folder(Path(os.devnull)), name)
-        yield part
+        partial = MemoryPartialFile.open_new(Folder(Path(os.devnull)), name)
+        yield partial
     except NdcacheError:
         raise
     except OSError as error:
@@ -207,12 +198,12 @@ def _new_part(name: str) -> Iterator[PartialFile]:
             raise MemoryError(f"no memory for {name}, which the cache cannot keep") from error
         raise CacheUnavailableError(f"{name} can neither be kept nor held in memory: {error.strerror}") from error
     finally:
-        if part is not None:
-            part.close()
+        if partial is not None:
+            partial.close()
 
 
 def _anonymous_file() -> BinaryIO:
-    """Return a new file without a name: in memory, where the system has such, else in the temporary directory."""
+    """Create a file without a name: in memory where the system can, else in the temporary directory."""
     if hasattr(os, "memfd_create"):
         try:
             return os.fdopen(os.memfd_create("ndcache"), "r+b", buffering=0)
@@ -221,5 +212,5 @@ def _anonymous_file() -> BinaryIO:
     try:
         return cast(BinaryIO, tempfile.TemporaryFile(buffering=0))
     except FileNotFoundError:
-        check_exhausted()  # "no usable temporary directory", it says then as well
+        check_exhausted()  # then the error is "no usable temporary directory", too
         raise

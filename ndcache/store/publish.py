@@ -1,4 +1,4 @@
-"""Names for files that are complete, and other names for files that are bad."""
+"""Give complete files their names, and bad files other names."""
 
 from __future__ import annotations
 
@@ -19,36 +19,38 @@ from .partial import PartialFile
 
 __all__ = ["give_name", "quarantine", "remove_idle_copies"]
 
-#: Of a copy that is being made beside its future name.
+#: The name of a copy that is being made beside its future name.
 _COPY = re.compile(re.escape(STATE_DIRECTORY) + r"\.[0-9a-f]{16}")
 
 
-def give_name(part: PartialFile, folder: Folder, name: str, quarantine: Callable[[], None]) -> BinaryIO:
-    """Give a part, which is closed, the name of what it is a part of; it comes back open for reading.
+def give_name(partial: PartialFile, folder: Folder, name: str, quarantine: Callable[[], None]) -> BinaryIO:
+    """Give a partial file, which is closed, the name of the file that it has become, and open it for reading.
 
     Parameters
     ----------
-    part : Part
+    partial : PartialFile
     folder : Folder
     name : str
     quarantine : callable
-        Takes a folder away that has this name.
+        Moves a folder that has this name out of the way.
 
     Raises
     ------
     FileNotFoundError
-        The part, or the folder, was removed.
+        The partial file, or the folder, was removed.
     OSError
     """
-    file = None if os.name == "nt" else part.folder.open(part.file_name)  # on Windows it could not be renamed then
+    file = (
+        None if os.name == "nt" else partial.folder.open(partial.file_name)
+    )  # on Windows it could not be renamed then
     try:
         if os.name != "nt" and file is None:
-            raise FileNotFoundError(errno.ENOENT, "a file that is being written is gone", str(part.path))
+            raise FileNotFoundError(errno.ENOENT, "a file that is being written is gone", str(partial.path))
         try:
-            _rename(part, folder, name)
+            _rename(partial, folder, name)
         except IsADirectoryError:
             quarantine()
-            _rename(part, folder, name)
+            _rename(partial, folder, name)
         file = file or folder.open(name)
         if file is None:
             raise FileNotFoundError(errno.ENOENT, "a file that was published just now is gone", name)
@@ -59,21 +61,21 @@ def give_name(part: PartialFile, folder: Folder, name: str, quarantine: Callable
     return file
 
 
-def _rename(part: PartialFile, folder: Folder, name: str) -> None:
+def _rename(partial: PartialFile, folder: Folder, name: str) -> None:
     try:
-        part.folder.replace(part.file_name, folder, name)
+        partial.folder.replace(partial.file_name, folder, name)
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
-        _copy_over(part, folder, name)
+        _copy_over(partial, folder, name)
 
 
-def _copy_over(part: PartialFile, folder: Folder, name: str) -> None:
-    """Publish a part in a folder that nothing can be renamed into, by way of a copy that lies there."""
+def _copy_over(partial: PartialFile, folder: Folder, name: str) -> None:
+    """Publish by way of a copy that lies in the target folder, into which nothing can be renamed from outside."""
     fresh = f"{STATE_DIRECTORY}.{secrets.token_hex(8)}"
-    source = part.folder.open(part.file_name)
+    source = partial.folder.open(partial.file_name)
     if source is None:
-        raise FileNotFoundError(errno.ENOENT, "a file that is being written is gone", str(part.path))
+        raise FileNotFoundError(errno.ENOENT, "a file that is being written is gone", str(partial.path))
     try:
         with source, open(folder.create(fresh), "wb") as copy:
             shutil.copyfileobj(source, copy, 1 << 20)
@@ -85,11 +87,11 @@ def _copy_over(part: PartialFile, folder: Folder, name: str) -> None:
             folder.unlink(fresh)
         raise
     with contextlib.suppress(OSError):
-        part.folder.unlink(part.file_name)
+        partial.folder.unlink(partial.file_name)
 
 
 def remove_idle_copies(folder: Folder, seconds: float) -> None:
-    """Remove the copies in a folder whose makers were killed."""
+    """Remove copies that have been idle for so long: their makers were killed."""
     for name in folder.entries():
         if _COPY.fullmatch(name):
             with contextlib.suppress(OSError):
@@ -99,7 +101,7 @@ def remove_idle_copies(folder: Folder, seconds: float) -> None:
 
 
 def quarantine(folder: Folder, name: str, aside: Folder, new_name: str) -> None:
-    """Move what is bad into the folder `aside`; a file that cannot be moved there is removed."""
+    """Move a bad file or folder into the folder `aside`; remove a file that cannot be moved there."""
     status = folder.status(name)
     if status is None:
         return

@@ -1,4 +1,4 @@
-"""Which bytes of a file there are, or are wanted: stretches from one offset up to another."""
+"""Byte ranges of a file: those that there are, or that are wanted."""
 
 from __future__ import annotations
 
@@ -12,62 +12,62 @@ ByteRange: TypeAlias = tuple[int, int]
 
 
 class ByteRanges:
-    """A set of bytes of a file, as stretches in order that neither overlap nor touch.
+    """A set of bytes of a file, as ranges in ascending order that neither overlap nor touch.
 
     Parameters
     ----------
-    ranges : iterable of Span
+    ranges : iterable of ByteRange
+        In any order. They may overlap.
     gap : int
-        How many bytes there may be between two stretches that are made one: bytes that are not worth leaving out.
-        Default 0.
+        Merge two ranges if there are at most so many bytes between them. Default 0.
     """
 
     def __init__(self, ranges: Iterable[ByteRange] = (), *, gap: int = 0) -> None:
-        self._spans: list[ByteRange] = []
+        self._ranges: list[ByteRange] = []
         for start, end in sorted(ranges):
             if start == end:
                 continue
-            if self._spans and start <= self._spans[-1][1] + gap:
-                first, last = self._spans[-1]
-                self._spans[-1] = first, max(last, end)
+            if self._ranges and start <= self._ranges[-1][1] + gap:
+                first, last = self._ranges[-1]
+                self._ranges[-1] = first, max(last, end)
             else:
-                self._spans.append((start, end))
+                self._ranges.append((start, end))
 
     def __iter__(self) -> Iterator[ByteRange]:
-        return iter(self._spans)
+        return iter(self._ranges)
 
     def __len__(self) -> int:
-        """The number of stretches."""
-        return len(self._spans)
+        """Return the number of ranges."""
+        return len(self._ranges)
 
     def __repr__(self) -> str:
-        return f"ByteRanges({self._spans})"
+        return f"ByteRanges({self._ranges})"
 
     @property
     def nbytes(self) -> int:
-        """All bytes together."""
-        return sum(end - start for start, end in self._spans)
+        """Return the number of bytes in all ranges."""
+        return sum(end - start for start, end in self._ranges)
 
     @property
     def prefix(self) -> int:
-        """How many bytes there are from the file's beginning on."""
-        return self._spans[0][1] if self._spans and self._spans[0][0] == 0 else 0
+        """Return how many bytes there are without a gap, from the file's beginning."""
+        return self._ranges[0][1] if self._ranges and self._ranges[0][0] == 0 else 0
 
     @property
     def end(self) -> int:
-        """The byte after the last one."""
-        return self._spans[-1][1] if self._spans else 0
+        """Return the offset after the last byte; 0 if there is none."""
+        return self._ranges[-1][1] if self._ranges else 0
 
     def add(self, start: int, end: int) -> None:
-        """One more stretch."""
-        for index, (first, last) in enumerate(self._spans):
-            if last == start and (index + 1 == len(self._spans) or end < self._spans[index + 1][0]):
-                self._spans[index] = first, end  # what a file that is being written does nearly always
+        """Add one range."""
+        for index, (first, last) in enumerate(self._ranges):
+            if last == start and (index + 1 == len(self._ranges) or end < self._ranges[index + 1][0]):
+                self._ranges[index] = first, end  # nearly always so, in a file that is being written
                 return
-        self._spans = ByteRanges([*self._spans, (start, end)])._spans
+        self._ranges = ByteRanges([*self._ranges, (start, end)])._ranges
 
     def without(self, others: ByteRanges) -> ByteRanges:
-        """What of these bytes is not among the others."""
+        """Return the bytes that are not among the others."""
         left = []
         for start, end in self:
             at = start

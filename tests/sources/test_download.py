@@ -20,6 +20,7 @@ from ndcache.http.transport import Transport
 from ndcache.sources.download import Downloader
 from ndcache.stats import LoadStats
 from ndcache.store.directory import ModelDirectory
+from ndcache.store.metadata import Match
 from ndcache.workers.cancellation import Cancellation
 
 from ..helpers.servers import Connection, Request, ScriptedServer, reply, then_close, then_reset, then_stall
@@ -73,7 +74,7 @@ def test_the_right_bytes_are_published(downloader: Downloader, scripted: Scripte
     metadata = downloader.cache.metadata("params_shard_0.bin")
     assert metadata is not None
     assert (metadata.digests["md5"], metadata.etag, metadata.nbytes) == (SHARD.md5sum, '"1"', SHARD.nbytes)
-    assert downloader.cache.is_known(SHARD, "claim") is True
+    assert downloader.cache.compare(SHARD, "claim") is Match.SAME
     assert (downloader.stats.network_bytes, downloader.stats.requests, downloader.stats.retries) == (100_000, 1, 0)
 
 
@@ -366,8 +367,8 @@ def test_row_8_no_such_range(downloader: Downloader, scripted: ScriptedServer) -
 
 def leave_part(cache: ModelDirectory, url: str, data: bytes, etag: str = '"1"', content_id: str = "claim") -> None:
     """As a process that was killed leaves it."""
-    with cache.part("params_shard_0.bin") as part:
-        part.comes_from(url, etag, content_id, None)
+    with cache.partials.create("params_shard_0.bin") as part:
+        part.set_source(url, etag, content_id, None)
         part.write(data)
 
 
@@ -400,7 +401,7 @@ def test_row_25_a_part_from_before_a_power_loss_is_used_if_a_digest_will_show_wh
     downloader: Downloader, scripted: ScriptedServer, monkeypatch: pytest.MonkeyPatch, digests: bool
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("ndcache.store.partial._boot", lambda: "another start of the system")
+        patch.setattr("ndcache.store.partial_note._boot", lambda: "another start of the system")
         leave_part(downloader.cache, scripted.url + "params_shard_0.bin", bytes(60_000))
     scripted.script[PATH] = [rest_of(DATA, 60_000), reply(200, DATA, ETAG)] if digests else [reply(200, DATA, ETAG)]
     downloader = replace(downloader, digests=digests)
@@ -415,7 +416,7 @@ def test_parts_that_are_of_something_else_are_not_used(
     url = scripted.url + "params_shard_0.bin"
     old, shard = bytes(60_000), replace(SHARD, md5sum=None)  # nothing but the rules would notice what is wrong
     if kept == "boot":
-        monkeypatch.setattr("ndcache.store.partial._boot", lambda: "another start of the system")
+        monkeypatch.setattr("ndcache.store.partial_note._boot", lambda: "another start of the system")
     leave_part(
         downloader.cache,
         url + "x" if kept == "url" else url,
@@ -564,8 +565,8 @@ def test_a_part_that_somebody_may_still_write_is_copied_and_left(
     downloader: Downloader, scripted: ScriptedServer, is_exclusive: bool
 ) -> None:
     url = scripted.url + "params_shard_0.bin"
-    with downloader.cache.part("params_shard_0.bin") as theirs:
-        theirs.comes_from(url, '"1"', "claim", None)
+    with downloader.cache.partials.create("params_shard_0.bin") as theirs:
+        theirs.set_source(url, '"1"', "claim", None)
         theirs.write(DATA[:60_000])
 
         def answer(connection: Connection, request: Request) -> None:
@@ -686,7 +687,7 @@ def test_row_29_a_disk_that_fills_up_takes_a_part_first(
     monkeypatch.setattr(os, "pwrite", write)
     with (
         pytest.raises(ndcache.DiskFullError, match="no room") as caught,
-        downloader.cache.part("params_shard_0.bin") as part,
+        downloader.cache.partials.create("params_shard_0.bin") as part,
     ):
         part.write(b"12345678901")
     assert caught.value.errno == errno.ENOSPC

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 import ndcache
-from ndcache.files.folder import Folder
-from ndcache.store.partial import PartialFiles
+from ndcache.store.directory import ModelDirectory
+from ndcache.store.partial_files import PartialFiles
 from ndcache.store.ranges import ByteRanges
 
 from ..helpers.servers import Connection, FileServer, Request, ScriptedServer, reply
@@ -264,7 +264,7 @@ def test_a_part_that_is_no_longer_there_is_fetched_again(
 ) -> None:
     server = serve(model)
     directory = ndcache.fetch(server.url, names="w03")
-    find, left = PartialFiles.of, PartialFiles(Folder(directory / ".ndcache" / "parts")).of(PATH[1:])
+    find, left = PartialFiles.find, ModelDirectory(directory).partials.find(PATH[1:])
 
     def vanish(self: PartialFiles, name: str) -> list[str]:
         found = find(self, name)
@@ -272,7 +272,7 @@ def test_a_part_that_is_no_longer_there_is_fetched_again(
             self.remove(file_name)
         return found
 
-    monkeypatch.setattr(PartialFiles, "of", vanish)
+    monkeypatch.setattr(PartialFiles, "find", vanish)
     assert check(ndcache.load(server.url, names="w03"), "w03").network_bytes == SIZE
 
 
@@ -300,7 +300,7 @@ def test_the_bytes_outlive_a_restart_of_the_system(
 ) -> None:
     server = serve(model)
     ndcache.fetch(server.url, names="w03")
-    monkeypatch.setattr("ndcache.store.partial._boot", lambda: "another")
+    monkeypatch.setattr("ndcache.store.partial_note._boot", lambda: "another")
     assert check(ndcache.load(server.url, names="w03", offline=True), "w03").cache_bytes == SIZE
 
 

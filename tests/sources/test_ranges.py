@@ -21,7 +21,9 @@ import ndcache
 from ndcache.files.folder import Folder
 from ndcache.loader import Loader
 from ndcache.sources.range_queue import RangeQueue
-from ndcache.store.partial import PartialFiles
+from ndcache.store.layout import Layout
+from ndcache.store.partial import PartialFile
+from ndcache.store.partial_files import PartialFiles
 from ndcache.store.ranges import ByteRanges
 from ndcache.workers.cancellation import Cancellation
 
@@ -335,10 +337,10 @@ def left_with_holes(loader: Loader, url: str, ranges: list[tuple[int, int]]) -> 
     from ndcache.location.locate import locate
 
     cache = loader._cache.open(locate(url))
-    with cache.part(PATH[1:]) as part:
-        part.comes_from(f"{url}{PATH[1:]}", f'"{hashlib.md5(DATA).hexdigest()}"', hashlib.md5(DATA).hexdigest(), None)
+    with cache.partials.create(PATH[1:]) as part:
+        part.set_source(f"{url}{PATH[1:]}", f'"{hashlib.md5(DATA).hexdigest()}"', hashlib.md5(DATA).hexdigest(), None)
         for start, end in ranges:
-            part.put(DATA[start:end], start)
+            part.write_at(DATA[start:end], start)
     return part.path
 
 
@@ -372,16 +374,21 @@ def test_a_note_that_cannot_be_true_is_not_believed(
 
 def test_a_part_is_never_taken_for_more_than_it_has(tmp_path: Path) -> None:
     """At any moment, what the note says is there."""
-    with PartialFiles(Folder(tmp_path)).new("x") as part:
-        part.comes_from("u", '"1"', "c", None)
-        part.put(b"b" * 10, 90)
-        with PartialFiles(Folder(tmp_path)).new("x") as other:
-            PartialFiles(Folder(tmp_path)).copy_longest(other, 100, lambda origin: True, lambda: None)
+    partials, shard = PartialFiles(Layout(Folder(tmp_path))), ndcache.Shard("x", 100, None, None, "raw-shard", ())
+
+    def copy_to(partial: PartialFile) -> None:
+        partials.copy_longest(partial, shard, "c", lambda: None, is_checked=True, is_exclusive=False)
+
+    with partials.create("x") as part:
+        part.set_source("u", '"1"', "c", None)
+        part.write_at(b"b" * 10, 90)
+        with partials.create("x") as other:
+            copy_to(other)
             assert other.nbytes == 0
             assert not other.ranges
-        part.put(b"a" * 10, 0)
-    with PartialFiles(Folder(tmp_path)).new("x") as other:
-        PartialFiles(Folder(tmp_path)).copy_longest(other, 100, lambda origin: True, lambda: None)
+        part.write_at(b"a" * 10, 0)
+    with partials.create("x") as other:
+        copy_to(other)
         assert list(other.ranges) == [(0, 10), (90, 100)]
 
 

@@ -13,11 +13,13 @@ from pathlib import Path
 import pytest
 
 import ndcache
+from ndcache.store.cleanup import check_free_space, delete_model
 from ndcache.store.directory import ModelDirectory
 from ndcache.store.inventory import cache_root, models
+from ndcache.store.metadata import Match
 
 #: Of a manifest that was published with nothing to remember of it.
-CLAIM = "tensor-cache.json 0"
+CONTENT_ID = "tensor-cache.json 0"
 
 
 def shard(data: bytes, name: str = "params_shard_0.bin", *, md5: bool = True) -> ndcache.Shard:
@@ -31,16 +33,16 @@ def cache(tmp_path: Path) -> ModelDirectory:
 
 
 def publish(cache: ModelDirectory, name: str, data: bytes) -> Path:
-    with cache.part(name) as part:
-        part.compute("md5", lambda: None)
+    with cache.partials.create(name) as part:
+        part.hasher.add("md5", lambda: None)
         part.write(data)
         cache.publish(part, name).close()
     return cache.path(name)
 
 
 def test_a_part_gets_its_name_when_it_is_published(cache: ModelDirectory) -> None:
-    with cache.part("a/b.bin") as part:
-        part.compute("md5", lambda: None)
+    with cache.partials.create("a/b.bin") as part:
+        part.hasher.add("md5", lambda: None)
         part.write(b"abc")
         part.write(b"def")
         assert cache.size("a/b.bin") is None
@@ -48,12 +50,12 @@ def test_a_part_gets_its_name_when_it_is_published(cache: ModelDirectory) -> Non
             assert file.read() == b"abcdef"
     assert cache.path("a/b.bin").read_bytes() == b"abcdef"
     assert cache.has(shard(b"abcdef", "a/b.bin"))
-    assert cache.is_known(shard(b"abcdef", "a/b.bin"), CLAIM) is True
+    assert cache.compare(shard(b"abcdef", "a/b.bin"), CONTENT_ID) is Match.SAME
     assert list((cache.directory / ".ndcache" / "parts").iterdir()) == []
 
 
 def test_a_part_that_is_not_published_leaves_nothing(cache: ModelDirectory) -> None:
-    with pytest.raises(ZeroDivisionError), cache.part("a.bin") as part:
+    with pytest.raises(ZeroDivisionError), cache.partials.create("a.bin") as part:
         part.write(b"abc")
         1 / 0  # noqa: B018
     assert cache.size("a.bin") is None
@@ -61,7 +63,7 @@ def test_a_part_that_is_not_published_leaves_nothing(cache: ModelDirectory) -> N
 
 
 def test_two_writers_of_one_file_do_not_meet(cache: ModelDirectory) -> None:
-    with cache.part("a.bin") as one, cache.part("a.bin") as two:
+    with cache.partials.create("a.bin") as one, cache.partials.create("a.bin") as two:
         one.write(b"one")
         two.write(b"two")
         assert one.path != two.path
@@ -78,65 +80,65 @@ def test_nothing_is_made_before_something_is_written(cache: ModelDirectory) -> N
     assert cache.size("a.bin") is None
     assert cache.read("a.json", 100) is None
     assert cache.metadata("a.bin") is None
-    assert cache.delete() == 0
+    assert delete_model(cache) == 0
     assert not cache.directory.parent.exists()
 
 
 @pytest.mark.parametrize(
-    ("now", "known"),
+    ("now", "match"),
     [
-        (b"abc", True),
-        (b"abd", None),  # other bytes, written later: nothing is known
-        (b"abcd", None),
+        (b"abc", Match.SAME),
+        (b"abd", Match.UNKNOWN),  # other bytes, written later: nothing is known
+        (b"abcd", Match.UNKNOWN),
     ],
 )
-def test_what_is_known_holds_for_the_file_that_was_published(
-    cache: ModelDirectory, now: bytes, known: bool | None
-) -> None:
+def test_what_is_known_holds_for_the_file_that_was_published(cache: ModelDirectory, now: bytes, match: Match) -> None:
     path = publish(cache, "params_shard_0.bin", b"abc")
     if now != b"abc":
         path.write_bytes(now)
         os.utime(path, ns=(1, 1))
-    assert cache.is_known(shard(b"abc"), CLAIM) is known
+    assert cache.compare(shard(b"abc"), CONTENT_ID) is match
 
 
 MANIFEST_1, MANIFEST_2, OTHER_MANIFEST = "tensor-cache.json 1", "tensor-cache.json 2", "tensor-cache-b16.json 3"
 
 
 @pytest.mark.parametrize(
-    ("algorithms", "then", "now", "has_md5", "known"),
+    ("algorithms", "then", "now", "has_md5", "match"),
     [
         # Nothing was hashed (verify="never"): what the manifest said is remembered.
-        ((), "1234", "1234", True, None),
-        ((), "1234", "5678", True, False),
+        ((), "1234", "1234", True, Match.UNKNOWN),
+        ((), "1234", "5678", True, Match.DIFFERENT),
         # Without digests, a changed manifest may mean changed shards; another manifest beside it does not.
-        ((), MANIFEST_1, MANIFEST_1, False, True),
-        ((), MANIFEST_1, MANIFEST_2, False, False),
-        ((), MANIFEST_1, OTHER_MANIFEST, False, False),
-        ((), "1234", MANIFEST_2, False, False),
-        # What was hashed needs no claim.
-        (("md5",), "anything", "another thing", True, True),
+        ((), MANIFEST_1, MANIFEST_1, False, Match.SAME),
+        ((), MANIFEST_1, MANIFEST_2, False, Match.DIFFERENT),
+        ((), MANIFEST_1, OTHER_MANIFEST, False, Match.DIFFERENT),
+        ((), "1234", MANIFEST_2, False, Match.DIFFERENT),
+        # What was hashed needs no content ID.
+        (("md5",), "anything", "another thing", True, Match.SAME),
     ],
 )
-def test_row_11_what_the_manifest_claimed_is_remembered(
-    cache: ModelDirectory, algorithms: tuple[str, ...], then: str, now: str, has_md5: bool, known: bool | None
+def test_row_11_what_the_manifest_said_is_remembered(
+    cache: ModelDirectory, algorithms: tuple[str, ...], then: str, now: str, has_md5: bool, match: Match
 ) -> None:
-    with cache.part("params_shard_0.bin") as part:
+    with cache.partials.create("params_shard_0.bin") as part:
         for algorithm in algorithms:
-            part.compute(algorithm, lambda: None)
+            part.hasher.add(algorithm, lambda: None)
         part.write(b"abc")
         cache.publish(part, "params_shard_0.bin", content_id=then).close()
-    assert cache.is_known(shard(b"abc", md5=has_md5), now) is known
+    assert cache.compare(shard(b"abc", md5=has_md5), now) is match
 
 
 def test_a_file_that_was_replaced_is_judged_by_itself(cache: ModelDirectory) -> None:
     publish(cache, "params_shard_0.bin", b"abc")
     with open(cache.path("params_shard_0.bin"), "rb") as old:
         publish(cache, "params_shard_0.bin", b"abd")
-        assert cache.is_known(shard(b"abc"), CLAIM) is False
+        assert cache.compare(shard(b"abc"), CONTENT_ID) is Match.DIFFERENT
         metadata = cache.metadata("params_shard_0.bin")
         assert metadata is not None
-        assert metadata.compare(os.fstat(old.fileno()), shard(b"abc"), CLAIM) is not True  # it is the new file's
+        assert (
+            metadata.compare(os.fstat(old.fileno()), shard(b"abc"), CONTENT_ID) is not Match.SAME
+        )  # it is the new file's
         cache.quarantine("params_shard_0.bin", old)
     assert cache.path("params_shard_0.bin").read_bytes() == b"abd"
 
@@ -147,12 +149,12 @@ def test_a_full_disk_costs_the_memory_of_a_file_and_not_the_file(
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with cache.part("params_shard_0.bin") as part:
+    with cache.partials.create("params_shard_0.bin") as part:
         part.write(b"abc")
         monkeypatch.setattr(json, "dumps", full)
         cache.publish(part, "params_shard_0.bin").close()
     assert cache.has(shard(b"abc"))
-    assert cache.is_known(shard(b"abc"), CLAIM) is None
+    assert cache.compare(shard(b"abc"), CONTENT_ID) is Match.UNKNOWN
     assert list((cache.directory / ".ndcache" / "validators").iterdir()) == []
 
 
@@ -165,7 +167,7 @@ def test_another_process_publishes_at_the_same_moment(cache: ModelDirectory, mon
             monkeypatch.setattr(os, "replace", replace)
             publish(cache, "params_shard_0.bin", b"another version")
 
-    with cache.part("params_shard_0.bin") as part:
+    with cache.partials.create("params_shard_0.bin") as part:
         part.write(b"abc")
         monkeypatch.setattr(os, "replace", overtaken)
         with cache.publish(part, "params_shard_0.bin") as file:
@@ -175,7 +177,7 @@ def test_another_process_publishes_at_the_same_moment(cache: ModelDirectory, mon
 
 
 def test_a_part_that_was_taken_for_an_orphan(cache: ModelDirectory) -> None:
-    with cache.part("params_shard_0.bin") as part:
+    with cache.partials.create("params_shard_0.bin") as part:
         part.write(b"abc")
         part.path.unlink()
         with pytest.raises(ndcache.CacheUnavailableError) as caught:
@@ -185,8 +187,10 @@ def test_a_part_that_was_taken_for_an_orphan(cache: ModelDirectory) -> None:
 
 def test_another_digest_in_the_manifest_is_known_to_be_wrong(cache: ModelDirectory) -> None:
     publish(cache, "params_shard_0.bin", b"abc")
-    assert cache.is_known(shard(b"abd"), CLAIM) is False
-    assert cache.is_known(shard(b"abd", md5=False), CLAIM) is False  # and without one, nothing vouches for it
+    assert cache.compare(shard(b"abd"), CONTENT_ID) is Match.DIFFERENT
+    assert (
+        cache.compare(shard(b"abd", md5=False), CONTENT_ID) is Match.DIFFERENT
+    )  # and without one, nothing vouches for it
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"nbytes": 3}', b'{"odd": 1}', b"\xff"])
@@ -194,14 +198,14 @@ def test_a_damaged_validator_is_none(cache: ModelDirectory, content: bytes) -> N
     publish(cache, "params_shard_0.bin", b"abc")
     (cache.directory / ".ndcache" / "validators" / "params_shard_0.bin.json").write_bytes(content)
     assert cache.metadata("params_shard_0.bin") is None
-    assert cache.is_known(shard(b"abc"), CLAIM) is None
+    assert cache.compare(shard(b"abc"), CONTENT_ID) is Match.UNKNOWN
 
 
 def test_names_with_slashes_and_percent_signs_stay_apart(cache: ModelDirectory) -> None:
     for name, data in (("a/b.bin", b"1"), ("a%2Fb.bin", b"22")):
         publish(cache, name, data)
-    assert cache.is_known(shard(b"1", "a/b.bin"), CLAIM) is True
-    assert cache.is_known(shard(b"22", "a%2Fb.bin"), CLAIM) is True
+    assert cache.compare(shard(b"1", "a/b.bin"), CONTENT_ID) is Match.SAME
+    assert cache.compare(shard(b"22", "a%2Fb.bin"), CONTENT_ID) is Match.SAME
 
 
 def test_row_31_what_is_bad_is_set_aside(cache: ModelDirectory) -> None:
@@ -225,7 +229,7 @@ def test_row_30_a_planted_symlink_leaves_its_victim_alone(cache: ModelDirectory,
         with pytest.raises(ndcache.UnsafeCacheError):
             publish(cache, "a.bin", b"abc")
         with pytest.raises(ndcache.UnsafeCacheError):
-            cache.delete()
+            delete_model(cache)
         assert sorted(path.name for path in victim.iterdir()) == ["file"]
     else:
         assert publish(cache, "a.bin", b"abc").read_bytes() == b"abc"
@@ -236,7 +240,7 @@ def test_row_30_a_planted_symlink_leaves_its_victim_alone(cache: ModelDirectory,
 def test_deleting_frees_everything_and_readers_go_on(cache: ModelDirectory) -> None:
     path = publish(cache, "params_shard_0.bin", b"x" * 1000)
     with open(path, "rb") as reader:
-        assert cache.delete() >= 1000
+        assert delete_model(cache) >= 1000
         assert reader.read() == b"x" * 1000
     assert list(cache.directory.parent.iterdir()) == []
 
@@ -245,15 +249,15 @@ def test_a_directory_that_is_not_ours_is_not_deleted(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.jpg").write_bytes(b"abc")
     with pytest.raises(ndcache.UnsafeCacheError):
-        ModelDirectory(tmp_path / "photos").delete()
+        delete_model(ModelDirectory(tmp_path / "photos"))
     assert (tmp_path / "photos" / "a.jpg").exists()
 
 
 def test_row_29_no_room_is_noticed_before_the_download(cache: ModelDirectory, tmp_path: Path) -> None:
     free = shutil.disk_usage(tmp_path).free
-    cache.check_free_space(0)
+    check_free_space(cache, 0)
     with pytest.raises(ndcache.DiskFullError) as caught:
-        cache.check_free_space(free * 2)
+        check_free_space(cache, free * 2)
     assert caught.value.expected == free * 2
     assert isinstance(caught.value.received, int)
     assert caught.value.errno == errno.ENOSPC
@@ -317,7 +321,7 @@ def test_a_note_of_another_form_is_none(cache: ModelDirectory, note: bytes) -> N
     publish(cache, "params_shard_0.bin", b"abc")
     (cache.directory / ".ndcache" / "validators" / "params_shard_0.bin.json").write_bytes(note)
     assert cache.metadata("params_shard_0.bin") is None
-    assert cache.is_known(shard(b"abc"), CLAIM) is None
+    assert cache.compare(shard(b"abc"), CONTENT_ID) is Match.UNKNOWN
 
 
 @pytest.mark.parametrize("kind", ["fifo", "symlink", "directory"])
@@ -334,7 +338,7 @@ def test_row_30_what_is_planted_as_a_note_is_not_read(cache: ModelDirectory, tmp
     assert cache.metadata("params_shard_0.bin") is None
 
 
-@pytest.mark.parametrize("call", ["publish", "open", "set_aside", "size"])
+@pytest.mark.parametrize("call", ["publish", "open", "quarantine", "size"])
 def test_row_30_a_folder_that_is_a_symlink_is_not_followed(cache: ModelDirectory, tmp_path: Path, call: str) -> None:
     publish(cache, "other.bin", b"abc")
     (tmp_path / "victim").mkdir()
@@ -345,7 +349,7 @@ def test_row_30_a_folder_that_is_a_symlink_is_not_followed(cache: ModelDirectory
             publish(cache, "sub/x.bin", b"abc")
         elif call == "open":
             cache.open_shard(shard(b"precious", "sub/x.bin"))
-        elif call == "set_aside":
+        elif call == "quarantine":
             cache.quarantine("sub/x.bin")
         else:
             cache.size("sub/x.bin")
@@ -374,8 +378,8 @@ def test_what_an_interrupted_deletion_left_goes_with_the_next(
     with monkeypatch.context() as patch:
         patch.setattr(os, "unlink", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            cache.delete()
+            delete_model(cache)
     assert [path.suffix for path in cache.directory.parent.iterdir()] == [".deleted"]
     publish(cache, "a.bin", b"abc")
-    cache.delete()
+    delete_model(cache)
     assert list(cache.directory.parent.iterdir()) == []

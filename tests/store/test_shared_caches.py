@@ -17,8 +17,7 @@ import pytest
 import requests
 
 import ndcache
-from ndcache.files.folder import Folder
-from ndcache.store.partial import PartialFiles
+from ndcache.store.directory import ModelDirectory
 
 from ..helpers import models
 from ..helpers.kills import CountingServer, Zygote
@@ -159,9 +158,8 @@ def leave_part(url: str, cache_dir: str, *, etag: str, content_id: str, nbytes: 
     """Leave a part of the first shard, as a load that was killed does."""
     directory = Path(ndcache.fetch(url, cache_dir=cache_dir, names="layer.1"))
     data = bytes(nbytes)
-    folder = Folder(Path(cache_dir), (*directory.parts[-2:], ".ndcache", "parts"))
-    with PartialFiles(folder).new(SHARD) as part:
-        part.comes_from(f"{url}{SHARD}", etag, content_id, None)
+    with ModelDirectory(directory, root=Path(cache_dir)).partials.create(SHARD) as part:
+        part.set_source(f"{url}{SHARD}", etag, content_id, None)
         part.write(data)
     part.path.chmod(mode)
     return part.file_name

@@ -1,0 +1,222 @@
+"""The partial files of one model: new ones, and those that others left or still write."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import stat
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import BinaryIO
+
+from ..errors import TransferError
+from ..files.folder import Folder
+from ..format.manifest import Shard
+from ..format.paths import flat_name
+from .hasher import BUFFER_BYTES
+from .layout import Layout
+from .partial import PartialFile, read_at, remove_partial
+from .partial_note import PartialNote, PartialSource, note_name
+from .ranges import ByteRanges
+
+__all__ = ["PartialFiles"]
+
+#: A partial file's name, or that of a note that was being replaced.
+_NAME = re.compile(r"(?P<flat>.+?)\.[0-9a-f]{16}(\.json\.[0-9a-f]{16})?", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class PartialFiles:
+    """The partial files of one model.
+
+    Methods that take `flat` want the flat name of the file that is downloaded; see `flat_name`.
+    """
+
+    layout: Layout
+
+    @property
+    def folder(self) -> Folder:
+        """Return the folder that has them, which need not exist."""
+        return self.layout.partials
+
+    # --- those of this load
+
+    @contextlib.contextmanager
+    def create(self, name: str) -> Iterator[PartialFile]:
+        """Create a partial file of the file `name`; close it after the block, and keep it if others could go on."""
+        with self.layout.translate_errors(name):
+            self.layout.make(self.folder)
+            partial = PartialFile.open_new(self.folder, flat_name(name))
+            try:
+                yield partial
+            except OSError as error:
+                if not isinstance(error, TransferError):
+                    partial.source = None  # room may be needed more; and what a failing disk has may not be right
+                raise
+            finally:
+                partial.close()
+                if not partial.ranges.nbytes or partial.source is None:
+                    partial.delete()
+
+    def copy_longest(
+        self,
+        partial: PartialFile,
+        shard: Shard,
+        content_id: str,
+        check: Callable[[], None],
+        *,
+        is_checked: bool,
+        is_exclusive: bool,
+    ) -> None:
+        """Copy the longest partial file of a shard that somebody left into a new one.
+
+        Parameters
+        ----------
+        partial : PartialFile
+            The new one.
+        shard : Shard
+        content_id : str
+            What the manifest says of the shard's content. Partial files of other content are not used.
+        check : callable
+            Called now and then; may raise to stop.
+        is_checked : bool
+            Whether a digest will show what a crash of the system has torn.
+        is_exclusive : bool
+            Whether nobody else downloads this shard now, so that those which were found can be removed.
+        """
+
+        def is_usable(source: PartialSource) -> bool:
+            return source.content_id == content_id and (is_checked or source.is_trustworthy)
+
+        with self.layout.translate_errors(shard.data_path):
+            others = [file_name for file_name in self.find(partial.name) if file_name != partial.file_name]
+            examined = [self._examine(file_name, shard.nbytes, is_usable) for file_name in others]
+            found = sorted(filter(None, examined), key=lambda one: one.ranges.nbytes, reverse=True)
+            for one in found:
+                if one.source is not None and one.ranges.nbytes and not partial.ranges.nbytes:
+                    self._copy(one.file_name, one.source, one.ranges, partial, check)
+        if is_exclusive:
+            for one in found:
+                self.remove(one.file_name)
+
+    def open_covering(self, shard: Shard, content_id: str, wanted: ByteRanges) -> BinaryIO | None:
+        """Open a partial file that was kept with holes and has the wanted bytes; None if there is none.
+
+        It has the shard's size. Its bytes were not compared with a digest.
+        """
+
+        def is_usable(source: PartialSource) -> bool:
+            return source.content_id == content_id and source.is_trustworthy
+
+        with self.layout.translate_errors(shard.data_path):
+            for file_name in self.find(flat_name(shard.data_path)):
+                found = self._examine(file_name, shard.nbytes, is_usable)
+                if found is not None and found.source is not None and not wanted.without(found.ranges):
+                    file = self._open(file_name)
+                    if file is not None:
+                        if os.fstat(file.fileno()).st_size == shard.nbytes:
+                            return file
+                        file.close()
+        return None
+
+    # --- those of anybody
+
+    def find(self, flat: str) -> list[str]:
+        """Return the names of the partial files of a file."""
+        return [file_name for file_name, owner in self._entries() if owner == flat]
+
+    def flat_names(self) -> set[str]:
+        """Return the flat names of the files of which there are partial ones."""
+        return {flat for _, flat in self._entries()}
+
+    def progress(self, flat: str) -> frozenset[tuple[str, int, int]]:
+        """Return a value that changes as long as somebody writes a partial file of a file."""
+        seen = set()
+        for file_name in self.find(flat):
+            with contextlib.suppress(OSError):
+                status = self.folder.status(file_name)
+                if status is not None:
+                    seen.add((file_name, status.st_size, status.st_mtime_ns))
+        return frozenset(seen)
+
+    def remove(self, file_name: str) -> None:
+        """Remove a partial file. A writer that is still at work notices when it publishes."""
+        remove_partial(self.folder, file_name)
+
+    def remove_all(self, flat: str) -> None:
+        """Remove all partial files of a file."""
+        for file_name in self.find(flat):
+            self.remove(file_name)
+
+    def idle_seconds(self, file_name: str) -> float:
+        """Return how long ago a partial file was written to; 0 if it is gone."""
+        for written in (file_name, note_name(file_name)):
+            with contextlib.suppress(OSError):
+                status = self.folder.status(written)
+                if status is not None:
+                    return time.time() - status.st_mtime
+        return 0.0
+
+    def source(self, file_name: str) -> PartialSource | None:
+        """Return where the bytes of a partial file come from, if its note says so."""
+        note = PartialNote.read(self.folder, file_name)
+        return None if note is None else note.source
+
+    def _entries(self) -> Iterator[tuple[str, str]]:
+        """Yield each partial file's name, and the flat name of the file that it is for.
+
+        Where only the note is left, the name is the one that the partial file had.
+        """
+        seen = set()
+        for entry in self.folder.entries():
+            match = _NAME.fullmatch(entry.removesuffix(".json")) or _NAME.fullmatch(entry)
+            if match and match[0] not in seen:
+                seen.add(match[0])
+                yield match[0], match["flat"]
+
+    def _examine(self, file_name: str, limit: int, is_usable: Callable[[PartialSource], bool]) -> _FoundPartial | None:
+        """Return what there is of a file of `limit` bytes; None if there is no such partial file."""
+        note, status = PartialNote.read(self.folder, file_name), self.folder.status(file_name)
+        if status is None or not stat.S_ISREG(status.st_mode):
+            return None
+        if note is not None and note.source.etag and is_usable(note.source):
+            ranges = ByteRanges([(0, status.st_size)]) if note.ranges is None else note.ranges
+            if ranges.end <= min(limit, status.st_size):
+                return _FoundPartial(file_name, note.source, ranges)
+        return _FoundPartial(file_name, None, ByteRanges())
+
+    def _copy(
+        self, file_name: str, source: PartialSource, ranges: ByteRanges, target: PartialFile, check: Callable[[], None]
+    ) -> None:
+        file = self._open(file_name)
+        if file is None:
+            return
+        with file:
+            target.set_source(source.url, source.etag, source.content_id, source.sha256)
+            for start, end in ranges:
+                at = start
+                while at < end:
+                    check()
+                    data = read_at(file, min(BUFFER_BYTES, end - at), at)
+                    if not data:
+                        return
+                    target.write_at(data, at)
+                    at += len(data)
+
+    def _open(self, file_name: str) -> BinaryIO | None:
+        """Open a partial file; None if it is gone, or another account keeps it for itself."""
+        try:
+            return self.folder.open(file_name)
+        except PermissionError:
+            return None
+
+
+@dataclass(frozen=True)
+class _FoundPartial:
+    """A partial file that somebody left, or still writes; without a source if it cannot be used."""
+
+    file_name: str
+    source: PartialSource | None
+    ranges: ByteRanges

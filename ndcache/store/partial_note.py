@@ -1,0 +1,129 @@
+"""Notes about partial files: where their bytes come from, and which there are."""
+
+from __future__ import annotations
+
+import functools
+import re
+import secrets
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from ..files.folder import Folder
+from ..files.notes import read_note, sendable, write_note
+from .ranges import ByteRanges
+
+__all__ = ["PartialNote", "PartialSource", "note_name"]
+
+#: Stands in a note instead of a boot ID: the bytes were synced, so that they survive a crash of the system as well.
+_SYNCED = "synced"
+_SHA256 = re.compile("[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class PartialSource:
+    """Where the bytes of a partial file come from.
+
+    Attributes
+    ----------
+    url : str
+        Without secrets.
+    etag : str
+        The strong ETag of this version.
+    content_id : str
+        What the manifest said of the content at that time; see `FileMetadata.compare_content`.
+    sha256 : str or None
+        What the server said of the content.
+    boot : str
+        The boot ID of the system on which they were written. Bytes that were not synced survive the end of a process,
+        but not a crash of the system. ``"synced"`` if they were synced; empty if the system has no boot ID.
+    """
+
+    url: str
+    etag: str
+    content_id: str
+    sha256: str | None
+    boot: str
+
+    @classmethod
+    def of_this_boot(cls, url: str, etag: str, content_id: str, sha256: str | None) -> PartialSource:
+        """Return the source of bytes that are written now."""
+        return cls(url, etag, content_id, sha256, _boot())
+
+    def synced(self) -> PartialSource:
+        """Return the same source, of bytes that were synced to disk."""
+        return replace(self, boot=_SYNCED)
+
+    @property
+    def is_trustworthy(self) -> bool:
+        """Return whether everything that was written is certainly still there."""
+        return self.boot == _SYNCED or (bool(self.boot) and self.boot == _boot())
+
+
+@dataclass(frozen=True)
+class PartialNote:
+    """What the file beside a partial file says of it.
+
+    Attributes
+    ----------
+    source : PartialSource
+    ranges : ByteRanges or None
+        The bytes that there are; None if the partial file has no holes, so that its size says it.
+    """
+
+    source: PartialSource
+    ranges: ByteRanges | None = None
+
+    def to_note(self) -> dict[str, Any]:
+        """Return the fields under the names that they have on disk."""
+        note = asdict(self.source)
+        note["claim"] = note.pop("content_id")
+        return note if self.ranges is None else {**note, "spans": list(self.ranges)}
+
+    @classmethod
+    def from_note(cls, note: Mapping[str, Any]) -> PartialNote | None:
+        """Return what was noted, or None if the note does not have the right form."""
+        fields = {"content_id" if key == "claim" else key: value for key, value in note.items()}
+        noted, sha256 = fields.pop("spans", None), fields.pop("sha256", "")
+        if sha256 is not None and not (isinstance(sha256, str) and _SHA256.fullmatch(sha256)):
+            return None
+        try:
+            source = PartialSource(
+                sha256=sha256, **{key: text for key, text in fields.items() if isinstance(text, str)}
+            )
+            ranges = None if noted is None else _checked_ranges(noted)
+        except (TypeError, ValueError):
+            return None
+        return cls(replace(source, etag=sendable(source.etag) or ""), ranges)
+
+    @classmethod
+    def read(cls, folder: Folder, file_name: str) -> PartialNote | None:
+        """Return the note about a partial file; None if there is none, or it does not have the right form."""
+        note = read_note(folder, note_name(file_name))
+        return None if note is None else cls.from_note(note)
+
+    def write(self, folder: Folder, file_name: str) -> None:
+        """Write the note about a partial file, in the place of an older one."""
+        name = note_name(file_name)
+        write_note(folder, name, self.to_note(), (folder, f"{name}.{secrets.token_hex(8)}"))
+
+
+def note_name(file_name: str) -> str:
+    """Return the file name of the note about a partial file."""
+    return f"{file_name}.json"
+
+
+def _checked_ranges(noted: Iterable[Iterable[int]]) -> ByteRanges:
+    ranges = [(start, end) for start, end in noted]
+    if not all(type(start) is type(end) is int and 0 <= start <= end for start, end in ranges):
+        raise ValueError("not a list of byte ranges")
+    return ByteRanges(ranges)
+
+
+@functools.cache
+def _boot() -> str:
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="utf-8") as file:
+            return file.read().strip()
+    except OSError:
+        return ""  # then partial files are used only where a digest will show damage
