@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ndcache.devices.gpu.adapters import adapters, is_software
+from ndcache.devices.gpu.adapters import is_software, list_adapters
 from ndcache.errors import NdcacheError
 
 from . import inputs, servers
@@ -315,7 +315,7 @@ SERVED = frozenset({"cold", "minilm", "tls", "rate", "memory"})
 
 def _has_software_gpu() -> bool:
     try:
-        return all(map(is_software, adapters()))
+        return all(map(is_software, list_adapters()))
     except NdcacheError:
         return False
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import ndcache
-from ndcache.devices.gpu.adapters import adapters
+from ndcache.devices.gpu.adapters import list_adapters
 
 README = Path(__file__).parent.parent / "README.rst"
 
@@ -17,7 +17,7 @@ README = Path(__file__).parent.parent / "README.rst"
 def test_the_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     monkeypatch.chdir(tmp_path)
     test = doctest.DocTestParser().get_doctest(README.read_text("utf-8"), {}, README.name, str(README), 0)
-    if adapters() or os.environ.get("NDCACHE_TEST_REQUIRE_ALL"):
+    if list_adapters() or os.environ.get("NDCACHE_TEST_REQUIRE_ALL"):
         request.getfixturevalue("gpu")
     else:
         test.examples = [example for example in test.examples if "needs a GPU" not in example.source]

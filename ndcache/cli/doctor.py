@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .._version import __version__
-from ..devices.gpu.adapters import adapters, is_software
+from ..devices.gpu.adapters import is_software, list_adapters
 from ..errors import CacheUnavailableError, NoAdapterError, redact
 from ..location.hub import token_path
 from ..store.cleanup import free_bytes
@@ -54,7 +54,7 @@ def _version(name: str) -> str:
 
 def _adapter_facts() -> list[tuple[str, str]]:
     try:
-        found = adapters()
+        found = list_adapters()
     except NoAdapterError as error:
         return [("gpu", f"none: {error}")]
     except Exception as error:  # of wgpu or a driver: to tell it is what this command is for

@@ -384,12 +384,12 @@ def test_doctor_without_wgpu(monkeypatch: pytest.MonkeyPatch) -> None:
     ("found", "words"), [([], "wgpu finds no adapter"), (RuntimeError("driver broken"), "driver broken")]
 )
 def test_doctor_without_a_gpu(monkeypatch: pytest.MonkeyPatch, found: Any, words: str) -> None:
-    def adapters() -> list[Any]:
+    def list_adapters() -> list[Any]:
         if isinstance(found, Exception):
             raise found
         return list(found)
 
-    monkeypatch.setattr(doctor, "adapters", adapters)
+    monkeypatch.setattr(doctor, "list_adapters", list_adapters)
     result = invoke("doctor")
     assert result.exit_code == 0
     assert re.search(rf"^gpu +none: .*{words}", result.stdout, re.M)

@@ -24,8 +24,8 @@ from ndcache.devices import open_device
 from ndcache.devices.gpu import adapters as adapters_module
 from ndcache.devices.gpu import device as gpu_module
 from ndcache.devices.gpu import upload as upload_module
-from ndcache.devices.gpu.layout import pieces
-from ndcache.devices.gpu.staging import Ring
+from ndcache.devices.gpu.layout import plan_batches
+from ndcache.devices.gpu.staging import StagingRing
 from ndcache.format.dtypes import DTYPES
 from ndcache.format.manifest import Record
 from ndcache.stats import LoadStats
@@ -458,9 +458,9 @@ class TestGpu(Conformance):
             "import threading\n"
             "from concurrent.futures import ThreadPoolExecutor\n"
             "from ndcache.devices.gpu import open_gpu\n"
-            "from ndcache.devices.gpu.staging import Chunk\n"
+            "from ndcache.devices.gpu.staging import StagingBuffer\n"
             "device, asked = open_gpu('gpu').handle, threading.Event()\n"
-            "chunk = Chunk(device, 4096)\n"
+            "chunk = StagingBuffer(device, 4096)\n"
             "chunk.unmap()\n"
             "device._poller._poll_func = lambda block: asked.set()  # which brings no answer\n"
             "with ThreadPoolExecutor(1) as pool:\n"
@@ -477,7 +477,7 @@ class TestGpu(Conformance):
     def test_shards_that_are_staged_in_pieces(
         self, gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory_limit: int, encoding: str
     ) -> None:
-        monkeypatch.setattr(upload_module, "_PIECE_BYTES", 8192)
+        monkeypatch.setattr(upload_module, "_BATCH_BYTES", 8192)
         sizes = [(30_001,), (3,), (0,), (8192,), (100, 77), (5,)]
         arrays = {f"t{n}": models.random_array(shape, seed=n) for n, shape in enumerate(sizes)}
         names = list(arrays)
@@ -514,24 +514,24 @@ class TestGpu(Conformance):
 
     def test_staging_memory_goes_round(self, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         made, destroyed = watch_buffers(gpu, monkeypatch)
-        ring = Ring(gpu, limit=3 << 16)
-        chunks = [ring.take(1 << 16) for _ in range(2)]
+        ring = StagingRing(gpu, limit=3 << 16)
+        chunks = [ring.acquire(1 << 16) for _ in range(2)]
         for chunk in chunks:
             chunk.view[:4] = b"data"
             chunk.unmap()
-            ring.submitted(chunk)
-        assert ring.take(1 << 16) is chunks[0]  # the oldest
+            ring.release(chunk)
+        assert ring.acquire(1 << 16) is chunks[0]  # the oldest
         assert len(made) == 2
-        assert ring.take(40_000) is chunks[1]  # a larger one will do
-        ring.submitted(chunks[1])
-        ring.take(1 << 18)  # for which there is no room otherwise
+        assert ring.acquire(40_000) is chunks[1]  # a larger one will do
+        ring.release(chunks[1])
+        ring.acquire(1 << 18)  # for which there is no room otherwise
         assert destroyed == [chunks[1].buffer]
-        ring.take(1 << 18)  # what is over the limit is held by others, which are not waited for
+        ring.acquire(1 << 18)  # what is over the limit is held by others, which are not waited for
         ring.destroy()
         assert {id(buffer) for buffer in destroyed} == {id(buffer) for buffer in made}
 
     def test_real_adapters_go_first_and_each_is_counted_once(self, gpu: Any) -> None:
-        found = adapters_module.adapters()
+        found = adapters_module.list_adapters()
         assert found
         names = [adapter.info["device"] for adapter in found]
         assert len(names) == len(set(names))
@@ -585,29 +585,31 @@ def test_the_layout_of_staging_memory(sizes: list[tuple[int, int, bool]], limit:
     order.shuffle(records)
     file = np.random.default_rng(offset).bytes(offset)
     tensors = [bytearray(-(-record.nbytes // 4) * 4) for record in records]
-    for piece in pieces(records, limit, decode=True):
-        assert piece.nbytes <= limit
-        memory = bytearray(b"\xff" * piece.nbytes)
-        for read in piece.reads:
-            data = file[read.offset : read.offset + read.nbytes]
-            memory[read.at : read.at + read.nbytes] = data
+    for batch in plan_batches(records, limit, decode=True):
+        assert batch.nbytes <= limit
+        memory = bytearray(b"\xff" * batch.nbytes)
+        for read in batch.reads:
+            data = file[read.file_offset : read.file_offset + read.nbytes]
+            memory[read.staging_offset : read.staging_offset + read.nbytes] = data
             if read.is_tail:
-                memory[read.at : read.at + 4] = data + bytes(4 - len(data))
-        start, end = piece.expanded
-        assert 0 <= start <= end <= piece.nbytes
-        for copy in piece.copies:
-            assert copy.at % 4 == copy.to % 4 == 0
-            assert copy.is_expanded == records[copy.record].is_bf16_encoded
+                memory[read.staging_offset : read.staging_offset + 4] = data + bytes(4 - len(data))
+        start, end = batch.expanded_range
+        assert 0 <= start <= end <= batch.nbytes
+        for copy in batch.copies:
+            assert copy.staging_offset % 4 == copy.tensor_offset % 4 == 0
+            assert copy.is_expanded == records[copy.record_index].is_bf16_encoded
             assert copy.nbytes % (2 if copy.is_expanded else 4) == 0
-            assert not copy.is_expanded or start <= copy.at < copy.at + copy.nbytes <= end
-            tensors[copy.record][copy.to : copy.to + copy.nbytes] = memory[copy.at : copy.at + copy.nbytes]
+            assert not copy.is_expanded or start <= copy.staging_offset < copy.staging_offset + copy.nbytes <= end
+            tensors[copy.record_index][copy.tensor_offset : copy.tensor_offset + copy.nbytes] = memory[
+                copy.staging_offset : copy.staging_offset + copy.nbytes
+            ]
     for record, tensor in zip(records, tensors, strict=True):
         stored = file[record.byte_offset : record.byte_offset + record.nbytes]
         assert tensor == stored + bytes(len(tensor) - record.nbytes)
 
 
 class Adapter:
-    """What `adapters` looks at."""
+    """What `list_adapters` looks at."""
 
     def __init__(self, device: str, adapter_type: str, backend: str) -> None:
         self.info = {"device": device, "adapter_type": adapter_type, "backend_type": backend}
@@ -627,7 +629,7 @@ def test_the_order_of_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapters_module, "_known", [])
     monkeypatch.setattr(adapters_module, "_list_primary", lambda: None)
     monkeypatch.setattr(wgpu.gpu, "enumerate_adapters_sync", lambda: found)
-    assert [(a.info["device"], a.info["backend_type"]) for a in adapters_module.adapters()] == [
+    assert [(a.info["device"], a.info["backend_type"]) for a in adapters_module.list_adapters()] == [
         ("NVIDIA H200", "Vulkan"),
         ("NVIDIA H200", "Vulkan"),
         ("Intel(R) UHD", "D3D12"),

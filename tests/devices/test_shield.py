@@ -155,8 +155,8 @@ def test_row_61_opengl_is_listed_only_if_it_may_have_more(
     monkeypatch.setattr(adapters_module, "_GPU_FILES", gpu_files)
     monkeypatch.setattr(adapters_module, "_list_primary", lambda: found)
     monkeypatch.setattr(wgpu.gpu, "enumerate_adapters_sync", lambda: listed.append(True) or [Adapter("IntegratedGPU")])
-    assert len(adapters_module.adapters()) == 1
-    assert len(adapters_module.adapters()) == 1
+    assert len(adapters_module.list_adapters()) == 1
+    assert len(adapters_module.list_adapters()) == 1
     assert listed == [True] * lists_all
 
 
@@ -192,7 +192,7 @@ if not child:
     except ndcache.DeviceError as error:
         os._exit(1 if "forked" in str(error) else 2)
     os._exit(0)
-is_opengl = ndcache.devices.gpu.adapters.adapters()[0].info["backend_type"] == "OpenGL"
+is_opengl = ndcache.devices.gpu.adapters.list_adapters()[0].info["backend_type"] == "OpenGL"
 assert os.waitpid(child, 0)[1] == (0x100 if is_opengl else 0)
 """
 

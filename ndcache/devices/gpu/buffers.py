@@ -12,7 +12,7 @@ from ...format.dtypes import DTYPES
 from ...format.manifest import Record, Shard
 from ...stats import LoadStats
 from ...workers.serial import SerialQueue
-from .layout import WORD, padded
+from .layout import WORD, round_up
 
 if TYPE_CHECKING:
     import wgpu
@@ -94,7 +94,7 @@ class BufferMaker:
         with self._stats.timed("buffers", file=shard.data_path, nbytes=sum(sizes)):
             try:
                 for nbytes in sizes:
-                    buffers.append(self._device.create_buffer(size=max(padded(nbytes), WORD), usage=self._usage))
+                    buffers.append(self._device.create_buffer(size=max(round_up(nbytes), WORD), usage=self._usage))
             except BaseException as error:
                 self.failure = error
                 for buffer in buffers:

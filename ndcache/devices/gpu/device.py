@@ -9,7 +9,7 @@ from ...format.manifest import Shard
 from ...stats import LoadStats
 from ...workers.pool import WorkerPool
 from ..base import Device
-from .adapters import adapter_name, find_adapter, one_at_a_time
+from .adapters import adapter_lock, adapter_name, find_adapter
 from .buffers import tensor_nbytes
 from .limits import check_limits
 from .shield import open_call_thread, shielded
@@ -122,7 +122,7 @@ def _open(spec: str) -> GpuDevice | None:
     if adapter is None:
         return None
     features = [feature for feature in ("shader-f16",) if feature in adapter.features]
-    with translated_errors(), one_at_a_time():
+    with translated_errors(), adapter_lock():
         # Without required_limits, the device would have the smallest limits that WebGPU guarantees.
         device = adapter.request_device_sync(
             label="ndcache", required_features=features, required_limits=dict(adapter.limits)

@@ -1,4 +1,4 @@
-"""bfloat16 → float32 on the GPU."""
+"""Expand bfloat16 to float32 on the GPU."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Expander"]
 
-_THREADS = 256
-#: A float32's upper half is the bfloat16, so that the bits are moved and nothing is rounded; a word has two of them.
+_WORKGROUP_SIZE = 256
+#: A bfloat16 is the upper half of a float32, so the shader moves bits and rounds nothing. A word holds two bfloat16.
 _SHADER = f"""
 @group(0) @binding(0) var<storage, read> stored: array<u32>;
 @group(0) @binding(1) var<storage, read_write> expanded: array<vec2<u32>>;
 
-@compute @workgroup_size({_THREADS})
+@compute @workgroup_size({_WORKGROUP_SIZE})
 fn expand(@builtin(global_invocation_id) id: vec3<u32>) {{
     if (id.x < arrayLength(&stored)) {{
         let word = stored[id.x];
@@ -26,18 +26,18 @@ fn expand(@builtin(global_invocation_id) id: vec3<u32>) {{
 
 
 class Expander:
-    """A compute pipeline with memory of its own on the GPU, used by one submission after another.
+    """A compute pipeline and its buffers, which one submission after another uses.
 
     Parameters
     ----------
     device : wgpu.GPUDevice
     nbytes : int
-        Stored bytes that can be expanded at once; see `most`.
+        The most stored bytes that are expanded at once; see `max_bytes`.
 
     Attributes
     ----------
     expanded : wgpu.GPUBuffer
-        Where the float32 are.
+        Receives the float32.
     """
 
     def __init__(self, device: wgpu.GPUDevice, nbytes: int) -> None:
@@ -59,11 +59,12 @@ class Expander:
         )
 
     @staticmethod
-    def most(device: wgpu.GPUDevice) -> int:
-        """The most stored bytes that one of this device can expand at once."""
+    def max_bytes(device: wgpu.GPUDevice) -> int:
+        """Return the most stored bytes that an expander of this device can expand at once."""
         limits = device.limits
-        size = min(limits["max-storage-buffer-binding-size"], limits["max-buffer-size"]) // 2
-        return int(min(size, limits["max-compute-workgroups-per-dimension"] * _THREADS * 4)) & ~7
+        buffer_bytes = min(limits["max-storage-buffer-binding-size"], limits["max-buffer-size"]) // 2
+        dispatch_bytes = limits["max-compute-workgroups-per-dimension"] * _WORKGROUP_SIZE * 4
+        return int(min(buffer_bytes, dispatch_bytes)) & ~7
 
     def encode(
         self, encoder: wgpu.GPUCommandEncoder, source: wgpu.GPUBuffer, start: int, end: int
@@ -79,11 +80,11 @@ class Expander:
         compute = encoder.begin_compute_pass()
         compute.set_pipeline(self._pipeline)
         compute.set_bind_group(0, self._group)
-        compute.dispatch_workgroups(-(-(end - start) // (4 * _THREADS)))
+        compute.dispatch_workgroups(-(-(end - start) // (4 * _WORKGROUP_SIZE)))
         compute.end()
         return compute
 
     def destroy(self) -> None:
-        """Free its memory."""
+        """Free the buffers."""
         self._stored.destroy()
         self.expanded.destroy()

@@ -1,8 +1,8 @@
-"""Where a shard's bytes lie in staging memory, and which of them go to which tensor.
+"""The layout of staging memory: where a shard's bytes lie in it, and which of them go to which tensor.
 
-Copies on a GPU begin and end at multiples of 4 bytes; records lie anywhere in their file and have any size. So a file
-is read in stretches, each put so that its records begin at multiples of 4: one stretch for most shards. What a tensor
-has beyond its last multiple of 4 gets a word of its own, filled up with zeros.
+Copies on a GPU begin and end at multiples of 4 bytes, but records lie anywhere in their file and have any size. So a
+file is read in ranges, each placed so that its records begin at multiples of 4; for most shards one range is enough.
+The bytes of a tensor beyond its last multiple of 4, its tail, get a word of their own, padded with zeros.
 """
 
 from __future__ import annotations
@@ -12,150 +12,152 @@ from dataclasses import dataclass, field
 
 from ...format.manifest import Record
 
-__all__ = ["WORD", "Copy", "Piece", "Read", "padded", "pieces"]
+__all__ = ["WORD", "Batch", "FileRead", "TensorCopy", "plan_batches", "round_up"]
 
+#: The alignment of copies on a GPU, in bytes (WebGPU's COPY_BUFFER_ALIGNMENT).
 WORD = 4
-#: Bytes between two records that are rather read with them than skipped.
+#: The largest gap between two records, in bytes, that is read with them instead of skipped.
 _MAX_GAP = 1 << 12
 
 
 @dataclass
-class Read:
-    """A stretch of the file.
+class FileRead:
+    """A range of the file, and where it goes.
 
     Attributes
     ----------
-    offset : int
-        Its first byte in the file.
-    at : int
-        Where it goes in the staging memory.
+    file_offset : int
+    staging_offset : int
     nbytes : int
     is_tail : bool
-        Whether it is filled up with zeros to a whole word.
+        Whether zeros follow it in staging memory, up to a whole word.
     """
 
-    offset: int
-    at: int
+    file_offset: int
+    staging_offset: int
     nbytes: int
     is_tail: bool = False
 
 
 @dataclass(frozen=True)
-class Copy:
-    """A stretch of the staging memory that becomes a stretch of a tensor.
+class TensorCopy:
+    """A range of staging memory, and where in a tensor it goes.
 
     Attributes
     ----------
-    record : int
+    record_index : int
         The record's index in its shard.
-    at : int
-        In the staging memory; a multiple of 4.
-    to : int
-        In the tensor's stored bytes; a multiple of 4.
+    staging_offset : int
+        A multiple of 4.
+    tensor_offset : int
+        Offset in the tensor's stored bytes; a multiple of 4.
     nbytes : int
-        Of stored bytes; a multiple of 4, or of 2 if they are expanded.
+        Stored bytes: a multiple of 4, or of 2 if they are expanded.
     is_expanded : bool
-        Whether each bfloat16 becomes a float32 on the way, and the tensor's bytes are twice as many.
+        Whether each bfloat16 becomes a float32 on the way, so that offset and size in the tensor double.
     """
 
-    record: int
-    at: int
-    to: int
+    record_index: int
+    staging_offset: int
+    tensor_offset: int
     nbytes: int
     is_expanded: bool
 
 
 @dataclass
-class Piece:
-    """What is staged at once: a whole shard, unless it is large.
+class Batch:
+    """The content of one staging buffer: a whole shard, or a part of a large one.
 
     Attributes
     ----------
-    reads : list of Read
-    copies : list of Copy
+    reads : list of FileRead
+    copies : list of TensorCopy
     nbytes : int
-        Of staging memory.
+        Bytes of staging memory.
     """
 
-    reads: list[Read] = field(default_factory=list)
-    copies: list[Copy] = field(default_factory=list)
+    reads: list[FileRead] = field(default_factory=list)
+    copies: list[TensorCopy] = field(default_factory=list)
     nbytes: int = 0
 
     @property
-    def expanded(self) -> tuple[int, int]:
-        """The stretch of staging memory, in whole words, that has all that is expanded; (0, 0) if nothing is."""
+    def expanded_range(self) -> tuple[int, int]:
+        """Return the start and end, in whole words, of the staging memory that is expanded; (0, 0) if nothing is."""
         expanded = [copy for copy in self.copies if copy.is_expanded]
         if not expanded:
             return 0, 0
-        return min(copy.at for copy in expanded), max(padded(copy.at + copy.nbytes) for copy in expanded)
+        end = max(round_up(copy.staging_offset + copy.nbytes) for copy in expanded)
+        return min(copy.staging_offset for copy in expanded), end
 
-    def place(self, offset: int) -> int:
-        """Where the file's byte `offset` would go: right behind what was read last, if that is a multiple of 4."""
+    def next_offset(self, file_offset: int) -> int:
+        """Return the staging offset for a byte of the file: right after the last read, if that is a multiple of 4."""
         if self.reads:
             last = self.reads[-1]
-            at = last.at + offset - last.offset
-            if 0 <= offset - last.offset - last.nbytes <= _MAX_GAP and at % WORD == 0 and not last.is_tail:
-                return at
-        return padded(self.nbytes)
+            staging_offset = last.staging_offset + file_offset - last.file_offset
+            gap = file_offset - last.file_offset - last.nbytes
+            if 0 <= gap <= _MAX_GAP and staging_offset % WORD == 0 and not last.is_tail:
+                return staging_offset
+        return round_up(self.nbytes)
 
-    def read(self, offset: int, at: int, nbytes: int) -> None:
-        """Have `nbytes` of the file read to where `place` said."""
+    def add_read(self, file_offset: int, staging_offset: int, nbytes: int) -> None:
+        """Read `nbytes` of the file to the offset that `next_offset` returned, with the last read if they adjoin."""
         last = self.reads[-1] if self.reads else None
-        if last is not None and not last.is_tail and at == last.at + offset - last.offset:
-            last.nbytes = offset + nbytes - last.offset
+        adjoins = last is not None and staging_offset == last.staging_offset + file_offset - last.file_offset
+        if last is not None and adjoins and not last.is_tail:
+            last.nbytes = file_offset + nbytes - last.file_offset
         else:
-            self.reads.append(Read(offset, at, nbytes))
-        self.nbytes = padded(at + nbytes)
+            self.reads.append(FileRead(file_offset, staging_offset, nbytes))
+        self.nbytes = round_up(staging_offset + nbytes)
 
-    def read_tail(self, offset: int, nbytes: int) -> int:
-        """Have what does not fill a word read to a word of its own; where that is."""
-        at = self.nbytes
-        self.reads.append(Read(offset, at, nbytes, is_tail=True))
+    def add_tail(self, file_offset: int, nbytes: int) -> int:
+        """Read a tensor's tail to a word of its own; return that word's staging offset."""
+        staging_offset = self.nbytes
+        self.reads.append(FileRead(file_offset, staging_offset, nbytes, is_tail=True))
         self.nbytes += WORD
-        return at
+        return staging_offset
 
 
-def pieces(records: Sequence[Record], limit: int, *, decode: bool) -> Iterator[Piece]:
-    """How the records of a shard are staged.
+def plan_batches(records: Sequence[Record], max_bytes: int, *, decode: bool) -> Iterator[Batch]:
+    """Plan how the records of a shard are staged.
 
     Parameters
     ----------
     records : sequence of Record
-    limit : int
-        Bytes of a piece at most; a multiple of 4.
+    max_bytes : int
+        The most bytes of a batch; a multiple of 4.
     decode : bool
         Whether float32 that is stored as bfloat16 is expanded.
 
     Yields
     ------
-    Piece
-        At least one of them.
+    Batch
+        At least one.
     """
-    piece = Piece()
+    batch = Batch()
     for index, record in sorted(enumerate(records), key=lambda item: item[1].byte_offset):
         is_expanded = decode and record.is_bf16_encoded
-        whole = padded(record.nbytes) if is_expanded else record.nbytes & -WORD
+        whole_words = round_up(record.nbytes) if is_expanded else record.nbytes & -WORD
         done = 0
-        while done < whole:
-            at = piece.place(record.byte_offset + done)
-            take = min(whole - done, limit - at)
-            if take < min(whole - done, _MAX_GAP) and piece.reads:  # no small stretch at the end of a piece
-                yield piece
-                piece = Piece()
+        while done < whole_words:
+            staging_offset = batch.next_offset(record.byte_offset + done)
+            nbytes = min(whole_words - done, max_bytes - staging_offset)
+            if nbytes < min(whole_words - done, _MAX_GAP) and batch.reads:  # avoid a small copy at the end of a batch
+                yield batch
+                batch = Batch()
                 continue
-            stored = min(take, record.nbytes - done)
-            piece.read(record.byte_offset + done, at, stored)
-            piece.copies.append(Copy(index, at, done, stored, is_expanded))
-            done += take
-        if whole < record.nbytes:
-            if piece.nbytes + WORD > limit:
-                yield piece
-                piece = Piece()
-            at = piece.read_tail(record.byte_offset + whole, record.nbytes - whole)
-            piece.copies.append(Copy(index, at, whole, WORD, is_expanded=False))
-    yield piece
+            stored = min(nbytes, record.nbytes - done)
+            batch.add_read(record.byte_offset + done, staging_offset, stored)
+            batch.copies.append(TensorCopy(index, staging_offset, done, stored, is_expanded))
+            done += nbytes
+        if whole_words < record.nbytes:
+            if batch.nbytes + WORD > max_bytes:
+                yield batch
+                batch = Batch()
+            staging_offset = batch.add_tail(record.byte_offset + whole_words, record.nbytes - whole_words)
+            batch.copies.append(TensorCopy(index, staging_offset, whole_words, WORD, is_expanded=False))
+    yield batch
 
 
-def padded(nbytes: int) -> int:
-    """Rounded up to a whole word."""
+def round_up(nbytes: int) -> int:
+    """Return `nbytes` rounded up to a whole word."""
     return -(-nbytes // WORD) * WORD

@@ -1,8 +1,9 @@
-"""Calls into wgpu that an exception of a signal handler must not reach, KeyboardInterrupt above all.
+"""Call wgpu where no signal handler can interrupt it.
 
-wgpu's library calls back into Python. What a signal handler raises there is printed and lost, and so is what the
-callback had to say: an AssertionError comes out, or a thread waits without end. Python runs signal handlers on the main
-thread only, so the main thread has another one make such a call, and waits for it.
+Python runs signal handlers on the main thread, between any two steps of Python code. wgpu's library calls back into
+Python; if a handler raises there, as Ctrl-C does, the exception is printed and lost, and so is what the callback had to
+deliver: an AssertionError comes out, or a thread waits forever. So the main thread lets another thread make the call,
+and waits for it.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ __all__ = ["CallThread", "nothing_to_undo", "open_call_thread", "shielded"]
 
 T = TypeVar("T")
 
-#: Seconds between looks at what else may end a wait. Also what lets Ctrl-C through on Windows.
+#: Seconds between calls of `poll`. On Windows, Ctrl-C is only noticed this often.
 _TICK = 0.1
-#: Seconds that a call which can be left alone gets to end after an interrupt.
+#: Seconds that a call has left after an interrupt before it is abandoned.
 _GRACE = 0.8
 
 
@@ -36,18 +37,18 @@ def shielded(
 ) -> T:
     """Return ``work()``, which another thread runs if this one could be interrupted.
 
-    Whatever interrupts the wait is raised once `work` has ended.
+    An interrupt of the wait is raised once `work` has ended.
 
     Parameters
     ----------
     work : callable
-    look : callable, optional
-        Called about every 0.1 s, to raise what is to end the wait.
+    poll : callable, optional
+        Called about every 0.1 s; an exception that it raises interrupts the wait.
     undo : callable, optional
-        Takes the result that nobody gets because the wait was interrupted. With it, `work` may be left to end by itself
-        when it takes longer, as drivers sometimes do: nothing of it may then matter to anybody else.
+        Called with the result if an interrupt keeps the caller from getting it. With `undo`, a call that takes long
+        after an interrupt, as drivers sometimes do, is abandoned: it goes on alone, so nobody else may depend on it.
     thread : CallThread, optional
-        Where there are many calls: to start a thread for each takes longer. Its calls cannot be left.
+        Makes the call; starting a thread for each of many calls takes longer. Its calls cannot be abandoned.
     """
     if poll is None and threading.current_thread() is not threading.main_thread():
         return work()
@@ -57,13 +58,13 @@ def shielded(
         call.wait(poll)
         call.join()
     except BaseException:
-        call.leave()
+        call.abandon()
         raise
     return call.result()
 
 
 def nothing_to_undo(result: object) -> None:
-    """Do nothing: `undo` of a call that leaves nothing behind."""
+    """Do nothing: the `undo` of a call that leaves nothing behind."""
 
 
 class CallThread:
@@ -74,16 +75,16 @@ class CallThread:
         self._thread = threading.Thread(target=_make_calls, args=(self._calls,), name="ndcache-calls", daemon=True)
 
     def start(self) -> CallThread:
-        """Start the thread, where no signal comes."""
+        """Start the thread. Call this shielded."""
         self._thread.start()
         return self
 
     def submit(self, call: Callable[[], None]) -> None:
-        """Hand it a call to make, which must not raise."""
+        """Make a call, which must not raise, when its turn comes."""
         self._calls.put(call)
 
     def end(self) -> None:
-        """Wait for its calls and end it."""
+        """Wait for the calls that were submitted, and end the thread."""
         self._calls.put(None)
         self._thread.join()
 
@@ -106,17 +107,28 @@ def open_call_thread() -> CallThread | None:
 def _make_calls(calls: SimpleQueue[Callable[[], None] | None]) -> None:
     while (call := calls.get()) is not None:
         call()
-        del call  # or it would keep what it gave until the next one
+        del call  # or it would keep its result alive until the next one
 
 
 class _Call(Generic[T]):
-    """One call, with no locks: an interrupt could leave one locked. Who takes the only item of a list decides."""
+    """One shielded call, made by another thread.
+
+    It has no lock, as an interrupt could leave that locked. Instead, the caller and the other thread compete for
+    tokens: the first to take one decides.
+
+    Attributes
+    ----------
+    _start_token : list
+        Taken by the other thread to begin the work, or by the caller so that it never begins.
+    _end_token : list
+        Taken by the other thread when it hands its result over, or by the caller when it abandons the call.
+    """
 
     def __init__(self, work: Callable[[], T], undo: Callable[[T], object] | None) -> None:
         self._work = work
         self._undo = undo
-        self._to_begin = [True]
-        self._to_end = [True]
+        self._start_token = [True]
+        self._end_token = [True]
         self._has_ended = False
         self._has_own_thread = True
         self._wake_up: SimpleQueue[None] = SimpleQueue()
@@ -125,7 +137,7 @@ class _Call(Generic[T]):
         self._thread = threading.Thread(target=self._run, name="ndcache-device", daemon=True)
 
     def start(self, thread: CallThread | None) -> None:
-        """Begin, in a thread if there can be one more."""
+        """Begin in `thread`, or a new one; in this thread if no more can start."""
         if thread is not None:
             self._has_own_thread = False
             thread.submit(self._run)
@@ -134,10 +146,10 @@ class _Call(Generic[T]):
             self._thread.start()
         except RuntimeError as error:
             raise_hidden_interrupt(error)
-            self._run()  # The interpreter is about to end.
+            self._run()  # Python is shutting down.
 
     def wait(self, poll: Callable[[], None] | None = None, deadline: float = math.inf) -> bool:
-        """Wait for the end; whether it came before the deadline."""
+        """Wait for the end of the work; return whether it came before the deadline."""
         while not self._has_ended and time.monotonic() < deadline:
             try:
                 self._wake_up.get(timeout=_TICK)
@@ -146,54 +158,55 @@ class _Call(Generic[T]):
                     poll()
         return self._has_ended
 
-    def leave(self) -> None:
-        """Give the call up after an interrupt."""
-        if _take(self._to_begin):
-            self._join_whatever_comes()
-            return  # It never will.
-        if self._undo is not None and not self._wait_on(time.monotonic() + _GRACE) and _take(self._to_end):
-            return  # The thread will see that, and undo what it has done.
-        self._wait_on(math.inf)
-        self._join_whatever_comes()
+    def abandon(self) -> None:
+        """Give up the result after an interrupt: prevent, abandon or undo the work."""
+        if _take(self._start_token):
+            self._join_despite_interrupts()
+            return  # The work will never begin.
+        can_leave = self._undo is not None
+        if can_leave and not self._wait_despite_interrupts(time.monotonic() + _GRACE) and _take(self._end_token):
+            return  # The other thread will find the token taken, and undo its work.
+        self._wait_despite_interrupts(math.inf)
+        self._join_despite_interrupts()
         undo, results = self._undo, self._results
         if undo is not None and results:
             shielded(lambda: undo(results.pop()))
 
     def join(self) -> None:
-        """Wait until the thread, which has done its work, is gone."""
+        """Wait for the end of the thread, whose work is done."""
         if self._thread.ident is not None:
             self._thread.join()
 
     def result(self) -> T:
-        """Return what came of the work, or raise it."""
+        """Return the result of the work, or raise its error."""
         if self._error is not None:
             try:
                 raise self._error
             finally:
-                self._error = None  # or it would hold itself
+                self._error = None  # or the error would refer to itself, through the traceback
         return self._results.pop()
 
     def _run(self) -> None:
-        if not _take(self._to_begin):
+        if not _take(self._start_token):
             return
         try:
             self._results.append(self._work())
         except BaseException as error:
             self._error = error
-        if _take(self._to_end):
+        if _take(self._end_token):
             self._has_ended = True
             self._wake_up.put(None)
         elif self._undo is not None and self._results:
             self._undo(self._results.pop())
 
-    # Further interrupts change nothing: the first one is what will be raised.
+    # The first interrupt is the one that will be raised; these two ignore any that follow.
 
-    def _wait_on(self, deadline: float) -> bool:
+    def _wait_despite_interrupts(self, deadline: float) -> bool:
         while True:
             with suppress(BaseException):
                 return self.wait(deadline=deadline)
 
-    def _join_whatever_comes(self) -> None:
+    def _join_despite_interrupts(self) -> None:
         if not self._has_own_thread:
             return
         deadline = time.monotonic() + _GRACE
@@ -201,7 +214,7 @@ class _Call(Generic[T]):
             try:
                 self._thread.join()
                 return
-            except RuntimeError:  # It has not started: not yet, or, if the interrupt came first, never.
+            except RuntimeError:  # It has not started: not yet, or never, if the interrupt came first.
                 if time.monotonic() > deadline:
                     return
                 time.sleep(0.001)
@@ -209,9 +222,9 @@ class _Call(Generic[T]):
                 continue
 
 
-def _take(item: list[bool]) -> bool:
+def _take(token: list[bool]) -> bool:
     try:
-        item.pop()
+        token.pop()
     except IndexError:
         return False
     return True

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from ...stats import LoadStats
 from .buffers import tensor_usage
 from .expand import Expander
-from .layout import Piece
+from .layout import Batch
 from .shield import CallThread, shielded
-from .staging import Chunk, Ring
+from .staging import StagingBuffer, StagingRing
 
 if TYPE_CHECKING:
     import wgpu
@@ -28,17 +28,17 @@ class StagedShard:
     ----------
     buffers : Future of list of wgpu.GPUBuffer
         In the order of the shard's records.
-    unread : list of Piece
-        Pieces that are still to be read, of a shard that is too large to be staged as a whole.
+    unread : list of Batch
+        Batches that are still to be read, of a shard that is too large to be staged as a whole.
     filled : list of tuple
-        Pieces that are read, with the memory that holds them.
+        Batches that are read, with the memory that holds them.
     file : binary file or None
         An open file to read the rest from.
     """
 
     buffers: Future[list[wgpu.GPUBuffer]]
-    unread: list[Piece]
-    filled: list[tuple[Chunk, Piece]] = field(default_factory=list)
+    unread: list[Batch]
+    filled: list[tuple[StagingBuffer, Batch]] = field(default_factory=list)
     file: BinaryIO | None = None
 
 
@@ -50,23 +50,23 @@ class Submitter:
     Parameters
     ----------
     device : wgpu.GPUDevice
-    ring : Ring
+    ring : StagingRing
         Gets the staging memory back once its copy is submitted.
     stats : LoadStats
     calls : CallThread or None
         For shielded calls.
-    piece_bytes : int
-        The most bytes of a piece.
+    batch_bytes : int
+        The most bytes of a batch.
     """
 
     def __init__(
-        self, device: wgpu.GPUDevice, ring: Ring, stats: LoadStats, calls: CallThread | None, piece_bytes: int
+        self, device: wgpu.GPUDevice, ring: StagingRing, stats: LoadStats, calls: CallThread | None, batch_bytes: int
     ) -> None:
         self._device = device
         self._ring = ring
         self._stats = stats
         self._calls = calls
-        self._piece_bytes = piece_bytes
+        self._batch_bytes = batch_bytes
         self._expander: Expander | None = None
         # A submission's calls into wgpu run no Python, so the caller's thread makes them without a shield. The objects
         # that they return are kept for a shielded call to drop: their destructors do run Python, and Ctrl-C would be
@@ -75,17 +75,17 @@ class Submitter:
 
     def submit(self, shards: Sequence[StagedShard]) -> None:
         """Submit the copies of everything that is filled, at once, and give the staging memory back."""
-        filled = [(shard, chunk, piece) for shard in shards for chunk, piece in shard.filled]
-        if self._expander is None and any(copy.is_expanded for _, _, piece in filled for copy in piece.copies):
+        filled = [(shard, staging, batch) for shard in shards for staging, batch in shard.filled]
+        if self._expander is None and any(copy.is_expanded for _, _, batch in filled for copy in batch.copies):
             # A process's first expander takes 0.12 s, in which cffi parses the names of C types. Made earlier, it would
             # hold up the threads that begin to read. By now they have begun, and this thread has nothing else to do.
             with self._stats.timed("shader"):
                 shielded(self._make_expander, thread=self._calls)
-        with self._stats.timed("copy", nbytes=sum(piece.nbytes for _, _, piece in filled)):
+        with self._stats.timed("copy", nbytes=sum(batch.nbytes for _, _, batch in filled)):
             self._submit_copies(filled)
         for shard in shards:
-            for chunk, _ in shard.filled:
-                self._ring.submitted(chunk)
+            for staging, _ in shard.filled:
+                self._ring.release(staging)
             shard.filled.clear()
 
     def close(self) -> None:
@@ -96,13 +96,13 @@ class Submitter:
             self._expander = None
 
     def _make_expander(self) -> None:
-        self._expander = Expander(self._device, self._piece_bytes)
+        self._expander = Expander(self._device, self._batch_bytes)
 
-    def _submit_copies(self, filled: Sequence[tuple[StagedShard, Chunk, Piece]]) -> None:
+    def _submit_copies(self, filled: Sequence[tuple[StagedShard, StagingBuffer, Batch]]) -> None:
         encoder = self._device.create_command_encoder()
-        for shard, chunk, piece in filled:
-            chunk.unmap()
-            self._encode(encoder, chunk, piece, shard.buffers.result())
+        for shard, staging, batch in filled:
+            staging.unmap()
+            self._encode(encoder, staging, batch, shard.buffers.result())
         commands = encoder.finish()  # raises if the device was lost; to submit anything then would end the process
         self._submitted += [encoder, commands]
         self._device.queue.submit([commands])
@@ -110,20 +110,22 @@ class Submitter:
     def _encode(
         self,
         encoder: wgpu.GPUCommandEncoder,
-        chunk: Chunk,
-        piece: Piece,
+        staging: StagingBuffer,
+        batch: Batch,
         buffers: Sequence[wgpu.GPUBuffer],
     ) -> None:
-        start, end = piece.expanded
-        expander, copy = self._expander, encoder.copy_buffer_to_buffer
+        start, end = batch.expanded_range
+        expander, encode_copy = self._expander, encoder.copy_buffer_to_buffer
         if expander is not None and end:
-            self._submitted.append(expander.encode(encoder, chunk.buffer, start, end))
-        for part in piece.copies:
-            if part.is_expanded:
+            self._submitted.append(expander.encode(encoder, staging.buffer, start, end))
+        for copy in batch.copies:
+            target = buffers[copy.record_index]
+            if copy.is_expanded:
                 assert expander is not None
-                copy(expander.expanded, 2 * (part.at - start), buffers[part.record], 2 * part.to, 2 * part.nbytes)
+                offset = 2 * (copy.staging_offset - start)
+                encode_copy(expander.expanded, offset, target, 2 * copy.tensor_offset, 2 * copy.nbytes)
             else:
-                copy(chunk.buffer, part.at, buffers[part.record], part.to, part.nbytes)
+                encode_copy(staging.buffer, copy.staging_offset, target, copy.tensor_offset, copy.nbytes)
 
 
 class Fence:

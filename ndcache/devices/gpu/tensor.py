@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .layout import padded
+from .layout import round_up
 from .shield import nothing_to_undo, shielded
 from .translate import translated_errors
 
@@ -66,7 +66,7 @@ class GPUTensor:
             return np.empty(self.shape, self.dtype)
         with translated_errors():
             data = shielded(
-                lambda: self.device.queue.read_buffer(self.buffer, 0, padded(self.nbytes)), undo=nothing_to_undo
+                lambda: self.device.queue.read_buffer(self.buffer, 0, round_up(self.nbytes)), undo=nothing_to_undo
             )
         return np.frombuffer(data, np.uint8)[: self.nbytes].view(self.dtype).reshape(self.shape)
 

@@ -14,9 +14,9 @@ from ..base import Upload
 from ..reading import check_size, read_into
 from .buffers import BufferMaker, tensor_dtype
 from .expand import Expander
-from .layout import WORD, pieces
+from .layout import WORD, plan_batches
 from .shield import CallThread, nothing_to_undo, shielded
-from .staging import Ring
+from .staging import StagingRing
 from .submission import Fence, StagedShard, Submitter
 from .tensor import GPUTensor
 from .translate import translated_errors
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["GpuUpload"]
 
-#: The most bytes of a piece. Shards have 32 MiB at most, unless a single tensor is larger.
-_PIECE_BYTES = 33 << 20
+#: The most bytes of a batch. Shards have 32 MiB at most, unless a single tensor is larger.
+_BATCH_BYTES = 33 << 20
 
 
 class GpuUpload(Upload[StagedShard, GPUTensor]):
@@ -65,11 +65,11 @@ class GpuUpload(Upload[StagedShard, GPUTensor]):
         self._stats = stats
         self._decode = decode
         self._memory_limit = memory_limit
-        self._piece_bytes = min(_PIECE_BYTES, device.limits["max-buffer-size"] & -WORD, Expander.most(device))
+        self._batch_bytes = min(_BATCH_BYTES, device.limits["max-buffer-size"] & -WORD, Expander.max_bytes(device))
         self._calls = calls
-        self._ring = Ring(device, memory_limit)
+        self._ring = StagingRing(device, memory_limit)
         self._maker = BufferMaker(device, serial, stats, decode=decode)
-        self._submitter = Submitter(device, self._ring, stats, self._calls, self._piece_bytes)
+        self._submitter = Submitter(device, self._ring, stats, self._calls, self._batch_bytes)
         self._staged: set[StagedShard] = set()  # and not placed
         self._ready: deque[StagedShard] = deque()  # all of whose bytes are in staging memory
 
@@ -80,7 +80,7 @@ class GpuUpload(Upload[StagedShard, GPUTensor]):
 
     def stage(self, file: BinaryIO, shard: Shard) -> StagedShard:
         check_size(file, shard)
-        unread = list(pieces(shard.records, self._piece_bytes, decode=self._decode))
+        unread = list(plan_batches(shard.records, self._batch_bytes, decode=self._decode))
         with translated_errors():
             staged = StagedShard(self._maker.request(shard), unread)
             self._staged.add(staged)
@@ -128,17 +128,17 @@ class GpuUpload(Upload[StagedShard, GPUTensor]):
         self._fence.destroy()
 
     def _fill(self, staged: StagedShard, file: BinaryIO, shard: Shard) -> None:
-        """Read the shard's next piece into staging memory."""
-        ring, piece = self._ring, staged.unread[0]
-        with self._stats.timed("staging", nbytes=piece.nbytes):
-            chunk = shielded(lambda: ring.take(max(piece.nbytes, WORD)), thread=self._calls)
-        with self._stats.timed("read", file=shard.data_path, nbytes=piece.nbytes):
-            for read in piece.reads:
-                end = read.at + read.nbytes
-                read_into(file, read.offset, chunk.view[read.at : end], shard)
+        """Read the shard's next batch into staging memory."""
+        ring, batch = self._ring, staged.unread[0]
+        with self._stats.timed("staging", nbytes=batch.nbytes):
+            staging = shielded(lambda: ring.acquire(max(batch.nbytes, WORD)), thread=self._calls)
+        with self._stats.timed("read", file=shard.data_path, nbytes=batch.nbytes):
+            for read in batch.reads:
+                start, end = read.staging_offset, read.staging_offset + read.nbytes
+                read_into(file, read.file_offset, staging.view[start:end], shard)
                 if read.is_tail:
-                    chunk.view[end : read.at + WORD] = bytes(WORD - read.nbytes)
-        staged.filled.append((chunk, piece))
+                    staging.view[end : start + WORD] = bytes(WORD - read.nbytes)
+        staged.filled.append((staging, batch))
         del staged.unread[0]
 
     def _others_ready(self, staged: StagedShard) -> list[StagedShard]:
