@@ -1,4 +1,4 @@
-"""Warnings that name the caller's line."""
+"""Warnings that point to the caller's line."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["warn_caller"]
 
 
 def warn_caller(message: str) -> None:
-    """Give a `RuntimeWarning` for the line that called ndcache."""
+    """Issue a `RuntimeWarning` for the line that called ndcache."""
     warnings.warn(message, RuntimeWarning, stacklevel=_depth_below_caller())
 
 

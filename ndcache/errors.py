@@ -3,39 +3,39 @@
 ::
 
     NdcacheError
-    ├ ManifestError            the JSON that describes the model
-    │ ├ ManifestSyntaxError      not the JSON it should be
-    │ ├ ManifestLayoutError      sizes, offsets and shapes that contradict each other
-    │ ├ ManifestLimitError       larger than any real model
-    │ └ UnsafePathError          a shard path that leaves the model directory
-    ├ TransferError (OSError)  getting bytes from a server
+    ├ ManifestError            the manifest cannot be used
+    │ ├ ManifestSyntaxError      it is not JSON, or fields are missing or of the wrong type
+    │ ├ ManifestLayoutError      sizes, offsets and shapes contradict each other
+    │ ├ ManifestLimitError       it is larger than that of any real model
+    │ └ UnsafePathError          a shard path leaves the model directory
+    ├ TransferError (OSError)  a file cannot be had from a server
     │ ├ ConnectError             refused, reset, unreachable, unknown host
-    │ ├ StallError               connected, but nothing (or next to nothing) arrives
+    │ ├ StallError               connected, but (almost) nothing arrives
     │ ├ TruncatedError           the body ended early
-    │ ├ ServerError              5xx, 408
-    │ ├ RateLimitedError         429, or 503 with Retry-After
-    │ ├ ProtocolError            not HTTP as agreed on
-    │ ├ RangeError               another byte range than the one asked for
+    │ ├ ServerError              status 5xx or 408
+    │ ├ RateLimitedError         status 429, or 503 with Retry-After
+    │ ├ ProtocolError            the response violates HTTP
+    │ ├ RangeError               another byte range than the requested one
     │ ├ RemoteChangedError       the file changed while it was being read
-    │ ├ AuthError                401, 403, 407
-    │ ├ NotFoundError            404, 410
+    │ ├ AuthError                status 401, 403 or 407
+    │ ├ NotFoundError            status 404 or 410, or no such local path
     │ ├ TLSError                 certificate or handshake
     │ └ RedirectError            a redirect that must not be followed
-    ├ IntegrityError           the bytes are not those of the manifest
-    │ ├ SizeMismatchError
-    │ └ ChecksumError
+    ├ IntegrityError           the bytes are not those that the manifest promises
+    │ ├ SizeMismatchError        another size
+    │ └ ChecksumError            another digest
     ├ CacheError (OSError)     the cache directory
-    │ ├ DiskFullError
-    │ ├ CacheUnavailableError    cannot be read or written
-    │ └ UnsafeCacheError         it is not safe to touch
+    │ ├ DiskFullError            no space is left
+    │ ├ CacheUnavailableError    it cannot be read or written
+    │ └ UnsafeCacheError         something in it is not ndcache's own
     ├ OfflineError             ``offline=True``, and something is missing
-    ├ TooManyOpenFilesError (OSError)  the process has no file descriptor left
-    ├ DecodeError (ValueError) bytes to arrays
-    │ ├ UnsupportedDtypeError
-    │ └ UnsupportedFormatError
+    ├ TooManyOpenFilesError (OSError)  no file descriptor is left
+    ├ DecodeError (ValueError) bytes that cannot become an array
+    │ ├ UnsupportedDtypeError    an unknown dtype
+    │ └ UnsupportedFormatError   an unknown storage format
     ├ DeviceError              the GPU
-    │ ├ NoAdapterError
-    │ └ OutOfDeviceMemoryError
+    │ ├ NoAdapterError           none, or not the requested one
+    │ └ OutOfDeviceMemoryError   no memory is left on it
     └ CancelledError           ``cancel`` was set
 """
 
@@ -87,36 +87,38 @@ __all__ = [
 
 
 class NdcacheError(Exception):
-    """The root of every error that ndcache raises on purpose.
+    """Base class of all errors that ndcache raises on purpose.
 
     Parameters
     ----------
     message : str
-        What happened, in a few words; the fields below are added when printed.
+        What happened, in a few words. `str` adds the fields below.
     url : str, optional
-        The address concerned. User, password, query and fragment are removed.
+        The URL concerned. User, password, query and fragment are removed.
     shard : str, optional
         The shard's path in the manifest (or the name of the manifest file).
     status : int, optional
-        The HTTP status of the last answer.
+        The HTTP status of the last response.
     expected, received : int or str, optional
-        What the manifest promises and what came: bytes, or hex digests.
+        What the manifest promises, and what came: numbers of bytes, or hex digests.
     attempts : int, optional
-        How often it was tried.
+        How many attempts were made.
     hint : str, optional
-        What is left on disk and what to try.
+        What to try, or what is left on disk.
+    retryable : bool, optional
+        Whether the same call may succeed later; by default as the class says.
 
     Attributes
     ----------
     retryable : bool
-        Whether the same call may succeed later without anything being changed.
+        Whether the same call may succeed later although nothing is changed.
     others : tuple of NdcacheError
         Errors of other shards of the same load.
     """
 
-    #: Whether the same call may succeed later without anything being changed; of this error, if it is set on it.
+    #: The class's default; an instance may differ.
     retryable: bool = False
-    #: Of the retryable ones: how often ndcache itself tries again, if not as often as the `RetryPolicy` says.
+    #: How often ndcache itself retries at most; None for as often as the `RetryPolicy` says.
     max_retries: int | None = None
 
     def __init__(
@@ -130,6 +132,7 @@ class NdcacheError(Exception):
         received: int | str | None = None,
         attempts: int | None = None,
         hint: str | None = None,
+        retryable: bool | None = None,
     ) -> None:
         message = printable(message)
         super().__init__(message)
@@ -142,6 +145,8 @@ class NdcacheError(Exception):
         self.attempts = attempts
         self.hint = None if hint is None else printable(hint)
         self.others: tuple[NdcacheError, ...] = ()
+        if retryable is not None:
+            self.retryable = retryable
 
     def __str__(self) -> str:
         text = self.message
@@ -156,10 +161,10 @@ class NdcacheError(Exception):
         return printable(f"{text}. {self.hint}" if self.hint else text)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Not BaseException's way, which would call __init__ with the message alone.
+        # BaseException's own method would call __init__ with the message alone.
         state = dict(self.__dict__)
         if isinstance(self, OSError) and self.errno is not None:
-            state["errno"] = self.errno  # which is not in __dict__
+            state["errno"] = self.errno  # is not in __dict__
         return copyreg.__newobj__, (type(self), self.message), state  # type: ignore[attr-defined]
 
     def __setstate__(self, state: dict[str, Any] | None) -> None:
@@ -173,7 +178,7 @@ class ManifestError(NdcacheError):
 
 
 class ManifestSyntaxError(ManifestError):
-    """The manifest is not the JSON it should be."""
+    """The manifest is not JSON, or fields are missing or of the wrong type."""
 
 
 class ManifestLayoutError(ManifestError):
@@ -181,48 +186,48 @@ class ManifestLayoutError(ManifestError):
 
 
 class ManifestLimitError(ManifestError):
-    """The manifest is larger than any real model's."""
+    """The manifest is larger than that of any real model."""
 
 
 class UnsafePathError(ManifestError):
-    """A shard's path would leave the model directory, or could not be a file everywhere."""
+    """A shard's path leaves the model directory, or cannot be a file name on every system."""
 
 
 class TransferError(NdcacheError, OSError):
-    """Bytes could not be had from a server."""
+    """A file cannot be had from a server."""
 
 
 class ConnectError(TransferError):
-    """The server could not be reached, or the connection broke."""
+    """The server cannot be reached, or the connection broke."""
 
     retryable = True
 
 
 class StallError(TransferError):
-    """The server is connected, but nothing, or next to nothing, arrives."""
+    """The server is connected, but nothing, or almost nothing, arrives."""
 
     retryable = True
 
 
 class TruncatedError(TransferError):
-    """The body ended before all its bytes had come."""
+    """The body ended before all of its bytes had come."""
 
     retryable = True
 
 
 class ServerError(TransferError):
-    """The server failed: status 408 or 5xx."""
+    """The server failed (status 5xx or 408)."""
 
     retryable = True
 
 
 class RateLimitedError(TransferError):
-    """The server asks to come back later, and gives nothing else meanwhile: status 429, or 503 with Retry-After.
+    """The server asks for a wait before the next request (status 429, or 503 with Retry-After).
 
     Attributes
     ----------
     retry_after : float or None
-        Seconds to wait, as the server said.
+        Seconds to wait, if the server said how many.
     """
 
     retryable = True
@@ -230,40 +235,40 @@ class RateLimitedError(TransferError):
 
 
 class ProtocolError(TransferError):
-    """The answer is not HTTP as agreed on."""
+    """The response violates HTTP."""
 
     retryable = True
     max_retries = 1
 
 
 class RangeError(TransferError):
-    """The server sent another byte range than the one asked for."""
+    """The server sent another byte range than the requested one."""
 
     retryable = True
     max_retries = 1
 
 
 class RemoteChangedError(TransferError):
-    """The file changed on the server while it was being read, and again when it was begun anew."""
+    """The file changed on the server while it was read, and changed again in the next attempt."""
 
     retryable = True
     max_retries = 0
 
 
 class AuthError(TransferError):
-    """The server or proxy wants (other) credentials (status 401, 403 or 407), or they cannot be sent."""
+    """The server or proxy demands other credentials (status 401, 403 or 407), or they cannot be sent."""
 
 
 class NotFoundError(TransferError):
-    """There is no such file: status 404 or 410, or a local path that does not exist."""
+    """There is no such file (status 404 or 410), or no such local path."""
 
 
 class TLSError(TransferError):
-    """The secure connection could not be set up."""
+    """The TLS connection cannot be established."""
 
 
 class RedirectError(TransferError):
-    """The server redirects in a circle, or to where it must not be followed."""
+    """The server redirects in a circle, or to a place to which it must not be followed."""
 
 
 class IntegrityError(NdcacheError):
@@ -274,11 +279,11 @@ class IntegrityError(NdcacheError):
 
 
 class SizeMismatchError(IntegrityError):
-    """A shard has another size than the manifest says."""
+    """A file has another size than the manifest says."""
 
 
 class ChecksumError(IntegrityError):
-    """A shard has another digest than the manifest says."""
+    """A file has another digest than the manifest, or the ``integrity`` option, says."""
 
 
 class CacheError(NdcacheError, OSError):
@@ -286,43 +291,43 @@ class CacheError(NdcacheError, OSError):
 
 
 class DiskFullError(CacheError):
-    """The disk of the cache directory has no room (`expected`: bytes needed, `received`: free)."""
+    """The disk of the cache directory is full (`expected`: bytes needed, `received`: bytes free)."""
 
 
 class CacheUnavailableError(CacheError):
-    """The cache directory cannot be made, read or written."""
+    """The cache directory cannot be created, read or written."""
 
 
 class UnsafeCacheError(CacheError):
-    """What lies at a path of the cache is not what ndcache put there."""
+    """Something in the cache was not put there by ndcache."""
 
 
 class OfflineError(NdcacheError):
-    """Something is missing in the cache and the network must not be used.
+    """Something is missing in the cache, and the network must not be used.
 
     Attributes
     ----------
     missing : tuple of str
-        The files that are missing, by their paths in the manifest.
+        The missing files, by their paths in the manifest.
     """
 
     missing: tuple[str, ...] = ()
 
 
 class TooManyOpenFilesError(NdcacheError, OSError):
-    """This process, or the whole system, may open no more files: sockets count, too."""
+    """This process, or the whole system, may open no more files. Sockets count, too."""
 
 
 class DecodeError(NdcacheError, ValueError):
-    """A record's bytes cannot be turned into an array."""
+    """The bytes of a record cannot become an array."""
 
 
 class UnsupportedDtypeError(DecodeError):
-    """A record's dtype is unknown."""
+    """A tensor has an unknown dtype."""
 
 
 class UnsupportedFormatError(DecodeError):
-    """A record's or shard's storage format is unknown."""
+    """A record or shard has an unknown storage format."""
 
 
 class DeviceError(NdcacheError):
@@ -330,11 +335,11 @@ class DeviceError(NdcacheError):
 
 
 class NoAdapterError(DeviceError):
-    """There is no GPU adapter, or not the one asked for."""
+    """There is no GPU adapter, or not the requested one."""
 
 
 class OutOfDeviceMemoryError(DeviceError):
-    """The device has no room, or a tensor is over its limits."""
+    """The device has no memory left, or a tensor exceeds its limits."""
 
 
 class CancelledError(NdcacheError):

@@ -42,7 +42,7 @@ from .sources.remote import RemoteModel
 from .store.cleanup import delete_model
 from .store.directory import ModelDirectory
 from .store.inventory import cache_scope
-from .trace import Trace
+from .trace import Trace, open_trace
 from .weights import Weights
 from .workers.cancellation import Cancellation
 from .workers.ordered import map_ordered
@@ -603,7 +603,7 @@ def _tracing(path: str | os.PathLike[str] | None) -> Iterator[Trace | None]:
     if path is None:
         yield None
         return
-    trace = Trace(path)
+    trace = open_trace(path)
     try:
         yield trace
     finally:

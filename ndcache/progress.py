@@ -1,8 +1,8 @@
-"""What the caller is told while a load runs, always on the caller's own thread.
+"""Report the progress of a load, always on the caller's own thread.
 
-A load makes a fixed series of reports, whose texts are those of web-llm, word for word, because its users
-parse them: ``Start to fetch params``, then ``[0/24]``, ``[1/24]``, … ``[24/24]``, each when that many shards are done.
-The bar that ``progress=True`` draws moves between reports, too.
+A load makes a fixed series of reports. Their texts are word for word those of web-llm, because its users parse them:
+``Start to fetch params``, then ``[0/24]``, ``[1/24]``, … ``[24/24]``, each when that many shards are done. The bar of
+``progress=True`` also moves between reports.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ class ProgressReport:
     Attributes
     ----------
     progress : float
-        0 to 1, by bytes.
+        From 0 to 1, by bytes.
     time_elapsed : float
         Seconds since the start.
     cache_only : bool
         Whether every shard was cached at the start.
     text : str
-        The report in words, as web-llm gives it.
+        The report in the words of web-llm.
     phase : str
-        ``"start"``, ``"fetch"`` (something comes over the network) or ``"load"`` (all from cache).
+        ``"start"``, ``"fetch"`` (some shards come over the network) or ``"load"`` (all from cache).
     shards_done, shards_total : int
-        Shards on the device, and all that are wanted.
+        How many shards are on the device, and how many are wanted.
     bytes_done, bytes_total : int
-        The same in bytes of the shards.
+        The same in bytes of shards.
     bytes_per_second : float
         The mean since the start.
     """
@@ -60,23 +60,23 @@ class ProgressReport:
 
 
 ProgressCallback: TypeAlias = Callable[[ProgressReport], object]
-#: What the ``progress`` option takes.
+#: The type of the ``progress`` option.
 Progress: TypeAlias = "bool | ProgressCallback | Iterable[bool | ProgressCallback] | None"
 
 
 class Reporter:
-    """Counts what is done and tells the callbacks.
+    """Count finished shards, and report to the callbacks.
 
     Parameters
     ----------
     progress
         The ``progress`` option.
     shard_sizes : iterable of int
-        Bytes of each shard wanted.
+        Bytes of each wanted shard.
     cache_only : bool
         Whether all of them are cached.
     received : callable
-        Bytes received so far from the network, for the bar's motion within a shard.
+        Return the bytes received so far from the network, so that the bar moves within a shard.
     """
 
     def __init__(
@@ -96,30 +96,30 @@ class Reporter:
         self._started = time.monotonic()
 
     def start(self) -> None:
-        """The first two reports: the start itself, and no shard done."""
+        """Make the first two reports: the start, and no shard done."""
         self._report("start", "Start to fetch params")
         self._report()
 
     def shard_done(self, nbytes: int) -> None:
-        """One more shard of `nbytes` is where it should be."""
+        """Report that one more shard, of `nbytes`, is done."""
         self._shards_done += 1
         self._bytes_done += nbytes
         self._report()
 
     def tick(self) -> None:
-        """Some time has passed: let the bars move."""
+        """Move the bars. To be called now and then."""
         for callback in self._callbacks:
             if isinstance(callback, Bar):
                 callback.tick(min(max(self._bytes_done, self._received()), self._bytes_total))
 
     def close(self) -> None:
-        """Take the bars down, whether or not all is done."""
+        """Close the bars, whether or not all shards are done."""
         for callback in self._callbacks:
             if isinstance(callback, Bar):
                 callback.close()
 
     def _done(self) -> tuple[int, int]:
-        """How much is done of how much: bytes, or shards where all of them are empty."""
+        """Return how much is done, and of how much: bytes, or shards if all are empty."""
         if self._shards_done == self._shards_total:
             return 1, 1
         if self._bytes_total:
@@ -171,21 +171,21 @@ def _callbacks(progress: Progress) -> list[ProgressCallback]:
     callbacks: list[ProgressCallback] = []
     for item in items:
         if item is not True and not callable(item):
-            raise TypeError(f"progress takes True or callables, not {item!r}")
+            raise TypeError(f"progress must be True or callables, not {item!r}")
         callbacks.append(Bar() if item is True else item)
     return callbacks
 
 
 class _Tqdm(tqdm):  # type: ignore[type-arg]
-    monitor_interval = 0  # no thread that watches the bars: ndcache leaves none behind
+    monitor_interval = 0  # no monitor thread, which would outlive the load
 
 
 def _is_terminal(file: TextIO) -> bool:
-    return bool(getattr(file, "isatty", bool)())  # what stands in for standard error may have no such method
+    return bool(getattr(file, "isatty", bool)())  # a replacement of standard error may not have the method
 
 
 def _has_width(file: TextIO) -> bool:
-    """Whether the terminal knows how wide it is. In one that says 0 columns, tqdm would fit the bar into none."""
+    """Return whether the terminal knows its width. If it says 0 columns, tqdm would draw a bar of that width."""
     try:
         return os.get_terminal_size(file.fileno()).columns > 0
     except (OSError, ValueError, AttributeError):
@@ -193,15 +193,15 @@ def _has_width(file: TextIO) -> bool:
 
 
 class Bar:
-    """A bar with bytes, rate and time left on a terminal; a plain line now and then elsewhere.
+    """Show a bar with bytes, rate and remaining time on a terminal; elsewhere, print a line now and then.
 
     Parameters
     ----------
     file : text file, optional
-        Standard error unless given; a process that has none (``pythonw``) shows no bar.
+        By default standard error; a process without one (``pythonw``) shows no bar.
     """
 
-    #: Without a terminal, a line at least this many percent after the last one.
+    #: Without a terminal, lines are at least this many percent apart.
     _LINE_EVERY = 10
 
     def __init__(self, file: TextIO | None = None) -> None:
@@ -211,18 +211,18 @@ class Bar:
 
     def __call__(self, report: ProgressReport) -> None:
         if self._file is not None:
-            with self._unless_nobody_listens():
+            with self._ignoring_closed_file():
                 self._show(report, self._file)
 
     @contextmanager
-    def _unless_nobody_listens(self) -> Iterator[None]:
-        """Show no more once the file cannot be written (closed, full, a pipe without a reader): that ends no load."""
+    def _ignoring_closed_file(self) -> Iterator[None]:
+        """Show nothing more if the file cannot be written (closed, full, no reader): that must not end the load."""
         try:
             yield
         except (OSError, ValueError):
             self._file = None
             if self._bar is not None:
-                self._bar.disable = True  # or it would write once more when it is closed
+                self._bar.disable = True  # or closing it would write once more
                 self._bar = None
 
     def _show(self, report: ProgressReport, file: TextIO) -> None:
@@ -249,21 +249,21 @@ class Bar:
             self.close()
 
     def tick(self, bytes_done: int) -> None:
-        """Move the bar; it never goes back."""
+        """Move the bar forward, never back."""
         if self._bar is not None:
-            with self._unless_nobody_listens():
+            with self._ignoring_closed_file():
                 self._bar.update(max(bytes_done - self._bar.n, 0))
                 self._bar.refresh()
 
     def close(self) -> None:
-        """Leave the bar as it stands and end its line."""
+        """Leave the bar as it is, and end its line."""
         if self._bar is not None:
-            with self._unless_nobody_listens():
+            with self._ignoring_closed_file():
                 self._bar.close()
             self._bar = None
 
     def _line(self, report: ProgressReport, file: TextIO) -> None:
-        # Not from `progress`, of which 0.29 is less than 29 hundredths.
+        # In integers: `progress` is a float, and 0.29 is less than 29 hundredths.
         percent = report.bytes_done * 100 // report.bytes_total if report.bytes_total else int(report.progress * 100)
         if percent < self._next_line and report.shards_done < report.shards_total:
             return
@@ -275,4 +275,4 @@ class Bar:
             f"{report.time_elapsed:.1f} s",
             file=file,
         )
-        getattr(file, "flush", bool)()  # as above
+        getattr(file, "flush", bool)()  # may be missing, as isatty may

@@ -1,6 +1,6 @@
-"""What happened when, on which thread: a file that https://ui.perfetto.dev and chrome://tracing show.
+"""Record what happens when, on which thread, in a file for https://ui.perfetto.dev and chrome://tracing.
 
-Source of the format: "Trace Event Format", the Chromium project's catapult documents.
+Source of the format: "Trace Event Format", in the documents of the Chromium project catapult.
 """
 
 from __future__ import annotations
@@ -14,38 +14,26 @@ import time
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Trace"]
+__all__ = ["Trace", "open_trace"]
 
 
 class Trace:
-    """Collects events, from any thread, and writes them at the end.
+    """Collect events, from any thread, and write them at the end; see `open_trace`.
 
     Parameters
     ----------
     path : path-like
-        The file, which is replaced if it exists.
-
-    Raises
-    ------
-    OSError
-        No file can be written there.
+        The file to write; replaced if it exists.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        folder = self.path.parent
-        if self.path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "the trace cannot be written: it is a directory", str(path))
-        if not folder.is_dir():
-            raise FileNotFoundError(errno.ENOENT, "the trace cannot be written: no such directory", str(folder))
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(errno.EACCES, "the trace cannot be written: no permission", str(folder))
-        self._begun = time.perf_counter()
+        self._started = time.perf_counter()
         self._events: list[dict[str, Any]] = []
         self._names: dict[int, str] = {}
 
     def add(self, name: str, start: float, end: float, detail: dict[str, Any]) -> None:
-        """Something that this thread did, from `start` to `end` by `time.perf_counter`."""
+        """Add an event of this thread, from `start` to `end` by `time.perf_counter`."""
         thread = threading.get_native_id()
         self._names[thread] = threading.current_thread().name
         self._events.append(
@@ -53,7 +41,7 @@ class Trace:
                 "name": name,
                 "cat": "ndcache",
                 "ph": "X",
-                "ts": round((start - self._begun) * 1e6, 3),
+                "ts": round((start - self._started) * 1e6, 3),
                 "dur": round((end - start) * 1e6, 3),
                 "pid": os.getpid(),
                 "tid": thread,
@@ -62,7 +50,7 @@ class Trace:
         )
 
     def write(self) -> None:
-        """Write what was collected, whole or not at all."""
+        """Write all events to the file, or leave it as it was."""
         names = [
             {"name": "thread_name", "ph": "M", "pid": os.getpid(), "tid": thread, "args": {"name": name}}
             for thread, name in self._names.items()
@@ -76,3 +64,22 @@ class Trace:
         except BaseException:
             fresh.unlink(missing_ok=True)
             raise
+
+
+def open_trace(path: str | os.PathLike[str]) -> Trace:
+    """Return a trace, after checking that its file can be written.
+
+    Raises
+    ------
+    OSError
+        The file cannot be written there.
+    """
+    trace = Trace(path)
+    folder = trace.path.parent
+    if trace.path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "the trace cannot be written: it is a directory", str(path))
+    if not folder.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "the trace cannot be written: no such directory", str(folder))
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(errno.EACCES, "the trace cannot be written: no permission", str(folder))
+    return trace

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
 import pickle
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import ndcache
 from ndcache import errors
 from ndcache.errors import (
     DecodeError,
+    IntegrityError,
     NdcacheError,
     NotFoundError,
     OfflineError,
@@ -22,6 +26,8 @@ from ndcache.errors import (
     TransferError,
     redact,
 )
+
+from .helpers import models
 
 CLASSES: list[type[NdcacheError]] = [
     value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, NdcacheError)
@@ -93,6 +99,29 @@ def test_what_may_be_tried_again() -> None:
     assert {kind.__name__ for kind in CLASSES if kind.retryable} == RETRYABLE
     assert {kind.__name__ for kind in CLASSES if kind.max_retries == 1} == RETRY_ONCE
     assert {kind.__name__ for kind in CLASSES if kind.max_retries == 0} == {"RemoteChangedError"}
+
+
+def test_retryable_belongs_to_the_instance() -> None:
+    error = SizeMismatchError("it happened", retryable=False)
+    assert not error.retryable
+    assert not pickle.loads(pickle.dumps(error)).retryable
+    assert SizeMismatchError("it happened").retryable
+
+
+@pytest.mark.parametrize("damage", ["size", "bytes", "manifest"])
+def test_what_is_wrong_with_local_files_is_not_retryable(tmp_path: Path, damage: str) -> None:
+    models.simple_model(tmp_path, shards=1)
+    shard = tmp_path / "params_shard_0.bin"
+    integrity = {}
+    if damage == "size":
+        os.truncate(shard, 100)
+    elif damage == "bytes":
+        shard.write_bytes(bytes(shard.stat().st_size))
+    else:
+        integrity = {"tensor-cache.json": "sha256-" + "A" * 43 + "="}
+    with pytest.raises(IntegrityError) as caught:
+        ndcache.load(tmp_path, verify="always", integrity=integrity)
+    assert not caught.value.retryable
 
 
 # --- fields -------------------------------------------------------------------------------------------

@@ -176,7 +176,7 @@ def test_nobody_to_tell(nothing: Any, capsys: pytest.CaptureFixture[str]) -> Non
 
 @pytest.mark.parametrize("wrong", [1, 0, 1.5, "bar", [None], [print, 1], [False], {"a": print}, object()])
 def test_what_cannot_be_called(wrong: Any) -> None:
-    with pytest.raises(TypeError, match="progress takes True or callables"):
+    with pytest.raises(TypeError, match="progress must be True or callables"):
         Reporter(wrong, [1], cache_only=False)
 
 

@@ -10,8 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..files.mapping import map_file
-from ..format.codec import decode as decode_record
-from ..format.codec import stored
+from ..format.codec import decode_record, view_record
 from ..format.manifest import Record, Shard
 from ..stats import LoadStats
 from ..workers.pool import WorkerPool
@@ -70,7 +69,7 @@ class CpuUpload(Upload[list[Array], Array]):
 
     def __init__(self, stats: LoadStats, *, decode: bool, copy: bool, may_map: bool) -> None:
         self._stats = stats
-        self._decode = decode_record if decode else stored
+        self._decode = decode_record if decode else view_record
         self._copy = copy
         self._may_map = may_map
 

@@ -1,4 +1,4 @@
-"""A record's bytes → a NumPy array, and back to how the format stores it."""
+"""Decode a record's bytes into a NumPy array, and encode arrays as the format stores them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ..errors import DecodeError, UnsupportedDtypeError
 from .dtypes import DTYPES
 from .manifest import Record
 
-__all__ = ["decode", "encode_bf16", "stored"]
+__all__ = ["decode_record", "encode_bf16", "view_record"]
 
 _HUGE_PAGE = 2 << 20
 _BF16_MAX = np.uint32(0x7F7F0000).view(np.float32)  # the largest finite bfloat16
 
 
-def stored(record: Record, shard: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
-    """A view of the record's stored values in its shard's bytes; no copy, whatever the offset's alignment.
+def view_record(record: Record, shard: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
+    """Return the values of a record as they are stored: a view of its shard's bytes, at any alignment.
 
     Parameters
     ----------
@@ -39,7 +39,7 @@ def stored(record: Record, shard: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
         The shard is too short, or the dtype is unknown.
     """
     if record.byte_offset + record.nbytes > shard.size:
-        raise DecodeError(f"the shard's {shard.size} bytes do not reach tensor {record.name!r}")
+        raise DecodeError(f"the shard ends at byte {shard.size}, before the end of tensor {record.name!r}")
     dtype = DTYPES.get(record.stored_dtype)
     if dtype is None:
         raise UnsupportedDtypeError(f"tensor {record.name!r} has the unknown dtype {record.dtype!r}")
@@ -47,38 +47,39 @@ def stored(record: Record, shard: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
     return values
 
 
-def decode(record: Record, shard: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
-    """The record's tensor: `stored`, with bfloat16 that encodes float32 expanded into memory of its own.
+def decode_record(record: Record, shard: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
+    """Return the record's tensor. Where bfloat16 encodes float32, expand it into new memory.
 
-    Parameters and the result are those of `stored`, but for the dtype, which is ``record.dtype``.
+    Parameters, result and errors are those of `view_record`, except that the dtype is ``record.dtype``.
     """
-    values = stored(record, shard)
+    values = view_record(record, shard)
     if not record.is_bf16_encoded:
         return values
-    expanded = _fresh(record.shape)
+    expanded = _empty_float32(record.shape)
     # ml_dtypes' cast is several times as fast as shifting integers (benchmarks/decode.py).
     expanded[...] = values
     return expanded
 
 
-def _fresh(shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
-    """A new array of float32, which begins with a huge page if it is large.
+def _empty_float32(shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+    """Return a new array, which begins at a huge page if it is large.
 
-    NumPy has asked the system for huge pages; what lies before the first whole one and after the last comes in pages of
-    4 KiB, each of which costs a page fault. 1 GiB of bfloat16 in tensors of 8 MiB takes 0.85 of the time (7 pairs).
+    NumPy asks the system for huge pages. The memory before the first whole one and after the last comes in pages of
+    4 KiB, each of which costs a page fault. With the alignment, 1 GiB of bfloat16 in tensors of 8 MiB takes 0.85 times
+    as long (7 pairs).
     """
     nbytes = math.prod(shape) * 4
     if sys.platform != "linux" or nbytes < 2 * _HUGE_PAGE:
         return np.empty(shape, np.float32)
-    memory = np.empty(nbytes + _HUGE_PAGE, np.uint8)  # what is not written to is never there
+    memory = np.empty(nbytes + _HUGE_PAGE, np.uint8)  # pages that are never written to take no memory
     return np.ndarray(shape, np.float32, buffer=memory, offset=-memory.ctypes.data % _HUGE_PAGE)
 
 
 def encode_bf16(values: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
-    """float32 → bfloat16 as TVM's writer stores it.
+    """Convert float32 to bfloat16 as TVM's writer does.
 
-    Rounded to nearest even, but values beyond the largest bfloat16 are cut off to it instead of becoming infinite.
-    Infinities and NaN stay what they are, the upper half of a NaN's payload included.
+    Values are rounded to nearest, ties to even; finite values beyond the largest bfloat16 become that one and not
+    infinite. Infinities and NaN stay what they are, including the upper half of a NaN's payload.
 
     Returns
     -------
@@ -86,8 +87,8 @@ def encode_bf16(values: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
 
     Source: ``_convert_f32_to_bf16`` in apache-tvm's ``tvm/contrib/tvmjs.py``.
     """
-    values = np.asarray(values, np.float32)  # in this machine's byte order
-    with np.errstate(invalid="ignore"):  # signalling NaN
+    values = np.asarray(values, np.float32)  # in native byte order
+    with np.errstate(invalid="ignore"):  # from signalling NaN
         encoded = values.astype(ml_dtypes.bfloat16)
         special = ~(np.abs(values) < _BF16_MAX)
     if special.any():

@@ -1,4 +1,4 @@
-"""Names of dtypes in the manifest and their NumPy counterparts."""
+"""Names of dtypes in manifests, and their NumPy counterparts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
 }
 
-#: Other spellings met in published models.
+#: Other spellings in published models.
 ALIASES: dict[str, str] = {
     "e4m3_float8": "float8_e4m3fn",
     "e5m2_float8": "float8_e5m2",
@@ -32,11 +32,11 @@ ALIASES: dict[str, str] = {
 
 
 def canonical_name(name: str) -> str:
-    """The usual name of a dtype; unknown names come back as they are."""
+    """Return the usual name of a dtype; an unknown name is returned as it is."""
     return ALIASES.get(name, name)
 
 
 def dtype_name(dtype: np.dtype[Any]) -> str | None:
-    """The manifest's name of a NumPy dtype of any byte order, or None if the format has none."""
+    """Return the manifest's name of a NumPy dtype of any byte order, or None if the format has none."""
     name = "bool" if dtype.kind == "b" else dtype.name
     return name if name in DTYPES else None

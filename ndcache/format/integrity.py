@@ -140,11 +140,18 @@ def manifest_names_to_try(names: Sequence[str], integrity: Integrity) -> tuple[s
 
 
 def verify_and_parse(
-    data: bytes, *, name: str, url: str, integrity: Integrity, check: Callable[[], None] = lambda: None
+    data: bytes,
+    *,
+    name: str,
+    url: str,
+    integrity: Integrity,
+    check: Callable[[], None] = lambda: None,
+    retryable: bool = True,
 ) -> Manifest:
     """Parse a manifest after checking its required digest, and give its shards theirs.
 
-    `check` is called now and then while parsing; it may raise to cancel.
+    `check` is called now and then while parsing; it may raise to cancel. `retryable` says whether another attempt may
+    get other bytes.
 
     Raises
     ------
@@ -153,7 +160,7 @@ def verify_and_parse(
     ManifestError
         The manifest cannot be used, or a digest is required of a file that the model does not have.
     """
-    check_manifest_digest(data, name, url, integrity)
+    check_manifest_digest(data, name, url, integrity, retryable=retryable)
     manifest = parse_manifest(data, name=name, url=url, check=check)
     if not integrity:
         return manifest
@@ -167,7 +174,7 @@ def verify_and_parse(
     return replace(manifest, shards=tuple(shards))
 
 
-def check_manifest_digest(data: bytes, name: str, url: str, integrity: Integrity) -> None:
+def check_manifest_digest(data: bytes, name: str, url: str, integrity: Integrity, *, retryable: bool = True) -> None:
     """Raise `ChecksumError` unless the manifest has its required digest, if there is one."""
     if name not in integrity:
         return
@@ -181,6 +188,7 @@ def check_manifest_digest(data: bytes, name: str, url: str, integrity: Integrity
             expected=expected,
             received=received,
             hint="It is not the version that the integrity option names.",
+            retryable=retryable,
         )
 
 

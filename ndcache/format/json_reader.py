@@ -1,10 +1,10 @@
-"""Untrusted JSON → plain values, piece by piece: no single step takes long, or memory for more than one piece.
+"""Read untrusted JSON in short steps, with little memory.
 
-The standard library's scanner reads whatever fits into a window; larger objects and arrays are taken apart here. So
-Ctrl-C comes through while the largest manifest is read, and its records need not be in memory all at once.
+The standard library's scanner reads all values that fit into a window of 1 MiB; larger objects and arrays are taken
+apart here. So Ctrl-C comes through while the largest manifest is read, and its records need not all be in memory at
+once.
 
-Refused is what JSON's many readers understand in different ways: duplicate keys, NaN, infinities, numbers and nesting
-without end.
+JSON that readers understand in different ways is refused: duplicate keys, NaN, infinities, endless numbers and nesting.
 """
 
 from __future__ import annotations
@@ -17,54 +17,54 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from ..errors import ManifestLimitError, ManifestSyntaxError
-from .strict_json import MAX_MANIFEST_BYTES, MAX_RECORDS, MAX_SHARDS, WEB_PAGE, shown
+from .strict_json import MAX_MANIFEST_BYTES, MAX_RECORDS, MAX_SHARDS, WEB_PAGE_HINT, quote
 
 __all__ = ["MAX_VALUES", "TOO_LARGE", "JsonReader"]
 
-#: Bytes that are decoded and scanned in one step, which takes some 50 ms at most.
+#: Bytes that are decoded and scanned in one step, which takes 50 ms at most.
 _WINDOW_BYTES = 1 << 20
 _LEAST_WINDOW_BYTES = 1 << 14
-#: Bytes of one string.
+#: The most bytes of one string.
 MAX_TEXT_BYTES = 16 << 20
-#: Values of all objects and arrays together that do not fit into a window, records aside: each may take 20 times the
-#: memory of the three bytes that it can be written in.
+#: The most values in objects and arrays that do not fit into a window, not counting records: a value of three bytes
+#: may take 20 times its size in memory.
 MAX_VALUES = 1 << 20
-#: Objects or arrays in one manifest: one each a record, one each a shard, the rest for metadata.
+#: The most objects, and the most arrays, in one manifest: one for each record and shard, the rest for metadata.
 _MAX_NODES = MAX_RECORDS + MAX_SHARDS + (1 << 16)
-#: Commas in one manifest: six each a record are needed.
+#: The most commas in one manifest: a record needs six.
 _MAX_COMMAS = 6 * _MAX_NODES
-_MAX_DEPTH = 64  # of what does not fit into a window
-_MAX_DIGITS = 400  # of one number; float64 has no use for more
+_MAX_DEPTH = 64  # of values that do not fit into a window
+_MAX_DIGITS = 400  # of one number, which is more than float64 can use
 _DIGITS_ALONE = bytes(b"0 "[chr(byte) not in "0123456789"] for byte in range(256))
-_TOO_LONG = b"0" * (_MAX_DIGITS + 1)  # perhaps in a string
+_TOO_LONG = b"0" * (_MAX_DIGITS + 1)  # may also be part of a string
 _SPACE = re.compile(r"[ \t\n\r]*")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
-#: What `JsonReader.small_value` gives instead of a value that must be taken apart.
+#: Returned by `JsonReader.small_value` instead of a value that must be taken apart.
 TOO_LARGE: Any = object()
 
 
 class JsonReader:
-    """A reader of one JSON document, from its start to its end.
+    """Read one JSON document from its start to its end.
 
     Parameters
     ----------
     data : bytes
         UTF-8, with or without a byte order mark.
     check : callable
-        Called for each window; may raise to end it.
+        Called for each window; may raise to cancel.
 
     Raises
     ------
     ManifestSyntaxError, ManifestLimitError
-        Here, and from all methods.
+        Also raised by all methods.
     """
 
     def __init__(self, data: bytes, check: Callable[[], None] = lambda: None) -> None:
         if len(data) > MAX_MANIFEST_BYTES:
             raise ManifestLimitError(f"the manifest is larger than {MAX_MANIFEST_BYTES >> 20} MiB")
         if data.count(b"{") > _MAX_NODES or data.count(b"[") > _MAX_NODES or data.count(b",") > _MAX_COMMAS:
-            raise ManifestLimitError(f"the manifest has more than {MAX_RECORDS} records, or as much of something else")
+            raise ManifestLimitError(f"the manifest has more than {MAX_RECORDS} records, or too much of something else")
         self._data = data
         self._check = check
         self._decoder = json.JSONDecoder(object_pairs_hook=_object, parse_float=_number, parse_constant=_constant)
@@ -75,7 +75,7 @@ class JsonReader:
         self._load(len(_BYTE_ORDER_MARK) if data.startswith(_BYTE_ORDER_MARK) else 0)
 
     def peek(self) -> str:
-        """Return the next character that is no whitespace; an empty string at the end."""
+        """Return the next character that is not whitespace, or an empty string at the end."""
         while True:
             if space := _SPACE.match(self._text, self._position):
                 self._position = space.end()
@@ -89,7 +89,7 @@ class JsonReader:
         return self._large_value() if value is TOO_LARGE else value
 
     def small_value(self) -> Any:
-        """Read the next value, or return `TOO_LARGE` and stay before it."""
+        """Read the next value; or return `TOO_LARGE`, and do not move, if it does not fit into a window."""
         while True:
             self.peek()
             start = self._position
@@ -101,7 +101,7 @@ class JsonReader:
             except RecursionError as error:
                 raise ManifestSyntaxError("the manifest is nested too deeply") from error
             else:
-                # A number may go on in the next window: "1", "1e" and "1e+" are all read as 1.
+                # A number may go on in the next window: the scanner reads "1", "1e" and "1e+" all as 1.
                 if end + 2 < len(self._text) or self._is_last:
                     self._position = end
                     return value
@@ -110,7 +110,7 @@ class JsonReader:
             self._load(self._offset)
 
     def members(self) -> Iterator[str]:
-        """Read the object that comes next: yield each key, after which its value must be read."""
+        """Read the object that comes next: yield each key; the caller must then read its value."""
         keys = set[str]()
         for _ in self._items("{", "}"):
             if self.peek() != '"':
@@ -125,11 +125,11 @@ class JsonReader:
             yield key
 
     def elements(self) -> Iterator[None]:
-        """Read the array that comes next: yield before each element, which must then be read."""
+        """Read the array that comes next: yield before each element, which the caller must then read."""
         return self._items("[", "]")
 
     def end(self) -> None:
-        """Check that nothing follows."""
+        """Raise unless the document ends here."""
         if self.peek():
             raise self._syntax_error("Extra data", self._position)
 
@@ -150,7 +150,7 @@ class JsonReader:
         self._depth -= 1
 
     def _large_value(self) -> Any:
-        """Read a value that begins with the window and does not end in it."""
+        """Read a value that begins where the window does and is longer."""
         kind = self.peek()
         if kind == "{":
             return {key: self._counted_value() for key in self.members()}
@@ -170,7 +170,7 @@ class JsonReader:
     def _counted_value(self) -> Any:
         value = self.small_value()
         if value is TOO_LARGE:
-            value = self._large_value()  # which counts what is in it
+            value = self._large_value()  # counts the values inside
         elif type(value) in (dict, list):
             self._values += _count(value)
         self._values += 1
@@ -182,37 +182,37 @@ class JsonReader:
         """Decode the window that begins at byte `start`."""
         self._check()
         if size is None:
-            # What lies in a large object begins where the large one did, and would be scanned as far again.
+            # The first value inside a large one would be scanned again as far as the large one was.
             size = max(_WINDOW_BYTES >> max(self._depth - 3, 0), _LEAST_WINDOW_BYTES)
         data, end = self._data, start + size
         self._is_last = end >= len(data)
         if not self._is_last:
-            while end > start + size - 4 and data[end] & 0xC0 == 0x80:  # within a character
+            while end > start + size - 4 and data[end] & 0xC0 == 0x80:  # not in the middle of a character
                 end -= 1
         window = data[start:end]
         try:
             self._text = window.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise ManifestSyntaxError("the manifest is not UTF-8", hint=_not_text(data)) from error
+            raise ManifestSyntaxError("the manifest is not UTF-8", hint=_hint_for_binary(data)) from error
         self._start, self._end, self._position = start, start + len(window), 0
-        # Two passes over the bytes cost far less than a call for each number.
+        # Two passes over the bytes cost far less than a Python call for each number.
         has_long_number = _TOO_LONG in window.translate(_DIGITS_ALONE)
         self._decode = (self._decoder_of_long_numbers if has_long_number else self._decoder).raw_decode
 
     @property
     def _offset(self) -> int:
-        """The byte of the document that comes next."""
+        """Return the offset of the next byte of the document."""
         if len(self._text) == self._end - self._start:
             return self._start + self._position
         return self._start + len(self._text[: self._position].encode())
 
     def _refuse(self) -> NoReturn:
-        """Say what is wrong with something that is longer than a window and no object, array or string."""
+        """Raise for something longer than a window that is no object, array or string."""
         try:
             self._decode(self._text, self._position)
         except json.JSONDecodeError as error:
             raise self._syntax_error(error.msg, error.pos) from error
-        raise ManifestSyntaxError("the manifest has a number without end")
+        raise ManifestSyntaxError("the manifest has an endless number")
 
     def _syntax_error(self, reason: str, position: int) -> ManifestSyntaxError:
         offset = self._start + len(self._text[:position].encode())
@@ -220,27 +220,27 @@ class JsonReader:
         column = offset - self._data.rfind(b"\n", 0, offset)
         return ManifestSyntaxError(
             f"the manifest is not JSON: {reason}: line {line} column {column} (byte {offset})",
-            hint=_what_it_is(self._data),
+            hint=_hint_for_other_files(self._data),
         )
 
 
-def _what_it_is(data: bytes) -> str | None:
+def _hint_for_other_files(data: bytes) -> str | None:
     start = data[:256].removeprefix(_BYTE_ORDER_MARK).lstrip().lower()
     if start.startswith(b"<"):
-        return WEB_PAGE
+        return WEB_PAGE_HINT
     if start.startswith(b"version https://git-lfs"):
         return "It is a git-lfs pointer, not the file: fetch the file itself (git lfs pull)."
     return _encoding_hint(data)
 
 
-def _not_text(data: bytes) -> str:
+def _hint_for_binary(data: bytes) -> str:
     return _encoding_hint(data) or "Give the model's directory or its JSON manifest, not a shard."
 
 
 def _encoding_hint(data: bytes) -> str | None:
-    """Return what to do about bytes that are a manifest in another form."""
+    """Return a hint if the file is compressed or encoded in another way, else None."""
     if data.startswith(b"\x1f\x8b"):
-        return "It is compressed with gzip: decompress it, or have the server say so with Content-Encoding: gzip."
+        return "It is compressed with gzip: decompress it, or let the server declare it with Content-Encoding: gzip."
     if data.startswith(b"\x28\xb5\x2f\xfd"):
         return "It is compressed with zstd: decompress it."
     if data.startswith((b"\xff\xfe", b"\xfe\xff", b"{\0", b"\0{", b"\0\0\0{")):
@@ -256,7 +256,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _duplicate(key: str) -> ManifestSyntaxError:
-    return ManifestSyntaxError(f"the manifest has the key {shown(key)} twice in one object")
+    return ManifestSyntaxError(f"the manifest has the key {quote(key)} twice in one object")
 
 
 def _count(value: Any) -> int:
@@ -280,7 +280,7 @@ def _number(text: str) -> float:
         raise ManifestSyntaxError(f"the manifest has a number of {len(text)} digits")
     value = float(text)
     if math.isinf(value):
-        raise ManifestSyntaxError(f"the manifest has the number {shown(text)}, which is too large")
+        raise ManifestSyntaxError(f"the manifest has the number {quote(text)}, which is too large")
     return value
 
 

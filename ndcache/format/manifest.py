@@ -1,15 +1,13 @@
-"""The manifest as frozen values: which tensors there are, and where their bytes lie.
+"""The manifest as frozen values: the tensors, and where their bytes lie.
 
-The format is the one that TVM's ``tvm.contrib.tvmjs.dump_tensor_cache`` writes and that web-llm and
-mlc_llm read::
+TVM's ``tvm.contrib.tvmjs.dump_tensor_cache`` writes this format; web-llm and mlc_llm read it::
 
     {"metadata": {...}, "records": [shard, ...]}
     shard  = {"dataPath", "format": "raw-shard", "nbytes", "md5sum"?, "records": [record, ...]}
     record = {"name", "shape", "dtype", "format": "raw" | "f32-to-bf16", "byteOffset", "nbytes"}
 
-`ndcache.parse` makes these values of a manifest file and checks everything, with two exceptions: an unknown dtype and
-an unknown storage format. A manifest that has one is still good for its other records, so `Manifest.select` raises for
-those asked for.
+`format.parse` makes these values from a manifest file and checks everything but unknown dtypes and storage formats. A
+manifest that has some is still good for its other records, so `Manifest.select` raises only for selected records.
 """
 
 from __future__ import annotations
@@ -27,10 +25,10 @@ from .dtypes import DTYPES
 
 __all__ = ["FORMATS", "Manifest", "NameFilter", "Record", "Shard"]
 
-#: How a record's bytes may be stored.
+#: The storage formats of records.
 FORMATS = ("raw", "f32-to-bf16")
 
-#: What ``names=`` takes: a name or glob pattern, several of them, or a predicate.
+#: The ``names=`` option: a name or glob pattern, several of them, or a predicate.
 NameFilter: TypeAlias = "str | Iterable[str] | Callable[[str], bool] | None"
 
 
@@ -61,15 +59,15 @@ class Record:
 
     @property
     def is_bf16_encoded(self) -> bool:
-        """Whether a float32 tensor is stored as bfloat16.
+        """Return whether a float32 tensor is stored as bfloat16.
 
-        Quantised MLC models mark uint32 and float16 records ``f32-to-bf16`` too; their bytes are the value.
+        Quantised MLC models mark uint32 and float16 records ``f32-to-bf16``, too; these are stored as they are.
         """
         return self.format == "f32-to-bf16" and self.dtype == "float32"
 
     @property
     def stored_dtype(self) -> str:
-        """The dtype of the bytes in the shard."""
+        """Return the dtype of the bytes in the shard."""
         return "bfloat16" if self.is_bf16_encoded else self.dtype
 
 
@@ -86,7 +84,7 @@ class Shard:
     md5sum, sha256sum : str or None
         Its digests in lower-case hex, where the manifest has them.
     required_digest : tuple of str or None
-        The algorithm and the digest that the caller's ``integrity`` option demands.
+        The algorithm and hex digest that the caller's ``integrity`` option demands.
     format : str
         ``"raw-shard"``.
     records : tuple of Record
@@ -103,7 +101,7 @@ class Shard:
 
     @property
     def digests(self) -> dict[str, str]:
-        """Every digest that the shard must have, by algorithm, the strongest first."""
+        """Return all digests that the shard must have, by algorithm, strongest first."""
         known = {} if self.required_digest is None else dict([self.required_digest])
         for algorithm, digest in (("sha256", self.sha256sum), ("md5", self.md5sum)):
             if digest is not None:
@@ -112,7 +110,7 @@ class Shard:
 
     @property
     def integrity(self) -> str:
-        """The strongest check that is possible: ``"sha256"``, ``"md5"`` or ``"size"``; or the algorithm of a pin."""
+        """Return the strongest possible check: the algorithm of a digest, such as ``"sha256"``, else ``"size"``."""
         return next(iter(self.digests), "size")
 
 
@@ -144,20 +142,20 @@ class Manifest:
 
     @property
     def records(self) -> Iterator[Record]:
-        """All records, in manifest order."""
+        """Return all records, in manifest order."""
         return (record for shard in self.shards for record in shard.records)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all shards together."""
+        """Return the bytes of all shards together."""
         return sum(shard.nbytes for shard in self.shards)
 
     def __len__(self) -> int:
-        """The number of tensors."""
+        """Return the number of tensors."""
         return len(self._by_name)
 
     def __iter__(self) -> Iterator[str]:
-        """The names of the tensors, in manifest order."""
+        """Return an iterator over the names of the tensors, in manifest order."""
         return iter(self._by_name)
 
     def __contains__(self, name: object) -> bool:
@@ -167,7 +165,7 @@ class Manifest:
         return self._by_name[name]
 
     def select(self, names: NameFilter = None) -> tuple[Shard, ...]:
-        """The shards that hold matching tensors, each with its matching records only.
+        """Return the shards that hold matching tensors, each with its matching records only.
 
         Parameters
         ----------
@@ -192,13 +190,13 @@ class Manifest:
         return chosen
 
     def shards_with(self, names: NameFilter = None) -> tuple[Shard, ...]:
-        """Like `select`, without asking whether the records can be decoded."""
+        """Return what `select` does, but without checking whether the records can be decoded."""
         if names is None:
             return self.shards
         wanted = self._predicate(names)
         chosen = []
         for shard in self.shards:
-            # A list, and no generator, which would make a RuntimeError of a predicate's StopIteration.
+            # Not a generator, which would turn a predicate's StopIteration into a RuntimeError.
             records = [record for record in shard.records if wanted(record.name)]
             if records:
                 chosen.append(replace(shard, records=tuple(records)))
@@ -210,10 +208,10 @@ class Manifest:
         patterns = [names] if isinstance(names, str) else [] if names is None else list(names)
         matching = set()
         for pattern in patterns:
-            if pattern in self._by_name:  # to the letter, also where it could be a pattern: ``layers[0].weight``
+            if pattern in self._by_name:  # an exact name, even if it looks like a pattern: ``layers[0].weight``
                 matching.add(pattern)
                 continue
-            # Not `fnmatch.filter`, which on Windows takes no notice of letter case and slashes.
+            # Not `fnmatch.filter`, which ignores letter case and the kind of slashes on Windows.
             found = list(filter(re.compile(fnmatch.translate(pattern)).match, self._by_name))
             if not found:
                 close = difflib.get_close_matches(str(pattern), self._by_name, n=1)
@@ -233,11 +231,11 @@ def _check_supported(shard: Shard) -> None:
             raise UnsupportedDtypeError(
                 f"tensor {record.name!r} has the unknown dtype {record.dtype!r}",
                 shard=shard.data_path,
-                hint=f"Known are {', '.join(DTYPES)}.",
+                hint=f"Known dtypes: {', '.join(DTYPES)}.",
             )
         if record.format not in FORMATS:
             raise UnsupportedFormatError(
                 f"tensor {record.name!r} is stored in the unknown format {record.format!r}",
                 shard=shard.data_path,
-                hint=f"Known are {' and '.join(FORMATS)}.",
+                hint=f"Known formats: {', '.join(FORMATS)}.",
             )

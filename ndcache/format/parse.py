@@ -1,4 +1,4 @@
-"""A manifest file's bytes → `Manifest`. Every check is here, before memory is allocated or a shard is asked for."""
+"""Parse a manifest file, and check all of it before memory is allocated or a shard is requested."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from ..errors import (
 from .dtypes import DTYPES, canonical_name
 from .json_reader import TOO_LARGE, JsonReader
 from .manifest import FORMATS, Manifest, Record, Shard
-from .paths import check_path, file_key
-from .strict_json import MAX_RECORDS, MAX_SHARDS, get_field, has_surrogate, json_type, shown
+from .paths import check_path, collision_key
+from .strict_json import MAX_RECORDS, MAX_SHARDS, get_field, has_surrogate, json_type, quote
 
 __all__ = ["parse_manifest"]
 
@@ -42,23 +42,23 @@ def parse_manifest(
     url: str | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> Manifest:
-    """Parse and check a manifest, so that Ctrl-C comes through in every 0.1 s or so.
+    """Parse and check a manifest, in steps of at most about 0.1 s so that Ctrl-C comes through.
 
     Parameters
     ----------
     data : bytes
         The file's content: UTF-8, with or without a byte order mark.
     name : str
-        The file's name, kept as `Manifest.name` and used in messages.
+        The file's name, for `Manifest.name` and for messages.
     url : str, optional
         Where it came from, for messages.
     check : callable
-        Called now and then; may raise to end it.
+        Called now and then; may raise to cancel.
 
     Raises
     ------
     ManifestError
-        Whatever is wrong, as one of its four subclasses.
+        The manifest cannot be used; one of the four subclasses says why.
     """
     try:
         return _manifest(JsonReader(data, check), name)
@@ -68,7 +68,7 @@ def parse_manifest(
 
 
 def _check_metadata(metadata: Mapping[str, Any]) -> None:
-    """Whatever it says, it can be printed, pickled and compared."""
+    """Check that the metadata can be printed, pickled and compared."""
     level: list[Any] = [metadata]
     for _ in range(_MAX_DEPTH):
         below: list[Any] = []
@@ -95,7 +95,7 @@ def _manifest(reader: JsonReader, name: str) -> Manifest:
     for key in reader.members():
         if key == "records":
             if reader.peek() != "[":
-                get_field({key: reader.value()}, key, list, where)  # which it is not
+                get_field({key: reader.value()}, key, list, where)  # raises, as it is no list
             shards = _shards(reader)
         else:
             value = reader.value()
@@ -128,13 +128,13 @@ def _shards(reader: JsonReader) -> list[Shard]:
             raise ManifestLimitError(f"the manifest has more than {MAX_RECORDS} records")
         for record in shard.records:
             if record.name in seen:
-                raise ManifestSyntaxError(f"the manifest has the tensor {shown(record.name)} twice")
+                raise ManifestSyntaxError(f"the manifest has the tensor {quote(record.name)} twice")
             seen.add(record.name)
     return shards
 
 
 def _large_shard(reader: JsonReader, index: int) -> dict[str, Any]:
-    """Read a shard whose records are too many to be in memory all at once as anything but `Record`."""
+    """Read a shard that has too many records to hold them all as dicts; they become `Record` one by one."""
     return {
         key: _records(reader, f"shard {index}") if key == "records" and reader.peek() == "[" else reader.value()
         for key in reader.members()
@@ -154,7 +154,7 @@ def _shard(value: Any, index: int) -> Shard:
     where = f"shard {index}"
     if type(value) is not dict:
         raise ManifestSyntaxError(f"{where} is {json_type(value)}, not an object")
-    # The path is text of any kind until check_path has judged it.
+    # Not with get_field: check_path has a better message for a path that is not Unicode text.
     data_path = value.get("dataPath", ...)
     if type(data_path) is not str:
         raise ManifestSyntaxError(f"{where} has no 'dataPath', or one that is not a string")
@@ -188,7 +188,7 @@ def _digest(value: Mapping[str, Any], key: str, length: int, where: str) -> str 
 
 
 def _record(value: Any, number: int, shard: str) -> Record:
-    # There may be a million of them: what is to be said of a bad one is made up only then.
+    # There may be a million records, so the text for messages is made only for a bad one.
     try:
         name, shape, dtype, format_, byte_offset, nbytes = fields = _record_fields(value)
         is_good = tuple(map(type, fields)) == _record_types and (name + dtype + format_).isascii()
@@ -198,16 +198,16 @@ def _record(value: Any, number: int, shard: str) -> Record:
         name, shape, dtype, format_, byte_offset, nbytes = _check_fields(value, f"record {number} of {shard}")
     for size in shape:
         if type(size) is not int:
-            raise ManifestSyntaxError(f"the shape of tensor {shown(name)} has {json_type(size)} in it")
+            raise ManifestSyntaxError(f"the shape of tensor {quote(name)} has {json_type(size)} in it")
     return Record(name, tuple(shape), canonical_name(dtype), format_, byte_offset, nbytes)
 
 
 def _check_fields(value: Any, where: str) -> tuple[str, list[Any], str, str, int, int]:
-    """Say what is wrong with a record's fields, unless it is only that some are not ASCII."""
+    """Return a record's fields, which may not be ASCII; raise if something is wrong with them."""
     if type(value) is not dict:
         raise ManifestSyntaxError(f"{where} is {json_type(value)}, not an object")
     name = get_field(value, "name", str, where)
-    others = [get_field(value, key, kind, f"tensor {shown(name)}") for key, kind in _RECORD.items() if key != "name"]
+    others = [get_field(value, key, kind, f"tensor {quote(name)}") for key, kind in _RECORD.items() if key != "name"]
     return name, *others
 
 
@@ -222,8 +222,8 @@ def _check_layout(record: Record, shard_nbytes: int) -> None:
         )
     stored = DTYPES.get(stored_dtype)
     if stored is None or record.format not in FORMATS:
-        return  # nobody knows how many bytes it takes
-    # An empty tensor too must have strides that fit, or NumPy cannot hold it.
+        return  # of unknown size
+    # The strides of empty tensors must fit, too, or NumPy cannot make them.
     if math.prod(filter(None, shape)) * 8 > _MAX_INT:
         raise ManifestLayoutError(f"{_tensor(record)} has the impossible shape {_short(shape)}")
     expected = math.prod(shape) * stored.itemsize
@@ -235,7 +235,7 @@ def _check_layout(record: Record, shard_nbytes: int) -> None:
 
 
 def _tensor(record: Record) -> str:
-    return f"tensor {shown(record.name)}"
+    return f"tensor {quote(record.name)}"
 
 
 def _short(shape: Sequence[int]) -> str:
@@ -246,27 +246,27 @@ def _check_overlap(records: Sequence[Record], where: str) -> None:
     end, before = 0, ""
     for record in _by_offset([record for record in records if record.nbytes]):
         if record.byte_offset < end:
-            raise ManifestLayoutError(f"the tensors {shown(before)} and {shown(record.name)} of {where} overlap")
+            raise ManifestLayoutError(f"the tensors {quote(before)} and {quote(record.name)} of {where} overlap")
         end, before = record.byte_offset + record.nbytes, record.name
 
 
 def _by_offset(records: list[Record]) -> Iterable[Record]:
-    """Sort in pieces: Ctrl-C does not come through before a sort has ended."""
+    """Sort by offset, in pieces: Ctrl-C does not come through while a sort runs."""
     pieces = (records[start : start + _SORTED_AT_ONCE] for start in range(0, len(records), _SORTED_AT_ONCE))
     return heapq.merge(*(sorted(piece, key=_byte_offset) for piece in pieces), key=_byte_offset)
 
 
 def _check_paths(shards: Sequence[Shard]) -> None:
-    """No two shards, and no shard and manifest, may be one file on any file system."""
+    """Check that no two shards, and no shard and manifest, are the same file on any file system."""
     files: dict[str, str] = {}
     for shard in shards:
-        key = file_key(shard.data_path)
+        key = collision_key(shard.data_path)
         if "/" not in key and key.endswith(".json"):
-            raise UnsafePathError(f"the shard path {shard.data_path!r} is a manifest's")
+            raise UnsafePathError(f"the shard path {shard.data_path!r} is that of a manifest")
         if key in files:
             raise ManifestSyntaxError(f"the shards {files[key]!r} and {shard.data_path!r} are one file")
         files[key] = shard.data_path
-    # NUL sorts before all that a path may hold: what lies below a file follows it at once.
+    # NUL sorts before all characters of a path, so a path below another one comes right after it.
     keys = sorted(key.replace("/", "\0") for key in files)
     for above, below in pairwise(keys):
         if below.startswith(above + "\0"):

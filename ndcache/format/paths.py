@@ -1,4 +1,4 @@
-"""Which shard paths are safe: the same file for a URL, for every file system, and for whoever decodes percent signs."""
+"""Check that shard paths are safe: the same file in a URL, on every file system, and however often it is decoded."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from urllib.parse import unquote
 
 from ..errors import UnsafePathError
 
-__all__ = ["STATE_DIRECTORY", "check_path", "file_key", "flat_name", "unflat"]
+__all__ = ["STATE_DIRECTORY", "check_path", "collision_key", "flatten", "unflatten"]
 
 #: ndcache's own folder in a model directory; no shard may lie there.
 STATE_DIRECTORY = ".ndcache"
-#: Bytes of a shard's path. The cache makes one file name of it, adds to that, and most file systems end at 255.
+#: Bytes of a shard's path. The cache makes one file name of it and appends to that; most file systems allow 255.
 _MAX_PATH = 200
 _WINDOWS_NAMES = {"con", "prn", "aux", "nul", "conin$", "conout$"} | {
     f"{device}{digit}" for device in ("com", "lpt") for digit in "0123456789¹²³"
 }
-#: Bytes of a name in ndcache's own folders, without the up to 39 that are appended: some file systems take 143 in all.
+#: Bytes of a name in ndcache's own folders, without the up to 39 that are appended: some file systems allow only 143.
 _MAX_NAME_BYTES = 100
 
 
 def check_path(path: str) -> None:
     """Raise `UnsafePathError` unless `path` names a file below its directory, on every system.
 
-    The path comes from a manifest, will be appended to a URL and will become a file name. It must mean the same
-    in all three, whoever decodes percent signs, and never the directory of ndcache's own state.
+    The path comes from a manifest, is appended to a URL and becomes a file name. It must mean the same in all three,
+    however often percent signs are decoded, and never be ndcache's own directory.
     """
     shown = ascii(path if len(path) <= 80 else path[:77] + "...")
     for text in _percent_decodings(path):
@@ -40,22 +40,22 @@ def check_path(path: str) -> None:
 
 
 def _percent_decodings(path: str) -> Iterator[str]:
-    """`path` as it is and after each round of percent-decoding that still changes it."""
+    """Yield `path`, and what it becomes in each round of percent-decoding that still changes it."""
     for _ in range(8):
         yield path
         decoded = unquote(path, errors="surrogateescape")
         if decoded == path:
             return
         path = decoded
-    yield "\0"  # eight layers of encoding are nobody's file name
+    yield "\0"  # refused: no file name is encoded eight times
 
 
-#: What Windows calls a file with a longer name, too: PARAMS~1.BIN.
+#: Second names that Windows gives to files with long names: PARAMS~1.BIN.
 _SHORT_NAME = re.compile(r"[^.]{1,6}~\d{1,6}(\.[^.]{0,3})?")
 
 
 def _unsafe(path: str) -> str | None:
-    """Why `path` is not safe as it stands, or None if it is."""
+    """Return why `path` is not safe as it stands, or None if it is."""
     # Slashes and percent signs become three characters each in the cache.
     if (
         len(path) > _MAX_PATH
@@ -73,23 +73,23 @@ def _unsafe(path: str) -> str | None:
             return "has an empty, '.' or '..' component"
         if part.endswith((" ", ".")) or part.startswith(" "):
             return "has a component that begins with a space or ends in a space or dot"
-        if file_key(part) == STATE_DIRECTORY:
+        if collision_key(part) == STATE_DIRECTORY:
             return "lies in ndcache's own folder"
-        if file_key(part.partition(".")[0].rstrip(" ")) in _WINDOWS_NAMES or _SHORT_NAME.fullmatch(part):
+        if collision_key(part.partition(".")[0].rstrip(" ")) in _WINDOWS_NAMES or _SHORT_NAME.fullmatch(part):
             return "has a name that Windows reserves"
     return None
 
 
-def file_key(path: str) -> str:
-    """One text for all spellings that some file system takes for the same name."""
-    # Unicode's canonical caseless matching; case folding alone can undo a normal form.
+def collision_key(path: str) -> str:
+    """Return the same text for all spellings that some file system takes for the same name."""
+    # Unicode's canonical caseless matching. It normalises twice, as case folding can undo a normal form.
     return unicodedata.normalize("NFD", unicodedata.normalize("NFD", path).casefold())
 
 
-def flat_name(name: str) -> str:
-    """A file name for a path: a slash cannot be part of one, and neither can `%` of what check_path lets in.
+def flatten(name: str) -> str:
+    """Return a file name for a path, in which ``/`` and ``%`` are percent-encoded.
 
-    A long one is cut, and its digest put in place of the rest: with what is appended, file systems would not take it.
+    A long name is cut and ends in its digest instead: file systems would refuse it, with what is appended.
     """
     flat = name.replace("%", "%25").replace("/", "%2F")
     if len(flat.encode()) <= _MAX_NAME_BYTES:
@@ -97,6 +97,6 @@ def flat_name(name: str) -> str:
     return f"{flat.encode()[:60].decode(errors='ignore')}%~{hashlib.sha256(name.encode()).hexdigest()[:32]}"
 
 
-def unflat(name: str) -> str:
-    """The path that a file name stands for, unless that was cut."""
+def unflatten(name: str) -> str:
+    """Return the path of a file name that `flatten` made and did not cut."""
     return name.replace("%2F", "/").replace("%25", "%")

@@ -1,4 +1,4 @@
-"""Fields of untrusted JSON, each of exactly the type that it must have; how large a manifest may be."""
+"""Typed fields of untrusted JSON, and limits for the size of a manifest."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ __all__ = [
     "MAX_MANIFEST_BYTES",
     "MAX_RECORDS",
     "MAX_SHARDS",
-    "WEB_PAGE",
+    "WEB_PAGE_HINT",
     "get_field",
     "has_surrogate",
     "json_type",
-    "shown",
+    "quote",
 ]
 
 MAX_MANIFEST_BYTES = 64 << 20
 MAX_RECORDS = 1 << 20
 MAX_SHARDS = 1 << 16
-#: The hint of an error about a file that turned out to be one.
-WEB_PAGE = "It is a web page: check the URL, and whether it needs a login."
+#: The hint of an error about a file that is a web page.
+WEB_PAGE_HINT = "It is a web page: check the URL, and whether it needs a login."
 
 
 def get_field(value: Mapping[str, Any], key: str, kind: type, where: str, default: Any = ...) -> Any:
-    """``value[key]``, which must be exactly of `kind`: a bool is no int here."""
+    """Return ``value[key]``, and raise unless its type is exactly `kind`: a bool is not an int here."""
     item: Any = value.get(key, default)
     if item is ...:
         raise ManifestSyntaxError(f"{where} has no {key!r}")
@@ -49,13 +49,15 @@ _JSON_TYPES: dict[type, str] = {
 
 
 def json_type(value: Any) -> str:
+    """Return the name of a value's JSON type, with its article."""
     return _JSON_TYPES[type(value)]
 
 
 def has_surrogate(text: str) -> bool:
+    """Return whether a text has surrogates, which are not Unicode text by themselves."""
     return not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text)
 
 
-def shown(text: str) -> str:
-    """`text` for a message: quoted, escaped, and not of any length."""
+def quote(text: str) -> str:
+    """Return `text` for a message: quoted, escaped, and shortened."""
     return repr(text if len(text) <= 80 else text[:77] + "...")

@@ -16,7 +16,7 @@ from ..errors import (
     TruncatedError,
 )
 from ..format.parse import parse_manifest
-from ..format.strict_json import MAX_MANIFEST_BYTES, WEB_PAGE
+from ..format.strict_json import MAX_MANIFEST_BYTES, WEB_PAGE_HINT
 from ..http.content_coding import decode_body, encoding_of
 from ..http.response import Response
 from ..store.metadata import FileMetadata, may_blame_condition, settled_date
@@ -111,7 +111,7 @@ def request_manifest(
 
 def refusal_of(body: ManifestBody, error: ManifestSyntaxError) -> NotThereError:
     """Return what to raise for a body that is no manifest at all."""
-    if body.is_html or error.hint == WEB_PAGE:
+    if body.is_html or error.hint == WEB_PAGE_HINT:
         reason = _web_page(error.url, error.shard)
         reason.__cause__ = error
         return NotThereError(reason)
@@ -120,7 +120,7 @@ def refusal_of(body: ManifestBody, error: ManifestSyntaxError) -> NotThereError:
 
 def _web_page(url: str | None, name: str | None) -> ManifestSyntaxError:
     return ManifestSyntaxError(
-        "the server sent a web page in place of the manifest", url=url, shard=name, hint=WEB_PAGE
+        "the server sent a web page in place of the manifest", url=url, shard=name, hint=WEB_PAGE_HINT
     )
 
 

@@ -136,6 +136,7 @@ class LocalModel(Model):
                     expected=shard.nbytes,
                     received=size,
                     hint="The copy is not complete, or of another version than the manifest.",
+                    retryable=False,
                 )
 
     def obtain(self, shard: Shard) -> ShardFile:
@@ -150,6 +151,7 @@ class LocalModel(Model):
                     expected=right,
                     received=actual,
                     hint="The file is damaged, or of another version than the manifest: copy it again.",
+                    retryable=False,
                 )
         except BaseException:
             file.close()
@@ -216,7 +218,9 @@ def _read_manifest(directory: Path, names: Sequence[str], integrity: Integrity, 
         except OSError as error:
             check_shortage(error)
             raise NotFoundError(f"{directory / name} cannot be read: {error.strerror}") from error
-        return verify_and_parse(data, name=name, url=str(directory / name), integrity=integrity, check=check)
+        return verify_and_parse(
+            data, name=name, url=str(directory / name), integrity=integrity, check=check, retryable=False
+        )
     raise NotFoundError(
         f"there is no {' or '.join(names)} in {directory}",
         hint="Give the directory that holds the manifest, or the manifest itself.",

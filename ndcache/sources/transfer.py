@@ -21,7 +21,7 @@ from ..errors import (
     TruncatedError,
 )
 from ..format.manifest import Shard
-from ..format.strict_json import WEB_PAGE
+from ..format.strict_json import WEB_PAGE_HINT
 from ..http.response import Response
 from ..http.transport import RedirectTarget
 from ..store.metadata import FileMetadata, may_blame_condition
@@ -314,7 +314,7 @@ def _check_length(response: Response, shard: Shard) -> None:
 def _what_it_is(response: Response, length: int) -> str:
     kind = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
     if kind in ("text/html", "application/xhtml+xml"):
-        return WEB_PAGE
+        return WEB_PAGE_HINT
     if length < 512 and response.read(512).startswith(b"version https://git-lfs"):
         return "It is a git-lfs pointer, not the file: serve the file itself (git lfs pull)."
     return "The manifest and the shard are of different versions, or the upload is not complete."

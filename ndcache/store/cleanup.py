@@ -15,7 +15,7 @@ from pathlib import Path
 from ..errors import CacheUnavailableError, UnsafeCacheError, UnsafePathError
 from ..files.folder import Folder, is_gone
 from ..format.manifest import Manifest, Shard
-from ..format.paths import STATE_DIRECTORY, check_path, flat_name, unflat
+from ..format.paths import STATE_DIRECTORY, check_path, flatten, unflatten
 from .directory import ModelDirectory
 from .layout import disk_full
 from .lock import try_lock
@@ -45,16 +45,16 @@ def prune(directory: ModelDirectory, manifest: Manifest, others: Callable[[], It
     with layout.translate_errors():
         _empty_trash(layout.model)
         remove_idle_copies(layout.model, _IDLE_SECONDS)
-        shards = {flat_name(shard.data_path): shard for shard in manifest.shards}
+        shards = {flatten(shard.data_path): shard for shard in manifest.shards}
         published = {entry.removesuffix(".json") for entry in layout.metadata.entries()}
         under_way = partials.flat_names() | set(layout.locks.entries())
-        if (published | under_way) - shards.keys() - {flat_name(manifest.name)}:
-            shards.update((flat_name(shard.data_path), shard) for other in others() for shard in other.shards)
+        if (published | under_way) - shards.keys() - {flatten(manifest.name)}:
+            shards.update((flatten(shard.data_path), shard) for other in others() for shard in other.shards)
         in_use = {shard.data_path for shard in shards.values()}
         for flat in published - shards.keys():
-            if unflat(flat) not in in_use:
+            if unflatten(flat) not in in_use:
                 with contextlib.suppress(UnsafePathError, UnsafeCacheError):  # a note with a crafted name
-                    _remove_if_shard(directory, unflat(flat))
+                    _remove_if_shard(directory, unflatten(flat))
         for flat in under_way:
             _prune_partials(directory, flat, shards.get(flat))
 
@@ -78,8 +78,8 @@ def _remove_if_shard(directory: ModelDirectory, name: str) -> None:
     metadata, layout = directory.metadata(name), directory.layout
     if metadata is not None and metadata.content_ids:  # not a manifest, or some other file
         _unlink(*layout.place(name))
-        _unlink(layout.metadata, f"{flat_name(name)}.json")
-        _unlink(layout.locks, flat_name(name))
+        _unlink(layout.metadata, f"{flatten(name)}.json")
+        _unlink(layout.locks, flatten(name))
 
 
 def _unlink(folder: Folder, name: str) -> None:
@@ -94,7 +94,7 @@ def evict_partials(directory: ModelDirectory, shards: Iterable[Shard]) -> None:
     """Remove the partial files of these shards that interrupted loads left, unless somebody is writing them."""
     with directory.layout.translate_errors():
         for shard in shards:
-            flat = flat_name(shard.data_path)
+            flat = flatten(shard.data_path)
             if directory.partials.find(flat):
                 with try_lock(directory.layout.make(directory.layout.locks).path / flat) as is_free:
                     if is_free:

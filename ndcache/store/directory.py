@@ -23,7 +23,7 @@ from ..errors import CacheUnavailableError, UnsafeCacheError
 from ..files.folder import Folder, sync
 from ..files.notes import read_note
 from ..format.manifest import Shard
-from ..format.paths import flat_name
+from ..format.paths import flatten
 from .layout import Layout
 from .lock import DownloadLock, acquire_or_wait
 from .metadata import FileMetadata, Match
@@ -138,7 +138,7 @@ class ModelDirectory:
     def metadata(self, name: str) -> FileMetadata | None:
         """Return what is noted of a published file; None if nothing is, or the note cannot be read."""
         with self.layout.translate_errors(name):
-            note = read_note(self.layout.metadata, f"{flat_name(name)}.json")
+            note = read_note(self.layout.metadata, f"{flatten(name)}.json")
         return None if note is None else FileMetadata.from_note(note)
 
     def read(self, name: str, limit: int) -> bytes | None:
@@ -177,7 +177,7 @@ class ModelDirectory:
         self, name: str, is_there: Callable[[], bool], sleep: Callable[[float], None]
     ) -> AbstractContextManager[DownloadLock | None]:
         """Wait until this thread should download the file `name`, or it is there; see `lock.acquire_or_wait`."""
-        flat = flat_name(name)
+        flat = flatten(name)
         with self.layout.translate_errors(name):
             path = self.layout.make(self.layout.locks).path / flat
         return acquire_or_wait(path, is_there=is_there, progress=lambda: self.partials.progress(flat), sleep=sleep)
@@ -226,7 +226,7 @@ class ModelDirectory:
                 if now is not None and (os.path.samestat(now, status) if are_inodes_told else known.is_unchanged(now)):
                     self.try_to_remember(name, replace(known, mtime_ns=now.st_mtime_ns))
                 if content_id is not None:  # a shard: others who download it will find it here
-                    self.partials.remove_all(flat_name(name))
+                    self.partials.remove_all(flatten(name))
             except BaseException:
                 file.close()
                 raise
@@ -238,7 +238,7 @@ class ModelDirectory:
             if not self.layout.model.exists():
                 raise FileNotFoundError(errno.ENOENT, "the model was deleted just now", str(self.directory))
             folder = self.layout.make(self.layout.metadata)
-            self.layout.write_note(folder, f"{flat_name(name)}.json", metadata.to_note())
+            self.layout.write_note(folder, f"{flatten(name)}.json", metadata.to_note())
 
     def try_to_remember(self, name: str, metadata: FileMetadata) -> bool:
         """Note what is known of a published file, if a note can be written.
@@ -267,7 +267,7 @@ class ModelDirectory:
             folder, last = self.layout.place(name)
             if file is None or self.is_published(name, file):
                 with contextlib.suppress(FileNotFoundError):
-                    quarantine(folder, last, self.layout.make(self.layout.quarantine), flat_name(name))
+                    quarantine(folder, last, self.layout.make(self.layout.quarantine), flatten(name))
 
     def remove(self, name: str) -> None:
         """Remove a published file, if it is there."""

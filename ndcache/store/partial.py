@@ -40,7 +40,7 @@ class PartialFile:
     folder : Folder
         Where it lies.
     name : str
-        The flat name of the file that it will become; see `flat_name`.
+        The flat name of the file that it will become; see `flatten`.
     file_name : str
         Its own name in the folder.
     file : binary file

@@ -14,7 +14,7 @@ from typing import BinaryIO
 from ..errors import TransferError
 from ..files.folder import Folder
 from ..format.manifest import Shard
-from ..format.paths import flat_name
+from ..format.paths import flatten
 from .hasher import BUFFER_BYTES
 from .layout import Layout
 from .partial import PartialFile, read_at, remove_partial
@@ -31,7 +31,7 @@ _NAME = re.compile(r"(?P<flat>.+?)\.[0-9a-f]{16}(\.json\.[0-9a-f]{16})?", re.DOT
 class PartialFiles:
     """The partial files of one model.
 
-    Methods that take `flat` want the flat name of the file that is downloaded; see `flat_name`.
+    Methods that take `flat` want the flat name of the file that is downloaded; see `flatten`.
     """
 
     layout: Layout
@@ -48,7 +48,7 @@ class PartialFiles:
         """Create a partial file of the file `name`; close it after the block, and keep it if others could go on."""
         with self.layout.translate_errors(name):
             self.layout.make(self.folder)
-            partial = PartialFile.open_new(self.folder, flat_name(name))
+            partial = PartialFile.open_new(self.folder, flatten(name))
             try:
                 yield partial
             except OSError as error:
@@ -111,7 +111,7 @@ class PartialFiles:
             return source.content_id == content_id and source.is_trustworthy
 
         with self.layout.translate_errors(shard.data_path):
-            for file_name in self.find(flat_name(shard.data_path)):
+            for file_name in self.find(flatten(shard.data_path)):
                 found = self._examine(file_name, shard.nbytes, is_usable)
                 if found is not None and found.source is not None and not wanted.without(found.ranges):
                     file = self._open(file_name)

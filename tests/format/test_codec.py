@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pytest
 
 from ndcache.errors import DecodeError, UnsupportedDtypeError
-from ndcache.format.codec import decode, encode_bf16, stored
+from ndcache.format.codec import decode_record, encode_bf16, view_record
 from ndcache.format.dtypes import DTYPES
 from ndcache.format.manifest import Record
 
@@ -39,7 +39,7 @@ def record_of(array: npt.NDArray[Any], offset: int, form: str = "raw", dtype: st
 def test_raw_is_a_view(dtype: str, shape: tuple[int, ...], offset: int) -> None:
     array = random_array(shape, dtype)
     shard = in_shard(array.tobytes(), offset)
-    for function in (stored, decode):
+    for function in (view_record, decode_record):
         found = function(record_of(array, offset), shard)
         assert (found.shape, found.dtype) == (shape, array.dtype)
         assert found.tobytes() == array.tobytes()
@@ -57,21 +57,21 @@ def test_bf16_is_expanded(shape: tuple[int, ...], offset: int) -> None:
     values = random_array(shape, "bfloat16")
     shard = in_shard(values.tobytes(), offset)
     record = record_of(values, offset, "f32-to-bf16", "float32")
-    found = decode(record, shard)
+    found = decode_record(record, shard)
     assert (found.shape, found.dtype) == (shape, np.dtype(np.float32))
     assert found.tobytes() == values.astype(np.float32).tobytes()
     assert found.flags.c_contiguous
     assert found.flags.writeable
     assert not np.shares_memory(found, shard)
-    assert stored(record, shard).dtype == ml_dtypes.bfloat16
-    assert stored(record, shard).tobytes() == values.tobytes()
+    assert view_record(record, shard).dtype == ml_dtypes.bfloat16
+    assert view_record(record, shard).tobytes() == values.tobytes()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nobody asks for huge pages")
 def test_large_tensors_begin_with_a_huge_page() -> None:
     values = random_array((2, (1 << 19) + 1), "bfloat16")
     record = Record("w", values.shape, "float32", "f32-to-bf16", 3, values.nbytes)
-    found = [decode(record, in_shard(values.tobytes(), 3)) for _ in range(2)]
+    found = [decode_record(record, in_shard(values.tobytes(), 3)) for _ in range(2)]
     for array in found:
         assert array.ctypes.data % (2 << 20) == 0
         assert array.flags.c_contiguous
@@ -85,21 +85,21 @@ def test_bf16_is_expanded_to_the_bit(offset: int) -> None:
     # Every pattern there is: NaN of all payloads, infinities, denormals, both zeros.
     bits = np.arange(1 << 16, dtype=np.uint16)
     record = Record("w", (1 << 16,), "float32", "f32-to-bf16", offset, 1 << 17)
-    found = decode(record, in_shard(bits.tobytes(), offset))
+    found = decode_record(record, in_shard(bits.tobytes(), offset))
     np.testing.assert_array_equal(found.view(np.uint32), bits.astype(np.uint32) << 16)
 
 
 @pytest.mark.parametrize("dtype", [name for name in DTYPES if name != "float32"])
 def test_marked_but_not_float32(dtype: str) -> None:
     array = random_array((5,), dtype)
-    found = decode(record_of(array, 1, "f32-to-bf16"), in_shard(array.tobytes(), 1))
+    found = decode_record(record_of(array, 1, "f32-to-bf16"), in_shard(array.tobytes(), 1))
     assert found.dtype == array.dtype
     assert found.tobytes() == array.tobytes()
 
 
 def test_writable_shard_gives_writable_view() -> None:
     shard = np.zeros(8, np.uint8)
-    found = stored(Record("w", (2,), "float32", "raw", 0, 8), shard)
+    found = view_record(Record("w", (2,), "float32", "raw", 0, 8), shard)
     found[:] = 1
     assert shard.tobytes() == np.ones(2, "<f4").tobytes()
 
@@ -109,12 +109,12 @@ def test_writable_shard_gives_writable_view() -> None:
 def test_shard_too_short(offset: int, nbytes: int, form: str) -> None:
     record = Record("the.name", (nbytes // 4,), "float32", form, offset, nbytes)
     with pytest.raises(DecodeError, match=r"the\.name"):
-        decode(record, np.zeros(8, np.uint8))
+        decode_record(record, np.zeros(8, np.uint8))
 
 
 def test_unknown_dtype() -> None:
     with pytest.raises(UnsupportedDtypeError, match="int4"):
-        stored(Record("w", (2,), "int4", "raw", 0, 1), np.zeros(8, np.uint8))
+        view_record(Record("w", (2,), "int4", "raw", 0, 1), np.zeros(8, np.uint8))
 
 
 # --- encoding -----------------------------------------------------------------------------------------
@@ -196,5 +196,5 @@ def test_encode_what_is_not_contiguous() -> None:
 def test_there_and_back() -> None:
     bits = np.arange(1 << 16, dtype=np.uint16)
     record = Record("w", (1 << 16,), "float32", "f32-to-bf16", 0, 1 << 17)
-    found = encode_bf16(decode(record, bits.view(np.uint8)))
+    found = encode_bf16(decode_record(record, bits.view(np.uint8)))
     np.testing.assert_array_equal(found.view(np.uint16), bits)

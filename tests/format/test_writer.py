@@ -284,10 +284,10 @@ def test_one_tensor_at_a_time_in_memory(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "match"),
     [
-        ({"encode": "f16"}, ValueError, "encode is"),
+        ({"encode": "f16"}, ValueError, "encode must be"),
         ({"encode": {"w": "f16"}}, ValueError, r"encode\['w'\]"),
         ({"encode": {"v": "raw"}}, ValueError, r"neither 'w' nor '\*'"),
-        ({"encode": None}, TypeError, "encode is"),
+        ({"encode": None}, TypeError, "encode must be"),
         ({"shard_bytes": 0}, ValueError, "shard_bytes"),
         ({"shard_bytes": -1}, ValueError, "shard_bytes"),
         ({"shard_bytes": 1.5}, TypeError, "integer"),

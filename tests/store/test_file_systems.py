@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 import ndcache
-from ndcache.format.paths import flat_name, unflat
+from ndcache.format.paths import flatten, unflatten
 from ndcache.sources import remote
 from ndcache.store.cleanup import disk_bytes
 from ndcache.store.directory import ModelDirectory
@@ -380,10 +380,10 @@ def test_row_58_short_names_are_all_that_the_file_system_takes(
 
 def test_names_in_ndcaches_own_folders() -> None:
     for name in ("a/b.bin", "a%2Fb.bin", "x" * 100):
-        assert unflat(flat_name(name)) == name
+        assert unflatten(flatten(name)) == name
     long = [f"{'ä' * 60}/{number}" for number in range(3)]
-    assert len({flat_name(name) for name in long}) == 3
-    assert all(len(flat_name(name).encode()) <= 100 for name in long)
+    assert len({flatten(name) for name in long}) == 3
+    assert all(len(flatten(name).encode()) <= 100 for name in long)
 
 
 def test_row_58_a_stale_handle_is_a_file_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
