@@ -33,7 +33,7 @@ from .http.retry import RetryPolicy
 from .http.transport import Transport
 from .location.file_url import file_url, possible_models
 from .location.hub import Login
-from .location.locate import Location, locate
+from .location.locate import Location, locate, locate_mirror
 from .options import check_options
 from .progress import Progress, Reporter
 from .sources.download import Downloader
@@ -465,7 +465,7 @@ class Loader:
             verify=self._verify,
             offline=self._offline or offline,
             integrity=self._integrity,
-            mirrors=tuple(_mirror(mirror) for mirror in self._mirrors) if location.is_remote else (),
+            mirrors=tuple(locate_mirror(mirror) for mirror in self._mirrors) if location.is_remote else (),
             must_keep=must_keep,
         )
 
@@ -611,13 +611,6 @@ def _tracing(path: str | os.PathLike[str] | None) -> Iterator[Trace | None]:
             trace.write()
         except OSError as error:
             logger.warning("the trace was not written: %s", error)  # what was loaded, or failed first, matters more
-
-
-def _mirror(source: str) -> Location:
-    location = locate(source)
-    if not location.is_remote:
-        raise ValueError(f"a mirror is an http(s) URL or hf://owner/name, not a local path: {location}")
-    return location
 
 
 def _is_set(value: str | None) -> bool:

@@ -1,4 +1,4 @@
-"""What ``ndcache doctor`` finds out: versions, adapters, the cache, the environment."""
+"""Find out what ``ndcache doctor`` shows: versions, adapters, the cache, the environment."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ import re
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from .._version import __version__
-from ..devices.gpu.adapters import is_software, list_adapters
+from ..devices.gpu.adapters import list_adapters
 from ..errors import CacheUnavailableError, NoAdapterError, redact
 from ..location.hub import token_path
 from ..store.cleanup import free_bytes
 from ..store.inventory import models
-from .output import format_size
+from .describe import adapter_words, format_size
 
-__all__ = ["adapter_words", "facts"]
+__all__ = ["facts"]
 
 _PACKAGES = ("requests", "urllib3", "numpy", "ml_dtypes", "wgpu", "filelock", "platformdirs", "tqdm", "click", "rich")
 _OPTIONAL_PACKAGES = ("safetensors",)
@@ -26,9 +25,9 @@ _PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
 
 
 def facts(find_root: Callable[[], Path]) -> Iterator[tuple[str, str]]:
-    """Yield labels and values, with a pair of empty ones between the groups; `find_root` gives the cache's directory.
+    """Yield labels and values, with a pair of empty strings between the groups.
 
-    It may raise `CacheUnavailableError`.
+    `find_root` returns the cache's directory, or raises `CacheUnavailableError`.
     """
     yield "ndcache", __version__
     yield "Python", f"{platform.python_version()}, {platform.platform()}"
@@ -37,12 +36,6 @@ def facts(find_root: Callable[[], Path]) -> Iterator[tuple[str, str]]:
     for group in (_adapter_facts(), _cache_facts(find_root), _environment_facts()):
         yield "", ""
         yield from group
-
-
-def adapter_words(adapter: Any) -> tuple[str, str, str]:
-    """An adapter's name, kind and backend."""
-    info = adapter.info
-    return info["device"], "software" if is_software(adapter) else info["adapter_type"], info["backend_type"]
 
 
 def _version(name: str) -> str:
@@ -57,10 +50,10 @@ def _adapter_facts() -> list[tuple[str, str]]:
         found = list_adapters()
     except NoAdapterError as error:
         return [("gpu", f"none: {error}")]
-    except Exception as error:  # of wgpu or a driver: to tell it is what this command is for
+    except Exception as error:  # from wgpu or a driver, to be shown whatever it is
         return [("gpu", f"none: the adapters cannot be listed: {type(error).__name__}: {error}")]
-    facts = [(f"gpu:{index}", ", ".join(adapter_words(adapter))) for index, adapter in enumerate(found)]
-    return facts or [("gpu", "none: wgpu finds no adapter; device='cpu' works")]
+    facts = [(f"gpu:{index}", adapter_words(adapter)) for index, adapter in enumerate(found)]
+    return facts or [("gpu", "none: wgpu finds no adapter; --device cpu works")]
 
 
 def _cache_facts(find_root: Callable[[], Path]) -> list[tuple[str, str]]:
@@ -68,7 +61,7 @@ def _cache_facts(find_root: Callable[[], Path]) -> list[tuple[str, str]]:
         return _root_facts(find_root())
     except CacheUnavailableError as error:
         return [("cache", f"none: {error}")]
-    except OSError as error:  # a folder above it that may not be searched
+    except OSError as error:  # a directory above it may not be searched
         return [("cache", f"{error.filename}: not usable: {error.strerror}")]
 
 
@@ -83,22 +76,22 @@ def _models(root: Path) -> str:
     try:
         found = list(models(root))
     except CacheUnavailableError as error:
-        return f"they cannot be listed: {error}"
+        return f"cannot be listed: {error}"
     return f"{len(found):,}, {format_size(sum(model.nbytes for model in found))}"
 
 
 def _free(root: Path) -> str:
     free = free_bytes(root)
-    return "the file system does not say how much is free" if free is None else f"{format_size(free)} free"
+    return "free space unknown" if free is None else f"{format_size(free)} free"
 
 
 def _condition(root: Path, existing: Path) -> str:
-    """What is to be said of the cache's directory, or of the one that it would be made in."""
+    """Return a remark about the cache directory, or about the one that it would be created in."""
     if not os.access(existing, os.R_OK | os.X_OK):
-        return f" (not usable: {existing} may not be read)"
+        return f" (not usable: {existing} is not readable)"
     if not os.access(existing, os.W_OK):
-        return f" (only what is there can be used: {existing} may not be written)"
-    return "" if existing == root else " (not made yet)"
+        return f" (read-only: {existing} is not writable)"
+    return "" if existing == root else " (not created yet)"
 
 
 def _environment_facts() -> list[tuple[str, str]]:
@@ -107,17 +100,17 @@ def _environment_facts() -> list[tuple[str, str]]:
     if environ.get("HF_TOKEN"):
         facts.append(("HF_TOKEN", "set"))
     elif os.path.exists(path := token_path(environ)):
-        facts.append(("token", f"in {path}, for Hugging Face"))
+        facts.append(("HF token", f"in {path}"))
     if "HF_ENDPOINT" in environ:
         facts.append(("HF_ENDPOINT", redact(environ["HF_ENDPOINT"])))
     # On Windows the two spellings are one variable.
     proxies = {name: environ[name] for upper in _PROXIES for name in (upper, upper.lower()) if name in environ}
     facts += [(name, value if name.upper() == "NO_PROXY" else _proxy(value)) for name, value in proxies.items()]
-    return facts or [("environment", "none of the variables that ndcache looks at is set")]
+    return facts or [("environment", "none of the variables that ndcache reads is set")]
 
 
 def _proxy(value: str) -> str:
-    """A proxy's address without its user and password, however badly they are written."""
+    """Return a proxy's address without its user and password, however badly they are written."""
     scheme, _, rest = value.rpartition("://")
     address = redact("http://" + rest.rpartition("@")[2]).removeprefix("http://")
     return f"{scheme}://{address}" if re.fullmatch("[A-Za-z0-9]+", scheme) else address

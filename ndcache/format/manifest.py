@@ -23,13 +23,17 @@ from typing import Any, TypeAlias
 from ..errors import UnsupportedDtypeError, UnsupportedFormatError
 from .dtypes import DTYPES
 
-__all__ = ["FORMATS", "Manifest", "NameFilter", "Record", "Shard"]
+__all__ = ["FORMATS", "Manifest", "NameFilter", "NoMatchError", "Record", "Shard"]
 
 #: The storage formats of records.
 FORMATS = ("raw", "f32-to-bf16")
 
 #: The ``names=`` option: a name or glob pattern, several of them, or a predicate.
 NameFilter: TypeAlias = "str | Iterable[str] | Callable[[str], bool] | None"
+
+
+class NoMatchError(KeyError):
+    """A name or pattern matches no tensor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +220,7 @@ class Manifest:
             if not found:
                 close = difflib.get_close_matches(str(pattern), self._by_name, n=1)
                 hint = f"; did you mean {close[0]!r}?" if close else ""
-                raise KeyError(f"no tensor of {self.name} matches {pattern!r}{hint}")
+                raise NoMatchError(f"no tensor of {self.name} matches {pattern!r}{hint}")
             matching.update(found)
         return matching.__contains__
 

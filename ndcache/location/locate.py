@@ -23,7 +23,7 @@ from ..urls.queries import identifying_query, query_digest
 from ..urls.url import Url, UrlError, parse, quoted
 from .hub import canonical, hf_endpoint, page_url, repository_url
 
-__all__ = ["MANIFEST_NAMES", "Location", "locate", "remote_location"]
+__all__ = ["MANIFEST_NAMES", "Location", "locate", "locate_mirror", "remote_location"]
 
 #: The manifest's usual names, newest first.
 MANIFEST_NAMES = ("tensor-cache.json", "ndarray-cache.json")
@@ -135,6 +135,14 @@ def locate(source: str | os.PathLike[str], environ: Mapping[str, str] = os.envir
     raise ValueError(
         f"sources of the kind {kind} are not supported: give an http(s) URL, hf://owner/name, file:// or a directory"
     )
+
+
+def locate_mirror(source: str) -> Location:
+    """Find out where a mirror is; raise ValueError if it is not on a server."""
+    location = locate(source)
+    if not location.is_remote:
+        raise ValueError(f"a mirror is an http(s) URL or hf://owner/name, not a local path: {location}")
+    return location
 
 
 def _http(text: str, endpoint: Url) -> Location:

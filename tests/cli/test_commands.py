@@ -24,12 +24,13 @@ import pytest
 
 import ndcache
 from ndcache.cli import commands as cli
-from ndcache.cli import doctor
+from ndcache.cli import doctor, options
 
 from ..helpers.models import random_array, simple_model, write_model
-from ..helpers.servers import Connection, FileServer, Request, ScriptedServer, reply, then_stall
+from ..helpers.servers import Connection, FileServer, Request, ScriptedServer, Step, reply, then_stall
 
 ROOT = Path(__file__).parents[2]
+DIGEST = f"sha256-{'A' * 43}="
 posix_only = pytest.mark.skipif(sys.platform == "win32", reason="signals and terminals of POSIX")
 
 
@@ -41,10 +42,11 @@ def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def invoke(*args: object) -> click.testing.Result:
+    new_runner: Callable[..., click.testing.CliRunner] = click.testing.CliRunner
     try:
-        runner = click.testing.CliRunner(mix_stderr=False)
-    except TypeError:  # since click 8.2 they are always apart
-        runner = click.testing.CliRunner()
+        runner = new_runner(mix_stderr=False)
+    except TypeError:  # since click 8.2, output and errors are always apart
+        runner = new_runner()
     result = runner.invoke(cli.main, [str(arg) for arg in args])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
@@ -174,7 +176,7 @@ def test_options_reach_the_loader(
             given.update(options)
             super().__init__(**options)
 
-    monkeypatch.setattr(cli, "Loader", Spy)
+    monkeypatch.setattr(options, "Loader", Spy)
     assert invoke("fetch", tmp_path / "model", "-q", *args).exit_code == 0
     assert given == {"offline": False} | expected
 
@@ -285,8 +287,8 @@ def test_row_31_verify_finds_what_is_bad_and_the_next_load_repairs_it(
     assert bad.returncode == 1
     assert re.search(r"^good +2 shards, 128.0 KiB: 2 by md5$", bad.stdout, re.M)
     assert re.search(r"^bad +params_shard_1.bin$", bad.stdout, re.M)
-    assert re.search(r"^missing +1 shard, not fetched so far$", bad.stdout, re.M)
-    assert bad.stderr == "error: 1 shard bad; set aside: the next load fetches them anew\n"
+    assert re.search(r"^missing +1 shard, not downloaded yet$", bad.stdout, re.M)
+    assert bad.stderr == "error: 1 shard bad and set aside; the next load downloads it again\n"
     assert invoke("load", url, "-q").exit_code == 0
     assert invoke("verify", url).exit_code == 0
 
@@ -295,7 +297,7 @@ def test_row_31_verify_finds_what_is_bad_and_the_next_load_repairs_it(
 
 
 def test_dump_of_npz(tmp_path: Path) -> None:
-    arrays = {f"layer.{index}": random_array((300, 1024), seed=index) for index in range(3)}
+    arrays: dict[str, Any] = {f"layer.{index}": random_array((300, 1024), seed=index) for index in range(3)}
     np.savez(tmp_path / "in.npz", **arrays)
     result = invoke("dump", tmp_path / "in.npz", tmp_path / "out", "--encode", "raw", "--shard-mib", "2")
     assert result.stdout == f"{tmp_path / 'out'}: 3 tensors, 3.5 MiB, 3 shards\n"
@@ -429,7 +431,7 @@ def test_a_local_model_that_lacks_a_shard_is_bad(tmp_path: Path) -> None:
     result = invoke("verify", tmp_path)
     assert result.exit_code == 1
     assert re.search(r"^missing +params_shard_2\.bin$", result.stdout, re.M)
-    assert result.stderr == "error: 1 shard bad; copy them again\n"
+    assert result.stderr == "error: 1 shard bad or missing; copy it again\n"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="libwayland")
@@ -449,6 +451,15 @@ def test_gpu_drivers_print_nothing(monkeypatch: pytest.MonkeyPatch, gpu: Any) ->
         (["load", "{model}", "--names", "nothing"], "error: no tensor of tensor-cache.json matches 'nothing'"),
         (["load", "{model}", "--scope", ".x"], "error: scope is a name"),
         (["load", "ftp://host/"], "error: sources of the kind ftp://"),
+        (["load", "http://host:x/"], "error: this URL cannot be used"),
+        (["fetch", "http://host/", "--mirror", "."], "error: a mirror is an http(s) URL"),
+        (["fetch", "http://host/", "--timeout", "inf"], "error: timeout is seconds"),
+        (
+            ["inspect", "http://host/", "--integrity", f"x.json={DIGEST}", "--offline"],
+            "error: integrity is given for x.json",
+        ),
+        (["rm", "ftp://host/"], "error: sources of the kind ftp://"),
+        (["dump", "in.bin", "out"], "error: in.bin is neither .safetensors nor .npz"),
         (["load", "no/where"], "error: there is no such directory or file"),
         (["fetch", "http://host/", "--offline"], "error: offline, and not in the cache"),
         (["verify", "http://host/"], "error: http://host/ is not in the cache"),
@@ -483,6 +494,8 @@ def test_verbose_shows_what_is_logged(tmp_path: Path) -> None:
         (["lod"], "No such command 'lod'."),
         (["load"], "Missing argument 'SOURCE'"),
         (["load", "x", "--devic", "gpu"], "No such option"),
+        (["load", "x", "--integrity", "a=md5-x"], "FILE=sha256-..."),
+        (["demo", "--rate-mib", "nan"], "--rate-mib"),
         (["load", "x", "--max-workers", "0"], "--max-workers"),
         (["load", "x", "--memory-limit-mib", "0"], "--memory-limit-mib"),
         (["load", "x", "--timeout", "0"], "--timeout"),
@@ -495,8 +508,11 @@ def test_wrong_usage(args: list[str], message: str) -> None:
     assert message in result.stderr
 
 
-def test_a_mistyped_option_is_guessed() -> None:
-    assert "--device" in invoke("load", "x", "--devic", "gpu").stderr
+@pytest.mark.parametrize(("typed", "meant"), [("--devic", "--device"), ("--max-worker", "--max-workers")])
+def test_an_unknown_option_is_named_with_a_suggestion(typed: str, meant: str) -> None:
+    error = invoke("load", "x", typed, "2").stderr
+    assert re.search(rf"No such option:? '?{typed}\b", error)
+    assert re.search(rf"{meant}\b", error)
 
 
 def test_version_and_help() -> None:
@@ -505,13 +521,30 @@ def test_version_and_help() -> None:
         assert invoke(name, "-h").exit_code == 0
 
 
-def test_a_bug_shows_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
-        raise ZeroDivisionError
+@pytest.mark.parametrize("kind", [ZeroDivisionError, KeyError, ValueError, TypeError, ImportError, RuntimeWarning])
+def test_a_bug_shows_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise kind("a bug")
 
     monkeypatch.setattr(cli, "models", fail)
-    with pytest.raises(ZeroDivisionError):
-        invoke("ls")
+    monkeypatch.setattr(ndcache.Loader, "load", fail)
+    monkeypatch.setattr(ndcache.Loader, "delete", fail)
+    for command_name, *args in (["ls"], ["load", tmp_path], ["rm", tmp_path]):
+        with pytest.raises(kind, match="a bug"):
+            invoke(command_name, *args)
+
+
+@pytest.mark.parametrize("kind", [ndcache.ServerError, OSError, MemoryError])
+def test_what_happens_to_users_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise kind("as it happens")
+
+    monkeypatch.setattr(ndcache.Loader, "load", fail)
+    result = invoke("load", tmp_path)
+    assert result.exit_code == 1
+    assert re.fullmatch(r"error: .*\n", result.stderr)
 
 
 def test_row_34_a_warning_is_one_line(tmp_path: Path, serve: Callable[..., FileServer]) -> None:
@@ -633,7 +666,7 @@ def test_row_36_signals_in_each_phase(
     tmp_path: Path, scripted: ScriptedServer, cache_dir: Path, phase: str, number: signal.Signals, status: int
 ) -> None:
     simple_model(tmp_path / "model", shards=2)
-    good = {
+    good: dict[str, list[bytes | Step]] = {
         f"/{path.name}": [reply(200, path.read_bytes(), {"ETag": f'"{path.name}"'})]
         for path in (tmp_path / "model").iterdir()
     }
@@ -714,6 +747,25 @@ def sizes(paths: Iterable[Path]) -> list[int]:
         with contextlib.suppress(FileNotFoundError):
             found.append(path.stat().st_size)
     return found
+
+
+@posix_only
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("module", ["click", "numpy", "ml_dtypes", "ndcache.loader", "ndcache.cli.commands"])
+def test_ctrl_c_while_the_command_line_is_imported_ends_quietly(tmp_path: Path, module: str) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, sys\n"
+        "class Interrupter:\n"
+        "    def find_spec(self, name, *_):\n"
+        f"        if name == {module!r}:\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupter())\n"
+    )
+    paths = os.pathsep.join([str(tmp_path), str(Path(ndcache.__file__).parents[1])])
+    result = subprocess.run(
+        command("ls"), env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "")
 
 
 def test_sigterm_is_as_it_was_after_a_command() -> None:

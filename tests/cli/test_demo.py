@@ -20,6 +20,7 @@ import ndcache
 from ndcache.cli import commands as cli
 from ndcache.cli import demo
 from ndcache.devices import cpu
+from ndcache.format import codec
 from ndcache.format.writer import dump
 
 SMALL: dict[str, Any] = {"size_mib": 3, "rate_mib": 256.0}
@@ -87,7 +88,7 @@ def test_expected_values_are_rounded_as_ml_dtypes_does() -> None:
 
 
 def flip_one_bit(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
-    right = cpu.decode_record
+    right = codec.decode
 
     def decode(record: Any, shard: Any) -> Any:
         values = right(record, shard)

@@ -1,9 +1,10 @@
-"""What ``ndcache dump`` reads from .safetensors files, whose bytes are made here."""
+"""Test reading .safetensors files, whose bytes are made here, and .npz files."""
 
 from __future__ import annotations
 
 import json
 import struct
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 import ndcache
-from ndcache.cli.tensor_files import read_tensors
+from ndcache.cli.tensor_files import TensorFileError, read_tensors
 
 pytest.importorskip("safetensors")
 
@@ -53,12 +54,12 @@ def test_every_bit_of_each_dtype(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["F8_E8M0", "F4", "F6_E2M3", "C64", "X9"])
-def test_a_dtype_without_a_name_is_told(tmp_path: Path, kind: str) -> None:
+def test_a_dtype_that_the_format_lacks_is_named(tmp_path: Path, kind: str) -> None:
     nbytes = 24
     size = {"F4": 48, "F6_E2M3": 32, "C64": 3}.get(kind, nbytes)
     header = {"a": {"dtype": kind, "shape": [size], "data_offsets": [0, nbytes]}}
     path = write(tmp_path / "x.safetensors", header, bytes(nbytes))
-    with pytest.raises(ValueError, match=kind):
+    with pytest.raises(TensorFileError, match=kind):
         list(read_tensors(path))
 
 
@@ -75,6 +76,28 @@ def test_a_dtype_without_a_name_is_told(tmp_path: Path, kind: str) -> None:
         ({"a": {"dtype": "F8_E4M3"}}, bytes(8)),
     ],
 )
-def test_a_damaged_file(tmp_path: Path, header: Any, data: bytes) -> None:
-    with pytest.raises(ValueError, match=r"not a \.safetensors file, or damaged"):
+def test_a_damaged_safetensors_file(tmp_path: Path, header: Any, data: bytes) -> None:
+    with pytest.raises(TensorFileError, match=r"not a \.safetensors file, or is damaged"):
         list(read_tensors(write(tmp_path / "x.safetensors", header, data)))
+
+
+@pytest.mark.parametrize("damage", ["compressed bytes", "directory", "header"])
+def test_a_damaged_npz_file(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "in.npz"
+    np.savez_compressed(path, a=np.arange(1000), b=np.arange(1000))
+    data = bytearray(path.read_bytes())
+    where = {"compressed bytes": 100, "directory": data.rindex(b"PK\x01\x02"), "header": 0}[damage]
+    data[where : where + 4] = b"\xff" * 4
+    path.write_bytes(data)
+    with pytest.raises(TensorFileError, match=r"in\.npz"):
+        list(read_tensors(path))
+
+
+def test_an_npz_file_with_two_arrays_of_one_name(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.arange(3))
+    with zipfile.ZipFile(tmp_path / "in.npz", "w") as archive:
+        archive.write(tmp_path / "a.npy", "a.npy")
+        with pytest.warns(UserWarning, match="Duplicate name"):
+            archive.write(tmp_path / "a.npy", "a.npy")
+    with pytest.raises(TensorFileError, match=r"in\.npz has more than one array 'a'"):
+        list(read_tensors(tmp_path / "in.npz"))
