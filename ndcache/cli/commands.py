@@ -51,7 +51,7 @@ from .options import (
 from .output import print_facts, print_json, print_table, say
 
 if TYPE_CHECKING:
-    from ..format.writer import Encoding
+    from ..format.shard_writer import Encoding
 
 __all__ = ["main"]
 

@@ -88,7 +88,7 @@ def test_expected_values_are_rounded_as_ml_dtypes_does() -> None:
 
 
 def flip_one_bit(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
-    right = codec.decode
+    right = codec.decode_record
 
     def decode(record: Any, shard: Any) -> Any:
         values = right(record, shard)
