@@ -1,4 +1,4 @@
-"""Ctrl-C, and threads, while a GPU is opened and used."""
+"""Ctrl-C and several threads while a GPU is opened or used."""
 
 from __future__ import annotations
 
@@ -14,18 +14,17 @@ from typing import Any
 import pytest
 
 import ndcache
-from ndcache.devices.gpu import adapters as adapters_module
 from ndcache.devices.gpu import device as gpu_module
 from ndcache.devices.gpu.shield import shielded
 from ndcache.workers.threads import raise_hidden_interrupt
 
-from ..helpers import models
+from ...helpers import models
 
 PATIENCE = 60
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_row_61_an_interrupt_waits_for_a_call_that_others_rely_on() -> None:
+def test_row_61_an_interrupt_waits_for_a_call_without_undo() -> None:
     done = []
 
     def work() -> None:
@@ -38,10 +37,10 @@ def test_row_61_an_interrupt_waits_for_a_call_that_others_rely_on() -> None:
     assert done
 
 
-def test_row_61_an_interrupt_that_became_an_error_about_a_lock() -> None:
+def test_row_61_an_interrupt_that_became_a_lock_error_is_raised() -> None:
     def wait() -> None:
         condition = threading.Condition()
-        with condition:  # as `Thread.start` does, where an interrupt comes in the worst moment
+        with condition:  # as `Thread.start` does; here an interrupt does most harm
             condition.release()
             raise KeyboardInterrupt
 
@@ -54,7 +53,7 @@ def test_row_61_an_interrupt_that_became_an_error_about_a_lock() -> None:
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_row_61_an_interrupt_leaves_a_call_that_does_not_end() -> None:
+def test_row_61_an_interrupt_abandons_a_call_that_does_not_end() -> None:
     may_end, undone = threading.Event(), threading.Event()
 
     def work() -> int:
@@ -70,7 +69,7 @@ def test_row_61_an_interrupt_leaves_a_call_that_does_not_end() -> None:
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_row_61_what_was_made_for_nobody_is_undone() -> None:
+def test_row_61_an_interrupted_call_is_undone() -> None:
     undone = []
 
     def work() -> int:
@@ -82,13 +81,13 @@ def test_row_61_what_was_made_for_nobody_is_undone() -> None:
     assert undone == [7]
 
 
-def test_row_61_errors_and_results_come_back() -> None:
+def test_row_61_a_shielded_call_returns_and_raises() -> None:
     assert shielded(threading.current_thread) is not threading.current_thread()
     with pytest.raises(ZeroDivisionError):
         shielded(lambda: 1 / 0)
 
 
-def test_row_61_no_thread_is_needed_where_no_signal_comes() -> None:
+def test_row_61_other_threads_make_calls_themselves() -> None:
     seen: list[bool] = []
     thread = threading.Thread(target=lambda: seen.append(shielded(threading.current_thread) is thread))
     thread.start()
@@ -97,7 +96,9 @@ def test_row_61_no_thread_is_needed_where_no_signal_comes() -> None:
 
 
 @pytest.mark.parametrize("is_main", [True, False])
-def test_row_61_cancel_while_a_gpu_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_main: bool) -> None:
+def test_row_61_cancel_ends_the_wait_for_a_driver(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_main: bool
+) -> None:
     models.simple_model(tmp_path)
     cancel, may_end, discarded = threading.Event(), threading.Event(), threading.Event()
     errors: list[BaseException] = []
@@ -127,45 +128,6 @@ def test_row_61_cancel_while_a_gpu_is_opened(tmp_path: Path, monkeypatch: pytest
     assert len(errors) == 1
     may_end.set()
     assert discarded.wait(PATIENCE)
-
-
-class Adapter:
-    def __init__(self, adapter_type: str) -> None:
-        self.info = {"device": adapter_type, "adapter_type": adapter_type, "backend_type": "Vulkan"}
-
-
-@pytest.mark.parametrize(
-    ("primary", "gpu_files", "lists_all"),
-    [
-        (["DiscreteGPU"], [__file__], False),
-        (["CPU"], ["no/where"], False),
-        (["CPU"], [__file__], True),  # a GPU whose driver knows OpenGL only
-        ([], ["no/where"], True),
-        (None, ["no/where"], True),
-    ],
-)
-@pytest.mark.skipif(sys.platform != "linux", reason="where the files of GPUs are")
-def test_row_61_opengl_is_listed_only_if_it_may_have_more(
-    monkeypatch: pytest.MonkeyPatch, primary: Any, gpu_files: list[str], lists_all: bool
-) -> None:
-    wgpu = pytest.importorskip("wgpu")
-    listed: list[bool] = []
-    found = None if primary is None else [Adapter(kind) for kind in primary]
-    monkeypatch.setattr(adapters_module, "_known", [])
-    monkeypatch.setattr(adapters_module, "_GPU_FILES", gpu_files)
-    monkeypatch.setattr(adapters_module, "_list_primary", lambda: found)
-    monkeypatch.setattr(wgpu.gpu, "enumerate_adapters_sync", lambda: listed.append(True) or [Adapter("IntegratedGPU")])
-    assert len(adapters_module.list_adapters()) == 1
-    assert len(adapters_module.list_adapters()) == 1
-    assert listed == [True] * lists_all
-
-
-def test_row_61_the_adapters_of_this_machine(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    wgpu = pytest.importorskip("wgpu")
-    primary = adapters_module._list_primary()
-    if primary is not None:  # None: this version of wgpu cannot
-        every = [adapter.info for adapter in wgpu.gpu.enumerate_adapters_sync()]
-        assert [a.info["device"] for a in primary] == [i["device"] for i in every if i["backend_type"] != "OpenGL"]
 
 
 IN_THREADS = """
@@ -201,7 +163,9 @@ assert os.waitpid(child, 0)[1] == (0x100 if is_opengl else 0)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 @pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("backend", ["any", "OpenGL alone"])
-def test_row_61_loads_in_several_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+def test_row_61_several_threads_and_a_fork_load_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
     models.simple_model(tmp_path)
     monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
     if backend != "any":
@@ -249,7 +213,7 @@ print(*sorted(what for what in seen if seen[what] and what != "loaded"))
 @pytest.mark.once
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="timers")
 @pytest.mark.usefixtures("gpu")
-def test_row_61_ctrl_c_at_any_moment_of_a_load(tmp_path: Path) -> None:
+def test_row_61_ctrl_c_at_any_moment_is_raised_and_leaves_no_thread(tmp_path: Path) -> None:
     models.simple_model(tmp_path)
     child = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", INTERRUPTED, str(tmp_path)],

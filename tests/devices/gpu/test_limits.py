@@ -1,4 +1,4 @@
-"""Tensors that are larger than what a GPU device can bind at once."""
+"""Tensors that are larger than what a GPU can hold, or bind at once."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import ndcache
 from ndcache import loader as loader_module
 from ndcache.devices.gpu.device import GpuDevice
 
-from ..helpers import models
-from ..helpers.servers import FileServer
+from ...helpers import models
+from ...helpers.servers import FileServer
 
 BINDABLE = 1 << 16
 
 
 @pytest.fixture
 def limited(gpu: Any) -> Any:
-    """A device that can bind 64 KiB at once."""
+    """Return a device that can bind 64 KiB at once."""
     device = gpu.adapter.request_device_sync(required_limits={"max-storage-buffer-binding-size": BINDABLE})
     assert device.limits["max-storage-buffer-binding-size"] == BINDABLE
     return device
@@ -33,7 +33,7 @@ def write(directory: Path) -> None:
     models.write_model(directory, [arrays, {f"larger.{n}": np.zeros(2 * BINDABLE, np.uint8) for n in range(4)}])
 
 
-def test_row_62_a_warning_on_the_callers_line(
+def test_row_62_a_tensor_that_cannot_be_bound_is_a_warning_on_the_callers_line(
     limited: Any, tmp_path: Path, serve: Callable[..., FileServer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path)
@@ -51,7 +51,7 @@ def test_row_62_a_warning_on_the_callers_line(
     weights.close()
 
 
-def test_row_62_a_warning_can_stop_the_load_before_anything_is_fetched(
+def test_row_62_the_warning_comes_before_anything_is_fetched(
     limited: Any, tmp_path: Path, serve: Callable[..., FileServer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path)
@@ -64,7 +64,9 @@ def test_row_62_a_warning_can_stop_the_load_before_anything_is_fetched(
     assert not server.shard_requests()
 
 
-def test_row_62_a_device_of_the_callers(limited: Any, tmp_path: Path, serve: Callable[..., FileServer]) -> None:
+def test_row_62_a_tensor_that_the_callers_device_cannot_bind_is_an_error(
+    limited: Any, tmp_path: Path, serve: Callable[..., FileServer]
+) -> None:
     write(tmp_path)
     server = serve(tmp_path)
     with pytest.raises(ndcache.DeviceError, match=r"'large'.*required_limits.*device='gpu'") as caught:
@@ -73,3 +75,34 @@ def test_row_62_a_device_of_the_callers(limited: Any, tmp_path: Path, serve: Cal
     assert not server.shard_requests()
     with ndcache.load(server.url, limited, names="fits") as weights:
         assert weights["fits"].buffer.size == BINDABLE
+
+
+@pytest.mark.parametrize("where", ["local", "remote"])
+def test_row_38_a_tensor_over_the_limits_is_refused_before_anything_is_fetched(
+    gpu: Any, tmp_path: Path, serve: Callable[..., FileServer], where: str
+) -> None:
+    limit = gpu.limits["max-buffer-size"]
+    models.write_model(tmp_path / "model", [{"small": np.ones(4, np.uint8)}, {"t": np.ones(5, np.uint8)}])
+    path = tmp_path / "model" / "tensor-cache.json"
+    size = limit + 1
+    text = path.read_text().replace('"shape": [5]', f'"shape": [{size}]')
+    path.write_text(text.replace('"nbytes": 5', f'"nbytes": {size}'))
+    server = serve(tmp_path / "model")
+    with pytest.raises(ndcache.OutOfDeviceMemoryError, match="'t'") as caught:
+        ndcache.load(tmp_path / "model" if where == "local" else server.url, gpu)
+    assert (caught.value.expected, caught.value.received) == (size, limit)
+    assert server.shard_requests() == []
+
+
+@pytest.mark.filterwarnings("ignore:tensor 't' takes:RuntimeWarning")  # on devices that bind less than they hold
+def test_row_38_a_tensor_that_exceeds_the_limits_once_expanded_is_refused(gpu: Any, tmp_path: Path) -> None:
+    device = GpuDevice(gpu, is_ours=True)  # so that a tensor that cannot be bound is only a warning
+    limit = gpu.limits["max-buffer-size"]
+    models.write_model(tmp_path, [{"t": np.ones(8, np.float32)}], encoding="f32-to-bf16")
+    path, count = tmp_path / "tensor-cache.json", limit // 4 + 1
+    text = path.read_text().replace('"shape": [8]', f'"shape": [{count}]')
+    path.write_text(text.replace('"nbytes": 16', f'"nbytes": {2 * count}'))
+    shards = ndcache.read_manifest(tmp_path).shards
+    device.check_limits(shards, decode=False)
+    with pytest.raises(ndcache.OutOfDeviceMemoryError, match="'t'"):
+        device.check_limits(shards, decode=True)

@@ -1,0 +1,312 @@
+"""The suite that every device must pass. To test another one, inherit from `DeviceConformance`."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import ndcache
+from ndcache.devices import open_device
+from ndcache.devices.base import Device, Upload
+from ndcache.devices.cpu import CpuDevice, CpuUpload
+from ndcache.devices.gpu.upload import GpuUpload
+from ndcache.format.dtypes import DTYPES
+from ndcache.stats import LoadStats
+from ndcache.workers.pool import WorkerPool
+
+from ..helpers import models
+from ..helpers.devices import SHAPES, BufferWatch, assert_tensors, relabel, stop
+
+#: Bytes that no device holds in one buffer.
+TOO_LARGE = 1 << 50
+
+
+@contextmanager
+def upload_to(device: Device[Any], manifest: ndcache.Manifest, **options: Any) -> Iterator[Upload[Any, Any]]:
+    """Open an upload of all shards, with threads for it."""
+    with WorkerPool(2, has_serial_thread=device.needs_serial_thread) as workers:
+        workers.start()
+        upload = device.open_upload(
+            manifest.shards,
+            workers=workers,
+            stats=LoadStats(),
+            **{"decode": True, "copy": False, "memory_limit": 1 << 20, "keeps_all": True, **options},
+        )
+        with upload:
+            yield upload
+
+
+def stage(upload: Upload[Any, Any], directory: Path, shard: ndcache.Shard) -> Any:
+    with open(directory / shard.data_path, "rb") as file:
+        return upload.stage(file, shard)
+
+
+class DeviceConformance:
+    """What every device does. Subclasses say which device, how it allocates, and whether it has limits."""
+
+    upload_type: type[Upload[Any, Any]]
+
+    @pytest.fixture
+    def device(self, request: pytest.FixtureRequest) -> Any:
+        """Return the ``device`` option."""
+        raise NotImplementedError
+
+    @pytest.fixture
+    def alive(self, device: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+        """Return a function that counts the allocations for tensors and uploads that are alive."""
+        raise NotImplementedError
+
+    def over_the_limits(self) -> AbstractContextManager[Any]:
+        """Return a context that expects `TOO_LARGE` to be refused, if the device has limits."""
+        raise NotImplementedError
+
+    # --- tensors
+
+    @pytest.mark.parametrize("dtype", list(DTYPES))
+    @pytest.mark.parametrize("gap", [b"", b"x"], ids=["packed", "unaligned"])
+    def test_every_dtype_and_shape(self, device: Any, tmp_path: Path, dtype: str, gap: bytes) -> None:
+        arrays = {f"t{n}": models.random_array(shape, dtype, seed=n) for n, shape in enumerate(SHAPES)}
+        models.write_model(tmp_path, [arrays], gap=gap)
+        with ndcache.load(tmp_path, device) as weights:
+            assert_tensors(weights, arrays)
+            assert weights.nbytes == sum(array.nbytes for array in arrays.values())
+
+    @pytest.mark.parametrize("shape", SHAPES)
+    @pytest.mark.parametrize("gap", [b"", b"x", b"xyz"], ids=["packed", "1 off", "3 off"])
+    def test_bfloat16_is_expanded(self, device: Any, tmp_path: Path, shape: tuple[int, ...], gap: bytes) -> None:
+        bits = np.array(np.random.default_rng(0).integers(0, 1 << 16, shape, np.uint16))
+        bits.reshape(-1)[:6] = [0x7F80, 0xFF80, 0x7FC1, 0x8000, 0x0001, 0x7F7F][: bits.size]
+        models.write_model(tmp_path, [{"t": bits.view(ml_dtypes.bfloat16)}], gap=gap)
+        relabel(tmp_path, "float32", "f32-to-bf16")
+        with ndcache.load(tmp_path, device) as weights:
+            expanded = (bits.reshape(-1).astype(np.uint32) << 16).view(np.float32).reshape(shape)
+            assert_tensors(weights, {"t": expanded})
+        with ndcache.load(tmp_path, device, decode=False) as weights:
+            assert_tensors(weights, {"t": bits.view(ml_dtypes.bfloat16)})
+
+    @pytest.mark.parametrize("dtype", ["uint32", "float16"])
+    def test_other_dtypes_marked_f32_to_bf16_are_as_stored(self, device: Any, tmp_path: Path, dtype: str) -> None:
+        array = models.random_array((33,), dtype)
+        models.write_model(tmp_path, [{"t": array}], encoding="f32-to-bf16")
+        with ndcache.load(tmp_path, device) as weights:
+            assert_tensors(weights, {"t": array})
+
+    @pytest.mark.parametrize(("alias", "name"), [("e4m3_float8", "float8_e4m3fn"), ("e5m2_float8", "float8_e5m2")])
+    def test_aliases_of_dtypes(self, device: Any, tmp_path: Path, alias: str, name: str) -> None:
+        array = models.random_array((7,), name)
+        models.write_model(tmp_path, [{"t": array}])
+        relabel(tmp_path, alias, "raw")
+        with ndcache.load(tmp_path, device) as weights:
+            assert_tensors(weights, {"t": array})
+
+    def test_an_empty_model(self, device: Any, tmp_path: Path) -> None:
+        models.write_model(tmp_path, [])
+        reports: list[ndcache.ProgressReport] = []
+        with ndcache.load(tmp_path, device, progress=reports.append) as weights:
+            assert_tensors(weights, {})
+        assert [report.text.partition(":")[0] for report in reports] == [
+            "Start to fetch params",
+            "Loading model from cache[0/0]",
+        ]
+        assert reports[-1].progress == 1.0
+
+    def test_an_empty_shard(self, device: Any, tmp_path: Path) -> None:
+        empty = np.empty((0, 4), np.float32)
+        models.write_model(tmp_path, [{"empty": empty}, {"full": np.ones(3, np.float32)}])
+        with ndcache.load(tmp_path, device) as weights:
+            assert_tensors(weights, {"empty": empty, "full": np.ones(3, np.float32)})
+
+    # --- order
+
+    def test_many_shards_keep_their_order(self, device: Any, tmp_path: Path) -> None:
+        arrays = models.simple_model(tmp_path, shards=20, shard_bytes=4096)
+        with ndcache.load(tmp_path, device) as weights:
+            assert_tensors(weights, arrays)
+
+    def test_a_stream_keeps_the_order(self, device: Any, tmp_path: Path) -> None:
+        arrays = models.simple_model(tmp_path, shards=3)
+        assert_tensors(dict(ndcache.stream(tmp_path, device)), arrays)
+
+    @pytest.mark.parametrize("keeps_all", [True, False])
+    def test_shards_may_be_staged_in_any_order(self, device: Any, tmp_path: Path, keeps_all: bool) -> None:
+        arrays = models.simple_model(tmp_path, shards=6)
+        manifest, opened = ndcache.read_manifest(tmp_path), open_device(device)
+        tensors: dict[str, Any] = {}
+        with upload_to(opened, manifest, keeps_all=keeps_all) as upload:
+            with ThreadPoolExecutor(3) as pool:
+                futures = [pool.submit(stage, upload, tmp_path, shard) for shard in reversed(manifest.shards)]
+            for shard, future in zip(manifest.shards, reversed(futures), strict=True):
+                for record, tensor in upload.place(future.result(), shard):
+                    tensors[record.name] = tensor
+            upload.finish()
+        assert_tensors(tensors, arrays)
+        opened.discard(tensors)
+        assert tensors == {}
+
+    # --- memory
+
+    @pytest.mark.parametrize("encoding", ["raw", "f32-to-bf16"])
+    def test_closing_weights_frees_their_memory(
+        self, device: Any, tmp_path: Path, alive: Callable[[], int], encoding: str
+    ) -> None:
+        arrays = [{f"t{n}": models.random_array((100,), seed=n)} for n in range(4)]
+        models.write_model(tmp_path, arrays, encoding=encoding)
+        weights = ndcache.load(tmp_path, device)
+        assert alive() == len(weights) == 4  # and nothing that only the load needed
+        weights.close()
+        assert alive() == 0
+
+    @pytest.mark.parametrize("call", ["stage", "place", "finish"])
+    def test_a_failed_load_frees_its_memory(
+        self, device: Any, tmp_path: Path, alive: Callable[[], int], monkeypatch: pytest.MonkeyPatch, call: str
+    ) -> None:
+        models.simple_model(tmp_path, shards=4)
+        original = getattr(self.upload_type, call)
+
+        def fail(upload: Any, *arguments: Any) -> Any:
+            if call == "finish" or arguments[1].data_path == "params_shard_2.bin":
+                raise ZeroDivisionError
+            return original(upload, *arguments)
+
+        monkeypatch.setattr(self.upload_type, call, fail)
+        with pytest.raises(ZeroDivisionError):
+            ndcache.load(tmp_path, device)
+        assert alive() == 0
+
+    def test_closing_an_upload_early_frees_its_memory(
+        self, device: Any, tmp_path: Path, alive: Callable[[], int]
+    ) -> None:
+        models.simple_model(tmp_path, shards=3)
+        manifest, opened = ndcache.read_manifest(tmp_path), open_device(device)
+        with upload_to(opened, manifest) as upload:
+            staged = [stage(upload, tmp_path, shard) for shard in manifest.shards]
+            assert alive() >= 3
+            upload.close()  # and once more at the end of the block
+        del staged
+        assert alive() == 0
+        opened.discard({})
+
+    # --- errors
+
+    def test_limits_are_checked_before_an_upload(self, device: Any, tmp_path: Path) -> None:
+        models.write_model(tmp_path, [{"t": np.ones(5, np.uint8)}])
+        path = tmp_path / "tensor-cache.json"
+        text = path.read_text().replace('"shape": [5]', f'"shape": [{TOO_LARGE}]')
+        path.write_text(text.replace('"nbytes": 5', f'"nbytes": {TOO_LARGE}'))
+        opened = open_device(device)
+        with self.over_the_limits():
+            opened.check_limits(ndcache.read_manifest(tmp_path).shards, decode=True)
+        opened.discard({})
+
+    def test_a_file_of_another_size_is_refused(self, device: Any, tmp_path: Path) -> None:
+        models.simple_model(tmp_path, shards=2)
+        manifest, opened = ndcache.read_manifest(tmp_path), open_device(device)
+        os.truncate(tmp_path / "params_shard_1.bin", 5)
+        with upload_to(opened, manifest) as upload:
+            with pytest.raises(ndcache.SizeMismatchError) as caught:
+                stage(upload, tmp_path, manifest.shards[1])
+            assert (caught.value.shard, caught.value.received) == ("params_shard_1.bin", 5)
+        opened.discard({})
+
+    @pytest.mark.usefixtures("interruptible")
+    @pytest.mark.parametrize("how", ["cancel", "Ctrl-C"])
+    def test_row_36_a_load_is_stopped_while_tensors_are_placed(
+        self, device: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+    ) -> None:
+        arrays = {f"t{n}": models.random_array((100,), seed=n) for n in range(9)}
+        models.write_model(tmp_path, [arrays], encoding="f32-to-bf16")
+        cancel = threading.Event()
+        original = self.upload_type.place
+        placed = 0
+
+        def place(*arguments: Any) -> Any:
+            nonlocal placed
+            for item in original(*arguments):
+                placed += 1
+                if placed == 3:
+                    stop(how, cancel)
+                yield item
+
+        monkeypatch.setattr(self.upload_type, "place", place)
+        with pytest.raises(ndcache.CancelledError if how == "cancel" else KeyboardInterrupt):
+            ndcache.load(tmp_path, device, cancel=cancel)
+        assert placed == 3
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith("ndcache")]
+
+    # --- closing
+
+    def test_closed_weights_say_so(self, device: Any, tmp_path: Path) -> None:
+        models.simple_model(tmp_path, shards=1)
+        weights = ndcache.load(tmp_path, device)
+        assert "1 tensor," in repr(weights)
+        weights.close()
+        weights.close()
+        with pytest.raises(ValueError, match="closed"):
+            weights["layer.0"]
+        assert "closed" in repr(weights)
+
+    def test_weights_name_their_device(self, device: Any, tmp_path: Path) -> None:
+        models.simple_model(tmp_path, shards=1)
+        with ndcache.load(tmp_path, device) as weights:
+            assert weights.device is device
+            assert open_device(device).name in repr(weights)
+
+
+class TestCpu(DeviceConformance):
+    upload_type = CpuUpload
+
+    @pytest.fixture
+    def device(self) -> str:
+        return "cpu"
+
+    @pytest.fixture
+    def alive(self, device: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+        arrays: list[weakref.ref[Any]] = []
+        original = CpuUpload.stage
+
+        def stage(upload: CpuUpload, file: Any, shard: ndcache.Shard) -> Any:
+            staged = original(upload, file, shard)
+            arrays.extend(weakref.ref(array) for array in staged)
+            return staged
+
+        def count() -> int:
+            gc.collect()
+            return sum(array() is not None for array in arrays)
+
+        monkeypatch.setattr(CpuUpload, "stage", stage)
+        return count
+
+    def over_the_limits(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def test_it_is_the_device_by_default(self, tmp_path: Path) -> None:
+        models.simple_model(tmp_path, shards=1)
+        assert isinstance(open_device("cpu"), CpuDevice)
+        assert ndcache.load(tmp_path).device == "cpu"
+
+
+class TestGpu(DeviceConformance):
+    upload_type = GpuUpload
+
+    @pytest.fixture
+    def device(self, gpu: Any) -> Any:
+        return gpu
+
+    @pytest.fixture
+    def alive(self, device: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+        watch = BufferWatch(device, monkeypatch)
+        return lambda: watch.alive
+
+    def over_the_limits(self) -> AbstractContextManager[Any]:
+        return pytest.raises(ndcache.OutOfDeviceMemoryError, match=f"'t' takes {TOO_LARGE:,} bytes")
