@@ -6,7 +6,7 @@ import functools
 import re
 import secrets
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..files.folder import Folder
@@ -76,8 +76,14 @@ class PartialNote:
 
     def to_note(self) -> dict[str, Any]:
         """Return the fields under the names that they have on disk."""
-        note = asdict(self.source)
-        note["claim"] = note.pop("content_id")
+        source = self.source
+        note = {
+            "url": source.url,
+            "etag": source.etag,
+            "claim": source.content_id,
+            "sha256": source.sha256,
+            "boot": source.boot,
+        }
         return note if self.ranges is None else {**note, "spans": list(self.ranges)}
 
     @classmethod
