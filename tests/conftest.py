@@ -25,7 +25,7 @@ _VARIABLES = (
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Where everything must run, what would be skipped fails."""
+    """Turn skips into failures if NDCACHE_TEST_REQUIRE_ALL is set."""
     report = yield
     if report.skipped and os.environ.get("NDCACHE_TEST_REQUIRE_ALL") and not hasattr(report, "wasxfail"):
         report.outcome = "failed"
@@ -35,7 +35,7 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test sees or touches the user's cache, tokens or proxies."""
+    """Hide the user's cache, tokens and proxies from every test."""
     monkeypatch.setenv("NDCACHE_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "huggingface"))
     for name in _VARIABLES:
@@ -47,7 +47,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _no_leaks(tmp_path: Path) -> Iterator[None]:
-    """A test that leaves a thread of ndcache's, a socket or a file behind fails."""
+    """Fail tests that leave threads of ndcache, sockets or files behind."""
     before = _open_files(tmp_path)
     yield
     left = [thread.name for thread in threading.enumerate() if thread.name.startswith("ndcache")]
@@ -56,13 +56,13 @@ def _no_leaks(tmp_path: Path) -> Iterator[None]:
     while still_open := _open_files(tmp_path) - before:
         waited = time.monotonic() - begun
         assert waited < 30, f"left open: {still_open}"
-        time.sleep(0.005)  # threads of the tests' servers may still be closing theirs
+        time.sleep(0.005)  # threads of the servers may still be closing their sockets
         if waited > 0.2:
             gc.collect()
 
 
 def _open_files(folder: Path) -> set[str]:
-    """The sockets, and the files below `folder`, that this process has open, where the system tells."""
+    """Return the open sockets, and open files below `folder`, of this process, if the system lists them."""
     found = set()
     with contextlib.suppress(OSError):
         for descriptor in os.listdir("/proc/self/fd"):
@@ -75,13 +75,13 @@ def _open_files(folder: Path) -> set[str]:
 
 @pytest.fixture
 def cache_dir(tmp_path: Path) -> Path:
-    """Where the cache is unless a test says otherwise."""
+    """Return the directory of the default cache."""
     return tmp_path / "home"
 
 
 @pytest.fixture
 def serve() -> Iterator[Callable[..., FileServer]]:
-    """Start a `FileServer`; it is closed after the test."""
+    """Return a function that starts a `FileServer`, which is closed after the test."""
     started: list[FileServer] = []
 
     def start(directory: Path, **options: Any) -> FileServer:
@@ -95,7 +95,7 @@ def serve() -> Iterator[Callable[..., FileServer]]:
 
 @pytest.fixture
 def scripted() -> Iterator[ScriptedServer]:
-    """A `ScriptedServer` with an empty script."""
+    """Return a `ScriptedServer` with an empty script."""
     server = ScriptedServer()
     yield server
     server.close()
@@ -103,7 +103,7 @@ def scripted() -> Iterator[ScriptedServer]:
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """A process started with SIGINT ignored, as pytest in the background is, has children that ignore it."""
+    """Let SIGINT interrupt this process, and its children: if pytest runs in the background, they ignore it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -111,7 +111,7 @@ def interruptible() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def gpu() -> Any:
-    """A `wgpu.GPUDevice`, software or not. Where there is none the test is skipped; in CI it fails."""
+    """Return a `wgpu.GPUDevice`, perhaps a software one. Without one, skip the test; in CI, fail."""
     import ndcache
     from ndcache.devices.gpu import open_gpu
 

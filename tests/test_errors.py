@@ -1,4 +1,4 @@
-"""The exceptions: their tree, their words, and that no secret is in them."""
+"""The exceptions: their tree, their messages, and that they show no secrets."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ FIELDS: dict[str, Any] = {
 
 
 def drawn_tree() -> dict[str, tuple[str, ...]]:
-    """Name → names of its bases, as the module's docstring draws it."""
+    """Return the names of all errors, with those of their bases, from the tree in the module's docstring."""
     assert errors.__doc__ is not None
     tree: dict[str, tuple[str, ...]] = {}
     above: list[str] = []
@@ -60,11 +60,11 @@ def drawn_tree() -> dict[str, tuple[str, ...]]:
     return tree
 
 
-def test_the_tree_is_the_one_drawn() -> None:
+def test_the_tree_is_the_one_in_the_docstring() -> None:
     assert drawn_tree() == {kind.__name__: tuple(base.__name__ for base in kind.__bases__) for kind in CLASSES}
 
 
-def test_the_drawing_is_read_right() -> None:
+def test_the_docstring_is_read_correctly() -> None:
     tree = drawn_tree()
     assert tree["NdcacheError"] == ("Exception",)
     assert tree["ChecksumError"] == ("IntegrityError",)
@@ -77,7 +77,7 @@ def test_all() -> None:
 
 
 @pytest.mark.parametrize("kind", CLASSES)
-def test_names_and_words(kind: type[NdcacheError]) -> None:
+def test_names_and_docstrings(kind: type[NdcacheError]) -> None:
     assert kind.__name__.endswith("Error")
     assert inspect.getdoc(kind)
     assert kind.__doc__ is not None
@@ -95,7 +95,7 @@ RETRY_ONCE = {
 }
 
 
-def test_what_may_be_tried_again() -> None:
+def test_which_errors_are_retryable() -> None:
     assert {kind.__name__ for kind in CLASSES if kind.retryable} == RETRYABLE
     assert {kind.__name__ for kind in CLASSES if kind.max_retries == 1} == RETRY_ONCE
     assert {kind.__name__ for kind in CLASSES if kind.max_retries == 0} == {"RemoteChangedError"}
@@ -109,7 +109,7 @@ def test_retryable_belongs_to_the_instance() -> None:
 
 
 @pytest.mark.parametrize("damage", ["size", "bytes", "manifest"])
-def test_what_is_wrong_with_local_files_is_not_retryable(tmp_path: Path, damage: str) -> None:
+def test_wrong_bytes_in_local_files_are_not_retryable(tmp_path: Path, damage: str) -> None:
     models.simple_model(tmp_path, shards=1)
     shard = tmp_path / "params_shard_0.bin"
     integrity = {}
@@ -158,7 +158,7 @@ def test_pickle(kind: type[NdcacheError], protocol: int) -> None:
             raise other
 
 
-def test_fields_of_some_only() -> None:
+def test_fields_of_single_errors() -> None:
     assert RateLimitedError("x").retry_after is None
     assert OfflineError("x").missing == ()
 
@@ -166,7 +166,7 @@ def test_fields_of_some_only() -> None:
 @pytest.mark.parametrize(
     ("kind", "standard"), [(NotFoundError, OSError), (DecodeError, ValueError), (errors.DiskFullError, OSError)]
 )
-def test_caught_as_what_they_also_are(kind: type[NdcacheError], standard: type[Exception]) -> None:
+def test_errors_are_caught_as_their_standard_bases(kind: type[NdcacheError], standard: type[Exception]) -> None:
     with pytest.raises(standard, match="it happened"):
         raise kind("it happened", **FIELDS)
 
@@ -181,7 +181,7 @@ def test_cause() -> None:
     with pytest.raises(TransferError) as caught:
         fail()
     assert isinstance(caught.value.__cause__, ConnectionResetError)
-    # The cause may be anything, so it is not taken along.
+    # The cause may not be picklable, so it is left out.
     assert pickle.loads(pickle.dumps(caught.value)).__cause__ is None
 
 
@@ -210,7 +210,7 @@ def test_str(fields: dict[str, Any], text: str) -> None:
     assert str(ServerError("it happened", **fields)) == text
 
 
-def test_str_does_not_say_things_twice() -> None:
+def test_str_repeats_nothing() -> None:
     error = ServerError("no answer for a.bin of https://host/a.bin", shard="a.bin", url="https://host/a.bin")
     assert str(error) == error.message
 
@@ -254,13 +254,13 @@ SECRETS = [
 
 
 @pytest.mark.parametrize(("url", "shown"), SECRETS)
-def test_row_40_redact(url: str, shown: str) -> None:
+def test_row_40_redacting_removes_secrets(url: str, shown: str) -> None:
     assert redact(url) == shown
     assert redact(shown) == shown
 
 
 @pytest.mark.parametrize(("url", "shown"), SECRETS)
-def test_row_40_in_errors(url: str, shown: str) -> None:
+def test_row_40_errors_show_no_secrets(url: str, shown: str) -> None:
     error = TransferError("it happened", url=url)
     assert error.url == shown
     everything = f"{error} {error!r} {vars(error)} {pickle.dumps(error)!r}"

@@ -1,4 +1,4 @@
-"""Reports: their exact texts and order, and the bar."""
+"""Progress reports, with their exact texts and order, and the bar."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TAIL = " It can take a while when we first visit this page to populate the cache
 
 
 class Clock:
-    """In place of `time`: stands where the test put it."""
+    """Replace `time` by a clock that the test sets."""
 
     now = 100.0
 
@@ -36,7 +36,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def run(sizes: list[int], *, cache_only: bool, clock: Clock | None = None, step: float = 0.0) -> list[ProgressReport]:
-    """All reports of a load that goes well."""
+    """Return all reports of a successful load."""
     reports: list[ProgressReport] = []
     reporter = Reporter(reports.append, sizes, cache_only=cache_only)
     reporter.start()
@@ -86,10 +86,10 @@ def test_megabytes_are_rounded_up(nbytes: int, megabytes: int) -> None:
     [
         (1, 1000, 0),
         (999, 1000, 99),
-        (29, 100, 29),  # as floats, 28.999
+        (29, 100, 29),  # with floats: 28.999
         (57, 100, 57),
         (1, 3, 33),
-        ((1 << 60) - 1, 1 << 60, 99),  # as floats, 100
+        ((1 << 60) - 1, 1 << 60, 99),  # with floats: 100
         (0, 5, 0),
         (5, 5, 100),
     ],
@@ -107,7 +107,7 @@ def test_seconds_are_rounded_up(clock: Clock, elapsed: float, seconds: int) -> N
     assert report.time_elapsed == elapsed
 
 
-def test_text_and_fields_are_of_one_moment() -> None:
+def test_text_and_fields_agree() -> None:
     for report in run([1] * 100, cache_only=True)[1:]:
         assert f" {math.ceil(report.time_elapsed)} secs elapsed." in report.text
 
@@ -165,7 +165,7 @@ def test_several_callbacks_in_turn(kind: Any) -> None:
 
 
 @pytest.mark.parametrize("nothing", [None, False, [], ()])
-def test_nobody_to_tell(nothing: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_callbacks(nothing: Any, capsys: pytest.CaptureFixture[str]) -> None:
     reporter = Reporter(nothing, [1], cache_only=False)
     reporter.start()
     reporter.tick()
@@ -175,7 +175,7 @@ def test_nobody_to_tell(nothing: Any, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 @pytest.mark.parametrize("wrong", [1, 0, 1.5, "bar", [None], [print, 1], [False], {"a": print}, object()])
-def test_what_cannot_be_called(wrong: Any) -> None:
+def test_objects_that_cannot_be_called_are_refused(wrong: Any) -> None:
     with pytest.raises(TypeError, match="progress must be True or callables"):
         Reporter(wrong, [1], cache_only=False)
 
@@ -190,7 +190,7 @@ def test_true_among_callables_is_a_bar(capsys: pytest.CaptureFixture[str]) -> No
     assert "1/1 shards" in capsys.readouterr().err
 
 
-def test_row_39_a_callbacks_exception_comes_through() -> None:
+def test_row_39_an_exception_of_a_callback_comes_through() -> None:
     def callback(report: ProgressReport) -> None:
         raise ZeroDivisionError(report.text)
 
@@ -236,14 +236,14 @@ def test_lines_without_a_terminal(clock: Clock) -> None:
 
 
 @pytest.mark.parametrize("sizes", [[], [0], [0, 0], [5, 0], [1, 999]])
-def test_last_line_is_of_the_end(sizes: list[int]) -> None:
+def test_the_last_line_reports_the_end(sizes: list[int]) -> None:
     file = io.StringIO()
     drive(Bar(file), sizes)
     assert f"{len(sizes)}/{len(sizes)} shards" in file.getvalue().splitlines()[-1]
     assert "100%" in file.getvalue().splitlines()[-1]
 
 
-def test_percent_of_a_line_is_that_of_the_text() -> None:
+def test_lines_and_texts_have_the_same_percentage() -> None:
     file = io.StringIO()
     drive(Bar(file), [29, 71])
     assert "29%" in file.getvalue()
@@ -270,7 +270,7 @@ def test_bar_on_a_terminal(cache_only: bool, verb: str) -> None:
     assert "1/2 shards" in shown
     assert "2/2 shards" in shown
     assert shown.endswith("\n")
-    assert threading.active_count() == before  # tqdm's monitor would stay
+    assert threading.active_count() == before  # tqdm's monitor thread would stay
 
 
 @pytest.mark.parametrize("sizes", [[], [0], [0, 0]])

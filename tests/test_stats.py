@@ -1,4 +1,4 @@
-"""What a load cost."""
+"""The numbers of a load."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ndcache.stats import LoadStats
 
 
 class Clock:
-    """In place of `time`: goes on by what the test says."""
+    """Replace `time` by a clock that the test moves."""
 
     now = 0.0
 
@@ -30,11 +30,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def spent(stats: LoadStats) -> dict[str, float]:
-    """The phases that took any time."""
+    """Return the phases that took any time."""
     return {phase: seconds for phase, seconds in stats.seconds.items() if seconds}
 
 
-def test_nothing_yet() -> None:
+def test_new_stats_are_zero() -> None:
     stats = LoadStats()
     assert (stats.nbytes, stats.network_bytes, stats.cache_bytes, stats.shards, stats.tensors) == (0,) * 5
     assert (stats.requests, stats.retries, stats.peak_bytes_in_flight) == (0,) * 3
@@ -43,7 +43,7 @@ def test_nothing_yet() -> None:
     assert dict(stats.integrity) == {}
 
 
-def test_accounts_are_their_own() -> None:
+def test_stats_share_nothing() -> None:
     one, other = LoadStats(), LoadStats()
     one.shard_done(1, from_cache=True, checked="md5")
     one.seconds["wait"] += 1
@@ -58,7 +58,7 @@ def test_count() -> None:
     assert (stats.requests, stats.retries, stats.network_bytes) == (3, 1, 10)
 
 
-def test_count_of_what_is_not_counted() -> None:
+def test_counting_an_unknown_field_raises() -> None:
     with pytest.raises(AttributeError):
         LoadStats().count(requets=1)
 
@@ -87,7 +87,7 @@ def test_timed(clock: Clock) -> None:
     assert spent(stats) == {"place": 1.5}
 
 
-def test_time_of_what_fails_counts(clock: Clock) -> None:
+def test_the_time_of_a_failing_block_counts(clock: Clock) -> None:
     stats = LoadStats()
     with pytest.raises(ZeroDivisionError), stats.timed("place"):
         clock.now += 2.0
@@ -100,12 +100,12 @@ def test_timed_iterator(clock: Clock) -> None:
         for index in range(3):
             clock.now += 1.0
             yield index
-        clock.now += 0.5  # to find out that there is no more
+        clock.now += 0.5  # until the iterator ends
 
     stats = LoadStats()
     seen = []
     for item in stats.timed_iterator("wait", slow()):
-        clock.now += 10.0  # what is done with the items is not waiting
+        clock.now += 10.0  # time spent with the items does not count
         seen.append(item)
     assert seen == [0, 1, 2]
     assert spent(stats) == {"wait": 3.5}
@@ -136,13 +136,13 @@ def test_rate(nbytes: int, seconds: float, rate: float) -> None:
     assert stats.gb_per_second == rate
 
 
-def test_asking_for_the_rate_changes_nothing() -> None:
+def test_the_rate_changes_nothing() -> None:
     stats = LoadStats()
     assert stats.gb_per_second == 0.0
     assert spent(stats) == {}
 
 
-def test_it_can_be_pickled_and_copied() -> None:
+def test_stats_can_be_pickled_and_copied() -> None:
     stats = LoadStats(nbytes=3, seconds={"total": 1.5})
     for again in (pickle.loads(pickle.dumps(stats)), copy.deepcopy(stats)):
         assert again == stats

@@ -1,4 +1,4 @@
-"""What a trace shows, and when it is written."""
+"""Traces: their events, and when they are written."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def test_a_load_from_a_server(tmp_path: Path, serve: Serve) -> None:
     assert len(by_name["manifest"]) == 1
     assert {"hash (s)", "write (s)"} <= by_name["network"][0]["args"].keys()
     assert sum(event["args"]["nbytes"] for event in by_name["network"]) >= weights.stats.nbytes
-    # Who did it.
+    # The threads.
     content = json.loads(path.read_text())["traceEvents"]
     threads = {event["tid"]: event["args"]["name"] for event in content if event["name"] == "thread_name"}
     assert {threads[event["tid"]] for event in by_name["wait"]} == {"MainThread"}
     assert all(threads[event["tid"]].startswith("ndcache") for event in by_name["read"] + by_name["decode"])
-    # What one thread does lies within one another or apart.
+    # Events of one thread are nested or apart.
     for thread in threads:
         ends: list[float] = []
         for event in sorted((e for e in found if e["tid"] == thread), key=lambda e: (e["ts"], -e["dur"])):
@@ -52,7 +52,7 @@ def test_a_load_from_a_server(tmp_path: Path, serve: Serve) -> None:
                 ends.pop()
             assert not ends or event["ts"] + event["dur"] <= ends[-1] + 0.002
             ends.append(event["ts"] + event["dur"])
-    # The accounts are the same.
+    # The stats say the same.
     for phase in ("publish", "read", "decode", "finish"):
         total = sum(event["dur"] for event in by_name[phase]) / 1e6
         assert total == pytest.approx(weights.stats.seconds[phase], abs=1e-4)
@@ -75,14 +75,14 @@ def test_a_load_outlives_its_trace(tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert "the trace was not written" in caplog.text
 
 
-def test_no_secret_is_in_it(tmp_path: Path, serve: Serve) -> None:
+def test_the_trace_has_no_secrets(tmp_path: Path, serve: Serve) -> None:
     models.simple_model(tmp_path / "model", shards=1)
     url = serve(tmp_path / "model").url.replace("http://", "http://user:secret@")
     ndcache.fetch(f"{url}?token=secret", cache_dir=tmp_path / "cache", trace=tmp_path / "trace.json")
     assert "secret" not in (tmp_path / "trace.json").read_text()
 
 
-def test_written_when_the_load_fails(tmp_path: Path, serve: Serve) -> None:
+def test_the_trace_is_written_when_the_load_fails(tmp_path: Path, serve: Serve) -> None:
     models.simple_model(tmp_path / "model", shards=3)
     server = serve(tmp_path / "model")
     server.status["/params_shard_1.bin"] = 404
@@ -97,7 +97,7 @@ def test_written_when_the_load_fails(tmp_path: Path, serve: Serve) -> None:
     assert not list(tmp_path.glob("trace.json.*"))
 
 
-def test_written_when_a_stream_is_closed(tmp_path: Path) -> None:
+def test_the_trace_is_written_when_a_stream_is_closed(tmp_path: Path) -> None:
     models.simple_model(tmp_path, shards=3)
     path = tmp_path / "trace.json"
     stream = ndcache.stream(tmp_path, trace=path)
@@ -107,7 +107,7 @@ def test_written_when_a_stream_is_closed(tmp_path: Path) -> None:
     assert "read" in {event["name"] for event in events(path)}
 
 
-def test_where_none_can_be_written(tmp_path: Path, serve: Serve) -> None:
+def test_a_path_that_cannot_be_written_is_refused(tmp_path: Path, serve: Serve) -> None:
     models.simple_model(tmp_path / "model", shards=1)
     server = serve(tmp_path / "model")
     for path, error in ((tmp_path, IsADirectoryError), (tmp_path / "no" / "trace.json", FileNotFoundError)):
@@ -117,7 +117,7 @@ def test_where_none_can_be_written(tmp_path: Path, serve: Serve) -> None:
     assert server.requests == []
 
 
-def test_off(tmp_path: Path) -> None:
+def test_no_trace_by_default(tmp_path: Path) -> None:
     models.simple_model(tmp_path / "model", shards=2)
     before = set(tmp_path.rglob("*"))
     stats = ndcache.load(tmp_path / "model").stats

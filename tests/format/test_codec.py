@@ -1,4 +1,4 @@
-"""A record's bytes → an array, and float32 → bfloat16 as the format stores it."""
+"""Records as arrays, and float32 as the bfloat16 that the format stores."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHAPES = [(), (1,), (7,), (3, 5), (2, 3, 1, 5), (0,), (4, 0, 3), (1,) * 32, (102
 
 
 def in_shard(data: bytes, offset: int, after: int = 3) -> npt.NDArray[np.uint8]:
-    """A read-only shard with `data` at `offset`, other bytes around it, and its own address a multiple of 8."""
+    """Return a read-only shard at a multiple of 8, with `data` at `offset` and other bytes around it."""
     whole = b"\xa5" * offset + data + b"\x5a" * after
     aligned = np.empty(len(whole) // 8 + 1, np.uint64).view(np.uint8)[: len(whole)]
     aligned[:] = np.frombuffer(whole, np.uint8)
@@ -82,7 +82,7 @@ def test_large_tensors_begin_with_a_huge_page() -> None:
 
 @pytest.mark.parametrize("offset", [0, 1])
 def test_bf16_is_expanded_to_the_bit(offset: int) -> None:
-    # Every pattern there is: NaN of all payloads, infinities, denormals, both zeros.
+    # All bit patterns: NaN with all payloads, infinities, denormals, both zeros.
     bits = np.arange(1 << 16, dtype=np.uint16)
     record = Record("w", (1 << 16,), "float32", "f32-to-bf16", offset, 1 << 17)
     found = decode_record(record, in_shard(bits.tobytes(), offset))
@@ -90,7 +90,7 @@ def test_bf16_is_expanded_to_the_bit(offset: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [name for name in DTYPES if name != "float32"])
-def test_marked_but_not_float32(dtype: str) -> None:
+def test_records_marked_bf16_that_are_not_float32_are_views(dtype: str) -> None:
     array = random_array((5,), dtype)
     found = decode_record(record_of(array, 1, "f32-to-bf16"), in_shard(array.tobytes(), 1))
     assert found.dtype == array.dtype
@@ -106,13 +106,13 @@ def test_writable_shard_gives_writable_view() -> None:
 
 @pytest.mark.parametrize(("offset", "nbytes"), [(0, 12), (5, 4), (9, 0)])
 @pytest.mark.parametrize("form", ["raw", "f32-to-bf16"])
-def test_shard_too_short(offset: int, nbytes: int, form: str) -> None:
+def test_a_shard_that_is_too_short_is_refused(offset: int, nbytes: int, form: str) -> None:
     record = Record("the.name", (nbytes // 4,), "float32", form, offset, nbytes)
     with pytest.raises(DecodeError, match=r"the\.name"):
         decode_record(record, np.zeros(8, np.uint8))
 
 
-def test_unknown_dtype() -> None:
+def test_an_unknown_dtype_is_refused() -> None:
     with pytest.raises(UnsupportedDtypeError, match="int4"):
         view_record(Record("w", (2,), "int4", "raw", 0, 1), np.zeros(8, np.uint8))
 
@@ -121,9 +121,9 @@ def test_unknown_dtype() -> None:
 
 
 def reference_bf16(bits: int) -> int:
-    """One float32's bits → bfloat16's, in integers alone."""
+    """Convert the bits of a float32 to those of a bfloat16 with integers only."""
     sign, magnitude = bits & 0x8000_0000, bits & 0x7FFF_FFFF
-    if magnitude > 0x7F80_0000:  # NaN stays NaN, also when nothing of its payload is left
+    if magnitude > 0x7F80_0000:  # NaN stays NaN, even if nothing of its payload is left
         upper = magnitude >> 16
         return sign >> 16 | (upper if upper & 0x7F else upper | 0x40)
     if magnitude >= 0x7F7F_0000:  # the largest finite bfloat16 and beyond: cut off
@@ -135,7 +135,7 @@ def reference_bf16(bits: int) -> int:
 
 
 def interesting_bits() -> npt.NDArray[np.uint32]:
-    """Every sign and exponent, with mantissas around all that matters."""
+    """Return floats of every sign and exponent, with mantissas around all special values."""
     upper = np.arange(1 << 16, dtype=np.uint32) << 16
     lower = np.array([0, 1, 2, 0x7FFE, 0x7FFF, 0x8000, 0x8001, 0xBFFF, 0xFFFE, 0xFFFF], np.uint32)
     return np.asarray((upper[:, None] | lower[None, :]).ravel(), np.uint32)
@@ -150,7 +150,7 @@ def test_encode_to_the_bit() -> None:
 
 
 def test_reference_agrees_with_arithmetic() -> None:
-    # Of the two neighbours the nearer one, for values that no special rule is about.
+    # The nearer one of the two neighbours, for values without a special rule.
     for value in (1.0, 1.00390625, 1.01171875, -3.1415927, 1e-40, 6.5e-5, 1e38):
         bits = int(np.float32(value).view(np.uint32))
         found = float(np.uint32(reference_bf16(bits) << 16).view(np.float32))
@@ -187,13 +187,13 @@ def test_encode_keeps_shapes_and_its_input(shape: tuple[int, ...]) -> None:
     assert array.tobytes() == before
 
 
-def test_encode_what_is_not_contiguous() -> None:
+def test_encode_arrays_that_are_not_contiguous() -> None:
     values = interesting_bits()[-24_000:].view(np.float32).reshape(120, 200)
     for view in (values.T, values[::-1, ::3], values[:, 5], values[:1].T):
         assert encode_bf16(view).tobytes() == encode_bf16(np.ascontiguousarray(view)).tobytes()
 
 
-def test_there_and_back() -> None:
+def test_encoding_and_decoding_round_trips() -> None:
     bits = np.arange(1 << 16, dtype=np.uint16)
     record = Record("w", (1 << 16,), "float32", "f32-to-bf16", 0, 1 << 17)
     found = encode_bf16(decode_record(record, bits.view(np.uint8)))

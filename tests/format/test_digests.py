@@ -1,4 +1,4 @@
-"""Digests of files on disk."""
+"""Digests of files, and digests in SRI form."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ MD5, SHA256 = hashlib.md5(DATA).hexdigest(), hashlib.sha256(DATA).hexdigest()
         (MD5, "0" * 64, ("sha256", "0" * 64, SHA256)),
     ],
 )
-def test_what_differs(
+def test_find_mismatch(
     file: BinaryIO, md5: str | None, sha256: str | None, expected: tuple[str, str, str] | None
 ) -> None:
     assert find_mismatch(file, shard(md5=md5, sha256=sha256).digests, lambda: None) == expected
 
 
-def test_row_36_it_can_be_ended(file: BinaryIO) -> None:
+def test_row_36_hashing_can_be_cancelled(file: BinaryIO) -> None:
     cancellation = Cancellation()
     cancellation.set()
     with pytest.raises(ndcache.CancelledError):
@@ -70,7 +70,7 @@ def test_sri(algorithm: str) -> None:
     assert parse_sri(f"  {sri(algorithm)}?foo\n") == (algorithm, hashlib.new(algorithm, DATA).hexdigest())
 
 
-def test_of_several_the_strongest_counts() -> None:
+def test_the_strongest_of_several_digests_counts() -> None:
     assert parse_sri(f"{sri('sha256')} {sri('sha512')} {sri('sha384')}")[0] == "sha512"
 
 
@@ -83,6 +83,6 @@ def test_of_several_the_strongest_counts() -> None:
         "sha256-" + "é" * 44,
     ],
 )
-def test_what_is_not_sri(text: str) -> None:
+def test_other_forms_than_sri_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="digest"):
         parse_sri(text)

@@ -1,4 +1,4 @@
-"""Names of dtypes ↔ NumPy."""
+"""Names of dtypes, and their NumPy counterparts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_every_dtype_of_the_format() -> None:
 
 
 @pytest.mark.parametrize("name", DTYPES)
-def test_there_and_back(name: str) -> None:
+def test_names_round_trip(name: str) -> None:
     assert dtype_name(DTYPES[name]) == name
     assert canonical_name(name) == name
     assert DTYPES[name].type(1) == 1
@@ -54,7 +54,7 @@ def test_aliases(alias: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "Float32", "float32 ", "int4", "e4m3", "float", "<f4", "\ud800"])
-def test_unknown_names_stay(name: str) -> None:
+def test_unknown_names_are_returned_as_they_are(name: str) -> None:
     assert canonical_name(name) == name
     assert name not in DTYPES
 

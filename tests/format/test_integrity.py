@@ -25,14 +25,14 @@ def model(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def pin(path: Path, algorithm: str = "sha256") -> dict[str, str]:
-    """What web-llm takes as ``integrity``."""
+def sri_of(path: Path, algorithm: str = "sha256") -> dict[str, str]:
+    """Return the ``integrity`` option for one file, in the form that web-llm uses."""
     digest = hashlib.new(algorithm, path.read_bytes()).digest()
     return {path.name: f"{algorithm}-{base64.b64encode(digest).decode()}"}
 
 
 def flip(path: Path) -> None:
-    """Another byte, and nothing else: the same inode, size and time."""
+    """Change one byte, but not the inode, size and time."""
     status, data = path.stat(), bytearray(path.read_bytes())
     data[100] ^= 1
     with open(path, "r+b") as file:
@@ -41,9 +41,9 @@ def flip(path: Path) -> None:
 
 
 @pytest.mark.parametrize("algorithm", ["sha256", "sha384", "sha512"])
-def test_files_that_are_what_was_pinned(model: Path, serve: Serve, algorithm: str) -> None:
+def test_files_with_their_required_digests_are_loaded(model: Path, serve: Serve, algorithm: str) -> None:
     arrays = models.simple_model(model)
-    integrity = {**pin(model / "tensor-cache.json", algorithm), **pin(model / SHARD, algorithm)}
+    integrity = {**sri_of(model / "tensor-cache.json", algorithm), **sri_of(model / SHARD, algorithm)}
     server = serve(model)
     for _ in ("over the network", "from the cache"):
         weights = ndcache.load(server.url, integrity=integrity)
@@ -53,9 +53,9 @@ def test_files_that_are_what_was_pinned(model: Path, serve: Serve, algorithm: st
     models.assert_same(ndcache.load(model, integrity=integrity), arrays)
 
 
-def test_a_manifest_that_is_not_what_was_pinned(model: Path, serve: Serve, cache_dir: Path) -> None:
+def test_a_manifest_without_its_required_digest_is_refused(model: Path, serve: Serve, cache_dir: Path) -> None:
     arrays = models.simple_model(model)
-    integrity = pin(model / "tensor-cache.json")
+    integrity = sri_of(model / "tensor-cache.json")
     models.write_model(model, [{name: array} for name, array in arrays.items()], metadata={"version": 2})
     server = serve(model)
     for source in (server.url, model):
@@ -66,10 +66,10 @@ def test_a_manifest_that_is_not_what_was_pinned(model: Path, serve: Serve, cache
     assert list(cache_dir.rglob("*.json")) == []
 
 
-def test_a_shard_that_is_not_what_was_pinned(model: Path, serve: Serve) -> None:
-    """The manifest says that all is well: it came with the wrong shard."""
+def test_a_shard_without_its_required_digest_is_refused(model: Path, serve: Serve) -> None:
+    """The manifest has the digest of the wrong shard, so it does not help."""
     models.simple_model(model)
-    integrity = pin(model / SHARD)
+    integrity = sri_of(model / SHARD)
     models.write_model(model, [{"layer.0": models.random_array((1 << 14,), seed=5)}])
     server = serve(model)
     for source in (server.url, model):
@@ -80,13 +80,13 @@ def test_a_shard_that_is_not_what_was_pinned(model: Path, serve: Serve) -> None:
     assert len(ndcache.load(model, integrity=integrity, verify="never")) == 1
 
 
-def test_a_cached_manifest_serves_only_if_it_is_what_was_pinned(model: Path, serve: Serve) -> None:
+def test_a_cached_manifest_is_used_only_with_its_required_digest(model: Path, serve: Serve) -> None:
     arrays = models.simple_model(model)
-    old = pin(model / "tensor-cache.json")
+    old = sri_of(model / "tensor-cache.json")
     server = serve(model)
     ndcache.load(server.url)
     models.write_model(model, [{name: array} for name, array in arrays.items()], metadata={"version": 2})
-    new = pin(model / "tensor-cache.json")
+    new = sri_of(model / "tensor-cache.json")
     with pytest.warns(RuntimeWarning, match="using the cached manifest"):
         assert "version" not in ndcache.load(server.url, integrity=old).metadata
     with pytest.raises(ndcache.OfflineError):
@@ -95,34 +95,34 @@ def test_a_cached_manifest_serves_only_if_it_is_what_was_pinned(model: Path, ser
     models.assert_same(ndcache.load(server.url, integrity=new, offline=True), arrays)
 
 
-def test_a_pin_that_is_new_is_checked_once_for_what_is_cached(model: Path, serve: Serve) -> None:
+def test_a_new_required_digest_is_checked_once_for_a_cached_shard(model: Path, serve: Serve) -> None:
     models.simple_model(model)
     server = serve(model)
     directory = ndcache.fetch(server.url)
-    integrity = pin(model / SHARD)
+    integrity = sri_of(model / SHARD)
     server.requests.clear()
     stats = ndcache.load(server.url, integrity=integrity).stats
     assert stats.seconds["hash"] > 0
     assert ndcache.load(server.url, integrity=integrity).stats.seconds["hash"] == 0
     assert server.shard_requests() == []
     flip(directory / SHARD)
-    assert ndcache.load(server.url, integrity=pin(model / SHARD, "sha512")).stats.network_bytes == 1 << 16
+    assert ndcache.load(server.url, integrity=sri_of(model / SHARD, "sha512")).stats.network_bytes == 1 << 16
 
 
-def test_row_31_flipped_bits_of_a_pinned_local_shard(model: Path) -> None:
-    """In place there is no memory of what was checked: what is pinned is read each time."""
+def test_row_31_a_flipped_bit_of_a_local_shard_with_a_required_digest_is_found(model: Path) -> None:
+    """For files that are read in place, no check is remembered; they are read each time."""
     models.simple_model(model)
-    integrity = pin(model / SHARD)
+    integrity = sri_of(model / SHARD)
     flip(model / SHARD)
     assert len(ndcache.load(model)) == 4
     with pytest.raises(ndcache.ChecksumError):
         ndcache.load(model, integrity=integrity)
 
 
-def test_only_the_pinned_manifest_is_asked_for(model: Path, tmp_path: Path, serve: Serve) -> None:
-    """Hiding it must not lead to the other name, which nobody vouches for."""
+def test_only_the_manifest_with_a_required_digest_is_requested(model: Path, tmp_path: Path, serve: Serve) -> None:
+    """If it is hidden, the other name, for which nobody vouches, must not be used."""
     models.simple_model(model)
-    integrity = pin(model / "tensor-cache.json")
+    integrity = sri_of(model / "tensor-cache.json")
     os.rename(model / "tensor-cache.json", model / "ndarray-cache.json")
     server = serve(model)
     with pytest.raises(ndcache.NotFoundError):
@@ -132,32 +132,32 @@ def test_only_the_pinned_manifest_is_asked_for(model: Path, tmp_path: Path, serv
         ndcache.load(server.url + "ndarray-cache.json", integrity=integrity)
 
 
-def test_a_pin_of_no_file(model: Path, serve: Serve) -> None:
+def test_a_required_digest_of_no_file_is_refused(model: Path, serve: Serve) -> None:
     models.simple_model(model)
-    integrity = {"params_shard_O.bin": pin(model / SHARD)[SHARD]}
+    integrity = {"params_shard_O.bin": sri_of(model / SHARD)[SHARD]}
     for source in (serve(model).url, model):
         with pytest.raises(ndcache.ManifestLayoutError, match=r"'params_shard_O\.bin', which is no file of"):
             ndcache.load(source, integrity=integrity)
 
 
-def test_a_pin_of_a_file_of_another_version(model: Path, serve: Serve) -> None:
-    """The manifest that has it is used, be it the server's or the cached one."""
+def test_a_required_digest_of_a_file_that_only_one_version_has(model: Path, serve: Serve) -> None:
+    """The manifest that has the file is used, whether it is the server's or the cached one."""
     old = models.simple_model(model, shards=2)
-    one = pin(model / "params_shard_1.bin")
+    one = sri_of(model / "params_shard_1.bin")
     server = serve(model)
     ndcache.fetch(server.url)
-    models.write_model(model, [{"layer.0": old["layer.0"]}])  # the server's has it no more
+    models.write_model(model, [{"layer.0": old["layer.0"]}])  # the server's manifest no longer has it
     with pytest.warns(RuntimeWarning, match="which is no file of this manifest"):
         models.assert_same(ndcache.load(server.url, integrity=one), old)
     ndcache.fetch(server.url)
     new = models.simple_model(model, shards=3)
-    three = pin(model / "params_shard_2.bin")  # the cached one has not had it so far
+    three = sri_of(model / "params_shard_2.bin")  # the cached manifest does not have it yet
     models.assert_same(ndcache.load(server.url, integrity=three), new)
 
 
-def test_a_pinned_local_manifest_vouches_for_its_shards(model: Path) -> None:
+def test_a_required_local_manifest_vouches_for_its_shards(model: Path) -> None:
     models.simple_model(model)
-    integrity = pin(model / "tensor-cache.json")
+    integrity = sri_of(model / "tensor-cache.json")
     assert ndcache.load(model, integrity=integrity).stats.integrity == {"md5": 4}
     flip(model / "params_shard_2.bin")
     with pytest.raises(ndcache.ChecksumError):
@@ -165,7 +165,7 @@ def test_a_pinned_local_manifest_vouches_for_its_shards(model: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "sha256", "sha256-AAAA", "md5-" + "A" * 22 + "=="])
-def test_what_is_not_a_digest_is_found_at_the_start(text: str) -> None:
+def test_a_malformed_digest_is_refused_by_the_loader(text: str) -> None:
     with pytest.raises(ValueError, match="digest"):
         ndcache.Loader(integrity={SHARD: text})
 
@@ -173,7 +173,7 @@ def test_what_is_not_a_digest_is_found_at_the_start(text: str) -> None:
 # --- what the server says of the content --------------------------------------------------------------
 
 
-def test_hugging_faces_digests_are_kept_and_shown(model: Path, scripted: ScriptedServer) -> None:
+def test_digests_from_hugging_face_are_kept_and_reported(model: Path, scripted: ScriptedServer) -> None:
     arrays = models.simple_model(model, shards=2)
     models.write_model(model, [{name: array} for name, array in arrays.items()], md5=False)
     scripted.script["/tensor-cache.json"] = [reply(200, (model / "tensor-cache.json").read_bytes())]
@@ -190,5 +190,5 @@ def test_hugging_faces_digests_are_kept_and_shown(model: Path, scripted: Scripte
         assert weights.stats.integrity == {"size": 1, "sha256": 1}
     directory = ndcache.fetch(scripted.url)
     assert ndcache.verify(scripted.url).checked == {"params_shard_0.bin": "size", "params_shard_1.bin": "sha256"}
-    flip(directory / "params_shard_1.bin")  # nothing in the manifest would tell
+    flip(directory / "params_shard_1.bin")  # the manifest has no digest that would tell
     assert ndcache.verify(scripted.url).bad == ("params_shard_1.bin",)

@@ -1,4 +1,4 @@
-"""The reader of untrusted JSON: the same values and refusals wherever a window ends."""
+"""The reader of untrusted JSON: same values and errors wherever a window ends."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ndcache.format.json_reader import JsonReader
 
 @pytest.fixture(params=[24, 64, 1 << 20])
 def _window(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a window have so few bytes that values lie across its end."""
+    """Make windows so small that values lie across their ends."""
     monkeypatch.setattr(json_reader, "_WINDOW_BYTES", request.param)
     monkeypatch.setattr(json_reader, "_LEAST_WINDOW_BYTES", request.param)
 
@@ -39,13 +39,13 @@ VALUES: Any = st.recursive(
 @pytest.mark.parametrize("size", [8, 13, 64])
 @settings(deadline=None, derandomize=True, database=None)
 @given(VALUES, st.booleans(), st.sampled_from([None, 1]))
-def test_values(size: int, value: Any, ascii_only: bool, indent: int | None) -> None:
+def test_values_are_those_of_the_json_module(size: int, value: Any, ascii_only: bool, indent: int | None) -> None:
     text = json.dumps(value, ensure_ascii=ascii_only, indent=indent).encode("utf-8", "surrogatepass")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(json_reader, "_WINDOW_BYTES", size)
         patch.setattr(json_reader, "_LEAST_WINDOW_BYTES", size)
         for start in (b"", b"\xef\xbb\xbf"):
-            # What may not be read: a number of more characters than the window, or text that is none.
+            # Not read are numbers longer than the window, and text that is not Unicode.
             with contextlib.suppress(ManifestSyntaxError):
                 assert read(start + text) == value
 
@@ -64,7 +64,7 @@ def test_values(size: int, value: Any, ascii_only: bool, indent: int | None) -> 
         '{"a":1e+2,"b":[12345678901234567890]}',
     ],
 )
-def test_texts(text: str) -> None:
+def test_values_across_windows(text: str) -> None:
     assert read(text.encode()) == json.loads(text)
 
 
@@ -95,7 +95,9 @@ def test_texts(text: str) -> None:
     ],
 )
 @pytest.mark.parametrize("size", [16, 1 << 20])
-def test_row_21_what_is_refused(monkeypatch: pytest.MonkeyPatch, text: str, words: str, size: int) -> None:
+def test_row_21_ambiguous_or_broken_json_is_refused(
+    monkeypatch: pytest.MonkeyPatch, text: str, words: str, size: int
+) -> None:
     monkeypatch.setattr(json_reader, "_WINDOW_BYTES", size)
     monkeypatch.setattr(json_reader, "_LEAST_WINDOW_BYTES", size)
     with pytest.raises(ManifestSyntaxError) as caught:
@@ -104,7 +106,7 @@ def test_row_21_what_is_refused(monkeypatch: pytest.MonkeyPatch, text: str, word
 
 
 @pytest.mark.parametrize("text", ['"%s"' % ("a" * 99), '{"%s": 1}' % ("a" * 99), '["%s"]' % ("\\n" * 99)])
-def test_row_22_a_text_has_a_limit(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+def test_row_22_a_very_long_string_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     for name, size in (("_WINDOW_BYTES", 8), ("_LEAST_WINDOW_BYTES", 8), ("MAX_TEXT_BYTES", 64)):
         monkeypatch.setattr(json_reader, name, size)
     with pytest.raises(ManifestLimitError, match="a text of more than"):
@@ -117,7 +119,7 @@ def test_row_22_a_text_has_a_limit(monkeypatch: pytest.MonkeyPatch, text: str) -
     "text",
     ["[1,2,3,4,5,6]", "[[1,2],[3,4]]", "[[[[[[]]]]]]", '{"a":1,"b":2,"c":3,"d":4,"e":5,"f":6}', '[{"a":[1,2,3,4]}]'],
 )
-def test_row_22_values_have_a_limit(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+def test_row_22_too_many_values_are_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setattr(json_reader, "_WINDOW_BYTES", 8)
     monkeypatch.setattr(json_reader, "_LEAST_WINDOW_BYTES", 8)
     assert read(text.encode()) == json.loads(text)

@@ -1,4 +1,4 @@
-"""What `ndcache.dump` writes, read back by hand."""
+"""Models that `ndcache.dump` writes, read back by hand."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Array = np.ndarray[Any, Any]
 
 
 def read_back(directory: Path, name: str = "tensor-cache.json") -> dict[str, Array]:
-    """All tensors as they are stored, after every size and digest was compared with the files."""
+    """Return all tensors as they are stored, after checking all sizes and digests."""
     tensors: dict[str, Array] = {}
     for shard in json.loads((directory / name).read_bytes())["records"]:
         data = (directory / shard["dataPath"]).read_bytes()
@@ -43,7 +43,7 @@ def read_back(directory: Path, name: str = "tensor-cache.json") -> dict[str, Arr
 
 
 def layout(directory: Path) -> list[list[str]]:
-    """The tensors' names by shard."""
+    """Return the names of the tensors by shard."""
     shards = json.loads((directory / "tensor-cache.json").read_bytes())["records"]
     return [[record["name"] for record in shard["records"]] for shard in shards]
 
@@ -162,7 +162,10 @@ def test_a_tensor_larger_than_the_encoder_takes_at_once(tmp_path: Path) -> None:
         ((10, 20, 30), [["t0", "t1", "t2"]]),
         ((49, 49, 1), [["t0", "t1", "t2"]]),  # 99 bytes
         ((49, 49, 2), [["t0", "t1"], ["t2"]]),  # 100 would not be under the limit
-        ((60, 50, 1), [["t1"], ["t0", "t2"]]),  # half a shard that does not fit goes alone, the other one goes on
+        (
+            (60, 50, 1),
+            [["t1"], ["t0", "t2"]],
+        ),  # a large tensor that does not fit gets its own shard; the pending one goes on
         ((60, 49, 1), [["t0"], ["t1", "t2"]]),
         ((49, 49, 49), [["t0", "t1"], ["t2"]]),
         ((10, 500, 20), [["t1"], ["t0", "t2"]]),
@@ -199,7 +202,7 @@ def test_encoding_by_name(tmp_path: Path) -> None:
     params = {"a": random_array((3,)), "b": random_array((3,)), "c": np.arange(3)}
     ndcache.dump(params, tmp_path, encode={"a": "raw", "*": "f32-to-bf16"})
     records = json.loads((tmp_path / "tensor-cache.json").read_bytes())["records"][0]["records"]
-    # Others than float32 are marked too, and stored as they are: that is how published models look.
+    # In published models, other dtypes are marked, too, and stored as they are.
     assert [(record["format"], record["nbytes"]) for record in records] == [
         ("raw", 12),
         ("f32-to-bf16", 6),
@@ -208,7 +211,7 @@ def test_encoding_by_name(tmp_path: Path) -> None:
     assert read_back(tmp_path, "tensor-cache-b16.json")["b"].dtype == ml_dtypes.bfloat16
 
 
-def test_the_manifest_comes_back(tmp_path: Path) -> None:
+def test_dump_returns_the_manifest(tmp_path: Path) -> None:
     manifest = ndcache.dump(byte_tensors(60, 60), tmp_path / "new" / "model", shard_bytes=100, metadata={"a": [1]})
     assert manifest == ndcache.read_manifest(tmp_path / "new" / "model")
     assert len(manifest.shards) == 2
@@ -223,7 +226,7 @@ class HasArray:
 
 
 class HasNumpy:
-    """As TVM's tensors, of which `numpy.asarray` would make an array of objects."""
+    """Like a TVM tensor, which `numpy.asarray` would turn into an array of objects."""
 
     def __getitem__(self, index: int) -> HasNumpy:
         raise IndexError
@@ -233,7 +236,7 @@ class HasNumpy:
 
 
 @pytest.mark.parametrize("value", [HasArray(), HasNumpy(), [0, 1, 2], range(3)])
-def test_anything_like_an_array(tmp_path: Path, value: Any) -> None:
+def test_anything_that_becomes_an_array_is_accepted(tmp_path: Path, value: Any) -> None:
     ndcache.dump({"x": value}, tmp_path)
     assert read_back(tmp_path)["x"].tolist() == [0, 1, 2]
 
@@ -355,7 +358,7 @@ def test_stale_files_go_and_others_stay(tmp_path: Path) -> None:
     assert layout(tmp_path) == [["w"]]
 
 
-def test_who_has_the_older_dump_open_keeps_it(tmp_path: Path) -> None:
+def test_open_files_of_an_older_dump_stay_readable(tmp_path: Path) -> None:
     params = {"a": np.arange(1000), "b": np.arange(1000) * 2}
     ndcache.dump(params, tmp_path, shard_bytes=1000)
     weights = ndcache.load(tmp_path)
@@ -374,7 +377,7 @@ def test_a_directory_may_be_dumped_into_itself(tmp_path: Path) -> None:
     }
 
 
-def test_manifests_get_their_names_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_manifests_are_renamed_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     named: list[str] = []
     replace = os.replace
 
@@ -426,7 +429,7 @@ ndcache.dump(params(), {str(tmp_path)!r}, shard_bytes=100, update={update})
         child.wait()
     after = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     assert after == before
-    ndcache.dump({"w": np.zeros(1)}, tmp_path)  # what the killed one left is in no one's way
+    ndcache.dump({"w": np.zeros(1)}, tmp_path)  # files that the killed process left do not disturb
     assert list(ndcache.load(tmp_path)) == ["w"]
 
 
@@ -438,7 +441,7 @@ def test_update_replaces_and_adds(tmp_path: Path) -> None:
     ndcache.dump(params, tmp_path, encode="raw", shard_bytes=100, metadata={"kept": True})
     assert layout(tmp_path) == [["t0", "t1"], ["t2", "t3"], ["t4", "t5"]]
     before = contents(tmp_path)
-    # Two of one shard, in the other order, and with another dtype and shape of the same size.
+    # Two tensors of one shard, in another order, with another dtype and shape of the same size.
     changes = {"t3": np.arange(5, dtype=np.int64), "t2": -params["t2"], "t4": -params["t4"], "new": np.arange(4)}
     manifest = ndcache.dump(changes, tmp_path, encode="raw", shard_bytes=100, update=True)
     assert manifest.metadata == {"kept": True}
@@ -488,7 +491,7 @@ def test_update_of_an_incomplete_directory_is_refused(tmp_path: Path) -> None:
 
 
 def test_update_keeps_what_other_writers_left(tmp_path: Path) -> None:
-    """An older manifest name, shards that are not numbered from 0, digests that are not md5."""
+    """Keep an older manifest name, other numbers of shards, and digests other than md5."""
     old = write_model(tmp_path, [byte_tensors(8), {"w": np.arange(8)}], manifest_name="ndarray-cache.json")
     (tmp_path / "params_shard_0.bin").rename(tmp_path / "params_shard_2.bin")
     old["records"][0].update(dataPath="params_shard_2.bin", sha256sum="0" * 64)

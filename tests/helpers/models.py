@@ -1,4 +1,4 @@
-"""Small models for tests, written by hand so that the reader is not tested with its own writer."""
+"""Write small models for tests, by hand: the reader must not be tested with its own writer."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import numpy as np
 
 
 def stored_bytes(array: np.ndarray[Any, Any], encoding: str = "raw") -> bytes:
-    """The bytes of a tensor in a shard."""
+    """Return the bytes of a tensor in a shard."""
     if encoding == "f32-to-bf16" and array.dtype == np.float32:
         array = array.astype(ml_dtypes.bfloat16)
     return array.tobytes()
 
 
 def record(name: str, array: np.ndarray[Any, Any], offset: int, encoding: str = "raw") -> dict[str, Any]:
-    """A record's JSON."""
+    """Return the JSON of a record."""
     return {
         "name": name,
         "shape": list(array.shape),
@@ -74,7 +74,7 @@ def write_model(
 
 
 def random_array(shape: tuple[int, ...], dtype: str = "float32", seed: int = 0) -> np.ndarray[Any, Any]:
-    """Random values of any dtype of the format; floats hold no NaN."""
+    """Return random values of any dtype of the format; no NaN."""
     rng = np.random.default_rng(seed)
     if dtype == "bool":
         return rng.integers(0, 2, shape).astype(bool)
@@ -87,9 +87,9 @@ def random_array(shape: tuple[int, ...], dtype: str = "float32", seed: int = 0) 
 
 
 def through_bf16(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """float32 as it comes back from bfloat16, by the integers: to nearest even, cut off beyond the largest bfloat16.
+    """Return float32 rounded to bfloat16 as TVM does, computed with integers; other dtypes unchanged.
 
-    Other dtypes come back as they are.
+    Values are rounded to nearest even, and cut off at the largest bfloat16.
     """
     if array.dtype != np.float32:
         return array
@@ -100,7 +100,7 @@ def through_bf16(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 def simple_model(directory: Path, shards: int = 4, shard_bytes: int = 1 << 16) -> dict[str, np.ndarray[Any, Any]]:
-    """A model of `shards` shards with one raw float32 tensor each.
+    """Write a model of `shards` shards with one raw float32 tensor each.
 
     Returns
     -------
@@ -113,7 +113,7 @@ def simple_model(directory: Path, shards: int = 4, shard_bytes: int = 1 << 16) -
 
 
 def assert_same(weights: Mapping[str, Any], arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
-    """Same names in the same order, same dtypes, same shapes, same bytes."""
+    """Check names and their order, dtypes, shapes and bytes."""
     assert list(weights) == list(arrays)
     for name, array in arrays.items():
         loaded = np.asarray(weights[name])
