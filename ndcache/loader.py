@@ -36,9 +36,10 @@ from .location.hub import Login
 from .location.locate import Location, locate, locate_mirror
 from .options import check_options
 from .progress import Progress, Reporter
+from .sources import open_model
+from .sources.client import Client
 from .sources.download import Downloader
-from .sources.model import Flaw, LocalModel, Model, ShardFile
-from .sources.remote import RemoteModel
+from .sources.model import Flaw, Model, ShardFile
 from .store.cleanup import delete_model
 from .store.directory import ModelDirectory
 from .store.inventory import cache_scope
@@ -401,8 +402,8 @@ class Loader:
             error.missing = (name,)
             raise error
         with self._workers(1) as workers:
-            brings = _downloader(self._context(workers, location), self._cache.open(location))
-            return workers.run(lambda: brings.file(name, file_url(url), _MAX_FILE_BYTES), tasks_to_come=0)
+            downloader = Downloader(Client(self._context(workers, location)), self._cache.open(location))
+            return workers.run(lambda: downloader.download_file(name, file_url(url), _MAX_FILE_BYTES), tasks_to_come=0)
 
     def delete_file(self, url: str) -> None:
         """Remove a single file from the cache, wherever it lies there; do nothing if it is not cached.
@@ -451,7 +452,7 @@ class Loader:
         context = self._context(workers, location, offline=offline, must_keep=must_keep)
         context.stats.record_to(trace)
         with context.stats.timed("manifest"):
-            return _open_model(location, context), context
+            return open_model(location, context), context
 
     def _context(
         self, workers: WorkerPool, location: Location, *, offline: bool = False, must_keep: bool = False
@@ -562,39 +563,6 @@ class Loader:
             model.finish()
         context.stats.seconds["total"] = time.perf_counter() - context.started
         logger.info("%s: %s", model.directory, context.stats)
-
-
-def _open_model(location: Location, context: LoadContext) -> Model:
-    if location.directory is not None:
-        return LocalModel(
-            location.directory,
-            location.manifest_names,
-            verify=context.verify,
-            cancellation=context.cancellation,
-            stats=context.stats,
-            integrity=context.integrity,
-        )
-    return RemoteModel(
-        location,
-        _downloader(context, context.open_directory(location)),
-        mirrors=context.mirrors,
-        verify=context.verify,
-        offline=context.offline,
-        integrity=context.integrity,
-    )
-
-
-def _downloader(context: LoadContext, cache: ModelDirectory) -> Downloader:
-    return Downloader(
-        context.transport,
-        context.policy,
-        context.cancellation,
-        context.stats,
-        cache,
-        digests=context.compares_digests,
-        workers=context.workers,
-        limits=context.limits,
-    )
 
 
 @contextmanager

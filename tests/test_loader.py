@@ -34,7 +34,7 @@ import requests
 import ndcache
 from ndcache.devices.cpu import CpuUpload
 from ndcache.format.integrity import find_mismatch
-from ndcache.sources import remote
+from ndcache.sources import verifier
 from ndcache.sources.manifest import ManifestSource
 from ndcache.workers.cancellation import Cancellation
 
@@ -1316,7 +1316,7 @@ def test_row_36_while_a_cached_file_is_hashed(
         begun.set()
         return find_mismatch(*args)
 
-    monkeypatch.setattr(remote, "find_mismatch", tell)
+    monkeypatch.setattr(verifier, "find_mismatch", tell)
     options = {"verify": "always"} if verb is ndcache.load else {}
     error = stop_when(begun.is_set, how, functools.partial(verb, server.url, **options))
     assert type(error) is STOPS[how]

@@ -1,67 +1,54 @@
-"""One file from a server to its place in the cache: received, counted, checked, published."""
+"""Download one file into the cache: receive it, check its size and digests, publish it."""
 
 from __future__ import annotations
 
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from types import TracebackType
+from typing import BinaryIO
 
-from ..errors import (
-    ChecksumError,
-    IntegrityError,
-    NdcacheError,
-    SizeMismatchError,
-    TransferError,
-    TruncatedError,
-    redact,
-)
-from ..format.manifest import Shard
-from ..http.rate_limits import Limits, Permit, Served, is_refusal, origin_of
+from ..errors import IntegrityError, NdcacheError, SizeMismatchError, TransferError, TruncatedError
+from ..http.rate_limits import origin_of
 from ..http.response import Response
-from ..http.retry import RetryPolicy, with_retries
-from ..http.transport import RedirectTarget, Transport
-from ..location.hub import at_commit, branch
-from ..stats import LoadStats
+from ..http.retry import Attempt
 from ..store.directory import ModelDirectory
-from ..store.metadata import FileMetadata
 from ..store.partial import PartialFile
-from ..store.ranges import ByteRanges
-from ..urls.url import parse
 from ..workers.cancellation import Cancellation
-from ..workers.pool import WorkerPool
+from .client import Client
+from .plan import DownloadPlan
 from .range_queue import RangeQueue, RangeTask
-from .transfer import Transfer, unasked
+from .shard_request import unexpected_status
+from .transfer import Action, Transfer
 
 __all__ = ["DownloadResult", "Downloader"]
 
 #: The most that is read at once: little enough to be in the CPU's cache when it is hashed and written. A cold fetch
 #: with 256 KiB takes 1.07 times as long in /dev/shm and 1.04 times to a disk (benchmarks/fetch.py, 15 pairs each).
 _READ_BYTES = 1 << 20
-#: Bytes of a file that comes in pieces, of which several may be under way at once.
+#: Bytes of a file of which several ranges are received at once.
 RANGE_THRESHOLD = 64 << 20
-#: Bytes of a piece, at least and at most: each costs a round trip, and what comes before it is its turn to be hashed
-#: is read back later.
-PIECE_LIMITS = (16 << 20, 64 << 20)
+#: The least and the most bytes of such a range: each costs a round trip, and what comes before the bytes in front of
+#: it is read back later to be hashed.
+RANGE_BYTES = (16 << 20, 64 << 20)
 
 logger = logging.getLogger("ndcache")
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class DownloadResult:
-    """What came of a shard.
+    """The result of a shard's download.
 
     Attributes
     ----------
     file : binary file or None
-        Open for reading; None if the one in the cache is still right.
+        Open for reading; None if the cached file is still right.
     is_whole : bool
-        Whether it is all there and was checked; if not, it has the wanted bytes, and holes.
+        Whether the file is complete and checked. If not, it has the wanted ranges, and holes.
     checked : tuple of str
         The algorithms of the digests that were compared.
     """
@@ -71,346 +58,254 @@ class DownloadResult:
     checked: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
 class Downloader:
-    """What every transfer of one load shares.
+    """Download files of one model into its cache directory.
+
+    Parameters
+    ----------
+    client : Client
+        Makes the requests.
+    cache : ModelDirectory
+        Where the files go.
 
     Attributes
     ----------
-    transport : Transport
-    policy : RetryPolicy
-    cancellation : Cancellation
-    stats : LoadStats
+    client : Client
     cache : ModelDirectory
-        Where files go.
-    digests : bool
-        Whether digests are checked, or sizes only.
-    workers : WorkerPool
-        Of the load, some of whom may bring pieces of a large file. Without threads unless given.
-    limits : Limits
-        What the servers accept; several loads may share it.
     """
 
-    transport: Transport
-    policy: RetryPolicy
-    cancellation: Cancellation
-    stats: LoadStats
-    cache: ModelDirectory
-    digests: bool = True
-    workers: WorkerPool = field(default_factory=WorkerPool)
-    limits: Limits = field(default_factory=Limits)
-    _failing: set[int] = field(default_factory=set)  # which of the URLs are tried last
-    _commits: dict[str, str] = field(default_factory=dict)  # of branches on Hugging Face
-    _served: Served = field(init=False)
+    def __init__(self, client: Client, cache: ModelDirectory) -> None:
+        self.client = client
+        self._context = client.context
+        self.cache = cache
+        self._failing: set[int] = set()  # which of the URLs are tried last
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_served", Served(self.limits))
+    def download_shard(self, plan: DownloadPlan, *, is_exclusive: bool = False) -> DownloadResult:
+        """Download a shard from the first URL that gives the right bytes.
 
-    def shard(
-        self,
-        shard: Shard,
-        urls: Sequence[str],
-        content_id: str,
-        *,
-        cached: FileMetadata | None = None,
-        is_exclusive: bool = False,
-        wanted: ByteRanges | None = None,
-    ) -> DownloadResult:
-        """Bring one shard into the cache, from the first of `urls` that gives the right bytes.
-
-        What comes of a file of more than 64 MiB, or a few bytes of any, is asked for in pieces, with the help of
-        workers that have nothing else to do.
+        A file of more than 64 MiB, or some ranges of any, is received by several workers if they have nothing else to
+        do.
 
         Parameters
         ----------
-        shard : Shard
-        urls : sequence of str
-            Of the source, which the caller's session is for, and of mirrors: the same ones in each call.
-        content_id : str
-            What the manifest says of its content; see `FileMetadata.compare_content`.
-        cached : FileMetadata, optional
-            Of the file that is there. If the source says that it is still the same, nothing comes back.
+        plan : DownloadPlan
         is_exclusive : bool
             Whether nobody else downloads this shard now.
-        wanted : ByteRanges, optional
-            The bytes that are enough. A mirror is asked for all if there is a digest to compare it with.
-
-        Returns
-        -------
-        DownloadResult
 
         Raises
         ------
         TransferError, IntegrityError
-            The first URL's error, those of the others attached.
+            The first URL's error, with those of the others attached.
         CacheError, CancelledError
         """
-        with self.cache.partials.create(shard.data_path) as part:
-            expected = self._expected(shard, None) if wanted is None else {}
-            self._compute(part, expected)
-            with self.stats.timed("write", file=shard.data_path):
-                self.cache.partials.copy_longest(
-                    part,
-                    shard,
-                    content_id,
-                    self.cancellation.check,
-                    is_checked=bool(expected),
-                    is_exclusive=is_exclusive,
-                )
-            in_pieces = self.workers.max_helpers > 0 and (shard.nbytes > RANGE_THRESHOLD or wanted is not None)
-            transfer = Transfer(
-                shard,
-                content_id,
-                urls[0],
-                part,
-                cached,
-                ByteRanges([(0, shard.nbytes)]) if wanted is None else wanted,
-                self.cancellation,
-                PIECE_LIMITS if in_pieces else None,
-                self.workers.max_helpers,
-                is_inherited=bool(part.ranges),
-            )
-            self.stats.count(resumed_bytes=transfer.wanted.nbytes - transfer.missing.nbytes)
-            try:
-                return self._from_any(transfer, urls)
-            finally:
-                transfer.leave_pieces()
+        with self._begin(plan, is_exclusive=is_exclusive) as transfer:
+            for attempt in self._attempts(transfer):
+                with attempt:
+                    match transfer.next_action():
+                        case Action.FETCH:
+                            with (
+                                transfer.fetching() as request,
+                                self.client.get(
+                                    transfer.url, plan.urls[0], request.headers, redirects=transfer.redirects
+                                ) as response,
+                            ):
+                                if (body := self._accept(transfer, response)) is not None:
+                                    self._receive(response, transfer.partial, body, self._context.cancellation)
+                            self._catch_up(transfer.partial)
+                        case Action.WAIT:
+                            transfer.wait()
+                        case Action.CHECK:
+                            self._check(transfer)
+                        case Action.PUBLISH:
+                            return self._publish(transfer)
+                        case Action.KEEP_RANGES:
+                            return self._keep_ranges(transfer)
+                        case Action.USE_CACHED:
+                            return DownloadResult(None, is_whole=True)
+        raise AssertionError("the last attempt of the last URL returns or raises")
 
-    def file(self, name: str, url: str, limit: int) -> Path:
-        """Bring a file of unknown size, up to `limit` bytes, into the cache."""
-
-        def once() -> Path:
-            with self.get(url, url, {}) as response, self.cache.partials.create(name) as part:
+    def download_file(self, name: str, url: str, limit: int) -> Path:
+        """Download a file of unknown size, up to `limit` bytes."""
+        for attempt in self.client.attempts():
+            with attempt, self.client.get(url, url, {}) as response, self.cache.partials.create(name) as partial:
                 if response.status != 200:
-                    raise unasked(response)
-                part.hasher.add("md5", self.cancellation.check)
+                    raise unexpected_status(response)
+                partial.hasher.add("md5", self._context.cancellation.check)
                 length = response.content_length
                 if length is not None and length > limit:
                     raise SizeMismatchError(
-                        "the file is larger than it may be",
-                        url=url,
-                        shard=name,
-                        expected=limit,
-                        received=length,
+                        "the file is larger than allowed", url=url, shard=name, expected=limit, received=length
                     )
-                self._receive(response, part, RangeTask(0, limit if length is None else length), self.cancellation)
-                if response.may_be_truncated or (length is not None and part.nbytes < length):
+                body = RangeTask(0, limit if length is None else length)
+                self._receive(response, partial, body, self._context.cancellation)
+                if response.may_be_truncated or (length is not None and partial.nbytes < length):
                     raise TruncatedError(
-                        "the body ended early",
-                        url=url,
-                        shard=name,
-                        expected=length,
-                        received=part.nbytes,
+                        "the body ended early", url=url, shard=name, expected=length, received=partial.nbytes
                     )
-                headers = response.headers
-                etag, last_modified = headers.get("ETag"), headers.get("Last-Modified")
-                with self.stats.timed("publish", file=name):
-                    self.cache.publish(part, name, etag=etag, last_modified=last_modified).close()
-                return self.cache.path(name)
+                etag, last_modified = response.headers.get("ETag"), response.headers.get("Last-Modified")
+                with self._context.stats.timed("publish", file=name):
+                    self.cache.publish(partial, name, etag=etag, last_modified=last_modified).close()
+        return self.cache.path(name)
 
-        return self.retrying(once)
-
-    def get(
-        self,
-        url: str,
-        source_url: str,
-        headers: Mapping[str, str],
-        cancellation: Cancellation | None = None,
-        redirects: dict[str, RedirectTarget] | None = None,
-        *,
-        may_be_encoded: bool = False,
-    ) -> Response:
-        """`Transport.get`, counted, and at the pace that the server accepts.
-
-        A branch stays at the commit that it had when it was asked for first.
-        """
-        cancellation, name = cancellation or self.cancellation, branch(url)
-        commit = self._commits.get(name) if name else None
-        start = at_commit(url, commit) if commit else None
-        self.stats.count(requests=1)
-        with self.stats.timed("request", url=redact(url), range=headers.get("Range")) as others:
-
-            def enter(url: str) -> Permit:
-                begun = time.perf_counter()
-                try:
-                    return self.limits.of(url).enter(cancellation)
-                finally:
-                    others["rate_limit"] = others.get("rate_limit", 0.0) + time.perf_counter() - begun
-
-            response = self.transport.get(
-                url,
-                headers,
-                cancellation,
-                source_url=source_url,
-                redirects=redirects,
-                enter=enter,
-                may_be_encoded=may_be_encoded,
-                start=start,
-            )
-        if name and response.commit:
-            self._commits.setdefault(name, response.commit)
-        self._served.gave(origin_of(response.url))
-        if response.url != url:
-            self._served.gave(origin_of(url))  # which told where to go
-        return response
-
-    def retrying(
-        self, attempt: Callable[[], T], policy: RetryPolicy | None = None, progress: Callable[[], int] = lambda: 0
-    ) -> T:
-        """`with_retries`, as the load's policy says if there is no other."""
-        return with_retries(attempt, policy or self.policy, self.cancellation, self.stats, progress, self._served)
-
-    def _from_any(self, transfer: Transfer, urls: Sequence[str]) -> DownloadResult:
-        errors: dict[int, NdcacheError] = {}
-        for index in sorted(range(len(urls)), key=lambda index: index in self._failing):
-            transfer.leave_pieces()
-            transfer.with_ranges = True
-            if index > 0 and self._expected(transfer.shard, None):
-                transfer.want_whole_file()
-            try:
-                return self.retrying(
-                    lambda url=urls[index]: self._shard_once(transfer, url),  # type: ignore[misc]
-                    progress=lambda: transfer.part.furthest,
+    @contextmanager
+    def _begin(self, plan: DownloadPlan, *, is_exclusive: bool) -> Iterator[Transfer]:
+        """Yield a new transfer, which begins with what an earlier one left of the shard."""
+        context, shard, workers = self._context, plan.shard, self._context.workers
+        with self.cache.partials.create(shard.data_path) as partial:
+            digests = shard.digests if context.compares_digests and plan.ranges is None else {}
+            self._compute(partial, digests)
+            with context.stats.timed("write", file=shard.data_path):
+                self.cache.partials.copy_longest(
+                    partial,
+                    shard,
+                    plan.content_id,
+                    context.cancellation.check,
+                    is_checked=bool(digests),
+                    is_exclusive=is_exclusive,
                 )
-            except (TransferError, IntegrityError) as error:
-                error.shard = transfer.shard.data_path
-                errors[index] = error
-                if error.retryable and type(error).max_retries is None:
-                    self._failing.add(index)  # it was tried again and again; the next shards need not wait for that
-        first, *others = (errors[index] for index in sorted(errors))
+            in_ranges = workers.max_helpers > 0 and (shard.nbytes > RANGE_THRESHOLD or plan.ranges is not None)
+            transfer = Transfer(
+                plan,
+                partial,
+                context.cancellation,
+                checks_digests=context.compares_digests,
+                task_bytes=RANGE_BYTES if in_ranges else None,
+                max_helpers=workers.max_helpers,
+            )
+            context.stats.count(resumed_bytes=transfer.wanted.nbytes - transfer.missing.nbytes)
+            try:
+                yield transfer
+            finally:
+                transfer.end_queue()
+
+    def _attempts(self, transfer: Transfer) -> Iterator[_UrlAttempt]:
+        """Yield the current attempt before each action, at each URL in turn; raise the first URL's last error."""
+        errors: dict[int, NdcacheError] = {}
+        count = len(transfer.plan.urls)
+        for index in sorted(range(count), key=lambda index: index in self._failing):
+            transfer.use_url(index)
+            for attempt in self.client.attempts(progress=lambda: transfer.partial.furthest):
+                current = _UrlAttempt(attempt, errors, index)
+                while not current.has_failed:
+                    yield current
+            error = errors[index]
+            error.shard = transfer.plan.shard.data_path
+            if error.retryable and type(error).max_retries is None:
+                self._failing.add(index)  # it failed again and again: the next shards need not wait for that
+        first, *others = (errors[index] for index in range(count))
         first.others = tuple(others)
         raise first
 
-    def _shard_once(self, transfer: Transfer, url: str) -> DownloadResult:
-        """Ask once for each piece that has not come, and publish the file if it is whole and right."""
-        part, shard = transfer.part, transfer.shard
-        try:
-            while not transfer.is_complete:
-                piece = transfer.take(url)
-                if piece is None and transfer.pieces is not None:
-                    transfer.pieces.wait()  # for those who have the last ones
-                elif not self._bring(transfer, url, piece):
-                    return DownloadResult(None, is_whole=True)
-            if not transfer.has_whole_file:
-                with self.stats.timed("publish", file=shard.data_path):
-                    return DownloadResult(part.keep_with_holes(shard.nbytes), is_whole=False)
-            expected = self._expected(shard, transfer.linked_sha256)
-            self._compute(part, expected)
-            self._catch_up(part, wait=True)
-            transfer.check(url, expected)
-        except ChecksumError:
-            if not transfer.is_inherited:
-                raise
-            transfer.is_inherited = False  # what was left may have been torn: that is not the server's fault
-            return self._shard_once(transfer, url)
-        # What a mirror calls a version says nothing to the source, which will be asked.
-        origin = part.source
-        etag = origin.etag if origin is not None and origin.url == parse(transfer.source_url).address else None
-        self.workers.release_slot()
-        with self.stats.timed("publish", file=shard.data_path):
-            file = self.cache.publish(part, shard.data_path, etag=etag, content_id=transfer.content_id)
-        return DownloadResult(file, is_whole=True, checked=tuple(expected))
+    def _accept(self, transfer: Transfer, response: Response) -> RangeTask | None:
+        """Return the range to receive from a response, if any; then ask for helpers."""
+        body = transfer.accept(response)
+        if body is not None:
+            if response.status == 200 or not transfer.is_partial:
+                self._compute(transfer.partial, transfer.expected_digests)
+            if (queue := transfer.queue) is not None:
+                for _ in range(queue.helpers_wanted()):
+                    self._context.workers.submit_helper(functools.partial(self._help, transfer, queue))
+        return body
 
-    def _bring(self, transfer: Transfer, url: str, piece: RangeTask | None) -> bool:
-        """Ask for a piece, or for the whole file, once; False if the cached file is still right."""
-        request, pieces = transfer.request(url, piece), transfer.pieces
-        try:
-            with self.get(url, transfer.source_url, request.headers, redirects=transfer.redirects) as response:
-                if transfer.is_unchanged(request, response):
-                    return False
-                if not transfer.accept(url, request, response):
-                    return True
-                if response.status == 200 or not transfer.is_partial:
-                    self._compute(transfer.part, self._expected(transfer.shard, response.linked_sha256))
-                if pieces is not None and pieces is transfer.pieces:
-                    for _ in range(pieces.helpers_wanted()):
-                        self.workers.submit_helper(functools.partial(self._help, transfer, pieces, url))
-                coming = piece if piece is not None and response.status == 206 else RangeTask(0, transfer.shard.nbytes)
-                try:
-                    self._receive(response, transfer.part, coming, self.cancellation)
-                except SizeMismatchError:
-                    transfer.restart()
-                    raise
-                if coming.position < coming.end:
-                    raise transfer.truncated(url)
-        except NdcacheError as error:
-            transfer.redirects.pop(url, None)  # it may be the fault of where that led to
-            if transfer.drop_condition(request, error):
-                return True
-            if isinstance(error, TruncatedError):
-                raise transfer.truncated(url) from error.__cause__
-            raise
-        finally:
-            if piece is not None and pieces is not None:
-                pieces.put_back(piece)
-        self._catch_up(transfer.part)
-        return True
-
-    def _help(self, transfer: Transfer, pieces: RangeQueue, url: str) -> None:
-        """Bring pieces of another worker's file, until there are none or the server does not give one."""
-        part, is_good = transfer.part, True
+    def _help(self, transfer: Transfer, queue: RangeQueue) -> None:
+        """Receive ranges of another worker's file, until none is left or the server does not give one."""
+        client, partial, is_good = self.client, transfer.partial, True
         while is_good:
-            with pieces.help() as piece:
-                if piece is None:
+            with queue.next_for_helper() as task:
+                if task is None:
                     return
-                request, is_good = transfer.request(url, piece, is_helping=True), False
+                headers, is_good = transfer.request_for_helper(task).headers, False
                 try:
-                    with self.get(
-                        url, transfer.source_url, request.headers, pieces.cancellation, transfer.redirects
+                    with client.get(
+                        transfer.url,
+                        transfer.plan.urls[0],
+                        headers,
+                        cancellation=queue.cancellation,
+                        redirects=transfer.redirects,
                     ) as response:
-                        is_right = response.status == 206 and response.is_range(*piece.span, transfer.shard.nbytes)
-                        if is_right and transfer.is_of_version(response):
-                            self._receive(response, part, piece, pieces.cancellation)
-                            is_good = piece.position == piece.end
-                    self._catch_up(part)
+                        if transfer.accept_for_helper(task, response):
+                            self._receive(response, partial, task, queue.cancellation)
+                            is_good = task.is_done
+                    self._catch_up(partial)
                 except (NdcacheError, OSError) as error:
-                    if isinstance(error, NdcacheError) and is_refusal(error):
-                        self._served.note_limit(error)
-                    logger.debug("a piece of %s did not come: %s", transfer.shard.data_path, str(error))
+                    if isinstance(error, NdcacheError):
+                        client.note_refusal(error)
+                    logger.debug("a range of %s was not received: %s", transfer.plan.shard.data_path, str(error))
                     is_good = False
                 except BaseException as error:
-                    pieces.helper_done(error)
+                    queue.helper_done(error)
                     raise
                 if not is_good:
-                    pieces.helper_done()  # what to make of it is for the owner to see, whose turn it is next
+                    queue.helper_done()  # the owner, which takes the range next, sees what is wrong
 
-    def _expected(self, shard: Shard, linked_sha256: str | None) -> dict[str, str]:
-        """The digests that will be compared: the manifest's, the caller's, and the server's own."""
-        if not self.digests:
-            return {}
-        linked = {} if linked_sha256 is None else {"sha256": linked_sha256}
-        return {**linked, **shard.digests}
+    def _check(self, transfer: Transfer) -> None:
+        self._compute(transfer.partial, transfer.expected_digests)
+        self._catch_up(transfer.partial, wait=True)
+        transfer.check_digests()
 
-    def _compute(self, part: PartialFile, algorithms: Iterable[str]) -> None:
-        with self.stats.timed("hash", file=part.name):
+    def _publish(self, transfer: Transfer) -> DownloadResult:
+        name, content_id = transfer.plan.shard.data_path, transfer.plan.content_id
+        self._context.workers.release_slot()
+        with self._context.stats.timed("publish", file=name):
+            file = self.cache.publish(transfer.partial, name, etag=transfer.source_etag, content_id=content_id)
+        return DownloadResult(file, is_whole=True, checked=tuple(transfer.expected_digests))
+
+    def _keep_ranges(self, transfer: Transfer) -> DownloadResult:
+        shard = transfer.plan.shard
+        with self._context.stats.timed("publish", file=shard.data_path):
+            return DownloadResult(transfer.partial.keep_with_holes(shard.nbytes), is_whole=False)
+
+    def _compute(self, partial: PartialFile, algorithms: Iterable[str]) -> None:
+        with self._context.stats.timed("hash", file=partial.name):
             for algorithm in algorithms:
-                part.hasher.add(algorithm, self.cancellation.check)
+                partial.hasher.add(algorithm, self._context.cancellation.check)
 
-    def _catch_up(self, part: PartialFile, *, wait: bool = False) -> None:
-        with self.stats.timed("hash", file=part.name):
-            part.hasher.catch_up(self.cancellation.check, wait=wait)
+    def _catch_up(self, partial: PartialFile, *, wait: bool = False) -> None:
+        with self._context.stats.timed("hash", file=partial.name):
+            partial.hasher.catch_up(self._context.cancellation.check, wait=wait)
 
-    def _receive(self, response: Response, part: PartialFile, piece: RangeTask, cancellation: Cancellation) -> None:
-        """Write the body to `part`; one byte more than there should be is asked for, to notice what is too long."""
-        start, spent, origin = piece.position, {"write": 0.0, "hash": 0.0}, origin_of(response.url)
-        with self.stats.timed("network", file=part.name, start=start, nbytes=piece.end - start) as others:
+    def _receive(self, response: Response, partial: PartialFile, body: RangeTask, cancellation: Cancellation) -> None:
+        """Write the body to `partial`; ask for one byte more than it should have, to notice a body that is too long."""
+        start, spent, origin = body.position, {"write": 0.0, "hash": 0.0}, origin_of(response.url)
+        with self._context.stats.timed("network", file=partial.name, start=start, nbytes=body.end - start) as others:
             try:
-                while data := response.read_some(min(_READ_BYTES, piece.end + 1 - piece.position)):
+                while data := response.read_some(min(_READ_BYTES, body.end + 1 - body.position)):
                     cancellation.check()
-                    self.stats.count(network_bytes=len(data))
-                    self._served.gave(origin)
-                    if piece.position + len(data) > piece.end:
+                    self.client.count_received(origin, len(data))
+                    if body.position + len(data) > body.end:
                         raise SizeMismatchError(
-                            "the server sends more than there should be",
+                            "the server sends more bytes than expected",
                             url=response.url,
-                            expected=piece.end - start,
+                            expected=body.end - start,
                         )
                     begun = time.perf_counter()
-                    part.write_at(data, piece.position)
+                    partial.write_at(data, body.position)
                     written = time.perf_counter()
-                    part.hasher.feed(data, piece.position)
+                    partial.hasher.feed(data, body.position)
                     spent["write"] += written - begun
                     spent["hash"] += time.perf_counter() - written
-                    piece.position += len(data)
+                    body.position += len(data)
             finally:
                 others.update(spent)
+
+
+@dataclass
+class _UrlAttempt:
+    """An attempt at one URL. Its last error is collected, as another URL may give the shard."""
+
+    attempt: Attempt
+    errors: dict[int, NdcacheError]
+    index: int
+    has_failed: bool = False
+
+    def __enter__(self) -> None:
+        self.attempt.__enter__()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> bool:
+        self.has_failed = error is not None
+        if self.attempt.__exit__(kind, error, at):
+            return True
+        if isinstance(error, (TransferError, IntegrityError)):
+            self.errors[self.index] = error
+            return True
+        return False

@@ -1,4 +1,4 @@
-"""Which manifest a model on a server has now: the server's if it can be had, else the one in the cache."""
+"""Open the manifest of a model on a server: the server's, or the cached one if that cannot be had."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
 
 from ..caller import warn_caller
 from ..errors import (
@@ -27,26 +26,39 @@ from ..errors import (
     TransferError,
 )
 from ..files.folder import is_gone
-from ..format.integrity import Integrity, check_manifest_digest, manifest_names_to_try, verify_and_parse
+from ..format.integrity import check_manifest_digest, manifest_names_to_try, verify_and_parse
 from ..format.manifest import Manifest
 from ..format.parse import parse_manifest
 from ..format.strict_json import MAX_MANIFEST_BYTES
 from ..http.retry import RetryPolicy
 from ..location.locate import Location
+from ..store.directory import ModelDirectory
 from ..store.metadata import FileMetadata
-from .download import Downloader
+from .client import Client
 from .manifest_request import ManifestBody, NotThereError, refusal_of, request_manifest
 
-__all__ = ["ManifestSource", "offline_error"]
+__all__ = ["ManifestSource", "OpenedManifest", "offline_error"]
 
 logger = logging.getLogger("ndcache")
 
-#: A manifest, and the SHA-256 of its bytes.
-Opened: TypeAlias = tuple[Manifest, str]
 _FAILURES = (TransferError, ManifestError, ChecksumError)
-#: Failures that say nothing of the request itself.
+#: Failures that say nothing about the request itself.
 _NO_ANSWER = (ConnectError, StallError, TLSError, RateLimitedError)
 _ONE_TRY = RetryPolicy(retries=0)
+
+
+@dataclass(frozen=True)
+class OpenedManifest:
+    """A manifest, and the SHA-256 of its bytes.
+
+    Attributes
+    ----------
+    manifest : Manifest
+    digest : str
+    """
+
+    manifest: Manifest
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -55,102 +67,96 @@ class ManifestSource:
 
     Attributes
     ----------
-    bases : sequence of Location
-        Where the model is; and its mirrors, for a manifest that the caller has pinned.
-    downloader : Downloader
-    integrity : mapping
-        The digests that the caller demands.
-    offline : bool
-        Use what is cached and nothing else.
+    locations : sequence of Location
+        Where the model is; then its mirrors, for a manifest whose digest the caller demands.
+    client : Client
+    cache : ModelDirectory
     """
 
-    bases: Sequence[Location]
-    downloader: Downloader
-    integrity: Integrity
-    offline: bool
+    locations: Sequence[Location]
+    client: Client
+    cache: ModelDirectory
 
-    def open(self) -> Opened:
-        """The manifest, and its digest.
+    def open(self) -> OpenedManifest:
+        """Open the manifest.
 
         Raises
         ------
         TransferError, ManifestError, ChecksumError
-            It cannot be had, or is of no use, and none is cached.
+            The server does not give a manifest that can be used, and none is cached.
         OfflineError
         """
         cached = self._cached()
-        if self.offline:
+        if self.client.context.offline:
             if cached is None:
-                raise offline_error(self.bases[0], [self._names[0]])
+                raise offline_error(self.locations[0], [self._names[0]])
             return cached
         if cached is None:
-            return self._first()
-        name = cached[0].name
+            return self._fetch_first()
+        name = cached.manifest.name
         try:
-            # One request and no second try: there is something to fall back on.
-            return self._request(self.bases[0], name, _ONE_TRY, cached)
+            # One request without another try: there is a manifest to fall back on.
+            return self._request(self.locations[0], name, _ONE_TRY, cached)
         except (*_FAILURES, NotThereError) as failure:
             error: NdcacheError = failure
             if isinstance(failure, NotThereError):
-                if renamed := self._under_another_name(name):
+                if renamed := self._fetch_renamed(name):
                     return renamed
                 error = failure.reason
             if not isinstance(error, _NO_ANSWER):
                 self._forget_version(name)
-            message = f"using the cached manifest of {self.bases[0]}: {error}"
+            message = f"using the cached manifest of {self.locations[0]}: {error}"
             warn_caller(message)
             return cached
 
     @property
     def _names(self) -> tuple[str, ...]:
-        return manifest_names_to_try(self.bases[0].manifest_names, self.integrity)
+        return manifest_names_to_try(self.locations[0].manifest_names, self.client.context.integrity)
 
-    def _cached(self) -> Opened | None:
+    def _cached(self) -> OpenedManifest | None:
         for name in self._names:
-            data = self.downloader.cache.read(name, MAX_MANIFEST_BYTES)
+            data = self.cache.read(name, MAX_MANIFEST_BYTES)
             if data is None:
                 continue
             try:
-                manifest = self._parsed(data, name, str(self.bases[0]))
+                return self._parse(data, name, str(self.locations[0]))
             except (ManifestError, ChecksumError) as error:
-                logger.warning("the cached manifest is of no use: %s", str(error))
-                continue
-            return manifest, _sha256(data)
+                logger.warning("the cached manifest cannot be used: %s", str(error))
         return None
 
-    def _under_another_name(self, old: str) -> Opened | None:
-        """The manifest under its other usual name, if the server has it there now."""
+    def _fetch_renamed(self, old: str) -> OpenedManifest | None:
+        """Fetch the manifest under its other usual name, if the server has it there now."""
         for name in self._names:
             if name == old:
                 continue
             try:
-                opened = self._request(self.bases[0], name, _ONE_TRY)
+                opened = self._request(self.locations[0], name, _ONE_TRY)
             except (*_FAILURES, NotThereError):
                 continue
-            with contextlib.suppress(CacheError):  # a read-only cache asks for both next time, too
-                self.downloader.cache.quarantine(old)
+            with contextlib.suppress(CacheError):  # with a read-only cache, the next load asks for both again
+                self.cache.quarantine(old)
             return opened
         return None
 
-    def _first(self) -> Opened:
-        """Of the source; one that the caller has pinned may come from a mirror, too."""
+    def _fetch_first(self) -> OpenedManifest:
+        """Fetch the manifest from the source, or from a mirror if the caller demands its digest."""
         try:
-            return self._of(self.bases[0])
+            return self._fetch_from(self.locations[0])
         except _FAILURES as error:
-            mirrors = self.bases[1:] if set(self._names) <= self.integrity.keys() else ()
+            mirrors = self.locations[1:] if set(self._names) <= self.client.context.integrity.keys() else ()
             for mirror in mirrors:
                 try:
-                    return self._of(mirror)
+                    return self._fetch_from(mirror)
                 except _FAILURES as other:
                     error.others += (other,)
             raise
 
-    def _of(self, location: Location) -> Opened:
-        """The first there is under one of its usual names."""
+    def _fetch_from(self, location: Location) -> OpenedManifest:
+        """Fetch the manifest under the first of its usual names that the server has."""
         first: NdcacheError | None = None
         for name in self._names:
             try:
-                return self._request(location, name, self.downloader.policy)
+                return self._request(location, name, self.client.context.policy)
             except NotThereError as error:
                 first = first or error.reason
         assert first is not None
@@ -174,85 +180,88 @@ class ManifestSource:
             hint=first.hint,
         )
 
-    def _request(self, location: Location, name: str, policy: RetryPolicy, cached: Opened | None = None) -> Opened:
-        cancellation = self.downloader.cancellation
-        url, source_url = location.url(name), self.bases[0].url(name)
-        known = None if cached is None else self._known(name, cached[1])
+    def _request(
+        self, location: Location, name: str, policy: RetryPolicy, cached: OpenedManifest | None = None
+    ) -> OpenedManifest:
+        """Request a manifest, parse it and cache it; return the cached one if the server says it has not changed."""
+        context = self.client.context
+        url, source_url = location.url(name), self.locations[0].url(name)
+        known = None if cached is None else self._metadata(name, cached.digest)
 
-        def once() -> ManifestBody | None:
-            body = request_manifest(self.downloader, url, source_url, known)
-            if body is not None and body.is_manifest:
-                check_manifest_digest(body.data, name, url, self.integrity)
-            return body
+        def fetch() -> ManifestBody | None:
+            for attempt in self.client.attempts(policy):
+                with attempt:
+                    received = request_manifest(self.client, url, source_url, known)
+                    if received is not None and received.is_manifest:
+                        check_manifest_digest(received.data, name, url, context.integrity)
+            return received
 
-        # In a worker, so that this thread can cancel it, and end it if the server drips. Parsing is for this thread:
-        # it can be interrupted here, and would have to be waited for there.
-        to_come = None if cached is None else len(cached[0].shards)
-        body = self.downloader.workers.run(lambda: self.downloader.retrying(once, policy), tasks_to_come=to_come)
+        # In a worker, so that this thread can cancel the request, and end it if the server stalls. This thread parses:
+        # Ctrl-C can interrupt it here, and would have to wait for a worker.
+        shards_to_come = None if cached is None else len(cached.manifest.shards)
+        body = context.workers.run(fetch, tasks_to_come=shards_to_come)
         if body is None:
             assert cached is not None
             return cached
         if not body.is_manifest:
             try:
-                parse_manifest(body.data, name=name, url=url, check=cancellation.poll)
+                parse_manifest(body.data, name=name, url=url, check=context.cancellation.poll)
             except ManifestSyntaxError as error:
                 raise refusal_of(body, error) from error
-        manifest = self._parsed(body.data, name, url)
-        self._keep(name, body)
-        return manifest, _sha256(body.data)
+        opened = self._parse(body.data, name, url)
+        self._keep(name, body, opened.digest)
+        return opened
 
-    def _parsed(self, data: bytes, name: str, url: str) -> Manifest:
-        return verify_and_parse(
-            data, name=name, url=url, integrity=self.integrity, check=self.downloader.cancellation.poll
+    def _parse(self, data: bytes, name: str, url: str) -> OpenedManifest:
+        context = self.client.context
+        manifest = verify_and_parse(
+            data, name=name, url=url, integrity=context.integrity, check=context.cancellation.poll
         )
+        return OpenedManifest(manifest, hashlib.sha256(data).hexdigest())
 
-    def _known(self, name: str, digest: str) -> FileMetadata | None:
-        """What is known of the cached manifest that was read: its ETag, unless that is of other bytes.
+    def _metadata(self, name: str, digest: str) -> FileMetadata | None:
+        """Return the metadata of the cached manifest, unless they are of other bytes than those that were read.
 
-        The file may have been edited here, or replaced by another process since: a 304 would not be about these bytes.
+        Somebody may have edited the file, or another process may have replaced it since: a 304 would not be about
+        these bytes.
         """
-        known = self.downloader.cache.metadata(name)
-        return known if known is not None and known.digests.get("sha256") == digest else None
+        metadata = self.cache.metadata(name)
+        return metadata if metadata is not None and metadata.digests.get("sha256") == digest else None
 
     def _forget_version(self, name: str) -> None:
-        """Ask for the manifest without a condition next time: perhaps this one is what the server failed at."""
-        cache = self.downloader.cache
-        known = cache.metadata(name)
-        if known is not None and known.conditions:
-            cache.try_to_remember(name, replace(known, etag=None, last_modified=None))
+        """Ask for the manifest without a condition next time, as the server may have failed at this one."""
+        metadata = self.cache.metadata(name)
+        if metadata is not None and metadata.conditions:
+            self.cache.try_to_remember(name, replace(metadata, etag=None, last_modified=None))
 
-    def _keep(self, name: str, body: ManifestBody) -> None:
-        cache, data = self.downloader.cache, body.data
+    def _keep(self, name: str, body: ManifestBody, digest: str) -> None:
+        """Publish a manifest in the cache, if it can be written."""
+        cache, data = self.cache, body.data
         try:
             if cache.read(name, MAX_MANIFEST_BYTES) == data:
                 version = cache.version(name)
                 if version is not None:
-                    known = FileMetadata(
-                        len(data), version[1], {"sha256": _sha256(data)}, body.etag, body.last_modified
-                    )
-                    cache.try_to_remember(name, known)
+                    digests = {"sha256": digest}
+                    metadata = FileMetadata(len(data), version[1], digests, body.etag, body.last_modified)
+                    cache.try_to_remember(name, metadata)
                 return
-            with cache.partials.create(name) as part:
-                part.hasher.add("sha256", self.downloader.cancellation.check)
-                part.write(data)
-                cache.publish(part, name, etag=body.etag, last_modified=body.last_modified).close()
+            with cache.partials.create(name) as partial:
+                partial.hasher.add("sha256", self.client.context.cancellation.check)
+                partial.write(data)
+                cache.publish(partial, name, etag=body.etag, last_modified=body.last_modified).close()
         except NdcacheError as error:
-            # Another process that keeps its own, most likely the same one, is no reason to worry. As to others: what is
-            # cached can still be served, and what must be written will say so.
-            overtaken = is_gone(error.__cause__)
-            if isinstance(error, CacheUnavailableError) and not overtaken:
-                if not cache.fall_back(error):
-                    raise
-                return  # the caller is told of it once
-            level = logging.DEBUG if overtaken else logging.WARNING
-            logger.log(level, "the manifest could not be kept: %s", str(error))
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+            if is_gone(error):
+                # Another process keeps its own, most likely the same: no reason to worry.
+                logger.debug("the manifest could not be kept: %s", str(error))
+            elif not isinstance(error, CacheUnavailableError):
+                # Cached files can still be used, and what must be written later raises the error again.
+                logger.warning("the manifest could not be kept: %s", str(error))
+            elif not cache.fall_back(error):  # which warns the caller, once
+                raise
 
 
 def offline_error(location: Location, missing: list[str]) -> OfflineError:
+    """Return the error for files that are not in the cache and must not be fetched."""
     shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
     error = OfflineError(
         f"offline, and not in the cache: {shown} of {location}",

@@ -1,4 +1,4 @@
-"""One file, several workers: what is still to come of it, in pieces that each takes when it has nothing else to do."""
+"""The missing byte ranges of one file, shared out to the worker that owns the file and to its helpers."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ __all__ = ["RangeQueue", "RangeTask"]
 
 @dataclass(eq=False)
 class RangeTask:
-    """A stretch of a file that one worker brings.
+    """A byte range that one worker receives.
 
     Attributes
     ----------
     start, end : int
-        As it was taken.
+        The range as it was taken from the queue.
     position : int
-        Up to where it has come.
+        The next byte to receive.
     """
 
     start: int
@@ -33,107 +33,128 @@ class RangeTask:
         self.position = self.start
 
     @property
-    def span(self) -> ByteRange:
-        """What is still to come of it."""
+    def missing(self) -> ByteRange:
+        """Return the range that has not been received."""
         return self.position, self.end
+
+    @property
+    def is_done(self) -> bool:
+        """Return whether all bytes have been received."""
+        return self.position == self.end
 
 
 class RangeQueue:
-    """The stretches of a file that are still to come, shared out piece by piece.
+    """Share out the missing byte ranges of one file, task by task.
 
-    Its owner is the worker whose file it is: it takes pieces as its helpers do, waits only when they have all that is
-    left, and ends it before it does anything else with the file.
+    The worker that owns the file takes tasks as its helpers do. It waits only while helpers have all that is left, and
+    it ends the queue before it does anything else with the file.
 
     Parameters
     ----------
     ranges : ByteRanges
     cancellation : Cancellation
-        Of the load.
-    limits : tuple of int, optional
-        Bytes of a piece, at least and at most; without, a stretch is one piece.
-    most : int
-        How many helpers there may be. Pieces are smaller towards the end, so that all are done at about the same time.
+        That of the load.
+    task_bytes : tuple of int, optional
+        The least and the most bytes of a task. By default, each range is one task.
+    max_helpers : int
+        Tasks are smaller towards the end, so that so many helpers finish at about the same time.
 
     Attributes
     ----------
     cancellation : Cancellation
-        Of the helpers.
+        That of the helpers.
     """
 
     def __init__(
-        self, ranges: ByteRanges, cancellation: Cancellation, limits: tuple[int, int] | None = None, most: int = 0
+        self,
+        ranges: ByteRanges,
+        cancellation: Cancellation,
+        task_bytes: tuple[int, int] | None = None,
+        max_helpers: int = 0,
     ) -> None:
         self.cancellation = cancellation.child()
-        self._left = ByteRanges(ranges)
-        self._limits = limits
-        self._most = self._vacant = most if limits is not None else 0
-        self._is_first = True
+        self._missing = ByteRanges(ranges)
+        self._task_bytes = task_bytes
+        self._max_helpers = self._places = max_helpers if task_bytes is not None else 0
+        self._has_asked = False
         self._helping = 0
         self._failure: BaseException | None = None
         self._changed = threading.Condition()
 
     def helpers_wanted(self) -> int:
-        """How many helpers to ask for now: as many as there is work for; later, for one that failed, one at a time."""
+        """Return how many helpers to ask for now.
+
+        The first time, it is as many as there is work for. Later, each helper that failed is replaced, one at a time.
+        """
         with self._changed:
-            assert self._limits is not None or not self._vacant
-            least = self._limits[0] if self._limits is not None else 1
-            wanted = sum(-(-(end - start) // least) for start, end in self._left)
-            count = min(self._vacant, wanted if self._is_first else min(wanted, 1))
-            self._vacant, self._is_first = (0 if self._is_first else self._vacant - count), False
+            assert self._task_bytes is not None or not self._places
+            least = self._task_bytes[0] if self._task_bytes is not None else 1
+            useful = sum(-(-(end - start) // least) for start, end in self._missing)
+            count = min(self._places, min(useful, 1) if self._has_asked else useful)
+            self._places, self._has_asked = (self._places - count if self._has_asked else 0), True
             return count
 
-    def take(self) -> RangeTask | None:
-        """The owner's next piece; None if there is none to take."""
+    def next(self) -> RangeTask | None:
+        """Return the owner's next task, or None if all ranges are taken.
+
+        Raises
+        ------
+        BaseException
+            A helper failed with it, in a way that should not happen.
+        """
         with self._changed:
             if self._failure is not None:
                 raise self._failure
             return self._cut()
 
-    def put_back(self, piece: RangeTask) -> None:
-        """What has not come of a piece is there to be taken again."""
+    def put_back(self, task: RangeTask) -> None:
+        """Let the missing bytes of a task be taken again."""
         with self._changed:
-            if piece.position < piece.end:
-                self._left.add(piece.position, piece.end)
-            self._changed.notify_all()
+            self._put_back(task)
 
     @contextmanager
-    def help(self) -> Iterator[RangeTask | None]:
-        """A helper's next piece, given back at the end of the block; None if there is none to take."""
+    def next_for_helper(self) -> Iterator[RangeTask | None]:
+        """Yield a helper's next task, or None if there is none; put back at the end what is missing."""
         with self._changed:
-            piece = None if self.cancellation.is_set else self._cut()
+            task = None if self.cancellation.is_set else self._cut()
             self._helping += 1
         try:
-            yield piece
+            yield task
         finally:
             with self._changed:
                 self._helping -= 1
-                if piece is not None and piece.position < piece.end:
-                    self._left.add(piece.position, piece.end)
+                if task is not None:
+                    self._put_back(task)
                 self._changed.notify_all()
 
     def helper_done(self, failure: BaseException | None = None) -> None:
-        """A helper goes; with it goes what should never have happened, for the owner to raise."""
+        """Note that a helper gives up. The owner raises the `failure`, which should not have happened."""
         with self._changed:
-            self._vacant += 1
+            self._places += 1
             self._failure = failure or self._failure
 
     def wait(self) -> None:
-        """Wait until there is something to take, or no helper is at work."""
+        """Wait until there is a range to take, or no helper is at work."""
         with self._changed:
-            self._changed.wait_for(lambda: len(self._left) or not self._helping)
+            self._changed.wait_for(lambda: len(self._missing) or not self._helping)
 
     def end(self) -> None:
-        """Have no helper at work any more."""
+        """Stop the helpers, and wait until none is at work."""
         self.cancellation.set()
         with self._changed:
             self._changed.wait_for(lambda: not self._helping)
 
+    def _put_back(self, task: RangeTask) -> None:
+        if not task.is_done:
+            self._missing.add(task.position, task.end)
+        self._changed.notify_all()
+
     def _cut(self) -> RangeTask | None:
-        if not len(self._left):
+        if not len(self._missing):
             return None
-        start, end = next(iter(self._left))
-        if self._limits is not None:
-            least, most = self._limits
-            end = min(end, start + max(least, min(most, self._left.nbytes // (2 * (self._most + 1)))))
-        self._left = self._left.without(ByteRanges([(start, end)]))
+        start, end = next(iter(self._missing))
+        if self._task_bytes is not None:
+            least, most = self._task_bytes
+            end = min(end, start + max(least, min(most, self._missing.nbytes // (2 * (self._max_helpers + 1)))))
+        self._missing = self._missing.without(ByteRanges([(start, end)]))
         return RangeTask(start, end)

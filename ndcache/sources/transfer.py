@@ -1,320 +1,384 @@
-"""One shard on its way: what has come of it, what to ask the server for next, and whether to believe the answer.
+"""The state of one shard's transfer: the bytes received, the next action, and the check of each response.
 
-A transfer that breaks off goes on where it was, now or in another process, and a large file comes in several pieces at
-once, if the server says of each with a 206, the exact Content-Range and the same strong ETag that it belongs to what
-is there. In all other cases the file starts over, as one stream.
+A transfer that breaks off continues where it was, now or in another process, and several ranges of a large file are
+received at once. Both need a server that answers each range with status 206, the exact Content-Range and the strong
+ETag of the bytes that are there. Otherwise the file starts over, as one stream.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from enum import Enum
 
-from ..errors import (
-    ChecksumError,
-    NdcacheError,
-    ProtocolError,
-    RangeError,
-    RemoteChangedError,
-    SizeMismatchError,
-    TransferError,
-    TruncatedError,
-)
+from ..errors import ChecksumError, NdcacheError, RemoteChangedError, SizeMismatchError, TruncatedError
 from ..format.manifest import Shard
-from ..format.strict_json import WEB_PAGE_HINT
 from ..http.response import Response
 from ..http.transport import RedirectTarget
-from ..store.metadata import FileMetadata, may_blame_condition
+from ..store.metadata import FileMetadata
 from ..store.partial import PartialFile
-from ..store.ranges import ByteRange, ByteRanges
+from ..store.ranges import ByteRanges
 from ..urls.url import parse
 from ..workers.cancellation import Cancellation
+from .plan import DownloadPlan
 from .range_queue import RangeQueue, RangeTask
+from .shard_request import Request, check_length, unexpected_status
 
-__all__ = ["Request", "Transfer", "unasked"]
+__all__ = ["Action", "Transfer"]
 
 
-@dataclass(frozen=True)
-class Request:
-    """What is asked of a server.
+class Action(Enum):
+    """What a transfer needs next."""
 
-    Attributes
-    ----------
-    headers : dict of str to str
-    span : Span or None
-        Which bytes; None is the whole file.
-    is_rest : bool
-        Whether they are to be of the version that is there.
-    """
-
-    headers: dict[str, str]
-    span: ByteRange | None = None
-    is_rest: bool = False
+    FETCH = "send the next request"
+    WAIT = "wait for the helpers, which have the last ranges"
+    CHECK = "compare the digests of the complete file"
+    PUBLISH = "publish the complete file"
+    KEEP_RANGES = "keep the wanted ranges, which are complete"
+    USE_CACHED = "use the cached file, which has not changed"
 
 
 @dataclass
-class Transfer:
-    """How far a shard's transfer has come.
+class _Versions:
+    """The versions of a file that servers have named, by their ETags.
 
     Attributes
     ----------
-    shard : Shard
-    content_id : str
-        What the manifest says of its content; see `FileMetadata.compare_content`.
-    source_url : str
-        The source's URL, which the caller's session is for.
-    part : Part
-        What has come, and of which version.
-    cached : FileMetadata or None
-        What is known of an older file that may still be right.
-    wanted : ByteRanges
-        Which bytes are enough.
-    cancellation : Cancellation
-    piece_limits : tuple of int or None
-        Bytes of the pieces that the file is asked for in, at least and at most; None is all at once.
-    most_helpers : int
-        How many threads besides may bring pieces.
-    is_inherited : bool
-        Whether the first bytes are what somebody else left.
-    with_ranges : bool
-        Whether the server may be asked for a part of the file.
-    is_stream : bool
-        Whether the file is asked for in one piece from now on, as nothing told which version its ranges were of.
+    etags : set of str
+        Those of all versions that a transfer has begun or continued.
     changes : int
-        How often the file changed on the server.
-    is_asked_for : bool
-        Whether the server has said that it gives the file; without that, not even an empty one is there.
-    pieces : Pieces or None
-        What is still to come, while it comes in pieces.
-    redirects : dict of str to RedirectTarget
-        Where the servers have redirected to.
-    linked_sha256 : str or None
-        What the server has said of the content.
+        How often the file has changed.
+    are_told_by_ranges : bool
+        Whether the ETags of ranges tell which version they are of.
     """
 
-    shard: Shard
-    content_id: str
-    source_url: str
-    part: PartialFile
-    cached: FileMetadata | None
-    wanted: ByteRanges
-    cancellation: Cancellation
-    piece_limits: tuple[int, int] | None = None
-    most_helpers: int = 0
-    is_inherited: bool = False
-    with_ranges: bool = True
+    etags: set[str]
     changes: int = 0
-    is_stream: bool = field(default=False, init=False)
-    is_asked_for: bool = field(default=False, init=False)
-    pieces: RangeQueue | None = field(default=None, init=False)
-    redirects: dict[str, RedirectTarget] = field(default_factory=dict, init=False)
-    linked_sha256: str | None = field(init=False)
-    _etags: set[str] = field(default_factory=set, init=False)  # of all versions that were begun or gone on with
+    are_told_by_ranges: bool = True
 
-    def __post_init__(self) -> None:
-        origin = self.part.source
-        self.linked_sha256 = None if origin is None else origin.sha256
-        if origin is not None:
-            self._etags.add(origin.etag)
+    def begin(self, etag: str) -> None:
+        """Note the version that the transfer begins."""
+        if self.changes and etag in self.etags:
+            self.are_told_by_ranges = False
+        self.etags.add(etag)
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether all that is wanted is there already, left by somebody else or by a try that failed later."""
-        return (self.part.source is not None or self.is_asked_for) and not self.missing
+    def change(self, etag: str | None, url: str, name: str) -> None:
+        """Note that a response is of another version than the one that has begun.
 
-    @property
-    def missing(self) -> ByteRanges:
-        """What is wanted and has not come."""
-        return self.wanted.without(self.part.ranges)
-
-    @property
-    def has_whole_file(self) -> bool:
-        """Whether all bytes are there, be they wanted or not."""
-        return self.part.nbytes == self.shard.nbytes
-
-    @property
-    def is_partial(self) -> bool:
-        """Whether less than the whole file is wanted."""
-        return self.wanted.nbytes < self.shard.nbytes
-
-    def want_whole_file(self) -> None:
-        """Have no less than the whole file be enough."""
-        self.wanted = ByteRanges([(0, self.shard.nbytes)])
-
-    def take(self, url: str) -> RangeTask | None:
-        """The piece to ask this server for next; None is the whole file, or that others bring what is left."""
-        if self.pieces is None:
-            has_some = self._is_of(url)
-            if not self.with_ranges or self.is_stream or not (has_some or self.piece_limits or self.is_partial):
-                return None
-            ranges = self.missing if has_some else self.wanted
-            self.pieces = RangeQueue(ranges, self.cancellation, self.piece_limits, self.most_helpers)
-        return self.pieces.take()
-
-    def request(self, url: str, piece: RangeTask | None, *, is_helping: bool = False) -> Request:
-        """How to ask for a piece, or for the whole file; it need not come if it is the one in the cache."""
-        etag = self.cached.etag if self.cached is not None and url == self.source_url else None
-        condition = {"If-None-Match": etag} if etag else {}
-        if piece is None:
-            return Request(condition)
-        headers = {"Range": f"bytes={piece.position}-{piece.end - 1}"}
-        if not (is_helping or self._is_of(url)):
-            return Request({**headers, **condition}, piece.span)
-        assert self.part.source is not None
-        return Request({**headers, "If-Range": self.part.source.etag}, piece.span, is_rest=True)
-
-    def accept(self, url: str, request: Request, response: Response) -> bool:
-        """Judge an answer, before its body is read.
-
-        Returns
-        -------
-        bool
-            Whether the body is what was asked for; a whole file makes the part start over, as the first bytes of
-            another version do. If not, ask again: then for the whole file.
+        Raises
+        ------
+        RemoteChangedError
+            The file changed for the second time.
         """
-        if request.span is None and response.status != 200:
-            raise unasked(response)
-        if response.status == 206 and request.span is not None and response.is_range(*request.span, self.shard.nbytes):
-            if request.is_rest:
-                if self.is_of_version(response):
-                    return True
-                self._start_over(url, response.etag)
-                return False
-            if response.etag is not None:
-                self._begin(url, response, keep_pieces=True)
-                return True
-            self.is_stream = True
-        if response.status != 200:  # another range, one that could not be gone on with, or 416: the file is shorter
-            self.with_ranges = False
-            self.leave_pieces()
-            return False
-        _check_length(response, self.shard)
-        if request.is_rest and not self.is_of_version(response):
-            self._start_over(url, response.etag)
-        else:
-            self.with_ranges = request.span is None  # the server may not care for them
-        self._begin(url, response)
-        return True
-
-    def is_unchanged(self, request: Request, response: Response) -> bool:
-        """Whether an answer says that the file in the cache is still right."""
-        is_asked = response.status == 304 and "If-None-Match" in request.headers
-        return is_asked and self.cached is not None and self.cached.is_confirmed_by(response.headers)
-
-    def drop_condition(self, request: Request, error: NdcacheError) -> bool:
-        """Ask without a condition from now on if it may be what the server failed at; return whether it may."""
-        if "If-None-Match" not in request.headers or not (
-            isinstance(error, TransferError) and (error.status == 304 or may_blame_condition(error.status))
-        ):
-            return False
-        self.cached = None
-        return True
-
-    def is_of_version(self, response: Response) -> bool:
-        """Whether an answer is about the version that the part is of."""
-        origin = self.part.source
-        return origin is not None and response.etag == origin.etag
-
-    def check(self, url: str, expected: Mapping[str, str]) -> None:
-        """Raise unless what has come has the expected digests."""
-        part, shard = self.part, self.shard
-        for algorithm, digest in expected.items():
-            actual = part.hasher.hexdigest(algorithm)
-            if actual != digest:
-                self.restart()
-                raise ChecksumError(
-                    f"wrong {algorithm}: {actual} came, {digest} is what it should be",
-                    url=url,
-                    shard=shard.data_path,
-                    expected=digest,
-                    received=actual,
-                    hint="The file on the server is damaged, or of another version than the manifest.",
-                )
-
-    def truncated(self, url: str) -> TruncatedError:
-        """The error for a body that ended before it should have."""
-        expected = self.wanted.nbytes
-        received = expected - self.missing.nbytes
-        return TruncatedError(
-            f"the body ended early, after {received:,} of {expected:,} bytes",
-            url=url,
-            shard=self.shard.data_path,
-            expected=expected,
-            received=received,
-        )
-
-    def restart(self) -> None:
-        """Throw away what has come."""
-        self.leave_pieces()
-        self.part.restart()
-
-    def leave_pieces(self) -> None:
-        """Have nobody else work on the file any more."""
-        if self.pieces is not None:
-            self.pieces.end()
-            self.pieces = None
-
-    def _is_of(self, url: str) -> bool:
-        """Whether what has come is of a version that this server has given."""
-        origin = self.part.source
-        has_begun = bool(self.part.ranges) or self.pieces is not None  # whose helpers may bring the first bytes
-        return has_begun and origin is not None and origin.url == parse(url).address
-
-    def _begin(self, url: str, response: Response, *, keep_pieces: bool = False) -> None:
-        self.is_asked_for = True
-        if not keep_pieces:
-            self.leave_pieces()
-        if self.part.ranges or self.part.source is not None:
-            self.part.restart()
-        self.linked_sha256 = response.linked_sha256
-        if response.etag is not None:
-            self.is_stream = self.is_stream or (self.changes > 0 and response.etag in self._etags)
-            self._etags.add(response.etag)
-            self.part.set_source(parse(url).address, response.etag, self.content_id, response.linked_sha256)
-
-    def _start_over(self, url: str, etag: str | None) -> None:
-        """Throw away what is of another version than what the server has now, or whose version it does not tell."""
-        self.restart()
-        if self.is_stream or etag is None or etag in self._etags:
-            # It leaves the ETag out of ranges, gives them one of their own, or is several servers that do not agree.
-            self.is_stream = True
+        if not self.are_told_by_ranges or etag is None or etag in self.etags:
+            # The server leaves the ETag out of ranges, or gives them one of their own; or there are several servers,
+            # which do not agree.
+            self.are_told_by_ranges = False
             return
         self.changes += 1
         if self.changes > 1:
             raise RemoteChangedError(
-                "the file changed on the server while it was being read, and again when it was begun anew",
+                "the file changed on the server while it was being read, and again after a fresh start",
                 url=url,
-                shard=self.shard.data_path,
+                shard=name,
                 hint="Is it being uploaded just now? Try again later.",
             )
 
 
-def unasked(response: Response) -> TransferError:
-    kind = RangeError if response.status in (206, 416) else ProtocolError
-    return kind(
-        f"the server answered a plain request with status {response.status}", url=response.url, status=response.status
-    )
+@dataclass(eq=False)
+class Transfer:
+    """One shard's transfer. Its `next_action` says what to do; nobody else changes its state.
+
+    Attributes
+    ----------
+    plan : DownloadPlan
+    partial : PartialFile
+        The bytes received, and their version.
+    cancellation : Cancellation
+    checks_digests : bool
+        Whether the complete file's digests are compared.
+    task_bytes : tuple of int or None
+        The least and the most bytes of a range, if several are received at once.
+    max_helpers : int
+        How many other workers may receive ranges.
+    url : str
+        The URL to ask now.
+    wanted : ByteRanges
+        The ranges that must be received.
+    request : Request
+        The request to send now.
+    queue : RangeQueue or None
+        The ranges that are still to come, while the file is received in ranges.
+    redirects : dict of str to RedirectTarget
+        Where servers have redirected to.
+    """
+
+    plan: DownloadPlan
+    partial: PartialFile
+    cancellation: Cancellation
+    checks_digests: bool
+    task_bytes: tuple[int, int] | None = None
+    max_helpers: int = 0
+    url: str = field(init=False)
+    wanted: ByteRanges = field(init=False)
+    request: Request = field(default_factory=lambda: Request({}), init=False)
+    queue: RangeQueue | None = field(default=None, init=False)
+    redirects: dict[str, RedirectTarget] = field(default_factory=dict, init=False)
+    _versions: _Versions = field(init=False)
+    _linked_sha256: str | None = field(init=False)  # the server's digest of the content
+    _cached: FileMetadata | None = field(init=False)  # until the server fails at the condition
+    _is_copied: bool = field(init=False)  # whether the first bytes come from somebody else's partial file
+    _accepts_ranges: bool = field(default=True, init=False)
+    _body: RangeTask | None = field(default=None, init=False)  # the range that the accepted response has
+    _is_given: bool = field(default=False, init=False)  # whether the server has the file: an empty one may not be there
+    _is_unchanged: bool = field(default=False, init=False)
+    _is_checked: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        plan, source = self.plan, self.partial.source
+        self.url = plan.urls[0]
+        self.wanted = _all_of(plan.shard) if plan.ranges is None else plan.ranges
+        self._versions = _Versions(set() if source is None else {source.etag})
+        self._linked_sha256 = None if source is None else source.sha256
+        self._cached = plan.cached
+        self._is_copied = bool(self.partial.ranges)
+
+    @property
+    def missing(self) -> ByteRanges:
+        """Return the wanted ranges that have not been received."""
+        return self.wanted.without(self.partial.ranges)
+
+    @property
+    def is_partial(self) -> bool:
+        """Return whether less than the whole shard is wanted."""
+        return self.wanted.nbytes < self.plan.shard.nbytes
+
+    @property
+    def expected_digests(self) -> dict[str, str]:
+        """Return the digests that the complete file must have: the server's, the manifest's and the caller's."""
+        if not self.checks_digests:
+            return {}
+        linked = {} if self._linked_sha256 is None else {"sha256": self._linked_sha256}
+        return {**linked, **self.plan.shard.digests}
+
+    @property
+    def source_etag(self) -> str | None:
+        """Return the ETag of the bytes received, if the source gave it: a mirror's says nothing to the source."""
+        source = self.partial.source
+        return source.etag if source is not None and source.url == parse(self.plan.urls[0]).address else None
+
+    def use_url(self, index: int) -> None:
+        """Ask another of the plan's URLs from now on. A mirror must give the whole shard if that can be checked."""
+        self.end_queue()
+        self.url = self.plan.urls[index]
+        self._accepts_ranges = True
+        if index > 0 and self.checks_digests and self.plan.shard.digests:
+            self.wanted = _all_of(self.plan.shard)
+
+    def next_action(self) -> Action:
+        """Return what to do now; for `Action.FETCH`, `request` is the request to send."""
+        if self._is_unchanged:
+            return Action.USE_CACHED
+        if (self.partial.source is not None or self._is_given) and not self.missing:
+            if self.partial.nbytes < self.plan.shard.nbytes:
+                return Action.KEEP_RANGES
+            return Action.PUBLISH if self._is_checked else Action.CHECK
+        task = self._next_task()
+        if task is None and self.queue is not None:
+            return Action.WAIT
+        self.request = self._request(task, continues=task is not None and self._has_begun_here())
+        return Action.FETCH
+
+    def request_for_helper(self, task: RangeTask) -> Request:
+        """Return the request for a helper's task."""
+        return self._request(task, continues=True)
+
+    @contextmanager
+    def fetching(self) -> Iterator[Request]:
+        """Yield `request`, which is sent and answered in the block; handle a failure.
+
+        An error is suppressed if the server may have failed at the request's condition: the next request has none.
+
+        Raises
+        ------
+        TruncatedError
+            Not everything that was asked for has been received.
+        """
+        request, queue, self._body = self.request, self.queue, None
+        try:
+            yield request
+            if self._body is not None and not self._body.is_done:
+                raise self._truncated()
+        except NdcacheError as error:
+            self.redirects.pop(self.url, None)  # the target may be at fault
+            if isinstance(error, SizeMismatchError) and self._body is not None:
+                self._restart()  # the body went on where it should have ended
+            if request.may_have_caused(error):
+                self._cached = None
+                return
+            if isinstance(error, TruncatedError):
+                raise self._truncated() from error.__cause__
+            raise
+        finally:
+            if request.task is not None and queue is not None:
+                queue.put_back(request.task)
+
+    def accept(self, response: Response) -> RangeTask | None:
+        """Check the response to `request`, before its body is read.
+
+        Returns
+        -------
+        RangeTask or None
+            The range to receive from the body. None if the next action must be found anew: the cached file has not
+            changed, or the response is not of the version that has begun.
+
+        Raises
+        ------
+        TransferError, SizeMismatchError
+            The response is of no use.
+        """
+        self._body = self._find_body(response)
+        return self._body
+
+    def _find_body(self, response: Response) -> RangeTask | None:
+        request, cached, size = self.request, self._cached, self.plan.shard.nbytes
+        if response.status == 304 and request.is_conditional and cached is not None:
+            self._is_unchanged = cached.is_confirmed_by(response.headers)
+            if self._is_unchanged:
+                return None
+        if request.range is None and response.status != 200:
+            raise unexpected_status(response)
+        if response.status == 206 and request.range is not None and response.is_range(*request.range, size):
+            if request.continues:
+                if self._is_same_version(response):
+                    return request.task
+                self._change_version(response)
+                return None
+            if response.etag is not None:
+                self._begin(response)
+                return request.task
+            self._versions.are_told_by_ranges = False
+        if response.status != 200:  # another range, one without an ETag, or 416: the server's file is shorter
+            self._accepts_ranges = False
+            self.end_queue()
+            return None
+        check_length(response, self.plan.shard)
+        if request.continues and not self._is_same_version(response):
+            self._change_version(response)
+        else:
+            self._accepts_ranges = request.range is None  # the server seems to ignore them
+        self.end_queue()
+        self._begin(response)
+        return RangeTask(0, size)
+
+    def accept_for_helper(self, task: RangeTask, response: Response) -> bool:
+        """Return whether a response is what a helper asked for, of the version that has begun."""
+        is_range = response.status == 206 and response.is_range(*task.missing, self.plan.shard.nbytes)
+        return is_range and self._is_same_version(response)
+
+    def check_digests(self) -> None:
+        """Compare the digests of the complete file, which must have been computed.
+
+        Bytes that were copied from somebody else's partial file may have been torn in a crash. If the digests are
+        wrong then, the transfer starts over.
+
+        Raises
+        ------
+        ChecksumError
+            The server sent wrong bytes.
+        """
+        for algorithm, digest in self.expected_digests.items():
+            actual = self.partial.hasher.hexdigest(algorithm)
+            if actual != digest:
+                self._restart()
+                if self._is_copied:
+                    self._is_copied = False
+                    return
+                raise ChecksumError(
+                    f"wrong {algorithm}: received {actual}, expected {digest}",
+                    url=self.url,
+                    shard=self.plan.shard.data_path,
+                    expected=digest,
+                    received=actual,
+                    hint="The file on the server is damaged, or of another version than the manifest.",
+                )
+        self._is_checked = True
+
+    def wait(self) -> None:
+        """Wait until there is a range to fetch, or no helper is at work."""
+        if self.queue is not None:
+            self.queue.wait()
+
+    def end_queue(self) -> None:
+        """Stop the helpers; return when none works on the file any more."""
+        if self.queue is not None:
+            self.queue.end()
+            self.queue = None
+
+    def _next_task(self) -> RangeTask | None:
+        """Return the next range to ask for; None is the whole file, or nothing if there is a queue."""
+        if self.queue is None:
+            has_begun = self._has_begun_here()
+            if not (self._accepts_ranges and self._versions.are_told_by_ranges):
+                return None
+            if not (has_begun or self.task_bytes or self.is_partial):
+                return None
+            ranges = self.missing if has_begun else self.wanted
+            self.queue = RangeQueue(ranges, self.cancellation, self.task_bytes, self.max_helpers)
+        return self.queue.next()
+
+    def _request(self, task: RangeTask | None, *, continues: bool) -> Request:
+        etag = self._cached.etag if self._cached is not None and self.url == self.plan.urls[0] else None
+        condition = {"If-None-Match": etag} if etag else {}
+        if task is None:
+            return Request(condition)
+        headers = {"Range": f"bytes={task.position}-{task.end - 1}"}
+        if not continues:
+            return Request({**headers, **condition}, task)
+        assert self.partial.source is not None
+        return Request({**headers, "If-Range": self.partial.source.etag}, task, continues=True)
+
+    def _has_begun_here(self) -> bool:
+        """Return whether the bytes received are of a version that this URL has given."""
+        source = self.partial.source
+        has_begun = bool(self.partial.ranges) or self.queue is not None  # whose helpers may receive the first bytes
+        return has_begun and source is not None and source.url == parse(self.url).address
+
+    def _is_same_version(self, response: Response) -> bool:
+        source = self.partial.source
+        return source is not None and response.etag == source.etag
+
+    def _begin(self, response: Response) -> None:
+        self._is_given = True
+        if self.partial.ranges or self.partial.source is not None:
+            self.partial.restart()
+        self._linked_sha256 = response.linked_sha256
+        if response.etag is not None:
+            self._versions.begin(response.etag)
+            address = parse(self.url).address
+            self.partial.set_source(address, response.etag, self.plan.content_id, response.linked_sha256)
+
+    def _restart(self) -> None:
+        """Delete what has been received."""
+        self.end_queue()
+        self.partial.restart()
+
+    def _change_version(self, response: Response) -> None:
+        self._restart()
+        self._versions.change(response.etag, self.url, self.plan.shard.data_path)
+
+    def _truncated(self) -> TruncatedError:
+        expected = self.wanted.nbytes
+        received = expected - self.missing.nbytes
+        return TruncatedError(
+            f"the body ended early, after {received:,} of {expected:,} bytes",
+            url=self.url,
+            shard=self.plan.shard.data_path,
+            expected=expected,
+            received=received,
+        )
 
 
-def _check_length(response: Response, shard: Shard) -> None:
-    """Before the body is read: what is announced must be what the manifest promises."""
-    length = response.content_length
-    if length is None or length == shard.nbytes:
-        return
-    raise SizeMismatchError(
-        f"the server has {length:,} bytes where the manifest says {shard.nbytes:,}",
-        url=response.url,
-        shard=shard.data_path,
-        expected=shard.nbytes,
-        received=length,
-        hint=_what_it_is(response, length),
-    )
-
-
-def _what_it_is(response: Response, length: int) -> str:
-    kind = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
-    if kind in ("text/html", "application/xhtml+xml"):
-        return WEB_PAGE_HINT
-    if length < 512 and response.read(512).startswith(b"version https://git-lfs"):
-        return "It is a git-lfs pointer, not the file: serve the file itself (git lfs pull)."
-    return "The manifest and the shard are of different versions, or the upload is not complete."
+def _all_of(shard: Shard) -> ByteRanges:
+    return ByteRanges([(0, shard.nbytes)])

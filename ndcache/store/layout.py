@@ -130,11 +130,13 @@ class TranslateErrors:
         check_shortage(error)  # for which the directory is not to blame
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise disk_full(self._directory, name=self._name) from error
-        raise CacheUnavailableError(
+        unavailable = CacheUnavailableError(
             f"the cache directory {self._directory} cannot be used: {error.strerror or error}",
             shard=self._name,
             hint="Choose another one: cache_dir, --cache-dir, or NDCACHE_HOME.",
-        ) from error
+        )
+        unavailable.errno, unavailable.strerror = error.errno, error.strerror
+        raise unavailable from error
 
 
 def disk_full(

@@ -453,7 +453,7 @@ class _Series:
 def fetch(url: str, in_pieces: bool = False, **options: Any) -> None:
     """Fetch through sockets with small buffers: what is in them at a kill is lost, whatever the client does."""
     if in_pieces:  # in a process of its own
-        ndcache.sources.download.RANGE_THRESHOLD, ndcache.sources.download.PIECE_LIMITS = 1, _PIECES
+        ndcache.sources.download.RANGE_THRESHOLD, ndcache.sources.download.RANGE_BYTES = 1, _PIECES
         ndcache.store.partial._NOTE_BYTES = _NOTED
     small = (socket.SOL_SOCKET, socket.SO_RCVBUF, _PIECE_BYTES)
     urllib3.connection.HTTPConnection.default_socket_options.append(small)

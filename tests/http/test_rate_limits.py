@@ -410,7 +410,7 @@ def test_row_49_pieces_of_a_large_shard(
     tmp_path: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch, log: Callable[[], list[str]]
 ) -> None:
     monkeypatch.setattr("ndcache.sources.download.RANGE_THRESHOLD", 1 << 16)
-    monkeypatch.setattr("ndcache.sources.download.PIECE_LIMITS", (1 << 15, 1 << 16))
+    monkeypatch.setattr("ndcache.sources.download.RANGE_BYTES", (1 << 15, 1 << 16))
     arrays = simple_model(tmp_path / "model", shards=2, shard_bytes=1 << 20)
     limit = ConnectionLimit(2)
     server = serve(tmp_path / "model", rate=1 << 19, limit=limit)

@@ -15,13 +15,17 @@ from typing import Any
 import pytest
 
 import ndcache
+from ndcache.context import LoadContext
+from ndcache.http.rate_limits import Limits
 from ndcache.http.retry import RetryPolicy
 from ndcache.http.transport import Transport
+from ndcache.sources.client import Client
 from ndcache.sources.download import Downloader
-from ndcache.stats import LoadStats
+from ndcache.sources.plan import DownloadPlan
 from ndcache.store.directory import ModelDirectory
+from ndcache.store.inventory import CacheScope
 from ndcache.store.metadata import Match
-from ndcache.workers.cancellation import Cancellation
+from ndcache.workers.pool import WorkerPool
 
 from ..helpers.servers import Connection, Request, ScriptedServer, reply, then_close, then_reset, then_stall
 
@@ -40,18 +44,28 @@ SHARD = ndcache.Shard(
 @pytest.fixture
 def downloader(tmp_path: Path) -> Iterator[Downloader]:
     transport = Transport(timeout=(5.0, 0.5))
-    yield Downloader(
+    context = LoadContext(
         transport,
         RetryPolicy(retries=3, backoff=0.001),
-        Cancellation(),
-        LoadStats(),
-        ModelDirectory(tmp_path / "model", "http://host/"),
+        Limits(),
+        WorkerPool(),
+        CacheScope(tmp_path, "default", is_private=False),
     )
+    yield Downloader(Client(context), ModelDirectory(tmp_path / "model", "http://host/"))
     transport.close()
 
 
+def changed(downloader: Downloader, **options: Any) -> Downloader:
+    """Return a downloader with other options."""
+    return Downloader(Client(replace(downloader.client.context, **options)), downloader.cache)
+
+
+def plan(urls: list[str], shard: ndcache.Shard = SHARD) -> DownloadPlan:
+    return DownloadPlan(shard, tuple(urls), "claim")
+
+
 def fetched(downloader: Downloader, urls: list[str], shard: ndcache.Shard = SHARD) -> bytes:
-    file = downloader.shard(shard, urls, "claim").file
+    file = downloader.download_shard(plan(urls, shard)).file
     assert file is not None
     with file:
         return file.read()
@@ -75,7 +89,8 @@ def test_the_right_bytes_are_published(downloader: Downloader, scripted: Scripte
     assert metadata is not None
     assert (metadata.digests["md5"], metadata.etag, metadata.nbytes) == (SHARD.md5sum, '"1"', SHARD.nbytes)
     assert downloader.cache.compare(SHARD, "claim") is Match.SAME
-    assert (downloader.stats.network_bytes, downloader.stats.requests, downloader.stats.retries) == (100_000, 1, 0)
+    stats = downloader.client.context.stats
+    assert (stats.network_bytes, stats.requests, stats.retries) == (100_000, 1, 0)
 
 
 def test_without_a_length_the_bytes_are_counted(downloader: Downloader, scripted: ScriptedServer) -> None:
@@ -154,10 +169,10 @@ def test_row_2_an_endless_body_is_cut_off(downloader: Downloader, scripted: Scri
             connection.send(DATA)
 
     scripted.script[PATH] = [endless]
-    with pytest.raises(ndcache.SizeMismatchError, match="more than there should be"):
+    with pytest.raises(ndcache.SizeMismatchError, match="more bytes than expected"):
         fetched(downloader, [scripted.url + "params_shard_0.bin"])
-    # Of each of the two tries, at most one byte more than there should be was taken.
-    assert downloader.stats.network_bytes <= 2 * (SHARD.nbytes + 1)
+    # Of each of the two tries, at most one byte more than expected was taken.
+    assert downloader.client.context.stats.network_bytes <= 2 * (SHARD.nbytes + 1)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +181,7 @@ def test_row_2_an_endless_body_is_cut_off(downloader: Downloader, scripted: Scri
 def test_a_second_try_may_succeed(downloader: Downloader, scripted: ScriptedServer, first: Any) -> None:
     scripted.script[PATH] = [first, reply(200, DATA)]
     assert fetched(downloader, [scripted.url + "params_shard_0.bin"]) == DATA
-    assert downloader.stats.retries == 1
+    assert downloader.client.context.stats.retries == 1
     assert files(downloader.cache.directory) == ["params_shard_0.bin"]
 
 
@@ -203,7 +218,7 @@ def test_every_digest_that_is_known_is_compared(downloader: Downloader, scripted
 
 def test_without_digests_sizes_are_checked(downloader: Downloader, scripted: ScriptedServer) -> None:
     scripted.script[PATH] = [reply(200, OTHER), reply(200, b"short")]
-    downloader = replace(downloader, digests=False)
+    downloader = changed(downloader, verify="never")
     assert fetched(downloader, [scripted.url + "params_shard_0.bin"]) == OTHER
     with pytest.raises(ndcache.SizeMismatchError):
         fetched(downloader, [scripted.url + "params_shard_0.bin"])
@@ -251,7 +266,7 @@ def test_row_1_a_short_body_is_kept_and_gone_on_with(
     assert fetched(downloader, [scripted.url + "params_shard_0.bin"]) == DATA
     assert ranges(scripted) == [WHOLE, REST]
     assert scripted.requests[1].headers["if-range"] == '"1"'
-    assert (downloader.stats.network_bytes, downloader.stats.retries) == (100_000, 1)
+    assert (downloader.client.context.stats.network_bytes, downloader.client.context.stats.retries) == (100_000, 1)
 
 
 def test_row_1_in_the_end_it_is_truncated_and_the_part_is_kept(
@@ -266,8 +281,8 @@ def test_row_1_in_the_end_it_is_truncated_and_the_part_is_kept(
     before = len(scripted.requests)
     assert fetched(downloader, [scripted.url + "params_shard_0.bin"]) == DATA
     assert ranges(scripted)[before:] == [REST]
-    assert downloader.stats.resumed_bytes == 60_000
-    assert all(seconds >= 0 for seconds in downloader.stats.seconds.values())
+    assert downloader.client.context.stats.resumed_bytes == 60_000
+    assert all(seconds >= 0 for seconds in downloader.client.context.stats.seconds.values())
     assert files(downloader.cache.directory) == ["params_shard_0.bin"]
 
 
@@ -284,7 +299,7 @@ def test_row_3_a_length_that_is_not_the_manifests_is_not_read(downloader: Downlo
     scripted.script[PATH] = [reply(200, DATA + b"x", ETAG)]
     with pytest.raises(ndcache.SizeMismatchError, match="100,001 bytes where the manifest says 100,000"):
         fetched(downloader, [scripted.url + "params_shard_0.bin"])
-    assert (downloader.stats.network_bytes, len(scripted.requests)) == (0, 2)
+    assert (downloader.client.context.stats.network_bytes, len(scripted.requests)) == (0, 2)
 
 
 @pytest.mark.parametrize(
@@ -391,7 +406,7 @@ def test_row_8_a_part_that_turns_out_wrong_is_thrown_away(
         [reply(200, DATA, ETAG)] if len(data) >= len(DATA) else [rest_of(DATA, 60_000), reply(200, DATA, ETAG)]
     )
     leave_part(downloader.cache, scripted.url + "params_shard_0.bin", data)
-    downloader = replace(downloader, policy=RetryPolicy(retries=0))  # it is not the server's fault
+    downloader = changed(downloader, policy=RetryPolicy(retries=0))  # it is not the server's fault
     assert fetched(downloader, [scripted.url + "params_shard_0.bin"]) == DATA
     assert files(downloader.cache.directory) == ["params_shard_0.bin"]
 
@@ -404,7 +419,7 @@ def test_row_25_a_part_from_before_a_power_loss_is_used_if_a_digest_will_show_wh
         patch.setattr("ndcache.store.partial_note._boot", lambda: "another start of the system")
         leave_part(downloader.cache, scripted.url + "params_shard_0.bin", bytes(60_000))
     scripted.script[PATH] = [rest_of(DATA, 60_000), reply(200, DATA, ETAG)] if digests else [reply(200, DATA, ETAG)]
-    downloader = replace(downloader, digests=digests)
+    downloader = changed(downloader, verify="download" if digests else "never")
     assert fetched(downloader, [scripted.url + "params_shard_0.bin"]) == DATA
     assert ranges(scripted) == ([REST, WHOLE] if digests else [WHOLE])
 
@@ -468,7 +483,7 @@ def test_a_part_that_is_of_no_use_costs_no_try(downloader: Downloader, scripted:
     """It was left by another process: with no retries allowed, it must not make this one fail."""
     leave_part(downloader.cache, scripted.url + "params_shard_0.bin", OTHER[:60_000])
     scripted.script[PATH] = [answer, reply(200, DATA, {"ETag": '"2"'})]
-    downloader = replace(downloader, policy=RetryPolicy(retries=0))
+    downloader = changed(downloader, policy=RetryPolicy(retries=0))
     assert fetched(downloader, [scripted.url + "params_shard_0.bin"]) == DATA
 
 
@@ -507,7 +522,7 @@ def test_row_12_a_broken_connection_costs_nothing_twice(
 
     scripted.script[PATH] = [answer]
     assert fetched(downloader, [scripted.url + "params_shard_0.bin"], shard) == data
-    assert downloader.stats.network_bytes == len(data)
+    assert downloader.client.context.stats.network_bytes == len(data)
 
 
 def test_row_12_each_mebibyte_of_progress_renews_the_tries(downloader: Downloader, scripted: ScriptedServer) -> None:
@@ -522,7 +537,7 @@ def test_row_12_each_mebibyte_of_progress_renews_the_tries(downloader: Downloade
 
     scripted.script[PATH] = [answer]
     assert fetched(downloader, [scripted.url + "params_shard_0.bin"], shard) == data
-    assert (len(scripted.requests), downloader.stats.network_bytes) == (10, len(data))
+    assert (len(scripted.requests), downloader.client.context.stats.network_bytes) == (10, len(data))
 
 
 def test_row_12_a_server_that_always_starts_over_makes_no_progress(
@@ -575,7 +590,7 @@ def test_a_part_that_somebody_may_still_write_is_copied_and_left(
             connection.send(rest_of(DATA, 60_000))
 
         scripted.script[PATH] = [answer]
-        file = downloader.shard(SHARD, [url], "claim", is_exclusive=is_exclusive).file
+        file = downloader.download_shard(plan([url]), is_exclusive=is_exclusive).file
         assert file is not None
         with file:
             assert file.read() == DATA

@@ -78,7 +78,7 @@ def test_row_52_a_large_shard_in_pieces(
     monkeypatch: pytest.MonkeyPatch, scripted: ScriptedServer, case: str, breaks: int
 ) -> None:
     monkeypatch.setattr(download, "RANGE_THRESHOLD", SIZE // 2)
-    monkeypatch.setattr(download, "PIECE_LIMITS", (SIZE // 8, SIZE // 8))
+    monkeypatch.setattr(download, "RANGE_BYTES", (SIZE // 8, SIZE // 8))
     data = os.urandom(SIZE)
     server = Server(scripted, data, ETAGS[case], breaks)
     scripted.script["/tensor-cache.json"] = [reply(200, manifest(data))]
@@ -127,7 +127,7 @@ def test_row_52_each_range_has_an_etag_of_its_own(
     server = Server(scripted, data, ETAGS["of each range"], breaks)
     scripted.script["/tensor-cache.json"] = [reply(200, manifest(data, 64))]
     if tensors is None:
-        monkeypatch.setattr(download, "PIECE_LIMITS", (SIZE, SIZE))
+        monkeypatch.setattr(download, "RANGE_BYTES", (SIZE, SIZE))
     policy = ndcache.RetryPolicy(retries=3, backoff=0.001)
     weights = ndcache.load(scripted.url, names=tensors, retries=policy)
     assert np.asarray(weights["t60"]).tobytes() == data[60 * SIZE // 8 : 61 * SIZE // 8]

@@ -39,7 +39,7 @@ WORKERS = 4
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ndcache.sources.download.RANGE_THRESHOLD", PIECE)
-    monkeypatch.setattr("ndcache.sources.download.PIECE_LIMITS", (PIECE, 2 * PIECE))
+    monkeypatch.setattr("ndcache.sources.download.RANGE_BYTES", (PIECE, 2 * PIECE))
 
 
 def manifest(digest: bool = True) -> bytes:
@@ -414,9 +414,9 @@ def test_spans_are_sets_of_bytes(some: list[tuple[int, int]], others: list[tuple
 @given(st.integers(1, 5000), st.integers(0, 9))
 def test_pieces_cover_everything_once(nbytes: int, helpers: int) -> None:
     pieces, seen = RangeQueue(ByteRanges([(0, nbytes)]), Cancellation(), (10, 200), helpers), []
-    while (piece := pieces.take()) is not None:
+    while (piece := pieces.next()) is not None:
         assert piece.end - piece.start <= 200
-        seen.append(piece.span)
+        seen.append(piece.missing)
     assert list(ByteRanges(seen)) == [(0, nbytes)]
     assert sum(end - start for start, end in seen) == nbytes
 
@@ -425,4 +425,4 @@ def test_a_helper_that_breaks_is_not_hidden() -> None:
     pieces = RangeQueue(ByteRanges([(0, 100)]), Cancellation(), (10, 10), 3)
     pieces.helper_done(ZeroDivisionError("in a helper"))
     with pytest.raises(ZeroDivisionError, match="in a helper"):
-        pieces.take()
+        pieces.next()

@@ -77,16 +77,18 @@ def test_a_shard_that_is_still_the_same_may_vanish_meanwhile(
     write(model, arrays, md5=False, metadata={"version": 2})
     from ndcache.sources.download import Downloader
 
-    shard = Downloader.shard
+    download, vanished = Downloader.download_shard, []
 
     def vanish(self: Downloader, *args: Any, **options: Any) -> Any:
-        file = shard(self, *args, **options)
-        if file is None:
+        result = download(self, *args, **options)
+        if result.file is None:
             os.unlink(directory / "params_shard_0.bin")
-        return file
+            vanished.append(True)
+        return result
 
-    monkeypatch.setattr(Downloader, "shard", vanish)
+    monkeypatch.setattr(Downloader, "download_shard", vanish)
     models.assert_same(ndcache.load(server.url), arrays)
+    assert vanished
 
 
 # --- mirrors ------------------------------------------------------------------------------------------
@@ -257,7 +259,7 @@ def test_row_32_an_update_leaves_a_load_of_the_old_version_alone(model: Path, se
 
 
 def test_nothing_is_held_after_a_load(model: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ndcache.sources import remote
+    from ndcache.sources import cached_files
 
     models.simple_model(model, shards=6)
     server = serve(model)
@@ -269,10 +271,10 @@ def test_nothing_is_held_after_a_load(model: Path, serve: Serve, monkeypatch: py
     next(stream)
     stream.close()  # type: ignore[attr-defined]
     os.unlink(model / "params_shard_0.bin")
-    assert remote._all_held == set()
-    monkeypatch.setattr(remote, "_MAX_HELD", 2)
+    assert cached_files._all_held == set()
+    monkeypatch.setattr(cached_files, "_MAX_HELD", 2)
     assert len(ndcache.load(server.url)) == 6
-    assert remote._all_held == set()
+    assert cached_files._all_held == set()
 
 
 # --- what a resumed load says -------------------------------------------------------------------------
@@ -471,7 +473,7 @@ def test_row_30_a_note_with_a_crafted_name_removes_nothing(model: Path, tmp_path
 
 
 def test_a_cached_shard_that_cannot_be_read(model: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ndcache.sources import remote
+    from ndcache.sources import verifier
 
     models.simple_model(model)
     server = serve(model)
@@ -480,7 +482,7 @@ def test_a_cached_shard_that_cannot_be_read(model: Path, serve: Serve, monkeypat
     def fail(*_: object) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(remote, "find_mismatch", fail)
+    monkeypatch.setattr(verifier, "find_mismatch", fail)
     with pytest.raises(ndcache.CacheUnavailableError, match="Input/output error"):
         ndcache.load(server.url, verify="always")
 

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 
 import ndcache
 from ndcache.cli import commands as cli
-from ndcache.sources import model, remote
+from ndcache.sources import model, verifier
 
 from ..helpers import models
 from ..helpers.servers import FileServer
@@ -48,14 +48,14 @@ def update(source: Path, *, longer: int = 0) -> None:
 
 def at_each_check(monkeypatch: pytest.MonkeyPatch, happens: Callable[[int, Any], None]) -> None:
     """Have something happen before each time that a cached file is read; it gets how often that was before."""
-    find_mismatch, lock, calls = remote.find_mismatch, threading.Lock(), iter(range(10**6))
+    find_mismatch, lock, calls = verifier.find_mismatch, threading.Lock(), iter(range(10**6))
 
     def spy(file: Any, expected: Any, check: Any) -> Any:
         with lock:
             happens(next(calls), file)
         return find_mismatch(file, expected, check)
 
-    monkeypatch.setattr(remote, "find_mismatch", spy)
+    monkeypatch.setattr(verifier, "find_mismatch", spy)
 
 
 def read_only(monkeypatch: pytest.MonkeyPatch) -> None:

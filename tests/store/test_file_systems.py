@@ -22,7 +22,7 @@ import pytest
 
 import ndcache
 from ndcache.format.paths import flatten, unflatten
-from ndcache.sources import remote
+from ndcache.sources import verifier
 from ndcache.store.cleanup import disk_bytes
 from ndcache.store.directory import ModelDirectory
 from ndcache.store.metadata import FileMetadata
@@ -49,13 +49,13 @@ def server(model: Path, serve: Serve) -> FileServer:
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The files of the cache whose digests are computed."""
     found: list[str] = []
-    find_mismatch = remote.find_mismatch
+    find_mismatch = verifier.find_mismatch
 
     def spy(file: Any, expected: Any, check: Any) -> Any:
         found.append(os.path.basename(file.name))
         return find_mismatch(file, expected, check)
 
-    monkeypatch.setattr(remote, "find_mismatch", spy)
+    monkeypatch.setattr(verifier, "find_mismatch", spy)
     return found
 
 

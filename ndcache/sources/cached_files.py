@@ -1,0 +1,124 @@
+"""Open files of the cache, and files that are held open until their turn comes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import BinaryIO
+
+from ..errors import CacheUnavailableError, NdcacheError
+from ..files.descriptors import affordable
+from ..format.manifest import Shard
+from ..store.directory import ModelDirectory
+from ..store.metadata import FileMetadata, Match
+
+__all__ = ["CachedFile", "HeldFiles", "open_cached", "unreadable"]
+
+#: The most files that all loads of this process hold: descriptors are scarce.
+_MAX_HELD = 128
+#: A quarter of the descriptors that are left may be used for them.
+_FILES_PER_HELD = 4
+#: The files that all loads of this process hold.
+_all_held: set[BinaryIO] = set()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_all_held.clear)  # the parent's are not the child's
+
+
+@dataclass(frozen=True)
+class CachedFile:
+    """A shard's file in the cache, open for reading.
+
+    Attributes
+    ----------
+    file : binary file
+    metadata : FileMetadata or None
+        What was noted of it when it was opened.
+    is_whole : bool
+        Whether it is complete. If not, it has the wanted ranges, and holes.
+    """
+
+    file: BinaryIO
+    metadata: FileMetadata | None = None
+    is_whole: bool = True
+
+    def compare(self, shard: Shard, content_id: str) -> Match:
+        """Compare the file with the manifest, without reading it; see `FileMetadata.compare`."""
+        if self.metadata is None:
+            return Match.UNKNOWN
+        return self.metadata.compare(os.fstat(self.file.fileno()), shard, content_id)
+
+    def metadata_after_check(self, digests: Mapping[str, str], content_id: str) -> FileMetadata:
+        """Return the metadata to note once the file was read and its digests were right."""
+        status, old = os.fstat(self.file.fileno()), self.metadata
+        etag = old.etag if old is not None and old.is_unchanged(status) else None
+        return FileMetadata.of(status, digests, etag=etag, content_id=content_id)
+
+
+class HeldFiles:
+    """Cached files that one load holds open until their turn comes, so that deleting the model does not remove them.
+
+    There are only so many for all loads of the process.
+    """
+
+    def __init__(self) -> None:
+        self._files: dict[str, CachedFile] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    @staticmethod
+    def room() -> int:
+        """Return how many more files may be held now."""
+        return min(_MAX_HELD - len(_all_held), affordable(_MAX_HELD, _FILES_PER_HELD))
+
+    def hold(self, name: str, cached: CachedFile) -> None:
+        """Hold a file until it is taken."""
+        self._files[name] = cached
+        _all_held.add(cached.file)
+
+    def take(self, name: str) -> CachedFile | None:
+        """Return a file if it is held; the caller must close it."""
+        cached = self._files.pop(name, None)
+        if cached is not None:
+            _all_held.discard(cached.file)
+        return cached
+
+    def close(self) -> None:
+        """Close the files that nobody has taken."""
+        for name in list(self._files):
+            if (cached := self.take(name)) is not None:
+                cached.file.close()
+
+
+def open_cached(cache: ModelDirectory, shard: Shard) -> CachedFile | None:
+    """Open the shard's file in the cache, if it is there and of the right size."""
+    file = cache.open_shard(shard)
+    if file is None:
+        return None
+    try:
+        return CachedFile(file, cache.metadata(shard.data_path))
+    except BaseException:
+        file.close()
+        raise
+
+
+def unreadable(shard: Shard, error: OSError) -> CacheUnavailableError | None:
+    """Return the error to raise for a file of the cache that cannot be read; None if `error` is about something else.
+
+    Parameters
+    ----------
+    shard : Shard
+    error : OSError
+        An error of the system's, or the cache's.
+    """
+    if isinstance(error, NdcacheError):
+        return error if isinstance(error, CacheUnavailableError) else None
+    failure = CacheUnavailableError(
+        f"a file of the cache cannot be read: {error.strerror or error}", shard=shard.data_path
+    )
+    failure.__cause__ = error
+    return failure

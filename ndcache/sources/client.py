@@ -1,0 +1,94 @@
+"""The requests of one load: counted, at the pace that servers accept, and of one commit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+from ..context import LoadContext
+from ..errors import NdcacheError, redact
+from ..http.rate_limits import Permit, Served, is_refusal, origin_of
+from ..http.response import Response
+from ..http.retry import Attempt, RetryPolicy, attempts
+from ..http.transport import RedirectTarget
+from ..location.hub import at_commit, branch
+from ..workers.cancellation import Cancellation
+
+__all__ = ["Client"]
+
+
+class Client:
+    """Make the requests of one load.
+
+    Parameters
+    ----------
+    context : LoadContext
+
+    Attributes
+    ----------
+    context : LoadContext
+    """
+
+    def __init__(self, context: LoadContext) -> None:
+        self.context = context
+        self._served = Served(context.limits)
+        self._commits: dict[str, str] = {}  # of branches on Hugging Face
+
+    def get(
+        self,
+        url: str,
+        source_url: str,
+        headers: Mapping[str, str],
+        *,
+        cancellation: Cancellation | None = None,
+        redirects: dict[str, RedirectTarget] | None = None,
+        may_be_encoded: bool = False,
+    ) -> Response:
+        """Call `Transport.get` when the server's limits allow it, and count the request.
+
+        A branch stays at the commit that it had at the first request.
+        """
+        context, name = self.context, branch(url)
+        cancellation = cancellation or context.cancellation
+        commit = self._commits.get(name) if name else None
+        context.stats.count(requests=1)
+        with context.stats.timed("request", url=redact(url), range=headers.get("Range")) as others:
+
+            def enter(url: str) -> Permit:
+                begun = time.perf_counter()
+                try:
+                    return context.limits.of(url).enter(cancellation)
+                finally:
+                    others["rate_limit"] = others.get("rate_limit", 0.0) + time.perf_counter() - begun
+
+            response = context.transport.get(
+                url,
+                headers,
+                cancellation,
+                source_url=source_url,
+                redirects=redirects,
+                enter=enter,
+                may_be_encoded=may_be_encoded,
+                start=at_commit(url, commit) if commit else None,
+            )
+        if name and response.commit:
+            self._commits.setdefault(name, response.commit)
+        self._served.gave(origin_of(response.url))
+        if response.url != url:
+            self._served.gave(origin_of(url))  # a redirect is an answer, too
+        return response
+
+    def attempts(self, policy: RetryPolicy | None = None, progress: Callable[[], int] = lambda: 0) -> Iterator[Attempt]:
+        """Yield attempts at some work, as `http.retry.attempts` does, by the load's policy unless another is given."""
+        context = self.context
+        return attempts(policy or context.policy, context.cancellation, context.stats, self._served, progress)
+
+    def count_received(self, origin: str, nbytes: int) -> None:
+        """Count bytes of a body, which also tell that the server serves this load."""
+        self.context.stats.count(network_bytes=nbytes)
+        self._served.gave(origin)
+
+    def note_refusal(self, error: NdcacheError) -> None:
+        """Log that a server limits requests, if this is what a request without another attempt failed with."""
+        if is_refusal(error):
+            self._served.note_limit(error)

@@ -1,0 +1,81 @@
+"""One request for a shard, and the checks of its response that need no other state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..errors import NdcacheError, ProtocolError, RangeError, SizeMismatchError, TransferError
+from ..format.manifest import Shard
+from ..format.strict_json import WEB_PAGE_HINT
+from ..http.response import Response
+from ..store.metadata import may_blame_condition
+from ..store.ranges import ByteRange
+from .range_queue import RangeTask
+
+__all__ = ["Request", "check_length", "unexpected_status"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request for a shard.
+
+    Attributes
+    ----------
+    headers : dict of str to str
+    task : RangeTask or None
+        The range that is asked for; None is the whole file.
+    continues : bool
+        Whether the range must be of the version that has begun.
+    """
+
+    headers: dict[str, str]
+    task: RangeTask | None = None
+    continues: bool = False
+
+    @property
+    def range(self) -> ByteRange | None:
+        """Return the range that is asked for, or None for the whole file."""
+        return None if self.task is None else self.task.missing
+
+    @property
+    def is_conditional(self) -> bool:
+        """Return whether the server need not send a file that has not changed."""
+        return "If-None-Match" in self.headers
+
+    def may_have_caused(self, error: NdcacheError) -> bool:
+        """Return whether the server may have failed at the request's condition."""
+        if not (self.is_conditional and isinstance(error, TransferError)):
+            return False
+        return error.status == 304 or may_blame_condition(error.status)
+
+
+def unexpected_status(response: Response) -> TransferError:
+    """Return the error for a status that does not answer a request for a whole file."""
+    kind = RangeError if response.status in (206, 416) else ProtocolError
+    return kind(
+        f"the server answered a plain request with status {response.status}", url=response.url, status=response.status
+    )
+
+
+def check_length(response: Response, shard: Shard) -> None:
+    """Check that the announced length is the manifest's, before the body is read."""
+    length = response.content_length
+    if length is None or length == shard.nbytes:
+        return
+    raise SizeMismatchError(
+        f"the server has {length:,} bytes where the manifest says {shard.nbytes:,}",
+        url=response.url,
+        shard=shard.data_path,
+        expected=shard.nbytes,
+        received=length,
+        hint=_guess_content(response, length),
+    )
+
+
+def _guess_content(response: Response, length: int) -> str:
+    kind = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+    if kind in ("text/html", "application/xhtml+xml"):
+        return WEB_PAGE_HINT
+    if length < 512 and response.read(512).startswith(b"version https://git-lfs"):
+        return "It is a git-lfs pointer, not the file: serve the file itself (git lfs pull)."
+    return "The manifest and the shard are of different versions, or the upload is not complete."
