@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .format.manifest import Manifest, NameFilter
-from .loader import Loader, Source, VerifyReport
+from .loader import Loader, Source
+from .pipeline import VerifyReport
 from .progress import Progress
 from .weights import Weights
 
 if TYPE_CHECKING:
     import wgpu
-    from typing_extensions import Unpack
-
-    from .options import Options
 
 __all__ = ["delete", "fetch", "is_cached", "load", "read_manifest", "stream", "verify"]
 
@@ -32,7 +30,7 @@ def load(
     copy: bool = False,
     progress: Progress = None,
     trace: str | os.PathLike[str] | None = None,
-    **options: Unpack[Options],
+    **options: Any,
 ) -> Weights:
     """Load a model's weights, downloading what is not cached.
 
@@ -100,7 +98,7 @@ def stream(
     copy: bool = False,
     progress: Progress = None,
     trace: str | os.PathLike[str] | None = None,
-    **options: Unpack[Options],
+    **options: Any,
 ) -> Iterator[tuple[str, Any]]:
     """Like `load`, but give each tensor as soon as it is there, in manifest order.
 
@@ -134,7 +132,7 @@ def fetch(
     names: NameFilter = None,
     progress: Progress = None,
     trace: str | os.PathLike[str] | None = None,
-    **options: Unpack[Options],
+    **options: Any,
 ) -> Path:
     """Bring a model into the cache without decoding it.
 
@@ -151,7 +149,7 @@ def fetch(
         return loader.fetch(source, names=names, progress=progress, trace=trace)
 
 
-def read_manifest(source: Source, **options: Unpack[Options]) -> Manifest:
+def read_manifest(source: Source, **options: Any) -> Manifest:
     """The model's manifest, parsed and checked; it is kept in the cache if that can be, shards are not asked for.
 
     Raises
@@ -162,13 +160,13 @@ def read_manifest(source: Source, **options: Unpack[Options]) -> Manifest:
         return loader.read_manifest(source)
 
 
-def is_cached(source: Source, **options: Unpack[Options]) -> bool:
+def is_cached(source: Source, **options: Any) -> bool:
     """Whether the manifest and every shard of the right size are on disk. Makes no request."""
     with Loader(**options) as loader:
         return loader.is_cached(source)
 
 
-def verify(source: Source, **options: Unpack[Options]) -> VerifyReport:
+def verify(source: Source, **options: Any) -> VerifyReport:
     """Compute the digests of what is cached. Bad shards are set aside, so that the next load fetches them anew.
 
     A local source is only looked at. Makes no request.
@@ -182,7 +180,7 @@ def verify(source: Source, **options: Unpack[Options]) -> VerifyReport:
         return loader.verify(source)
 
 
-def delete(source: Source, **options: Unpack[Options]) -> int:
+def delete(source: Source, **options: Any) -> int:
     """Remove a model from the cache.
 
     Returns

@@ -1,51 +1,60 @@
-"""The options of a loader: their types, and what is said of mistakes in them."""
+"""The options of a loader: the default, the meaning and the check of each, in one place.
+
+The functions of `ndcache.api` and `Loader` repeat the options in their signatures, for readers, editors and type
+checkers. A test compares each signature with `LoaderOptions`, and `with_options` puts the meanings into the docstrings.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import functools
+import inspect
 import math
 import os
+import textwrap
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, TypedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import requests
 
+from .context import VerifyMode
 from .http.retry import RetryPolicy
 
-__all__ = ["Options", "check_options"]
+__all__ = ["LoaderOptions", "hides_options", "reject_unknown_options", "with_options"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
+
+_NoneType = type(None)
 
 
-class Options(TypedDict, total=False):
-    """The keyword arguments of `Loader`."""
+def _describe(
+    kind: str,
+    meaning: str,
+    *,
+    types: tuple[type, ...] = (object, bool),
+    must_be: str = "",
+    is_valid: Callable[[Any], bool] = lambda value: True,
+) -> dict[str, Any]:
+    """Return the metadata of an option.
 
-    max_workers: int
-    cache_dir: str | os.PathLike[str] | None
-    scope: str
-    timeout: float | tuple[float, float]
-    retries: int | RetryPolicy
-    verify: Literal["download", "always", "never"]
-    offline: bool
-    session: requests.Session | None
-    mirrors: Sequence[str]
-    integrity: Mapping[str, str] | None
-    memory_limit: int
-    cancel: threading.Event | None
-
-
-def check_options(options: Mapping[str, Any]) -> None:
-    """Find mistakes at the start, rather than on the way at the first failure.
-
-    Raises
-    ------
-    TypeError, ValueError
-        An option is of another type than it must be, or has a value that it must not have.
+    Parameters
+    ----------
+    kind : str
+        The type, as docstrings give it.
+    meaning : str
+        The description for docstrings, which wrap its lines anew.
+    types : tuple of type
+        What a value may be an instance of. A bool counts as an int only if bool is listed.
+    must_be : str
+        What a value must be, for error messages.
+    is_valid : callable
+        Whether a value of one of these types is allowed.
     """
-    for name, (types, what, is_right) in _CHECKS.items():
-        value = options[name]
-        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            raise TypeError(f"{name} is {what}, not {value!r}")
-        if not is_right(value):
-            raise ValueError(f"{name} is {what}, not {value!r}")
+    return {"kind": kind, "meaning": meaning, "types": types, "must_be": must_be, "is_valid": is_valid}
 
 
 def _are_seconds(value: Any) -> bool:
@@ -53,26 +62,209 @@ def _are_seconds(value: Any) -> bool:
     return len(both) == 2 and all(isinstance(part, (int, float)) and 0 < part < math.inf for part in both)
 
 
-_NONE = type(None)
-#: Of each option: the types that it may have, what it is in words, and whether a value is that.
-_CHECKS: dict[str, tuple[tuple[type, ...], str, Callable[[Any], bool]]] = {
-    "max_workers": ((int,), "a number of at least 1", lambda value: value >= 1),
-    "cache_dir": ((str, os.PathLike, _NONE), "a path or None", lambda value: value != ""),
-    "scope": ((str,), "a name that does not begin with a dot", lambda value: value[:1] not in ("", ".")),
-    "timeout": ((int, float, tuple), "seconds, or (seconds to connect, seconds to wait for bytes)", _are_seconds),
-    "retries": (
-        (int, RetryPolicy),
-        "a number of at least 0, or a RetryPolicy",
-        lambda value: isinstance(value, RetryPolicy) or value >= 0,
-    ),
-    "verify": ((str,), "'download', 'always' or 'never'", lambda value: value in ("download", "always", "never")),
-    "offline": ((bool,), "True or False", lambda value: True),
-    "session": ((requests.Session, _NONE), "a requests.Session", lambda value: True),
-    "integrity": (
-        (Mapping, _NONE),
-        "a mapping from file names to digests such as 'sha256-…'",
-        lambda value: all(isinstance(item, str) for pair in (value or {}).items() for item in pair),
-    ),
-    "memory_limit": ((int,), "a positive number of bytes", lambda value: value > 0),
-    "cancel": ((object,), "a threading.Event", lambda value: value is None or callable(getattr(value, "is_set", None))),
-}
+def _are_texts(value: Mapping[Any, Any] | None) -> bool:
+    return all(isinstance(item, str) for pair in (value or {}).items() for item in pair)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoaderOptions:
+    """Hold the options of a `Loader`, checked.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An option has a type or a value that it must not have. It is better to find out now than at the first failure.
+    """
+
+    max_workers: int = dataclasses.field(
+        default=8,
+        metadata=_describe(
+            "int",
+            """Threads that fetch shards, and so the most requests at once. Two more threads write what has come. Fewer
+            threads are used where file descriptors are scarce.""",
+            types=(int,),
+            must_be="a number of at least 1",
+            is_valid=lambda value: value >= 1,
+        ),
+    )
+    cache_dir: str | os.PathLike[str] | None = dataclasses.field(
+        default=None,
+        metadata=_describe(
+            "path-like, optional",
+            """The cache's top directory. Default: NDCACHE_HOME, else the system's place for caches. If it cannot be
+            written, `load` and `stream` hold what comes from a server in memory, with a RuntimeWarning.""",
+            types=(str, os.PathLike, _NoneType),
+            must_be="a path or None",
+            is_valid=lambda value: value != "",
+        ),
+    )
+    scope: str = dataclasses.field(
+        default="default",
+        metadata=_describe(
+            "str",
+            "A separate part of the cache, such as one application's.",
+            types=(str,),
+            must_be="a name that does not begin with a dot",
+            is_valid=lambda value: value[:1] not in ("", "."),
+        ),
+    )
+    timeout: float | tuple[float, float] = dataclasses.field(
+        default=(10.0, 30.0),
+        metadata=_describe(
+            "float or tuple of float",
+            "Seconds to connect, and seconds to wait for the next bytes.",
+            types=(int, float, tuple),
+            must_be="seconds, or (seconds to connect, seconds to wait for bytes)",
+            is_valid=_are_seconds,
+        ),
+    )
+    retries: int | RetryPolicy = dataclasses.field(
+        default=6,
+        metadata=_describe(
+            "int or RetryPolicy",
+            "How often a failed request is made again, after growing random waits.",
+            types=(int, RetryPolicy),
+            must_be="a number of at least 0, or a RetryPolicy",
+            is_valid=lambda value: isinstance(value, RetryPolicy) or value >= 0,
+        ),
+    )
+    verify: VerifyMode = dataclasses.field(
+        default="download",
+        metadata=_describe(
+            '{"download", "always", "never"}',
+            """When a shard's digest is computed and compared: when the shard is downloaded, also each time it is loaded
+            from disk, or never. Sizes are always compared.""",
+            types=(str,),
+            must_be="'download', 'always' or 'never'",
+            is_valid=lambda value: value in ("download", "always", "never"),
+        ),
+    )
+    offline: bool = dataclasses.field(
+        default=False,
+        metadata=_describe(
+            "bool",
+            """Make no request; a missing file raises `OfflineError`. NDCACHE_OFFLINE=1 or HF_HUB_OFFLINE=1 do the
+            same.""",
+            types=(bool,),
+            must_be="True or False",
+        ),
+    )
+    session: requests.Session | None = dataclasses.field(
+        default=None,
+        metadata=_describe(
+            "requests.Session, optional",
+            """Makes the requests, with its proxies, auth and headers. Its secrets go to the source's origin only.
+            Retries of its adapters come on top of `retries`. If it has adapters or proxies of its own, stopping a call
+            does not cut short the wait for the headers of a response.""",
+            types=(requests.Session, _NoneType),
+            must_be="a requests.Session",
+        ),
+    )
+    mirrors: Sequence[str] = dataclasses.field(
+        default=(),
+        metadata=_describe(
+            "sequence of str",
+            "Sources with the same files, tried in this order for a shard that the first source does not give.",
+        ),
+    )
+    integrity: Mapping[str, str] | None = dataclasses.field(
+        default=None,
+        metadata=_describe(
+            "mapping of str to str, optional",
+            """Digests that you require, by file name, in the form of Subresource Integrity (sha256, sha384 or sha512, a
+            hyphen, base64): ``{"tensor-cache.json": "sha256-…"}``. Name the manifest, shards by their ``dataPath``,
+            or both. A manifest with a required digest vouches for the shards whose digests it has, and may also come
+            from a mirror. In a local directory, such files are compared at each load.""",
+            types=(Mapping, _NoneType),
+            must_be="a mapping from file names to digests such as 'sha256-…'",
+            is_valid=_are_texts,
+        ),
+    )
+    memory_limit: int = dataclasses.field(
+        default=512 << 20,
+        metadata=_describe(
+            "int",
+            "Bytes of shards that may be on their way or waiting for the device at once. Default 512 MiB.",
+            types=(int,),
+            must_be="a positive number of bytes",
+            is_valid=lambda value: value > 0,
+        ),
+    )
+    cancel: threading.Event | None = dataclasses.field(
+        default=None,
+        metadata=_describe(
+            "threading.Event, optional",
+            "Set it from another thread to stop a call with `CancelledError`.",
+            types=(object,),
+            must_be="a threading.Event",
+            is_valid=lambda value: value is None or callable(getattr(value, "is_set", None)),
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        for option in dataclasses.fields(self):
+            value, types, must_be = getattr(self, option.name), option.metadata["types"], option.metadata["must_be"]
+            if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+                raise TypeError(f"{option.name} must be {must_be}, not {value!r}")
+            if not option.metadata["is_valid"](value):
+                raise ValueError(f"{option.name} must be {must_be}, not {value!r}")
+
+
+#: Where a docstring says this, `with_options` puts the options.
+_PLACE = "    {options}"
+
+
+def with_options(function: Callable[P, R]) -> Callable[P, R]:
+    """Document the options in a function's docstring, and name unknown arguments with a suggestion.
+
+    Python itself names an unknown keyword argument too, but suggests the right one only from 3.13 on.
+    """
+    known = inspect.signature(function).parameters.keys()
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not kwargs.keys() <= known:
+            reject_unknown_options(checked, kwargs.keys() - known)
+        return function(*args, **kwargs)
+
+    _document_options(checked)
+    return checked
+
+
+def hides_options(function: F) -> F:
+    """Give a function that takes ``**options`` the signature that its overloads show to type checkers.
+
+    No frame is added to its calls. The function passes unknown arguments to `reject_unknown_options`.
+    """
+    signature = inspect.signature(function)
+    own = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
+    if any(each.name == "options" for each in signature.parameters.values()):
+        own += inspect.signature(LoaderOptions).parameters.values()
+    function.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
+    _document_options(function)
+    return function
+
+
+def reject_unknown_options(function: Callable[..., Any], names: Iterable[str]) -> None:
+    """Raise a TypeError that names the first of the unknown arguments, if there are any."""
+    for name in sorted(names):
+        close = difflib.get_close_matches(name, inspect.signature(function).parameters, n=1)
+        suggestion = f"; did you mean {close[0]!r}?" if close else ""
+        raise TypeError(f"{function.__qualname__}() got an unexpected keyword argument {name!r}{suggestion}")
+
+
+def _document_options(function: Callable[..., Any]) -> None:
+    if function.__doc__ is not None:  # as with python -OO
+        function.__doc__ = function.__doc__.replace(_PLACE, _options_as_text())
+
+
+@functools.cache
+def _options_as_text() -> str:
+    """Return the options as entries of a numpydoc section, indented by four spaces."""
+    lines = []
+    for option in dataclasses.fields(LoaderOptions):
+        kind, meaning = option.metadata["kind"], " ".join(option.metadata["meaning"].split())
+        is_told = option.default in (None, ()) or "Default" in meaning
+        default = "" if is_told else f", default {option.default!r}"
+        lines += [f"{option.name} : {kind}{default}", textwrap.indent(textwrap.fill(meaning, 108), "    ")]
+    return textwrap.indent("\n".join(lines), "    ")

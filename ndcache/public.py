@@ -11,7 +11,8 @@ from .errors import *  # noqa: F403 - every error is public
 from .format.manifest import Manifest, Record, Shard
 from .format.writer import dump
 from .http.retry import RetryPolicy
-from .loader import Loader, VerifyReport
+from .loader import Loader
+from .pipeline import VerifyReport
 from .progress import ProgressReport
 from .stats import LoadStats
 from .weights import Weights

@@ -11,12 +11,12 @@ from urllib.parse import quote, unquote
 
 import platformdirs
 
-from ..errors import CacheUnavailableError
+from ..errors import CacheUnavailableError, UnsafeCacheError
 from ..files.folder import Folder, is_gone
 from ..files.notes import read_note
 from ..format.paths import STATE_DIRECTORY
 from ..location.locate import Location
-from .cleanup import disk_bytes
+from .cleanup import delete_model, disk_bytes
 from .directory import ModelDirectory
 from .memory import FallbackDirectory
 
@@ -159,6 +159,31 @@ class CacheScope:
         """Open a model's directory, or, where nothing can be kept, hold in memory what comes."""
         directory = None if self.top is None else self._directory(location)
         return FallbackDirectory(directory, location.label, self.why_no_top, root=self.top, is_private=self.is_private)
+
+    def delete(self, location: Location) -> int:
+        """Remove a model from the cache: a server's, or the one whose directory in the cache is given.
+
+        Returns
+        -------
+        int
+            Bytes freed.
+
+        Raises
+        ------
+        UnsafeCacheError
+            The directory does not lie in the cache.
+        """
+        root = self.root
+        if location.directory is None:
+            return sum(delete_model(ModelDirectory(directory, root=root)) for directory in self.directories(location))
+        directory = Path(os.path.abspath(location.directory))
+        # A model lies two folders below the root. The way to the root may have links, the way below it may not.
+        if os.path.realpath(directory.parent.parent) != os.path.realpath(root):
+            raise UnsafeCacheError(
+                f"{directory} does not lie in the cache {root}, as a model does",
+                hint="ndcache deletes only what it fetched; remove the directory yourself.",
+            )
+        return delete_model(ModelDirectory(root.joinpath(*directory.parts[-2:]), root=root))
 
     def _directory(self, location: Location) -> Path:
         first, *earlier = self.directories(location)

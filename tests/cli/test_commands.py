@@ -449,7 +449,7 @@ def test_gpu_drivers_print_nothing(monkeypatch: pytest.MonkeyPatch, gpu: Any) ->
     ("args", "message"),
     [
         (["load", "{model}", "--names", "nothing"], "error: no tensor of tensor-cache.json matches 'nothing'"),
-        (["load", "{model}", "--scope", ".x"], "error: scope is a name"),
+        (["load", "{model}", "--scope", ".x"], "error: scope must be a name"),
         (["load", "ftp://host/"], "error: sources of the kind ftp://"),
         (["load", "http://host:x/"], "error: this URL cannot be used"),
         (["fetch", "http://host/", "--mirror", "."], "error: a mirror is an http(s) URL"),

@@ -1,0 +1,221 @@
+"""The data's way, from a source to tensors: start reading here.
+
+::
+
+    source ─ locate ─> Location ─ open_model ─> Model, with its manifest ─ select ─> shards
+    shards ─ obtain (the cached file | download ─> check ─> publish) ─ stage ─>    in workers, with limited look-ahead
+           ─ place ─> tensors ─> Weights                                           on the caller's thread, in order
+
+A `Loader` opens the model, and consumes one of the generators and loops below. Whatever fails, in whichever thread,
+sets the load's `Cancellation`: sleepers wake, sockets are shut, partial files are closed, and workers are joined.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeAlias, TypeVar
+
+from .context import LoadContext
+from .devices.base import Device, Upload
+from .format.manifest import Manifest, Shard
+from .progress import Progress, Reporter
+from .sources.model import Flaw, Model, ShardFile
+from .trace import Trace, open_trace
+from .workers.ordered import map_ordered
+from .workers.stop_iteration import wrap_stop_iteration
+
+__all__ = ["VerifyReport", "check_shards", "fetch_shards", "place_tensors", "tracing"]
+
+T = TypeVar("T")
+Tensor = TypeVar("Tensor")
+logger = logging.getLogger("ndcache")
+
+#: Marks a shard as done: its bytes, and the file that they came from.
+_Done: TypeAlias = Callable[[int, ShardFile], None]
+
+
+def place_tensors(
+    model: Model,
+    context: LoadContext,
+    device: Device[Tensor],
+    shards: Sequence[Shard],
+    progress: Progress,
+    *,
+    decode: bool,
+    copy: bool,
+    memory_limit: int,
+    keeps_all: bool = False,
+) -> Generator[tuple[str, Tensor], None, None]:
+    """Yield names and tensors in manifest order. Workers obtain and stage the shards, this thread places them."""
+    stats = context.stats
+    with wrap_stop_iteration():
+        context.cancellation.resume()
+        context.workers.start(1)
+        upload: Upload[Any, Tensor] = device.open_upload(
+            shards,
+            workers=context.workers,
+            stats=stats,
+            decode=decode,
+            copy=copy,
+            memory_limit=memory_limit,
+            keeps_all=keeps_all,
+        )
+
+        def work(shard: Shard) -> tuple[ShardFile, Any]:
+            obtained = model.obtain(shard)
+            with obtained.file:
+                return obtained, upload.stage(obtained.file, shard)
+
+        # The upload is closed last, when no worker is in `stage` any more.
+        with upload, _map_shards(model, context, shards, work, progress, memory_limit) as (arriving, done):
+            for shard, nbytes, (obtained, staged) in arriving:
+                placed = upload.place(staged, shard)
+                for record, tensor in stats.timed_iterator("place", placed, file=shard.data_path):
+                    stats.tensors += 1
+                    yield record.name, tensor
+                    context.cancellation.resume()  # before the next one is made, which nobody would own
+                if shard is shards[-1]:
+                    with stats.timed("finish"):
+                        upload.finish()
+                done(nbytes, obtained)
+
+
+def fetch_shards(model: Model, context: LoadContext, shards: Sequence[Shard], progress: Progress) -> None:
+    """Obtain the file of each shard, and close it again."""
+
+    def work(shard: Shard) -> ShardFile:
+        obtained = model.obtain(shard)
+        obtained.file.close()
+        return obtained
+
+    # Nothing waits for a device, so only the disk limits how far workers look ahead.
+    with _map_shards(model, context, shards, work, progress, memory_limit=sys.maxsize) as (arriving, done):
+        for _, nbytes, obtained in arriving:
+            done(nbytes, obtained)
+
+
+def check_shards(model: Model, context: LoadContext) -> dict[str, str | Flaw]:
+    """Read the file of each shard; return what it was checked by, or what is wrong, by its ``dataPath``."""
+    shards = model.manifest.shards
+    context.workers.start(len(shards))
+    sizes = [shard.nbytes for shard in shards]
+    results = map_ordered(
+        shards, model.check, pool=context.workers, sizes=sizes, memory_limit=sys.maxsize, stats=context.stats
+    )
+    with closing(results):
+        return {shard.data_path: found for shard, found in zip(shards, results, strict=True)}
+
+
+@contextmanager
+def _map_shards(
+    model: Model,
+    context: LoadContext,
+    shards: Sequence[Shard],
+    work: Callable[[Shard], T],
+    progress: Progress,
+    memory_limit: int,
+) -> Iterator[tuple[Iterator[tuple[Shard, int, T]], _Done]]:
+    """Do the work for each shard in a worker, and report progress.
+
+    Yields
+    ------
+    arriving : iterator
+        Of each shard, in manifest order: the shard, the bytes that it counts, and the result of its work.
+    done : callable
+        To be called for each of them before the next is asked for.
+    """
+    stats = context.stats
+    with wrap_stop_iteration(), closing(model):
+        model.prepare(shards)
+        sizes = [model.nbytes(shard) for shard in shards]
+        cache_only = all(model.is_ready(shard) for shard in shards)
+        context.workers.start(len(shards) if cache_only else None)
+        reporter = Reporter(
+            progress, sizes, cache_only=cache_only, received=lambda: stats.network_bytes + stats.resumed_bytes
+        )
+        results = map_ordered(
+            shards,
+            work,
+            pool=context.workers,
+            sizes=sizes,
+            memory_limit=memory_limit,
+            stats=stats,
+            tick=reporter.tick,
+        )
+
+        def done(nbytes: int, obtained: ShardFile) -> None:
+            stats.shard_done(nbytes, from_cache=obtained.from_cache, checked=obtained.checked)
+            reporter.shard_done(nbytes)
+
+        with closing(reporter), closing(results):
+            reporter.start()
+            yield zip(shards, sizes, results, strict=True), done
+        model.finish()
+    stats.seconds["total"] = time.perf_counter() - context.started
+    logger.info("%s: %s", model.directory, stats)
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """The result of `verify`.
+
+    Attributes
+    ----------
+    checked : dict of str to str
+        The good shards, and how each was checked: ``"sha256"``, ``"md5"``, the algorithm of a required digest, or
+        ``"size"`` where no digest is known.
+    bad : tuple of str
+        Shards that have wrong bytes or the wrong size, or that cannot be read. In the cache they were set aside, and
+        the next load fetches them.
+    missing : tuple of str
+        Shards that are not there, or belong to another version of the model.
+    nbytes : int
+        Bytes of the good shards.
+    kept : tuple of str
+        Bad shards in a cache that cannot be written. They could not be set aside, so loads still use them, except with
+        ``verify="always"``.
+    """
+
+    checked: dict[str, str]
+    bad: tuple[str, ...]
+    missing: tuple[str, ...]
+    nbytes: int
+    kept: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is bad."""
+        return not self.bad
+
+    @classmethod
+    def _of(cls, manifest: Manifest, found: dict[str, str | Flaw]) -> VerifyReport:
+        """Report the results of `check_shards`."""
+        return cls(
+            checked={name: kind for name, kind in found.items() if isinstance(kind, str)},
+            bad=tuple(name for name, kind in found.items() if kind in (Flaw.BAD, Flaw.BAD_AND_KEPT)),
+            missing=tuple(name for name, kind in found.items() if kind in (Flaw.MISSING, Flaw.OF_ANOTHER_VERSION)),
+            nbytes=sum(shard.nbytes for shard in manifest.shards if isinstance(found[shard.data_path], str)),
+            kept=tuple(name for name, kind in found.items() if kind is Flaw.BAD_AND_KEPT),
+        )
+
+
+@contextmanager
+def tracing(path: str | os.PathLike[str] | None) -> Iterator[Trace | None]:
+    """Write a trace at the end of the block, however it ends; yield None if none is wanted."""
+    if path is None:
+        yield None
+        return
+    trace = open_trace(path)
+    try:
+        yield trace
+    finally:
+        try:
+            trace.write()
+        except OSError as error:
+            logger.warning("the trace was not written: %s", error)  # the load's result, or its own error, matters more
