@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..devices.gpu.adapters import is_software
 from ..format.manifest import Manifest, Record
-from ..loader import VerifyReport
 from ..location.locate import locate
+from ..pipeline import VerifyReport
 from ..store.inventory import CachedModel
 from ..weights import Weights
 from .demo import DemoReport
