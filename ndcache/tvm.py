@@ -1,7 +1,7 @@
-"""The names of TVM's runtimes, for code that was written against them.
+"""The function names of TVM's runtimes, for code that was written for them.
 
 ==============================================  =====================================================================
-here                                            there
+ndcache                                         TVM
 ==============================================  =====================================================================
 `fetch_ndarray_cache`                           ``fetchNDArrayCache`` (``fetchTensorCache``) of the web runtime
 `register_init_progress_callback`               ``registerInitProgressCallback`` of the web runtime
@@ -12,9 +12,9 @@ here                                            there
 `ArtifactCache`                                 ``ArtifactCache`` of the web runtime
 ==============================================  =====================================================================
 
-TVM renamed ndarray to tensor; `fetch_tensor_cache`, `tensor_cache_get` and so on are the same functions.
+TVM has renamed ndarray to tensor: `fetch_tensor_cache`, `tensor_cache_get` and so on are the same functions.
 
-The tensors are in one registry of the whole process, which any thread may use. Nothing here needs TVM.
+The process has one registry of tensors, which any thread may use. Nothing here needs TVM.
 """
 
 from __future__ import annotations
@@ -66,17 +66,18 @@ def fetch_ndarray_cache(
 ) -> dict[str, Any]:
     """Load a model and put all its tensors into the registry.
 
-    Tensors of the same names are replaced, as by TVM's C++ loader; its web runtime raises instead. They are replaced
-    together when everything is loaded: if that fails, the registry stays as it was.
+    Tensors of the same names are replaced, as in TVM's C++ loader (its web runtime raises instead). They are replaced
+    together, once everything is loaded; if the load fails, the registry stays as it was.
 
     Parameters
     ----------
     url, device
-        As for `ndcache.load`. Each call opens a GPU anew; for several models on one, give the `wgpu.GPUDevice`.
+        As for `ndcache.load`. Each call opens the GPU again; to put several models on one device, give the
+        `wgpu.GPUDevice`.
     scope : str
         The part of the cache to use.
     **options
-        Of `ndcache.Loader`.
+        The options of `ndcache.Loader`.
 
     Returns
     -------
@@ -86,7 +87,7 @@ def fetch_ndarray_cache(
     Raises
     ------
     NdcacheError, ValueError, TypeError
-        As `ndcache.load`.
+        As for `ndcache.load`.
 
     Examples
     --------
@@ -105,21 +106,21 @@ def fetch_ndarray_cache(
 
 
 def register_init_progress_callback(callback: ProgressCallback) -> None:
-    """Have all later calls of `fetch_ndarray_cache` report to `callback`, and to those registered before it.
+    """Report the progress of all later calls of `fetch_ndarray_cache` to one more callback.
 
     Parameters
     ----------
     callback : callable
-        Takes a `ndcache.ProgressReport`; called on the thread that fetches.
+        Called with each `ndcache.ProgressReport`, on the thread that fetches.
     """
     if not callable(callback):
-        raise TypeError(f"a progress callback is callable, {callback!r} is not")
+        raise TypeError(f"a progress callback must be callable, not {callback!r}")
     with _lock:
         _callbacks.append(callback)
 
 
 def ndarray_cache_get(name: str) -> Any | None:
-    """The tensor of that name, or None if there is none."""
+    """Return the tensor of that name, or None if there is none."""
     with _lock:
         return _registry.get(name)
 
@@ -138,7 +139,7 @@ def ndarray_cache_update(name: str, array: Any, override: bool = False) -> None:
     Raises
     ------
     ValueError
-        There is one, and `override` is false.
+        The name is taken, and `override` is false.
     """
     with _lock:
         if not override and name in _registry:
@@ -147,25 +148,25 @@ def ndarray_cache_update(name: str, array: Any, override: bool = False) -> None:
 
 
 def ndarray_cache_remove(name: str) -> None:
-    """Take a tensor out of the registry; if there is none of that name, nothing happens."""
+    """Remove a tensor from the registry; do nothing if there is none of that name."""
     with _lock:
         _registry.pop(name, None)
 
 
 def ndarray_cache_clear() -> None:
-    """Take all tensors out of the registry. Buffers of a GPU are freed when nothing else refers to them."""
+    """Remove all tensors from the registry. GPU buffers are freed when nothing else refers to them."""
     with _lock:
         _registry.clear()
 
 
 def get_params(prefix: str, count: int) -> list[Any]:
-    """The tensors ``prefix_0``, ``prefix_1``, ... of the registry.
+    """Return the tensors ``prefix_0``, ``prefix_1``, ... of the registry.
 
     Parameters
     ----------
     prefix : str
     count : int
-        How many; -1 for as many as follow one another.
+        The number of tensors; -1 for all up to the first missing one.
 
     Raises
     ------
@@ -185,7 +186,7 @@ def get_params(prefix: str, count: int) -> list[Any]:
 
 
 def get_params_by_name(names: Iterable[str]) -> list[Any]:
-    """The tensors of these names, in their order.
+    """Return the tensors of these names, in this order.
 
     Raises
     ------
@@ -212,18 +213,18 @@ tensor_cache_clear = ndarray_cache_clear
 
 
 class ArtifactCache:
-    """Single files of models in ndcache's cache, by their URLs: shards, a tokenizer, a configuration.
+    """Manage single files in ndcache's cache by their URLs: shards, a tokenizer, a configuration. A context manager.
 
-    A file lies in the cache directory of the model that it belongs to, so what `ndcache.fetch` brought is here, and
-    what is added here need not be fetched by `ndcache.load`, which still checks its digest. Of the URL's query,
-    what signs it is no part of the file's identity, and all else is, as everywhere. Also a context manager.
+    A file lies in the cache directory of its model. So the files that `ndcache.fetch` downloaded are found here, and
+    `ndcache.load` does not download a file that was added here, though it checks the digest. As everywhere, the
+    signature in a URL's query is not part of the file's identity; the rest of the query is.
 
     Parameters
     ----------
     scope : str
         The part of the cache to use.
     **options
-        Of `ndcache.Loader`.
+        The options of `ndcache.Loader`.
 
     Examples
     --------
@@ -282,7 +283,7 @@ class ArtifactCache:
         self._loader.delete_file(url)
 
     def close(self) -> None:
-        """Close the kept connections."""
+        """Close the idle connections."""
         self._loader.close()
 
     def __enter__(self) -> ArtifactCache:

@@ -1,4 +1,4 @@
-"""``python -m benchmarks`` runs: each contender's bytes are right, and the figures come out in their form."""
+"""Test that ``python -m benchmarks`` runs: all contenders load the right bytes, and the figures have their form."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _ROOT = Path(__file__).parent.parent
 
 
 def run(tmp_path: Path, *arguments: str) -> dict[str, Any]:
-    """The JSON of a run with tiny inputs."""
+    """Return the JSON of a run with tiny inputs."""
     written = tmp_path / "figures.json"
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks", "--quick", "--json", str(written), *arguments],
@@ -53,7 +53,7 @@ def test_a_quick_run(tmp_path: Path, suite: str, contenders: list[str]) -> None:
     (result,) = figures["suites"]
     assert result["suite"] == suite
     rows = {row["label"]: row for row in result["rows"]}
-    # One whose bytes are wrong is left out, and says so.
+    # A contender that loads wrong bytes is left out, with the reason.
     assert set(contenders) <= rows.keys(), result["left_out"]
     assert not [reason for reason in result["left_out"].values() if "bytes instead of" in reason]
     for row in rows.values():
@@ -64,7 +64,7 @@ def test_a_quick_run(tmp_path: Path, suite: str, contenders: list[str]) -> None:
         assert target["met"] in (True, False, None)
 
 
-def test_a_suite_that_there_is_not() -> None:
+def test_an_unknown_suite() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks", "warm-gpo"], cwd=_ROOT, check=False, capture_output=True, text=True
     )

@@ -1,4 +1,4 @@
-"""The examples run as they are, without arguments and without a network."""
+"""Test that the examples run as they are, without arguments and without a network."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def run(name: str, *arguments: str) -> str:
-    """The example's standard output."""
+    """Run an example and return its standard output."""
     paths = [str(Path(ndcache.__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
         [sys.executable, "-W", "error", str(_EXAMPLES / name), *arguments],
@@ -69,7 +69,7 @@ def test_stream_into_safetensors() -> None:
 
 
 def test_stream_every_dtype_into_safetensors(tmp_path: Path) -> None:
-    """Read back by the safetensors library, whose names of dtypes these are."""
+    """Read the file back with the safetensors library, which defines the names of the dtypes."""
     safetensors = need_module("safetensors")
     params = {dtype: random_array((3, 2), dtype) for dtype in ndcache.format.dtypes.DTYPES}
     ndcache.dump(params, tmp_path / "model", encode="raw")

@@ -1,4 +1,4 @@
-"""ndcache and apache-tvm read and write each other's directories, bit for bit."""
+"""Test that ndcache and apache-tvm read and write each other's directories, bit for bit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .helpers.servers import FileServer
 
 Array = np.ndarray[Any, Any]
 Serve = Callable[..., FileServer]
-#: A tensor as it can be compared: dtype, shape, bytes.
+#: A tensor in a form that can be compared: dtype, shape, bytes.
 Bits = tuple[str, tuple[int, ...], bytes]
 
 _SPECIAL = [0.0, -0.0, np.inf, -np.inf, np.nan, 3.4e38, -3.4e38, 1e-40, 1.00390625, 1.01171875]
@@ -51,7 +51,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 
 def parameters() -> dict[str, Array]:
-    """Every dtype that TVM writes and reads; scalars, empty and odd sizes, and tensors around the shard limit."""
+    """Make tensors of every dtype of TVM: scalars, empty and odd sizes, and sizes around the shard limit."""
     params: dict[str, Array] = {}
     for seed, dtype in enumerate(DTYPES):
         params[f"{dtype}.matrix"] = random_array((13, 7), dtype, seed)
@@ -65,7 +65,7 @@ def parameters() -> dict[str, Array]:
 
 
 class _TVM:
-    """apache-tvm's writer and readers."""
+    """Write and read directories with apache-tvm."""
 
     def __init__(self, tvm: Any, tvmjs: Any) -> None:
         self._tvm, self._tvmjs = tvm, tvmjs
@@ -84,12 +84,12 @@ class _TVM:
 
     def load(self, path: Path) -> dict[str, Bits]:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ResourceWarning)  # it leaves its files to the garbage collector
+            warnings.simplefilter("ignore", ResourceWarning)  # TVM leaves its files to the garbage collector
             tensors, _ = self._tvmjs.load_tensor_cache(str(path), self._tvm.cpu())
         return {name: bits(tensor.numpy()) for name, tensor in tensors.items()}
 
     def load_natively(self, directory: Path, names: list[str]) -> dict[str, Bits]:
-        """With the loader in C++ that mlc_llm uses."""
+        """Load with the C++ loader that mlc_llm uses."""
         self.function("clear")()
         self.function("load")(str(directory), 1, 0)  # kDLCPU
         tensors = {name: bits(self.function("get")(name).numpy()) for name in names}
@@ -121,7 +121,7 @@ def device(request: pytest.FixtureRequest) -> Any:
 def written(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, apache: _TVM
 ) -> tuple[Path, dict[str, Bits]]:
-    """A directory of TVM's, and what TVM itself reads from it."""
+    """Write a directory with TVM; return it and what TVM itself reads from it."""
     encode, shard_bytes = request.param
     directory = tmp_path_factory.mktemp("written")
     apache.dump(parameters(), directory, encode=encode, shard_bytes=shard_bytes, meta_data={"ParamSize": 1})
@@ -189,7 +189,7 @@ def test_the_same_files_whatever_the_sizes(
     shard_bytes: int,
     replaced: set[int],
 ) -> None:
-    """A dump, and an update of it that replaces some tensors and adds others."""
+    """Dump tensors, then update the directory: replace some tensors and add others."""
     directory = tmp_path_factory.mktemp("same")
     params = {f"t{i}": random_array((n,), dtype, i) for i, (n, dtype) in enumerate(tensors)}
     update = {name: array[::-1].copy() for name, array in params.items() if int(name[1:]) in replaced}
@@ -217,7 +217,7 @@ def test_tvm_reads_our_files(tmp_path: Path, apache: _TVM, encode: Any) -> None:
 
 @pytest.mark.parametrize("encode", ["raw", "f32-to-bf16"])
 def test_tvm_reads_our_files_natively(tmp_path: Path, apache: _TVM, encode: Any) -> None:
-    # Its loader takes no empty float32 that is stored as bfloat16.
+    # TVM's C++ loader rejects an empty float32 tensor that is stored as bfloat16.
     params = {name: array for name, array in parameters().items() if name != "float32.empty"}
     ndcache.dump(params, tmp_path, encode=encode, shard_bytes=1 << 20)
     assert apache.load_natively(tmp_path, list(params)) == apache.load(tmp_path)

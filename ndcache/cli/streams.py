@@ -1,4 +1,4 @@
-"""Standard input, output and error of the command line, which may be missing, closed, full, or of a narrow encoding."""
+"""Standard streams that can always be written: they may be missing, closed, full, or have a narrow encoding."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ __all__ = ["own_process"]
 
 @contextmanager
 def own_process() -> Iterator[None]:
-    """Prepare the process for a command, so that what is printed goes where it belongs, or nowhere.
+    """Prepare the standard streams for a command: what it prints arrives where it belongs, or is dropped.
 
-    In the block, errors of standard output name it as their file, and standard error has none.
+    In the block, an error of standard output names it as its file, and standard error raises no errors.
     """
     _fill_descriptors()
     _quiet_drivers()
@@ -34,9 +34,9 @@ def own_process() -> Iterator[None]:
 
 
 def _prepared(stream: TextIO | None) -> TextIO | None:
-    """Let `stream` take characters that its encoding lacks; None if it takes nothing at all.
+    """Return `stream`, made to escape characters that its encoding lacks, or None if it cannot be written at all.
 
-    It may be whatever somebody put in the place of the real one: a notebook, a test, a program with a window.
+    A notebook, a test or a program with a window may have put any object in the place of the real stream.
     """
     try:
         if stream is None or getattr(stream, "closed", False):
@@ -50,11 +50,11 @@ def _prepared(stream: TextIO | None) -> TextIO | None:
 
 
 def _flush(stream: TextIO) -> None:
-    getattr(stream, "flush", bool)()  # what stands in for a file may have no such method
+    getattr(stream, "flush", bool)()  # a stand-in may lack the method
 
 
 def _flush_or_drop(stream: TextIO) -> None:
-    """Send what cannot be written nowhere, or it would fail again when the interpreter ends."""
+    """Drop what cannot be written; it would fail again when the interpreter exits."""
     try:
         _flush(stream)
     except (OSError, ValueError):
@@ -65,7 +65,7 @@ def _flush_or_drop(stream: TextIO) -> None:
 
 
 class _Output:
-    """A text file whose errors have a name."""
+    """Standard output, whose errors say so."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -93,25 +93,28 @@ class _Output:
 
 
 class _Error(_Output):
-    """That nobody listens, or a disk is full, ends nothing."""
+    """Standard error, whose own errors end nothing: no reader, or a full disk."""
 
     def _fail(self, error: Exception) -> None:
         pass
 
 
 def _fill_descriptors() -> None:
-    """Give the numbers 0 to 2 away, where they are free: a file or socket with one would receive what others print."""
+    """Open the null device as descriptors 0 to 2 where they are free.
+
+    A file or socket that got such a number would receive what C libraries print.
+    """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest that is free
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
 
 
 def _quiet_drivers() -> None:
-    """Keep Mesa's Vulkan layer from printing lines when it finds no XDG_RUNTIME_DIR while adapters are listed.
+    """Keep Mesa's Vulkan layer from printing lines about a missing XDG_RUNTIME_DIR when adapters are listed.
 
-    It takes any absolute path, and nobody can have put a socket in this one.
+    It accepts any absolute path, and this one cannot contain a socket that somebody planted.
     """
     if sys.platform == "linux" and threading.active_count() == 1:
         os.environ.setdefault("XDG_RUNTIME_DIR", os.devnull)

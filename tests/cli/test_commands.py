@@ -1,4 +1,4 @@
-"""The command line: real processes for exit statuses, signals and streams, click's runner for the rest."""
+"""Test the command line: in real processes for exit statuses, signals and streams, else with click's runner."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ posix_only = pytest.mark.skipif(sys.platform == "win32", reason="signals and ter
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))  # so that the commands leave it alone
-    monkeypatch.setenv("PYTHONPATH", str(Path(ndcache.__file__).parents[1]))  # also where the package is not installed
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))  # so that the commands do not set it
+    monkeypatch.setenv("PYTHONPATH", str(Path(ndcache.__file__).parents[1]))  # the package may not be installed
     monkeypatch.delenv("FORCE_COLOR", raising=False)
 
 
@@ -65,12 +65,12 @@ def wait_until(happened: Callable[[], Any], process: subprocess.Popen[Any]) -> N
     deadline = time.monotonic() + 60
     while not happened():
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, "it never happened"
+        assert time.monotonic() < deadline, "it did not happen in 60 seconds"
         time.sleep(0.01)
 
 
 def real_files(directory: Path) -> list[str]:
-    """Names of what lies in the cache, ndcache's own state left out."""
+    """Return the names of the files in the cache, without ndcache's own state."""
     found = (path for path in directory.rglob("*") if path.is_file() and ".ndcache" not in path.parts)
     return sorted(path.name for path in found)
 
@@ -78,7 +78,7 @@ def real_files(directory: Path) -> list[str]:
 # --- load, fetch --------------------------------------------------------------------------------------
 
 
-def test_load_says_what_it_did_on_standard_output(tmp_path: Path, serve: Callable[..., FileServer]) -> None:
+def test_load_reports_on_standard_output(tmp_path: Path, serve: Callable[..., FileServer]) -> None:
     simple_model(tmp_path / "model", shards=4, shard_bytes=1 << 20)
     server = serve(tmp_path / "model")
     first, second = run("load", server.url), run("load", server.url)
@@ -114,7 +114,7 @@ def test_row_40_secrets_of_the_source_are_not_printed(tmp_path: Path, serve: Cal
     assert result.returncode == 0
 
 
-def test_load_of_some_tensors(tmp_path: Path) -> None:
+def test_load_only_some_tensors(tmp_path: Path) -> None:
     simple_model(tmp_path / "model")
     result = invoke("load", tmp_path / "model", "--names", "layer.0", "--names", "layer.[12]", "-q")
     assert re.search(r"^tensors +3, 192.0 KiB$", result.stdout, re.M)
@@ -126,14 +126,14 @@ def test_load_without_decoding(tmp_path: Path) -> None:
     assert re.search(r"^tensors +1, 1.0 KiB$", invoke("load", tmp_path / "model", "--no-decode").stdout, re.M)
 
 
-def test_load_to_the_gpu_names_it(tmp_path: Path, gpu: Any) -> None:
+def test_load_names_the_gpu(tmp_path: Path, gpu: Any) -> None:
     simple_model(tmp_path / "model")
     result = run("load", tmp_path / "model", "--device", "gpu", "-q")
     assert result.returncode == 0, result.stderr
     assert re.search(rf"^device +{re.escape(gpu.adapter.info['device'])}, \w+, \w+$", result.stdout, re.M)
 
 
-def test_fetch_prints_the_path_only(tmp_path: Path, serve: Callable[..., FileServer], cache_dir: Path) -> None:
+def test_fetch_prints_only_the_path(tmp_path: Path, serve: Callable[..., FileServer], cache_dir: Path) -> None:
     arrays = simple_model(tmp_path / "model")
     result = run("fetch", serve(tmp_path / "model").url)
     assert result.returncode == 0
@@ -181,7 +181,7 @@ def test_options_reach_the_loader(
     assert given == {"offline": False} | expected
 
 
-def test_no_retries(scripted: ScriptedServer) -> None:
+def test_retries_can_be_switched_off(scripted: ScriptedServer) -> None:
     scripted.script["/tensor-cache.json"] = [reply(500)]
     result = run("fetch", scripted.url, "--retries", "0")
     assert result.returncode == 1
@@ -234,7 +234,7 @@ def test_inspect_fetches_no_shard(tmp_path: Path, serve: Callable[..., FileServe
     assert server.shard_requests() == []
 
 
-def test_names_cannot_play_tricks_on_the_terminal(tmp_path: Path) -> None:
+def test_names_with_control_characters_are_escaped(tmp_path: Path) -> None:
     name = "[bold]:smile:[/bold][/nothing]\x1b[31m\r\x9b2J\u202e" + "long" * 100
     write_model(tmp_path / "model", [{name: random_array((1,))}])
     shown = "[bold]:smile:[/bold][/nothing]\\x1b[31m \\x9b2J\\u202e" + "long" * 100
@@ -263,7 +263,7 @@ def test_ls_and_rm(tmp_path: Path, serve: Callable[..., FileServer], cache_dir: 
     assert (again.exit_code, again.stdout) == (0, f"{url}: was not cached\n")
 
 
-def test_rm_takes_paths_of_ls_and_goes_on_after_an_error(tmp_path: Path, serve: Callable[..., FileServer]) -> None:
+def test_rm_accepts_paths_of_ls_and_continues_after_an_error(tmp_path: Path, serve: Callable[..., FileServer]) -> None:
     simple_model(tmp_path / "model")
     path = invoke("fetch", serve(tmp_path / "model").url, "-q").stdout.strip()
     result = invoke("rm", tmp_path / "model", path)
@@ -413,19 +413,19 @@ def test_row_40_doctor_shows_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("command_name", ["load", "demo"])
-def test_a_device_that_is_none_is_wrong_usage(command_name: str) -> None:
+def test_an_unknown_device_is_wrong_usage(command_name: str) -> None:
     result = invoke(command_name, *(["model"] if command_name == "load" else []), "--device", "tpu")
     assert (result.exit_code, result.stdout) == (2, "")
     assert "it is cpu, gpu, gpu:N or auto" in result.stderr
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX's message")
-def test_doctor_says_when_the_cache_cannot_be_one(tmp_path: Path) -> None:
+def test_doctor_says_that_the_cache_directory_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     assert "is not a directory" in invoke("doctor", "--cache-dir", tmp_path / "file").stdout
 
 
-def test_a_local_model_that_lacks_a_shard_is_bad(tmp_path: Path) -> None:
+def test_verify_of_a_local_model_without_a_shard_fails(tmp_path: Path) -> None:
     simple_model(tmp_path)
     (tmp_path / "params_shard_2.bin").unlink()
     result = invoke("verify", tmp_path)
@@ -466,7 +466,7 @@ def test_gpu_drivers_print_nothing(monkeypatch: pytest.MonkeyPatch, gpu: Any) ->
         (["dump", "none.npz", "out"], "error: none.npz: No such file or directory"),
     ],
 )
-def test_an_error_is_one_line(tmp_path: Path, args: list[str], message: str) -> None:
+def test_a_wrong_argument_is_one_line(tmp_path: Path, args: list[str], message: str) -> None:
     simple_model(tmp_path / "model")
     result = invoke(*(arg.format(model=tmp_path / "model") for arg in args))
     assert (result.exit_code, result.stdout) == (1, "")
@@ -535,9 +535,7 @@ def test_a_bug_shows_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("kind", [ndcache.ServerError, OSError, MemoryError])
-def test_what_happens_to_users_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
-) -> None:
+def test_an_expected_error_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]) -> None:
     def fail(*_: object, **__: object) -> None:
         raise kind("as it happens")
 
@@ -557,7 +555,7 @@ def test_row_34_a_warning_is_one_line(tmp_path: Path, serve: Callable[..., FileS
     assert re.fullmatch(r"warning: using the cached manifest of .*\n", result.stderr)
 
 
-def test_importing_the_package_loads_no_face() -> None:
+def test_importing_the_package_imports_no_command_line() -> None:
     code = "import sys, ndcache; print(sorted({'wgpu', 'rich', 'click', 'ndcache.cli.commands'} & set(sys.modules)))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "[]\n"
 
@@ -567,7 +565,7 @@ def test_importing_the_package_loads_no_face() -> None:
 
 @posix_only
 @pytest.mark.parametrize("args", [["inspect", "{model}"], ["inspect", "{model}", "--json"], ["load", "{model}", "-q"]])
-def test_a_reader_that_goes_away_is_no_error(tmp_path: Path, args: list[str]) -> None:
+def test_a_reader_that_goes_away_causes_no_message(tmp_path: Path, args: list[str]) -> None:
     simple_model(tmp_path / "model")
     reader, writer = os.pipe()
     os.close(reader)
@@ -581,7 +579,7 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path: Path, args: list[str]) ->
 
 
 @posix_only
-def test_a_terminal_that_lacks_characters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_characters_that_the_terminal_lacks_are_escaped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_model(tmp_path / "model", [{"模型": random_array((1,))}])
     monkeypatch.setenv("PYTHONIOENCODING", "cp1252")
     result = run("inspect", tmp_path / "model")
@@ -605,7 +603,7 @@ def test_bar_on_a_terminal(tmp_path: Path, serve: Callable[..., FileServer], qui
 
 
 def on_a_terminal(arguments: list[str], columns: int = 120) -> tuple[str, int, bytes]:
-    """Run with standard error on a terminal; what it shows, the exit status, and standard output."""
+    """Run with standard error on a terminal; return what it shows, the exit status, and standard output."""
     import fcntl
     import pty
     import struct
@@ -620,7 +618,7 @@ def on_a_terminal(arguments: list[str], columns: int = 120) -> tuple[str, int, b
             while piece := os.read(master, 1 << 16):
                 shown += piece
         except OSError:
-            pass  # how Linux says that the other end is closed
+            pass  # Linux says so when the other end is closed
         os.close(master)
         out, _ = process.communicate(timeout=60)
     return shown.decode(), process.returncode, out
@@ -682,7 +680,7 @@ def test_row_36_signals_in_each_phase(
         elif phase == "a retry":
 
             def refuse(connection: Connection, request: Request) -> None:
-                while not other_is_through(cache_dir):  # or it would wait as well
+                while not other_is_done(cache_dir):  # it would wait as well
                     time.sleep(0.01)
                 connection.send(reply(503, headers={"Retry-After": "200"}))
                 is_refused.set()
@@ -694,7 +692,7 @@ def test_row_36_signals_in_each_phase(
             while_it_runs.enter_context(filelock.FileLock(state / "locks" / "params_shard_1.bin"))
         else:
             written = json.loads((tmp_path / "model" / "tensor-cache.json").read_text())
-            written["records"][1]["nbytes"] = 1 << 37  # it takes minutes to hash
+            written["records"][1]["nbytes"] = 1 << 37  # takes minutes to hash
             scripted.script[manifest] = [reply(200, json.dumps(written).encode())]
             path = ndcache.fetch(scripted.url, names="layer.0") / "params_shard_1.bin"
             path.touch()
@@ -711,11 +709,11 @@ def test_row_36_signals_in_each_phase(
         if phase == "the manifest's headers":
             wait_until(lambda: scripted.requests, process)
         elif phase == "a shard's body":
-            wait_until(lambda: other_is_through(cache_dir) and HALF in sizes(cache_dir.rglob("parts/*")), process)
+            wait_until(lambda: other_is_done(cache_dir) and HALF in sizes(cache_dir.rglob("parts/*")), process)
         elif phase == "a retry":
             wait_until(is_refused.is_set, process)
         else:
-            # After the first shard only the other one is under way; in one of 128 GiB there is no line before the end.
+            # After the first shard, only the other one is in progress; one of 128 GiB prints no line before its end.
             line = "0/2" if phase == "hashing" else "1/2"
             assert process.stderr is not None
             while line not in process.stderr.readline():
@@ -736,7 +734,7 @@ def test_row_36_signals_in_each_phase(
     assert scripted.requests_for(shard)[-1].headers["range"] == f"bytes={HALF}-{len(data) - 1}"
 
 
-def other_is_through(cache_dir: Path) -> bool:
+def other_is_done(cache_dir: Path) -> bool:
     found = list(cache_dir.rglob("params_shard_0.bin*"))
     return [path.parent.name for path in found if path.parent.name in ("parts", "locks")] == [] != found
 
@@ -768,7 +766,7 @@ def test_ctrl_c_while_the_command_line_is_imported_ends_quietly(tmp_path: Path, 
     assert (result.returncode, result.stdout, result.stderr) == (130, "", "")
 
 
-def test_sigterm_is_as_it_was_after_a_command() -> None:
+def test_the_handler_of_sigterm_is_restored() -> None:
     before = signal.getsignal(signal.SIGTERM)
     invoke("ls")
     assert signal.getsignal(signal.SIGTERM) is before

@@ -1,4 +1,4 @@
-"""The demonstration: it finds what is right and what is wrong, and leaves nothing behind."""
+"""Test the demonstration: it tells right values from wrong ones, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SMALL: dict[str, Any] = {"size_mib": 3, "rate_mib": 256.0}
 
 @pytest.fixture
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where temporary directories are made, of this process and its children."""
+    """Return the directory in which this process and its children make their temporary directories."""
     folder = tmp_path / "temporary"
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
@@ -37,7 +37,7 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_three_loads_and_every_value_right(temporary: Path, cache_dir: Path) -> None:
+def test_three_loads_give_the_right_values(temporary: Path, cache_dir: Path) -> None:
     lines: list[str] = []
     reports: list[ndcache.ProgressReport] = []
     report = demo.run_demo("cpu", **SMALL, say=lines.append, progress=reports.append)
@@ -54,7 +54,7 @@ def test_three_loads_and_every_value_right(temporary: Path, cache_dir: Path) -> 
     assert not cache_dir.exists()
 
 
-def test_every_value_right_on_the_gpu(temporary: Path, gpu: Any) -> None:
+def test_the_values_are_right_on_the_gpu(temporary: Path, gpu: Any) -> None:
     report = demo.run_demo("gpu", **SMALL)
     assert report.ok
     assert {load.stats.tensors for load in report.loads} == {len(report.manifest)}
@@ -109,7 +109,7 @@ def test_a_wrong_value_is_found(temporary: Path, monkeypatch: pytest.MonkeyPatch
     assert [load.wrong for load in report.loads] == [(name,)] * 3
 
 
-def test_environment_does_not_get_in_the_way(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_proxies_and_offline_switches_are_hidden(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
     monkeypatch.setenv("NDCACHE_OFFLINE", "1")
     before = dict(os.environ)
@@ -155,12 +155,12 @@ def test_command_fails_when_a_value_is_wrong(
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_leave_nothing_behind(temporary: Path, number: signal.Signals, status: int) -> None:
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # children of one that ignores it ignore it, too
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # children inherit that a signal is ignored
     command = [sys.executable, "-m", "ndcache", *ARGUMENTS, "--rate-mib", "0.01", "-q"]
     try:
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
             deadline = time.monotonic() + 60
-            # A partial file in the cache: a transfer is under way.
+            # A partial file in the cache shows that a download has begun.
             while not list(temporary.glob("ndcache-demo-*/cache-1/*/*/.ndcache/parts/params_shard_*")):
                 assert process.poll() is None, process.communicate()
                 assert time.monotonic() < deadline

@@ -1,4 +1,4 @@
-"""Every command, with standard output and error that are missing, full, closed, or of a narrow encoding."""
+"""Test all commands with standard streams that are missing, full, closed, or have a narrow encoding."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="descriptors of 
 PRINTS_A_RESULT = 0, 1
 ERROR = 1, 1
 WRONG_USAGE = 2, 2
-#: Each command, its exit status, and the one where standard output cannot be written.
+#: Each command, its exit status, and its exit status where standard output cannot be written.
 COMMANDS: dict[str, tuple[tuple[str, ...], tuple[int, int]]] = {
     "load": (("load", "{url}"), PRINTS_A_RESULT),
     "fetch": (("fetch", "{url}"), PRINTS_A_RESULT),
@@ -45,7 +45,7 @@ COMMANDS: dict[str, tuple[tuple[str, ...], tuple[int, int]]] = {
     "an error, verbose": (("--verbose", "load", "no/where"), ERROR),
     "wrong usage": (("load", "--verify", "s\u00f6"), WRONG_USAGE),
 }
-#: Redirections (of 1 and 2 to a pipe that nobody reads, where there is an "n"), and whether output cannot be written.
+#: The redirection ("n" is a pipe that nobody reads), and whether standard output cannot be written.
 STREAMS = {
     "no output": (">&-", False),
     "no error": ("2>&-", False),
@@ -74,7 +74,7 @@ def arguments(tmp_path: Path, serve: Callable[..., FileServer]) -> Callable[[str
 
 @pytest.mark.once
 @pytest.mark.parametrize("streams", STREAMS)
-def test_row_64_all_commands(
+def test_row_64_every_command_runs_with_a_missing_full_or_closed_stream(
     tmp_path: Path, arguments: Callable[[str], list[str]], streams: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(ndcache.__file__).parents[1]))
@@ -105,7 +105,7 @@ def test_row_64_all_commands(
     assert (tmp_path / "out" / "tensor-cache.json").exists()
 
 
-def test_row_64_a_full_device_is_named(arguments: Callable[[str], list[str]]) -> None:
+def test_row_64_standard_output_on_a_full_disk_is_an_error(arguments: Callable[[str], list[str]]) -> None:
     with open("/dev/full", "w") as full:
         for what in ("doctor", "inspect --json", "--help"):
             child = subprocess.run(
@@ -115,8 +115,10 @@ def test_row_64_a_full_device_is_named(arguments: Callable[[str], list[str]]) ->
             assert (child.returncode, said) == (1, "error: standard output: No space left on device"), what
 
 
-def test_row_64_no_file_of_ours_receives_what_is_printed(tmp_path: Path, arguments: Callable[[str], list[str]]) -> None:
-    """Whatever the process opens first would get number 1, to which C libraries print."""
+def test_row_64_output_to_a_missing_stream_reaches_no_file(
+    tmp_path: Path, arguments: Callable[[str], list[str]]
+) -> None:
+    """Without descriptor 1, the first file that the process opens would get it, and receive what C libraries print."""
     script = (
         "import os, sys\n"
         "from ndcache.sources import download\n"
@@ -141,7 +143,9 @@ def test_row_64_no_file_of_ours_receives_what_is_printed(tmp_path: Path, argumen
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
-def test_row_64_any_encoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str) -> None:
+def test_row_64_characters_that_the_encoding_lacks_are_escaped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
     monkeypatch.setenv("PYTHONIOENCODING", encoding)
     write_model(tmp_path / "m\u00f6d\u2026", [{"\u6a21\u578b": random_array((1,))}])
     for args in (
@@ -162,7 +166,7 @@ def test_row_64_any_encoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, en
 
 
 class _WriteOnly:
-    """What programs put in the place of standard output, with no more methods than `print` needs."""
+    """Stand in for standard output with no more methods than `print` needs."""
 
     def __init__(self) -> None:
         self.text = ""
@@ -192,7 +196,7 @@ def _detached() -> io.TextIOWrapper:
 
 
 @pytest.mark.parametrize("stream", [_WriteOnly, _NoEncoding, _closed, _detached])
-def test_row_64_whatever_stands_in_for_a_stream(
+def test_row_64_a_stand_in_for_a_stream_may_lack_methods(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream: Callable[[], Any]
 ) -> None:
     simple_model(tmp_path)
@@ -209,7 +213,9 @@ def test_row_64_whatever_stands_in_for_a_stream(
 
 
 @pytest.mark.parametrize("file", ["none", "full", "closed", "write-only"])
-def test_row_64_the_bar_of_a_load(tmp_path: Path, file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_64_the_progress_bar_has_no_stream_to_write_to(
+    tmp_path: Path, file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     simple_model(tmp_path)
     stream: Any = None if file == "none" else open("/dev/full", "w", buffering=1)  # noqa: SIM115
     if file in ("closed", "write-only"):

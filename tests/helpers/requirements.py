@@ -1,4 +1,7 @@
-"""What some tests need beyond ndcache's own dependencies: skipped on a user's machine, required where all must run."""
+"""Ask for what a test needs beyond ndcache's own dependencies.
+
+Where it is missing, the test is skipped; it fails if NDCACHE_TEST_REQUIRE_ALL is set.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ import pytest
 
 
 def need_module(name: str) -> ModuleType:
-    """The imported module; without it the test is skipped, or fails where NDCACHE_TEST_REQUIRE_ALL is set."""
+    """Import a module and return it."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -22,13 +25,13 @@ def need_module(name: str) -> ModuleType:
 
 
 def need_program(name: str) -> str:
-    """The program's path."""
+    """Return the path of a program."""
     path = shutil.which(name, path=f"{os.environ.get('PATH', '')}{os.pathsep}/usr/sbin")
     return path or _missing(f"the program {name} is not installed")
 
 
 def need_file(distribution: str, name: str) -> Path:
-    """A file that a distribution installs, by its name; the distribution itself is not imported."""
+    """Return the path of a file, given by name, that a distribution installs; the distribution is not imported."""
     try:
         files = importlib.metadata.files(distribution) or []
     except importlib.metadata.PackageNotFoundError:
