@@ -1,1 +1,1 @@
-"""ndcache and its peers, measured in turn: ``python -m benchmarks --help``."""
+"""Benchmarks of ndcache and its peers, run in turn: see ``python -m benchmarks --help``."""

@@ -1,4 +1,4 @@
-"""``python -m benchmarks [SUITE …]``: make inputs, start servers, run ndcache and its peers in turn, report."""
+"""``python -m benchmarks [SUITE …]``: create inputs, start servers, run ndcache and its peers in turn, and report."""
 
 from __future__ import annotations
 
@@ -16,31 +16,32 @@ _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
 
 def size(text: str) -> int:
+    """Parse a size such as ``512MiB``."""
     found = re.fullmatch(r"([0-9.]+)\s*([KMG]?)(?:i?B)?", text, re.IGNORECASE)
     if found is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 512MiB")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 512MiB")
     return int(float(found[1]) * _UNITS[found[2].lower()])
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"of {', '.join(SUITES)}; default: all of them")
-    parser.add_argument("--size", type=size, help="of the model, such as 4GiB; default: each suite's own")
-    parser.add_argument("--rounds", type=int, help="how often each contender runs (default 5; with --quick 1)")
-    parser.add_argument("--quick", action="store_true", help="tiny inputs: whether it runs, not how fast")
-    parser.add_argument("--minutes", type=float, help="begin no round of a suite after so long (warm-gpu: 4.5)")
-    parser.add_argument("--folder", type=Path, help="where inputs and outputs go; default: the temporary directory")
-    parser.add_argument("--json", type=Path, help="write this file")
-    parser.add_argument("--png", type=Path, help="write a picture of each suite into this directory")
+    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"one of {', '.join(SUITES)}; default: all")
+    parser.add_argument("--size", type=size, help="size of the model, such as 4GiB; default: depends on the suite")
+    parser.add_argument("--rounds", type=int, help="how often each contender runs (default: 5, or 1 with --quick)")
+    parser.add_argument("--quick", action="store_true", help="tiny inputs, to see that everything runs, not how fast")
+    parser.add_argument("--minutes", type=float, help="start no round of a suite after this time (warm-gpu: 4.5)")
+    parser.add_argument("--folder", type=Path, help="directory for inputs and outputs; default: the system's")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--png", type=Path, help="write a chart of each suite to this directory")
     options = parser.parse_args()
     if unknown := set(options.suites) - set(SUITES):
-        parser.error(f"no suite {', '.join(sorted(unknown))}")
+        parser.error(f"no such suite: {', '.join(sorted(unknown))}")
     here = machine()
     print(", ".join(f"{name}: {value}" for name, value in here.items()), flush=True)
     results, failed = [], False
     for name in options.suites or SUITES:
         if name in SERVED and servers.program() is None:
-            print(f"\n{name}: left out: nginx is not installed", flush=True)
+            print(f"\n{name}: skipped, as nginx is not installed", flush=True)
             continue
         print(f"\n{name}", flush=True)
         minutes = options.minutes or (4.5 if name == "warm-gpu" else float("inf"))
@@ -50,7 +51,7 @@ def main() -> int:
         )
         try:
             result = SUITES[name](settings).to_json()
-        except Exception:  # the other suites' figures are not to be lost
+        except Exception:  # keep the figures of the other suites
             traceback.print_exc()
             failed = True
             continue

@@ -1,7 +1,7 @@
-"""Three ways from bfloat16 to float32 on the CPU, in GB/s of stored bytes.
+"""Compare three ways to expand bfloat16 to float32 on the CPU, in GB/s of stored bytes.
 
-Run it as ``python benchmarks/decode.py``. The three take turns, and the medians are printed with their ratios to the
-first. All give the same bits, which is checked.
+Run it as ``python benchmarks/decode.py``. The three ways take turns. The medians are printed, with their ratios to the
+first way. All ways must give the same bits.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ ROUNDS = 9
 def main() -> None:
     bits = np.random.default_rng(0).integers(0, 0x7F80, COUNT, np.uint16)  # finite values
     stored = bits.view(ml_dtypes.bfloat16)
-    ready = np.zeros(COUNT, np.float32)
+    existing = np.zeros(COUNT, np.float32)
 
-    def into_ready() -> Any:
-        ready[...] = stored
-        return ready
+    def cast_into_existing() -> Any:
+        existing[...] = stored
+        return existing
 
     ways: dict[str, Callable[[], Any]] = {
         "astype(uint32) << 16": lambda: (bits.astype(np.uint32) << 16).view(np.float32),
         "astype(float32)": lambda: stored.astype(np.float32),
-        "into a ready array": into_ready,
+        "cast into an array": cast_into_existing,
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     expected = ways["astype(uint32) << 16"]()

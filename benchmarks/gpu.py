@@ -1,9 +1,9 @@
-"""How fast whole loads onto a GPU are, from the page cache; against another checkout of ndcache if one is given.
+"""Time whole loads onto a GPU from the page cache, against another checkout of ndcache if one is given.
 
-Run it as ``python benchmarks/gpu.py [--against DIRECTORY]``; it needs ndcache and a GPU that wgpu can use. Models of
-float32, raw or stored as bfloat16, are written to memory (or where ``--directory`` says) and loaded by fresh processes;
-the checkouts take turns (A B A B …), and of each process the second load counts, when the device's driver is warm.
-With torch and CUDA, the copy from pinned memory is measured, which is the limit of the bus.
+Run it as ``python benchmarks/gpu.py [--against DIRECTORY]``; it needs ndcache and a GPU that wgpu can use. It writes
+models of float32, raw and stored as bfloat16, to memory (or to ``--directory``). Fresh processes load them, and the
+checkouts take turns (A B A B …). The second load of each process counts, when the device's driver is warm. With torch
+and CUDA, the copy from pinned memory is measured too, which is the limit of the bus.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 import ndcache
 
-ROOT = Path(__file__).parent.parent
-LOAD = """
+ROOT = Path(__file__).resolve().parent.parent
+_LOAD = """
 import json, os, sys, time
 import ndcache
 assert os.path.dirname(os.path.dirname(ndcache.__file__)) == os.environ["PYTHONPATH"].split(":")[0], ndcache.__file__
 directory, workers, decode = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "decode"
-from ndcache.devices.gpu import open_gpu
+from ndcache.devices.gpu import open_gpu  # this name is older than the package
 device = open_gpu("gpu").handle
 load = ndcache.load  # with all that it imports
 times, stats = [], None
@@ -41,7 +41,7 @@ for _ in range(int(sys.argv[4])):
     weights.close()
 print(json.dumps({"times": times, "nbytes": stats.nbytes, "seconds": stats.seconds}))
 """
-PINNED = """
+_PINNED = """
 import time, torch
 host = torch.empty(1 << 30, dtype=torch.uint8).pin_memory()
 device = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
@@ -50,9 +50,12 @@ for _ in range(4):
 print(2**30 / 1e9 / seconds)
 """
 
+#: How tensors are stored, and how many bytes they have for each stored byte.
+_ENCODINGS: tuple[tuple[Literal["raw", "f32-to-bf16"], int], ...] = (("raw", 1), ("f32-to-bf16", 2))
+
 
 def tensors(gib: float, nbytes: int, *, unlike: bool) -> Iterator[tuple[str, Any]]:
-    """All of `nbytes`; or of sizes up to twice that, so that shards have many sizes, too."""
+    """Yield tensors of `nbytes`; with `unlike`, of sizes up to twice that, so that shards differ in size, too."""
     rng = np.random.default_rng(0)
     block = rng.standard_normal(nbytes // 2, np.float32)
     for index in range(int(gib * 2**30 / nbytes)):
@@ -60,8 +63,9 @@ def tensors(gib: float, nbytes: int, *, unlike: bool) -> Iterator[tuple[str, Any
 
 
 def load(checkout: Path, directory: Path, workers: int, how: str, loads: int) -> dict[str, Any]:
+    """Load a model several times in a fresh process; return the seconds of each load, and the last one's statistics."""
     path = os.pathsep.join([str(checkout.resolve()), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
-    command = [sys.executable, "-c", LOAD, str(directory), str(workers), how, str(loads)]
+    command = [sys.executable, "-c", _LOAD, str(directory), str(workers), how, str(loads)]
     child = subprocess.run(
         command, cwd=checkout, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False
     )
@@ -70,7 +74,22 @@ def load(checkout: Path, directory: Path, workers: int, how: str, loads: int) ->
     return dict(json.loads(child.stdout.splitlines()[-1]))
 
 
-def main() -> None:
+def compare(label: str, rounds: list[list[dict[str, Any]]], checkouts: list[Path]) -> None:
+    """Print the medians of each checkout, and how they compare."""
+    for checkout, results in zip(checkouts, zip(*rounds, strict=True), strict=True):
+        first = statistics.median(result["times"][0] for result in results)
+        seconds = statistics.median(result["times"][1] for result in results)
+        gigabytes = results[0]["nbytes"] / 1e9
+        phases = {name: round(value, 3) for name, value in results[-1]["seconds"].items() if value}
+        speeds = f"{gigabytes / seconds:6.2f} GB/s (first {gigabytes / first:6.2f})"
+        print(f"{label}: {speeds} {checkout.name} {phases}", flush=True)
+    if len(checkouts) > 1:
+        ratios = [theirs["times"][1] / ours["times"][1] for ours, theirs in rounds]
+        spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+        print(f"    {statistics.median(ratios):.2f} ({spread}) times as fast", flush=True)
+
+
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--against", type=Path, help="another checkout")
     parser.add_argument("--gib", type=float, default=4, help="of stored bytes")
@@ -79,12 +98,16 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[8])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--directory", default="/dev/shm" if os.path.isdir("/dev/shm") else None)
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_arguments()
     checkouts = [ROOT, *([options.against] if options.against else [])]
-    limit = subprocess.run([sys.executable, "-c", PINNED], capture_output=True, text=True, check=False).stdout.strip()
+    limit = subprocess.run([sys.executable, "-c", _PINNED], capture_output=True, text=True, check=False).stdout.strip()
     print(f"copy from pinned memory: {limit or 'not measured'} GB/s", flush=True)
     with tempfile.TemporaryDirectory(dir=options.directory) as folder:
-        for encode, factor in (("raw", 1), ("f32-to-bf16", 2)):
+        for encode, factor in _ENCODINGS:
             directory = Path(folder) / encode
             nbytes = int(options.tensor_mib * 2**20)
             ndcache.dump(tensors(options.gib * factor, nbytes, unlike=options.unlike), directory, encode=encode)
@@ -94,20 +117,7 @@ def main() -> None:
                         [load(checkout, directory, workers, how, 3) for checkout in checkouts]
                         for _ in range(options.rounds)
                     ]
-                    for checkout, results in zip(checkouts, zip(*rounds, strict=True), strict=True):
-                        first = statistics.median(result["times"][0] for result in results)
-                        seconds = statistics.median(result["times"][1] for result in results)
-                        gigabytes = results[0]["nbytes"] / 1e9
-                        phases = {name: round(value, 3) for name, value in results[-1]["seconds"].items() if value}
-                        print(
-                            f"{encode:12}{how:7} {workers:2} workers: {gigabytes / seconds:6.2f} GB/s "
-                            f"(first {gigabytes / first:6.2f}) {checkout.name} {phases}",
-                            flush=True,
-                        )
-                    if options.against:
-                        ratios = [theirs["times"][1] / ours["times"][1] for ours, theirs in rounds]
-                        span = f"{min(ratios):.2f} to {max(ratios):.2f}"
-                        print(f"    {statistics.median(ratios):.2f} ({span}) times as fast", flush=True)
+                    compare(f"{encode:12}{how:7} {workers:2} workers", rounds, checkouts)
 
 
 if __name__ == "__main__":

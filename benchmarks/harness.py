@@ -1,4 +1,4 @@
-"""Contenders in turn, each time in a fresh process; medians, ratios of pairs, targets; the machine."""
+"""Run contenders in turn, each time in a fresh process, and evaluate medians, ratios and targets."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ _PACKAGES = (
 
 @dataclass(frozen=True)
 class Contender:
-    """One line of the table.
+    """A program to measure: one line of the table.
 
     Attributes
     ----------
     label : str
     peer : str
-        The function of `benchmarks.peers`.
+        The name of its function in `benchmarks.peers`.
     given : dict
-        What it is given beside ``out``, an empty directory.
+        The function's input, beside ``out``, an empty directory.
     expect : int
         The bytes that it must load or write.
     file_bytes : int
-        The bytes in files, by which its speed is reckoned; 0 if it has none.
+        The bytes of its files, from which its speed is computed; 0 if it has none.
     """
 
     label: str
@@ -50,7 +50,24 @@ class Contender:
 
 @dataclass(frozen=True)
 class Target:
-    """A bound on one contender's figure over another's, round by round; on their difference; or on one's alone."""
+    """A bound on one contender's figure.
+
+    Attributes
+    ----------
+    label : str
+    above : str
+        The label of the contender.
+    below : str or None
+        The label of the contender whose figure in the same round divides it, if any.
+    sign : {">=", "<="}
+    bound : float
+    figure : str
+        The key of the figure in what the contender measured.
+    scale : float
+        Multiplies the figure.
+    difference : bool
+        Whether the other figure is subtracted instead.
+    """
 
     label: str
     above: str
@@ -64,7 +81,7 @@ class Target:
 
 @dataclass
 class Result:
-    """What the rounds of a suite gave."""
+    """The measurements of a suite, round by round."""
 
     suite: str
     contenders: list[Contender]
@@ -73,9 +90,11 @@ class Result:
     targets: list[Target] = field(default_factory=list)
 
     def values(self, label: str, figure: str = "seconds") -> list[float]:
+        """Return a contender's figure in each round in which it ran."""
         return [each[label][figure] for each in self.rounds if label in each and each[label].get(figure) is not None]
 
     def to_json(self) -> dict[str, Any]:
+        """Return the medians, ratios and targets."""
         rows = []
         for contender in self.contenders:
             if seconds := self.values(contender.label):
@@ -98,18 +117,18 @@ class Result:
             "suite": self.suite,
             "rows": rows,
             "left_out": self.left_out,
-            "targets": [self._judged(target) for target in self.targets],
+            "targets": [self._evaluate(target) for target in self.targets],
         }
 
     def _profile(self, label: str, median: float) -> dict[str, Any]:
-        """Where the time went in the round that is nearest to the median."""
+        """Return the profile of the round that is nearest to the median."""
         ran = [each[label] for each in self.rounds if label in each]
         return dict(min(ran, key=lambda measured: abs(measured["seconds"] - median)).get("profile", {}))
 
     def ratio(
         self, above: str, below: str, figure: str = "seconds", *, difference: bool = False
     ) -> dict[str, float] | None:
-        """Of the rounds in which both ran: median, lowest and highest quotient, or difference."""
+        """Return the median, lowest and highest quotient or difference of the rounds in which both ran."""
         pairs = [
             each[above][figure] - each[below][figure] if difference else each[above][figure] / each[below][figure]
             for each in self.rounds
@@ -119,7 +138,7 @@ class Result:
             return None
         return {"median": statistics.median(pairs), "lowest": min(pairs), "highest": max(pairs)}
 
-    def _judged(self, target: Target) -> dict[str, Any]:
+    def _evaluate(self, target: Target) -> dict[str, Any]:
         if target.below is None:
             values = self.values(target.above, target.figure)
             found = (
@@ -137,11 +156,14 @@ class Result:
 def rounds(
     result: Result, count: int, folder: Path, deadline: float = float("inf"), *, warm: Sequence[Path] = ()
 ) -> Result:
-    """Run the contenders in turn, `count` times; no round begins after the deadline (`time.monotonic`)."""
+    """Run the contenders in turn, `count` times. No round starts after the deadline (`time.monotonic`).
+
+    The files of `warm` are read first, so that they are in the page cache.
+    """
     read(warm)
     for number in range(count):
         if number and time.monotonic() > deadline:
-            print(f"  stopped after {number} rounds: the time is up", flush=True)
+            print(f"  stopped after {number} rounds, as the time is up", flush=True)
             break
         current: dict[str, dict[str, Any]] = {}
         result.rounds.append(current)
@@ -160,7 +182,7 @@ def rounds(
 
 
 def measure(contender: Contender, folder: Path, timeout: float = 600) -> dict[str, Any]:
-    """One run in a fresh process, with nothing of an earlier one waiting to be written to disk."""
+    """Run a contender once, in a fresh process, after everything of an earlier run is written to disk."""
     os.sync()
     with tempfile.TemporaryDirectory(dir=folder, prefix="out-") as out:
         given = {**contender.given, "out": out, "expect": contender.expect}
@@ -193,7 +215,7 @@ def read(paths: Sequence[Path]) -> None:
 
 
 def machine() -> dict[str, Any]:
-    """What figures must be given with."""
+    """Describe this machine, as published figures must."""
     versions = {}
     for name in _PACKAGES:
         try:
@@ -228,7 +250,8 @@ def _cpu_model() -> str:
 
 def _gpu() -> str | None:
     code = "import wgpu; i = wgpu.gpu.request_adapter_sync().info; print(i['device'], '/', i['description'])"
-    return (_output(sys.executable, "-c", code).strip().splitlines() or [None])[-1]
+    lines = _output(sys.executable, "-c", code).strip().splitlines()
+    return lines[-1] if lines else None
 
 
 def _output(*command: str) -> str:

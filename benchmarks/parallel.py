@@ -1,8 +1,8 @@
-"""What parallel fetching gains where the server gives each connection a fixed rate.
+"""Show what parallel fetching gains from a server that gives each connection a fixed rate.
 
-Run it as ``python benchmarks/parallel.py``; it needs nothing but ndcache. A server in a process of its own sends 32
-shards of 1 MiB at 8 MiB/s over each connection. One worker and eight load them in turn (A B A B …) into fresh caches.
-Printed are the medians, the ratio of the pairs, and when the first tensor of a stream comes. Digests are checked.
+Run it as ``python benchmarks/parallel.py``; it needs only ndcache. A server in a process of its own sends 32 shards of
+1 MiB at 8 MiB/s over each connection. One worker and eight workers load them in turn (A B A B …) into fresh caches, and
+check their digests. It prints the medians, the ratio of the pairs, and when the first tensor of a stream arrives.
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ from ndcache.cli.demo import serving
 
 
 def serve(directory: Path, rate: float, pipe: Connection) -> None:
+    """Serve a directory until the other end of the pipe says something."""
     with serving(directory, rate) as url:
         pipe.send(url)
-        pipe.recv()  # until the other end has had enough
+        pipe.recv()
 
 
 @contextmanager
 def server(directory: Path, rate: float) -> Iterator[str]:
+    """Run `serve` in a process of its own, and yield its URL."""
     ours, theirs = multiprocessing.Pipe()
     process = multiprocessing.get_context("spawn").Process(target=serve, args=(directory, rate, theirs))
     process.start()
@@ -49,7 +51,7 @@ def load_seconds(url: str, workers: int) -> float:
 
 
 def first_tensor_share(url: str) -> float:
-    """Of the time that a whole stream takes, the part until its first tensor."""
+    """Return how much of a stream's time passes until its first tensor."""
     with tempfile.TemporaryDirectory() as cache, ndcache.Loader(cache_dir=cache) as loader:
         start = time.perf_counter()
         tensors = loader.stream(url)

@@ -1,4 +1,4 @@
-"""What was measured, as a table, as JSON and as pictures."""
+"""Report figures as a table, as JSON and as charts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def table(result: dict[str, Any], *, quick: bool) -> str:
-    """A suite's medians and ratios to its first contender, what was left out, the targets, and where the time went."""
+    """Return a suite's medians, its ratios to the first contender, its targets, and where the time went."""
     lines = [f"{result['suite']:34} {'seconds':>9} {'GB/s':>8} {'CPU s':>7} {'peak MiB':>9}   ratio to the first"]
     for row in result["rows"]:
         peak = f"{row['peak'] / 2**20:9,.0f}" if row["peak"] else " " * 9
@@ -23,7 +23,7 @@ def table(result: dict[str, Any], *, quick: bool) -> str:
         elif target["sign"] == ">=" and not target["bound"]:
             lines.append(f"figure: {target['label']}: {_range(target)}")
         else:
-            verdict = "tiny inputs say nothing" if quick else "met" if target["met"] else "MISSED"
+            verdict = "not judged with tiny inputs" if quick else "met" if target["met"] else "MISSED"
             lines.append(f"target: {target['label']}: {_range(target)} {target['sign']} {target['bound']:g}: {verdict}")
     for row in result["rows"]:
         if stages := row["profile"].get("stages"):
@@ -33,13 +33,14 @@ def table(result: dict[str, Any], *, quick: bool) -> str:
 
 
 def write_json(path: Path, machine: dict[str, Any], results: list[dict[str, Any]], *, quick: bool) -> None:
+    """Write the figures of all suites so far."""
     temporary = path.with_name(f"{path.name}.new")
     temporary.write_text(json.dumps({"machine": machine, "quick": quick, "suites": results}, indent=1) + "\n")
     temporary.replace(path)
 
 
 def write_png(folder: Path, machine: dict[str, Any], result: dict[str, Any]) -> Path:
-    """Bars of seconds, one for each contender; lines for the suite ``growth``. Needs matplotlib."""
+    """Draw a bar of seconds for each contender, or lines for the suite ``growth``. This needs matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -58,7 +59,7 @@ def write_png(folder: Path, machine: dict[str, Any], result: dict[str, Any]) -> 
             axes.grid(alpha=0.3)
     elif result["suite"].startswith("memory"):
         figure, axes = _bars(pyplot, rows, [row["peak"] / 2**20 for row in rows], None)
-        axes.set_xlabel("the most memory, MiB")
+        axes.set_xlabel("peak memory, MiB")
     else:
         medians = [row["median"] for row in rows]
         spread = [

@@ -1,4 +1,4 @@
-"""nginx on a free port of loopback: plain, with a rate per connection, with TLS."""
+"""Run nginx on a free port of loopback: plain, with a rate per connection, or with TLS."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_COMMIT = "0" * 40  # what huggingface_hub wants to hear of a revision
+_COMMIT = "0" * 40  # a revision, which huggingface_hub needs
 
 
 def program() -> str | None:
+    """Return the path of nginx, or None if it is not installed."""
     return shutil.which("nginx", path=f"{os.environ.get('PATH', '')}{os.pathsep}/usr/sbin")
 
 
 @contextmanager
 def nginx(directory: Path, *, rate: int = 0, tls: bool = False) -> Iterator[tuple[str, str | None]]:
-    """An nginx that serves a directory: its URL, and with TLS the file of the authority's certificate.
+    """Serve a directory; yield its URL, and with TLS the path of the authority's certificate.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""What is compared with what, and which ratios it ought to give."""
+"""The suites: which contenders are compared, and which ratios are expected."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Settings:
-    """What the command line says.
+    """The options of the command line.
 
     Attributes
     ----------
     size : int or None
-        Bytes of the model; None is each suite's own.
+        Bytes of the model; None means each suite's own.
     quick : bool
-        Tiny inputs: whether it runs, not how fast.
+        Whether inputs are tiny.
     deadline : float
-        `time.monotonic` after which no round begins.
+        The time by `time.monotonic` after which no round starts.
     folder : pathlib.Path or None
-        Where inputs and outputs go.
+        The directory for inputs and outputs.
     """
 
     size: int | None
@@ -43,18 +43,19 @@ class Settings:
     folder: Path | None
 
     def bytes_or(self, usual: int, tiny: int = 4 * MIB) -> int:
+        """Return the bytes of the model, by default `usual`, or `tiny` with tiny inputs."""
         return self.size or (tiny if self.quick else usual)
 
 
 def cold(settings: Settings) -> Result:
-    """From nginx on loopback into an empty directory."""
+    """Download from nginx on loopback to an empty directory."""
     with _folder(settings) as folder:
         model = inputs.synthetic(folder / "model", settings.bytes_or(1 << 30))
         return _cold("cold", settings, folder, model)
 
 
 def minilm(settings: Settings) -> Result:
-    """The same with the weights of all-MiniLM-L6-v2."""
+    """Run `cold` with the weights of all-MiniLM-L6-v2."""
     with _folder(settings) as folder:
         return _cold("minilm", settings, folder, inputs.minilm(folder / "model"))
 
@@ -72,7 +73,7 @@ def _cold(name: str, settings: Settings, folder: Path, model: dict[str, Any]) ->
                 make("curl --parallel", "curl"),
                 make("aria2c", "aria2c"),
                 make("four quarters", "quarters"),
-                make("the seed's algorithm, CPU", "seed", loaded=True),
+                make("one at a time, CPU", "one_at_a_time", loaded=True),
                 make("md5 alone", "md5_alone"),
             ],
             targets=[
@@ -85,7 +86,7 @@ def _cold(name: str, settings: Settings, folder: Path, model: dict[str, Any]) ->
 
 
 def tls(settings: Settings) -> Result:
-    """As cold, with TLS."""
+    """Run `cold` with TLS."""
     with _folder(settings) as folder:
         model = inputs.synthetic(folder / "model", settings.bytes_or(1 << 30))
         with servers.nginx(folder / "model", tls=True) as (url, ca):
@@ -104,11 +105,11 @@ def tls(settings: Settings) -> Result:
 
 
 def rate(settings: Settings) -> Result:
-    """20 MiB/s for each connection; the large model has one shard 16 times the size of the others."""
+    """Download with 20 MiB/s for each connection; the large model has one shard 16 times the size of the others."""
     speed = 20 * MIB
     with _folder(settings) as folder:
         size = settings.bytes_or(512 * MIB)
-        # Many small shards, so that eight workers end together.
+        # The shards are small and many, so that all eight workers end at about the same time.
         model = inputs.synthetic(folder / "model", size, shard_bytes=max(size // 64, MIB // 8), tensor_bytes=MIB // 8)
         large = inputs.synthetic(
             folder / "large", size, shard_bytes=max(size // 32, MIB // 8), tensor_bytes=MIB // 8, first_shard=16
@@ -139,7 +140,7 @@ def rate(settings: Settings) -> Result:
 
 
 def warm_cpu(settings: Settings) -> Result:
-    """A local directory in the page cache, into the CPU's memory."""
+    """Load a local directory from the page cache into memory."""
     with _folder(settings) as folder:
         size = settings.bytes_or(1 << 30)
         bf16 = inputs.synthetic(folder / "bf16", size, bf16=True, safetensors=True)
@@ -152,7 +153,7 @@ def warm_cpu(settings: Settings) -> Result:
                 make("TVM C++ bf16", "tvm_cpp", loaded=True),
                 make("TVM Python bf16", "tvm_python", loaded=True),
                 make("safetensors bf16, as stored", "safetensors_numpy"),
-                make("the seed's algorithm bf16", "seed", loaded=True),
+                make("one at a time bf16", "one_at_a_time", loaded=True),
                 make("expanding alone", "expand_alone", loaded=True),
                 make("fresh memory alone", "pages_alone", loaded=True),
                 make_raw("ndcache raw", "ndcache_load", loaded=True),
@@ -169,12 +170,12 @@ def warm_cpu(settings: Settings) -> Result:
 
 
 def warm_gpu(settings: Settings) -> Result:
-    """A local directory in the page cache, into GPU buffers."""
+    """Load a local directory from the page cache into GPU buffers."""
     with _folder(settings, memory=True) as folder:
         size = settings.bytes_or(4 << 30)
         bf16 = inputs.synthetic(folder / "bf16", size, bf16=True)
         raw = inputs.synthetic(folder / "raw", size, safetensors=True)
-        # The memory that it takes is the GPU's, and a minute of such a machine costs.
+        # It takes the GPU's memory, so none is touched before; that saves time on an expensive machine.
         make, make_raw = _maker({**bf16, "memory": 0}, bf16), _maker({**raw, "memory": 0}, raw)
         result = Result(
             "warm-gpu",
@@ -185,14 +186,14 @@ def warm_gpu(settings: Settings) -> Result:
                 make_raw("Run:ai streamer", "runai"),
                 make_raw("fastsafetensors", "fastsafetensors"),
                 make_raw("pinned copy (limit)", "pinned_copy"),
-                make("the seed's algorithm bf16", "seed", loaded=True, gpu=True),
+                make("one at a time bf16", "one_at_a_time", loaded=True, gpu=True),
             ],
             targets=[
                 Target("raw GB/s", "ndcache raw", None, ">=", 30, "gb_per_second"),
                 Target("bf16 GB/s of files", "ndcache bf16", None, ">=", 20, "gb_per_second"),
                 Target("safetensors / ndcache raw", "safetensors to cuda", "ndcache raw", ">=", 3.5),
                 Target("Run:ai / ndcache raw", "Run:ai streamer", "ndcache raw", ">=", 4),
-                Target("bf16: seed / ndcache", "the seed's algorithm bf16", "ndcache bf16", ">=", 15),
+                Target("bf16: one at a time / ndcache", "one at a time bf16", "ndcache bf16", ">=", 15),
                 Target("raw, fraction of pinned copy", "pinned copy (limit)", "ndcache raw", ">=", 0),
                 Target("bf16, fraction of pinned copy", "pinned copy (limit)", "ndcache bf16", ">=", 0),
             ],
@@ -201,7 +202,7 @@ def warm_gpu(settings: Settings) -> Result:
 
 
 def many(settings: Settings) -> Result:
-    """20,000 tensors of 4 KiB from the page cache."""
+    """Load 20,000 tensors of 4 KiB from the page cache."""
     count = 200 if settings.quick else 20_000
     with _folder(settings) as folder:
         model = inputs.synthetic(folder / "model", count * 4096, tensor_bytes=4096, shard_bytes=count * 1024)
@@ -222,7 +223,7 @@ def many(settings: Settings) -> Result:
 
 
 def memory(settings: Settings) -> Result:
-    """The most memory of a process: fetches of two sizes."""
+    """Compare the peak memory of fetches of two sizes."""
     small, large = (MIB, 8 * MIB) if settings.quick else (64 * MIB, 512 * MIB)
     with _folder(settings) as folder:
         models = [inputs.synthetic(folder / str(size), size) for size in (small, large)]
@@ -243,7 +244,7 @@ def memory(settings: Settings) -> Result:
 
 
 def memory_gpu(settings: Settings) -> Result:
-    """The most memory of a process: a load to the GPU, raw and expanded, beside a process that opens the GPU alone."""
+    """Compare the peak memory of loads to a GPU, raw and expanded, and of a process that only opens the GPU."""
     with _folder(settings, memory=True) as folder:
         size = settings.bytes_or(1 << 30)
         raw, bf16 = inputs.synthetic(folder / "raw", size), inputs.synthetic(folder / "bf16", size, bf16=True)
@@ -265,7 +266,7 @@ def memory_gpu(settings: Settings) -> Result:
 
 
 def growth(settings: Settings) -> Result:
-    """Whether the cost grows in line with bytes (streamed, bf16) and with tensors (loaded, 1 KiB each)."""
+    """Show that the cost grows in proportion to bytes (streamed, bf16) and to tensors (loaded, 1 KiB each)."""
     top = settings.bytes_or(8 << 30, 8 * MIB)
     sizes = [top >> shift for shift in (7, 5, 3, 2, 1, 0)]
     counts = (100, 300) if settings.quick else (100, 1000, 10_000, 100_000)
@@ -282,7 +283,7 @@ def growth(settings: Settings) -> Result:
 
 
 def imports(settings: Settings) -> Result:
-    """``import ndcache``, and what its first use imports, beside requests and NumPy, which it cannot do without."""
+    """Time ``import ndcache``, and the imports of its first use, beside those of requests and NumPy, which it needs."""
     with _folder(settings) as folder:
         result = Result(
             "import",
@@ -321,7 +322,7 @@ def _has_software_gpu() -> bool:
 
 
 def _more_memory(label: str, above: str, below: str, mebibytes: float) -> Target:
-    """A bound on how much more memory one contender takes than another, in MiB."""
+    """Bound the memory that one contender takes more than another, in MiB."""
     return Target(label, above, below, "<=", mebibytes, "peak", 1 / MIB, difference=True)
 
 
@@ -335,7 +336,7 @@ def _maker(given: dict[str, Any], model: dict[str, Any]) -> Callable[..., Conten
 
 @contextmanager
 def _folder(settings: Settings, *, memory: bool = False) -> Iterator[Path]:
-    """A temporary directory; in memory, if asked for and there is room, so that files stay in the page cache."""
+    """Make a temporary directory; with `memory`, in memory if there is room, so that files stay in the page cache."""
     where = settings.folder
     shared = Path("/dev/shm")
     in_memory = memory and where is None and os.access(shared, os.W_OK)

@@ -1,9 +1,9 @@
-"""What memory costs on a GPU without wgpu: the driver's own calls, which any loader through wgpu has to wait for.
+"""Time the allocation of GPU memory by the driver itself, which any loader that uses wgpu has to wait for.
 
 Run it as ``python benchmarks/vulkan_memory.py``; it needs the package ``vulkan`` (``pip install vulkan``) and a GPU
-with memory of its own. 4 GiB are allocated in blocks of 256 MiB: as wgpu does, which puts many buffers into each; with
-each block dedicated to one buffer, which wgpu never asks for; as wgpu does while threads write to mapped memory of the
-GPU, as a load must; and by CUDA, with torch.
+with memory of its own. It allocates 4 GiB in blocks of 256 MiB: as wgpu does, which puts many buffers into each block;
+with each block dedicated to one buffer, which wgpu never requests; as wgpu does while threads write to mapped memory of
+the GPU, as a load must; and with CUDA, through torch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _STORAGE_AND_COPIES = 0x20 | 1 | 2
 
 
 class Vulkan:
-    """A device of the first discrete GPU, and its types of memory."""
+    """A device on the first discrete GPU, and the GPU's types of memory."""
 
     def __init__(self) -> None:
         import vulkan as vk
@@ -47,18 +47,24 @@ class Vulkan:
         self.mapped = next((index for index, flag in enumerate(flags) if flag & both == both), None)
 
     def allocate(self, kind: int, dedicated_to: Any = None) -> Any:
+        """Allocate a block, perhaps for one buffer alone."""
         vk = self.vk
         more = None if dedicated_to is None else vk.VkMemoryDedicatedAllocateInfo(buffer=dedicated_to)
         info = vk.VkMemoryAllocateInfo(pNext=more, allocationSize=BLOCK, memoryTypeIndex=kind)
         return vk.vkAllocateMemory(self.device, info, None)
 
     def blocks(self) -> Callable[[], None]:
-        """As wgpu does; returns what frees them."""
+        """Allocate as wgpu does; return a function that frees it all."""
         made = [self.allocate(self.plain) for _ in range(BLOCKS)]
-        return lambda: [self.vk.vkFreeMemory(self.device, memory, None) for memory in made] and None
+
+        def free() -> None:
+            for memory in made:
+                self.vk.vkFreeMemory(self.device, memory, None)
+
+        return free
 
     def dedicated(self) -> Callable[[], None]:
-        """A buffer for each block, and the block for it alone; bound, as memory may only be made useful then."""
+        """Allocate each block for one buffer, and bind it, as drivers may do the work only then."""
         vk, made = self.vk, []
         for _ in range(BLOCKS):
             buffer = vk.vkCreateBuffer(
@@ -76,7 +82,8 @@ class Vulkan:
         return free
 
     def writers(self, count: int) -> tuple[Callable[[], float], Callable[[], None]]:
-        """Threads that write to mapped memory of the GPU; what says how many bytes they have, and what ends them."""
+        """Start threads that write to the GPU's mapped memory; return functions that count the bytes and end them."""
+        assert self.mapped is not None
         block = self.allocate(self.mapped)
         view = self.vk.vkMapMemory(self.device, block, 0, BLOCK, 0)
         target = np.frombuffer(view, np.uint8)
@@ -105,7 +112,8 @@ class Vulkan:
         return self.vk.vkGetPhysicalDeviceProperties(physical)
 
 
-def cuda() -> Callable[[], None]:
+def allocate_with_cuda() -> Callable[[], None]:
+    """Allocate with cudaMalloc; return a function that frees it all."""
     import torch
 
     made = [torch.empty(BLOCK, dtype=torch.uint8, device="cuda") for _ in range(BLOCKS)]
@@ -118,6 +126,7 @@ def cuda() -> Callable[[], None]:
 
 
 def measure(label: str, allocate: Callable[[], Callable[[], None]]) -> None:
+    """Print how long allocating and freeing take."""
     made, freed = [], []
     for _ in range(ROUNDS):
         start = time.perf_counter()
@@ -148,11 +157,11 @@ def main() -> None:
             end()
             print(f"    meanwhile {speed:.1f} GB/s were written", flush=True)
     try:
-        cuda()()
+        allocate_with_cuda()()
     except Exception as error:  # no torch, or no CUDA
-        print(f"CUDA: left out: {error}")
+        print(f"CUDA: skipped: {error}")
     else:
-        measure("cudaMalloc", cuda)
+        measure("cudaMalloc", allocate_with_cuda)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""The contenders, each a function that is timed in a process of its own."""

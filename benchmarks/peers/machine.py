@@ -1,0 +1,59 @@
+"""What the contenders need of this machine."""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False  # `typing` is not imported here: `import_ndcache` times imports
+if TYPE_CHECKING:
+    from typing import Any
+
+
+class Unavailable(Exception):
+    """Something that the contender needs is not on this machine."""
+
+
+def need(name: str) -> Any:
+    """Import a module that may not be installed."""
+    import importlib
+
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # some fail with RuntimeError or OSError without a driver
+        raise Unavailable(f"{name}: {error}") from error
+
+
+def open_gpu() -> Any:
+    """Return the `wgpu.GPUDevice` that ndcache itself would open."""
+    from ndcache.devices.gpu import open_gpu as open_device
+    from ndcache.errors import NoAdapterError
+
+    try:
+        opened = open_device("gpu")
+    except NoAdapterError as error:
+        raise Unavailable(str(error)) from error
+    assert opened is not None
+    return opened.handle
+
+
+def import_torch() -> Any:
+    """Import torch, with CUDA ready."""
+    torch = need("torch")
+    if not torch.cuda.is_available():
+        raise Unavailable("torch finds no CUDA")
+    torch.zeros(1).to("cuda")  # its first copy is not timed, nor is the first submission of ndcache's device
+    torch.cuda.synchronize()
+    return torch
+
+
+def peak_bytes() -> int | None:
+    """Return the most memory that this process had, if the system tells.
+
+    Not ru_maxrss, which starts with that of the parent.
+    """
+    try:
+        with open("/proc/self/status") as file:
+            for line in file:
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None

@@ -1,0 +1,68 @@
+"""Time a contender's work."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+TYPE_CHECKING = False  # `typing` is not imported here: `import_ndcache` times imports
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, TypeAlias
+
+    #: What the harness gives a contender: see `benchmarks.harness.Contender`.
+    Given: TypeAlias = dict[str, Any]
+    #: Seconds, and bytes that were loaded or written.
+    Measured: TypeAlias = tuple[float, int]
+
+#: Of the timed work: seconds of CPU, those of child processes included, and the stages if it has any.
+profile: dict[str, Any] = {}
+#: What was loaded, so that freeing it is in nobody's time.
+alive: list[Any] = []
+#: Bytes of memory that must be free at once when time starts.
+memory_bytes = 0
+
+_TOUCH = """
+import mmap, sys
+# Private, as the memory of arrays is. Shared maps have other pages, and would leave free memory as it was.
+private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+with mmap.mmap(-1, int(sys.argv[1]), **private) as fresh:
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        fresh.madvise(mmap.MADV_HUGEPAGE)
+    for start in range(0, len(fresh), 4096):
+        fresh[start] = 1
+"""
+
+
+def timed(work: Callable[[], int]) -> Measured:
+    """Run `work`, which returns its bytes; return its seconds and bytes."""
+    if memory_bytes > 1 << 20:
+        _touch_memory(memory_bytes)
+    before, start = os.times(), time.perf_counter()
+    nbytes = work()
+    seconds, after = time.perf_counter() - start, os.times()
+    profile["user"] = after.user + after.children_user - before.user - before.children_user
+    profile["system"] = after.system + after.children_system - before.system - before.children_system
+    return seconds, nbytes
+
+
+def written(given: Given) -> int:
+    """Return the bytes of the shards below the output directory, wherever they are."""
+    names, found = set(given["shards"]), 0
+    for folder, _, files in os.walk(given["out"]):
+        found += sum(os.path.getsize(os.path.join(folder, name)) for name in files if name in names)
+    return found
+
+
+def _touch_memory(nbytes: int) -> None:
+    """Let another process use that much memory, and end.
+
+    A virtual machine may give memory that has been free for a second or so back to its host. Getting 2 GiB of it again
+    can take 4 s instead of 0.2 s, for any process. The contenders are compared, not how long memory was free before.
+    """
+    import subprocess
+
+    if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
+        nbytes = min(nbytes, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") // 2)
+    subprocess.run([sys.executable, "-S", "-c", _TOUCH, str(nbytes)], check=False)
