@@ -85,4 +85,4 @@ class LoadContext:
         """Open the cache directory of a model on a server."""
         if self.must_keep or self.offline:  # offline, nothing comes that memory could hold
             return self.cache.open(location)
-        return self.cache.open_or_memory(location)
+        return self.cache.open_with_fallback(location)

@@ -1,1 +1,1 @@
-"""Files of this system: folders, descriptors, notes and mapped pages."""
+"""Files on this machine: folders, file descriptors, notes and mapped pages."""

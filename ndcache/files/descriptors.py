@@ -1,4 +1,4 @@
-"""File descriptors, of which a process may have few: how many a load may use, and what is said when none is left."""
+"""File descriptors, of which a process may have few: how many a load may use, and the error when none is left."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if sys.platform != "win32":
 
 __all__ = ["affordable", "budget", "check_exhausted", "check_shortage", "check_shortages"]
 
-#: Descriptors that a load leaves to the rest of the process, if there are as many; else half of what there is.
+#: Descriptors that a load leaves to the rest of the process; at most half of those that are free.
 _RESERVE = 64
 _SHORTAGES = (errno.EMFILE, errno.ENFILE)
-#: Descriptors that the loads which run now may come to need. Without a lock, which a fork could leave locked for ever.
+#: Descriptors that running loads may still need. Not guarded by a lock, which a fork could leave locked for ever.
 _promised: dict[object, int] = {}
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_promised.clear)  # the parent's loads are not the child's
+    os.register_at_fork(after_in_child=_promised.clear)  # the child does not run its parent's loads
 
 
 def affordable(wanted: int, each: int) -> int:
@@ -36,7 +36,7 @@ def affordable(wanted: int, each: int) -> int:
 
 @contextmanager
 def budget(wanted: int, each: int) -> Iterator[int]:
-    """Give how many of `wanted` workers that open `each` files can be afforded, at least one, and count on them."""
+    """Reserve descriptors for workers that open `each` files; yield how many of `wanted` may run, at least one."""
     count, key = max(1, affordable(wanted, each)), object()
     try:
         _promised[key] = count * each
@@ -51,16 +51,16 @@ def check_shortage(error: BaseException) -> None:
 
 
 def check_shortages(chain: Iterable[BaseException]) -> None:
-    """Raise `TooManyOpenFilesError` if that is what an exception, or one of those below it, comes from."""
+    """Raise `TooManyOpenFilesError` if one error of a chain says so, or may come from that."""
     for error in chain:
         if isinstance(error, OSError) and error.errno in _SHORTAGES:
             raise _too_many(error.errno) from error
         if isinstance(error, socket.gaierror):
-            check_exhausted()  # the resolver, which cannot open its files, may just say that it knows no such host
+            check_exhausted()  # a resolver that cannot open its files may just say that there is no such host
 
 
 def check_exhausted() -> None:
-    """Raise `TooManyOpenFilesError` if no file can be opened now: some libraries do not say that this is the reason."""
+    """Raise `TooManyOpenFilesError` if no file can be opened now, for libraries that hide this cause of an error."""
     try:
         os.close(os.open(os.devnull, os.O_RDONLY))
     except OSError as error:
@@ -70,7 +70,7 @@ def check_exhausted() -> None:
 def _too_many(number: int | None) -> TooManyOpenFilesError:
     limit = _limit()
     if number == errno.ENFILE or limit is None:
-        text, hint = "too many files are open on this system", "Close some, or raise its limit (fs.file-max)."
+        text, hint = "too many files are open on this system", "Close some, or raise the limit (fs.file-max)."
     else:
         text = f"too many files are open: this process may have {limit:,} file descriptors, sockets included"
         hint = "Raise the limit (ulimit -n; LimitNOFILE= of a systemd unit), or close files and lower max_workers."
@@ -88,11 +88,11 @@ def _limit() -> int | None:
 
 
 def _free() -> int | None:
-    """Return how many more files this process may open; None if nobody can tell."""
+    """Return how many more files this process may open; None if there is no limit."""
     limit = _limit()
     if limit is None:
         return None
     try:
         return max(0, limit - len(os.listdir("/dev/fd")))
     except OSError as error:
-        return 0 if error.errno in _SHORTAGES else limit // 2  # nobody can tell: no /dev here
+        return 0 if error.errno in _SHORTAGES else limit // 2  # without /dev, nobody knows

@@ -1,9 +1,9 @@
-"""Folders of the cache, in which nothing is reached through a link that somebody planted there.
+"""Folders of the cache, in which no symbolic link is followed.
 
-The cache's root is the user's own choice: it may be a link, or lie below links. What lies below the root is ndcache's:
-there, a link leads to what is somebody else's, and is refused. Whatever changes the disk goes down from the root
-folder by folder, each opened without following a link, and is done in the folder that was opened: a link that takes a
-folder's name in the meantime changes nothing.
+The cache's root is the user's own choice: it may be a link, or lie below links. Everything below the root belongs to
+ndcache. A link there leads to files of somebody else, and is refused. Every call that changes the disk goes down from
+the root folder by folder, opens each without following a link, and acts in the folder that it has opened. So a link
+that takes a folder's name in the meantime changes nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .descriptors import check_shortage
 
 __all__ = ["NO_LINKS", "Folder", "is_gone", "sync", "unsafe"]
 
-#: For `os.open`: not through a symbolic link, not waiting for whoever writes to a pipe, not as this process's terminal.
+#: For `os.open`: do not follow a symbolic link, wait for the writer of a pipe, or acquire a controlling terminal.
 NO_LINKS = (
     getattr(os, "O_NOFOLLOW", 0)
     | getattr(os, "O_NONBLOCK", 0)
@@ -32,9 +32,9 @@ NO_LINKS = (
     | getattr(os, "O_BINARY", 0)
 )
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | NO_LINKS
-#: Whether calls take the folder in which a name is meant, as they do everywhere but on Windows.
+#: Whether system calls take the descriptor of the folder that a name is in, as they do everywhere but on Windows.
 _HAS_DIR_FD = {os.open, os.mkdir, os.unlink, os.stat, os.rename, os.rmdir} <= os.supports_dir_fd
-#: Only to go through a folder, which takes less permission than to list it.
+#: To pass through a folder, which takes less permission than to list it.
 _THROUGH = getattr(os, "O_PATH", os.O_RDONLY) | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_CLOEXEC", 0)
 _GONE = {errno.ENOENT, errno.ENOTDIR, getattr(errno, "ESTALE", errno.ENOENT)}
 _NO_FILE = {errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.ENODEV}
@@ -42,7 +42,7 @@ _CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
 class _Held(threading.local):
-    """The folders that this thread holds open, and their descriptors."""
+    """The folders that a thread holds open, and their descriptors."""
 
     def __init__(self) -> None:
         self.handles: list[tuple[Folder, int]] = []
@@ -52,12 +52,12 @@ _held = _Held()
 
 
 def is_gone(error: BaseException | None) -> bool:
-    """Whether there is no such file any more; a network file system calls that a stale handle."""
+    """Return whether an error says that a file is gone, or, on a network file system, its handle stale."""
     return isinstance(error, OSError) and error.errno in _GONE
 
 
 def sync(handle: int) -> None:
-    """Sync what was written to disk, where the file system can: not every one does."""
+    """Sync a file or folder to disk, if the file system can."""
     try:
         os.fsync(handle)
     except OSError as error:
@@ -66,9 +66,10 @@ def sync(handle: int) -> None:
 
 
 def unsafe(path: str | os.PathLike[str]) -> UnsafeCacheError:
+    """Return the error for a path that is a symbolic link."""
     return UnsafeCacheError(
         f"{os.fspath(path)} leads elsewhere through a symbolic link",
-        hint="It was left alone: look who put it there.",
+        hint="It was left alone: see who put it there.",
     )
 
 
@@ -76,7 +77,7 @@ def unsafe(path: str | os.PathLike[str]) -> UnsafeCacheError:
 class Folder:
     """A folder of the cache, which need not exist.
 
-    All methods raise `UnsafeCacheError` if a symbolic link leads to it, and otherwise what the system says.
+    All methods raise `UnsafeCacheError` if a symbolic link leads to it, and otherwise the system's own errors.
 
     Attributes
     ----------
@@ -85,7 +86,7 @@ class Folder:
     names : tuple of str
         The folders on the way from there.
     is_private : bool
-        Whether the root, if it has to be made, is for this account only.
+        Whether to make the root, if it is missing, for this account only.
     """
 
     root: Path
@@ -111,17 +112,20 @@ class Folder:
     def parent(self) -> Folder:
         return Folder(self.root, self.names[:-1], self.is_private)
 
-    # --- looking
+    # --- reading
 
     def check(self) -> None:
-        """Raise `UnsafeCacheError` if a symbolic link leads here; where none did once, reading goes on."""
+        """Raise `UnsafeCacheError` if a symbolic link leads here, unless an earlier call saw that none does.
+
+        That is enough for reading.
+        """
         if not self._is_sound:
             self.__dict__["_is_sound"] = self.exists()
 
-    _is_sound = False  # not a field: it is found out
+    _is_sound = False  # not a field, but what `check` has found
 
     def exists(self) -> bool:
-        """Whether there is such a folder."""
+        """Return whether there is such a folder."""
         if any(folder is self for folder, _ in _held.handles):
             return True
         mode = 0
@@ -147,12 +151,12 @@ class Folder:
             raise
 
     def open(self, name: str) -> BinaryIO | None:
-        """A regular file, open for reading; None if there is none, or something else."""
+        """Open a regular file for reading; return None if there is none, or something else."""
         handle = self._open(name)
         return None if handle is None else open(f"{self._text}/{name}", "rb", opener=lambda *_: handle)
 
     def read(self, name: str, limit: int) -> bytes | None:
-        """The first bytes of a regular file; None if there is none, or something else."""
+        """Return the first `limit` bytes of a regular file; None if there is none, or something else."""
         handle = self._open(name)
         if handle is None:
             return None
@@ -180,7 +184,7 @@ class Folder:
         return None
 
     def entries(self) -> list[str]:
-        """The names in it; none if it cannot be listed."""
+        """Return the names in it, or none if it cannot be listed."""
         try:
             self.check()
             return os.listdir(self.path)
@@ -193,7 +197,7 @@ class Folder:
     # --- changing
 
     def held(self) -> _Holding:
-        """Keep the folder open for this thread, so that what changes in the block need not go down to it each time."""
+        """Return a block in which this thread keeps the folder open, so that calls need not go down to it each time."""
         return _Holding(self)
 
     def make(self) -> None:
@@ -205,7 +209,7 @@ class Folder:
             if _HAS_DIR_FD:
                 with self._opened(makes=True):
                     return
-        except NotADirectoryError as error:  # which is no sign that somebody has just removed it
+        except NotADirectoryError as error:  # does not mean that somebody has just removed it
             raise FileExistsError(errno.EEXIST, "a file lies where a directory should") from error
         for count, _ in enumerate(self.names, 1):
             with contextlib.suppress(FileExistsError):
@@ -213,12 +217,12 @@ class Folder:
         self.check()
 
     def create(self, name: str) -> int:
-        """A descriptor of a new file, for reading and writing; the umask says who else may use it."""
+        """Create a file and return its descriptor, for reading and writing; its mode is given by the umask."""
         with self._opened() as handle:
             return os.open(self._at(handle, name), _NEW, 0o666, dir_fd=handle)
 
     def replace(self, name: str, target: Folder, new_name: str) -> None:
-        """Give an entry another name, in this folder or another, whatever had that before."""
+        """Rename an entry, into this folder or another, in the place of any file that had the new name."""
         with self._opened() as source:
             if target is self:
                 os.replace(self._at(source, name), self._at(source, new_name), src_dir_fd=source, dst_dir_fd=source)
@@ -227,17 +231,17 @@ class Folder:
                 os.replace(self._at(source, name), target._at(handle, new_name), src_dir_fd=source, dst_dir_fd=handle)
 
     def unlink(self, name: str) -> None:
-        """Remove an entry that is no folder."""
+        """Remove an entry that is not a folder."""
         with self._opened() as handle:
             os.unlink(self._at(handle, name), dir_fd=handle)
 
     def remove(self) -> None:
-        """Remove the folder itself, which is empty."""
+        """Remove the folder itself, which must be empty."""
         with self.parent._opened() as handle:
             os.rmdir(self.parent._at(handle, self.names[-1]), dir_fd=handle)
 
     def sync(self) -> None:
-        """Sync the names in it to disk."""
+        """Sync the names in the folder to disk."""
         with self._opened() as handle:
             _sync_folder(handle)
 
@@ -247,9 +251,9 @@ class Folder:
         return name if handle is not None else os.path.join(self.path, name)
 
     def _opened(self, *, makes: bool = False) -> _Handle:
-        """A descriptor of the folder, for calls that take one; None where there are none."""
+        """Open the folder for calls that take a descriptor; the descriptor is None on systems without such calls."""
         if not _HAS_DIR_FD:
-            self.exists()  # or a link leads to it
+            self.exists()  # raises if a link leads to it
             return _Handle(None)
         above = self._nearest_held()
         if above is not None and above[0] == len(self.names):
@@ -274,7 +278,7 @@ class Folder:
         return _Handle(handle)
 
     def _nearest_held(self) -> tuple[int, int] | None:
-        """Return how far down the deepest folder lies that this thread holds open on the way, and its descriptor."""
+        """Return the depth and the descriptor of the deepest folder on the way that this thread holds open."""
         found = None
         for folder, handle in _held.handles:
             count = len(folder.names)
@@ -295,7 +299,7 @@ class Folder:
 
 
 class _Handle:
-    """A descriptor that is closed at the end of a block, if it is its own."""
+    """A descriptor that is closed at the end of a block, unless it belongs to somebody else."""
 
     __slots__ = ("is_own", "number")
 
@@ -322,7 +326,7 @@ class _Holding:
 
     def __enter__(self) -> None:
         handle = self._folder._opened()
-        if handle.is_own and handle.number is not None:  # else there are no descriptors, or it is held already
+        if handle.is_own and handle.number is not None:  # otherwise it is held already, or cannot be
             self._entry = self._folder, handle.number
             _held.handles.append(self._entry)
 
@@ -333,7 +337,7 @@ class _Holding:
 
 
 def _make_root(root: Path, mode: int) -> None:
-    """Make the root and what is missing above it."""
+    """Make the root, and the folders above it that are missing."""
     missing = [folder for folder in (root, *root.parents) if not os.path.exists(folder)]
     for folder in reversed(missing):
         try:
@@ -342,7 +346,7 @@ def _make_root(root: Path, mode: int) -> None:
             pass  # somebody else made it just now
         except FileNotFoundError as error:
             if not os.path.exists(folder.parent):
-                raise  # somebody deletes it just now
+                raise  # somebody is deleting it
             raise PermissionError(errno.EACCES, "no directory can be made there") from error  # /proc, an automounter
         if _HAS_DIR_FD:
             with contextlib.suppress(PermissionError), _Handle(os.open(folder.parent, _THROUGH)) as handle:
@@ -351,9 +355,9 @@ def _make_root(root: Path, mode: int) -> None:
 
 def _sync_folder(handle: int | None) -> None:
     if handle is None:
-        return  # Windows has no handle on a directory to sync
+        return  # on Windows, a directory cannot be synced
     flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)
-    # It may be gone through and written to, and not be listed.
+    # This takes permission to list the folder, which may be missing where names can be looked up and written.
     with contextlib.suppress(PermissionError), _Handle(os.open(".", flags, dir_fd=handle)) as readable:
         assert readable is not None
         sync(readable)

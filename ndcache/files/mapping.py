@@ -12,6 +12,7 @@ import importlib.util
 import mmap
 import os
 import sys
+from collections.abc import Callable
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -19,8 +20,8 @@ import numpy.typing as npt
 
 __all__ = ["map_file"]
 
-#: Whether `mmap.mmap` would hold a descriptor, and there is another way. (On 32-bit systems, the type of an offset is
-#: not the same everywhere; a Python that was built without libffi has no ctypes.)
+#: Whether `mmap.mmap` would hold a descriptor, and the system's own call can be used. (On 32-bit systems, the type of
+#: offsets differs; a Python that was built without libffi has no ctypes.)
 _CALL_SYSTEM = (
     sys.version_info < (3, 13)
     and os.name == "posix"
@@ -37,12 +38,14 @@ def map_file(file: BinaryIO, nbytes: int) -> npt.NDArray[np.uint8]:
     Raises
     ------
     OSError
-        Files of this file system cannot be mapped, or no more of them by this process.
+        The file system cannot map files, or this process may not map more.
     ValueError
         The file is shorter.
     """
     if _CALL_SYSTEM:
-        return np.asarray(_Pages(file.fileno(), nbytes))
+        system = _system()
+        address = system.mmap(None, nbytes, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
+        return np.asarray(_Pages(address, nbytes, system.munmap))
     if sys.version_info >= (3, 13):
         pages = mmap.mmap(file.fileno(), nbytes, access=mmap.ACCESS_READ, trackfd=False)
     else:
@@ -51,26 +54,24 @@ def map_file(file: BinaryIO, nbytes: int) -> npt.NDArray[np.uint8]:
 
 
 class _Pages:
-    """Pages of a file, mapped for reading until the last array over them is gone.
+    """Mapped pages of a file, which are unmapped when the last array over them is gone.
 
-    numpy keeps this object as the base of the array that it makes of it. As there is no buffer that could be written,
+    numpy keeps this object as the base of the array that it makes of it. There is no buffer that could be written, so
     the array cannot be made writeable, either.
     """
 
-    def __init__(self, descriptor: int, nbytes: int) -> None:
-        system = _system()
-        address = system.mmap(None, nbytes, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
-        self._unmap = functools.partial(system.munmap, address, nbytes)  # bound here: a module's names may go before
+    def __init__(self, address: int, nbytes: int, unmap: Callable[[int, int], object]) -> None:
+        # Bound here: when the interpreter exits, the module's names may be gone before this object is.
+        self._unmap = functools.partial(unmap, address, nbytes)
         self.__array_interface__ = {"version": 3, "shape": (nbytes,), "typestr": "|u1", "data": (address, True)}
 
     def __del__(self) -> None:
-        if hasattr(self, "_unmap"):
-            self._unmap()
+        self._unmap()
 
 
 @functools.cache
 def _system() -> Any:
-    """The C library, with ``mmap`` and ``munmap`` declared."""
+    """Return the C library, with ``mmap`` and ``munmap`` declared."""
     import ctypes
 
     def check(address: int | None, *_: object) -> int | None:

@@ -1,4 +1,4 @@
-"""ndcache's own notes: small JSON files that anybody may have damaged, or put something else in the place of."""
+"""ndcache's own notes: small JSON files, which others may have damaged or replaced."""
 
 from __future__ import annotations
 
@@ -15,31 +15,40 @@ from .folder import Folder
 __all__ = ["read_note", "sendable", "write_note"]
 
 _MAX_BYTES = 1 << 16
-#: What may stand in a header of a request, and is not longer than servers take.
+#: A text that can be sent in a request's header, and is not longer than servers accept.
 _HEADER = re.compile(r"[!-~\x80-\xff]([ -~\x80-\xff]{0,1022}[!-~\x80-\xff])?")
-#: Half of a character, as only an escape in JSON can spell it; a text with one cannot be written anywhere.
+#: A surrogate, which JSON can spell only as an escape. A text with half a pair cannot be encoded.
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def read_note(folder: Folder, name: str) -> dict[str, Any] | None:
-    """The object in a JSON file; None if there is no such file or object."""
+    """Return the object in a JSON file; None if there is no such file or object."""
     try:
         data = folder.read(name, _MAX_BYTES)
         if data is None:
             return None
         value = json.loads(data)
         if _SURROGATE.search(data):
-            json.dumps(value, ensure_ascii=False).encode()  # a pair of halves is a character
+            json.dumps(value, ensure_ascii=False).encode()  # raises, unless all of them come in pairs
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, UnsafeCacheError):
             raise
-        check_shortage(error)  # which says nothing of the note
+        check_shortage(error)  # says nothing about the note
         return None
     return value if isinstance(value, dict) else None
 
 
 def write_note(folder: Folder, name: str, content: Mapping[str, Any], by_way_of: tuple[Folder, str]) -> None:
-    """Write an object to a JSON file, by way of a new file of another folder and name: nobody sees half a note."""
+    """Write an object to a JSON file, so that nobody sees half of it.
+
+    Parameters
+    ----------
+    folder : Folder
+    name : str
+    content : mapping
+    by_way_of : tuple of Folder and str
+        Where to write it first, under a name that nobody else uses.
+    """
     fresh, fresh_name = by_way_of
     with fresh.held():
         try:
@@ -53,5 +62,5 @@ def write_note(folder: Folder, name: str, content: Mapping[str, Any], by_way_of:
 
 
 def sendable(text: str | None) -> str | None:
-    """A text of a note if it can stand in a request's header, else None."""
+    """Return a text from a note if it can be sent in a request's header, else None."""
     return text if text is not None and _HEADER.fullmatch(text) else None

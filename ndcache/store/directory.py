@@ -49,7 +49,7 @@ class ModelDirectory:
     root : pathlib.Path, optional
         The cache's root, above `directory`: no symbolic link is followed below it. Default: two folders up.
     is_private : bool
-        Whether the root, if it has to be made, is for this account only. Default False.
+        Whether to make the root, if it is missing, for this account only. Default False.
 
     Attributes
     ----------

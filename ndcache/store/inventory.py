@@ -44,6 +44,83 @@ class CachedModel:
     nbytes: int
 
 
+@dataclass(frozen=True)
+class CacheScope:
+    """One scope of the cache, in which models have their directories.
+
+    Attributes
+    ----------
+    top : pathlib.Path or None
+        The cache's top directory; None if there is no place for one.
+    name : str
+        The name of the scope's folder.
+    is_private : bool
+        Whether to make `top`, if it is missing, for this account only.
+    why_no_top : str or None
+        Why there is no place for a cache. Local directories can be loaded nevertheless.
+    """
+
+    top: Path | None
+    name: str
+    is_private: bool
+    why_no_top: str | None = None
+
+    @property
+    def root(self) -> Path:
+        """Return the cache's top directory.
+
+        Raises
+        ------
+        CacheUnavailableError
+            There is no place for one.
+        """
+        if self.top is None:
+            raise CacheUnavailableError(self.why_no_top or "")
+        return self.top
+
+    def directories(self, location: Location) -> list[Path]:
+        """Return the directories in which a model may lie: today's, then those of earlier versions of ndcache."""
+        return [self.root / self.name / key for key in location.cache_keys]
+
+    def open(self, location: Location) -> ModelDirectory:
+        """Open a model's directory; nothing is created before something is written."""
+        return ModelDirectory(self._directory(location), location.label, root=self.top, is_private=self.is_private)
+
+    def open_with_fallback(self, location: Location) -> FallbackDirectory:
+        """Open a model's directory that falls back to memory where files cannot be kept."""
+        directory = None if self.top is None else self._directory(location)
+        return FallbackDirectory(directory, location.label, self.why_no_top, root=self.top, is_private=self.is_private)
+
+    def delete(self, location: Location) -> int:
+        """Remove a model from the cache: a server's, or the one whose directory in the cache is given.
+
+        Returns
+        -------
+        int
+            Bytes freed.
+
+        Raises
+        ------
+        UnsafeCacheError
+            The directory does not lie in the cache.
+        """
+        root = self.root
+        if location.directory is None:
+            return sum(delete_model(ModelDirectory(directory, root=root)) for directory in self.directories(location))
+        directory = Path(os.path.abspath(location.directory))
+        # A model lies two folders below the root. The way to the root may have links, the way below it may not.
+        if os.path.realpath(directory.parent.parent) != os.path.realpath(root):
+            raise UnsafeCacheError(
+                f"{directory} does not lie in the cache {root}, as a model does",
+                hint="ndcache deletes only what it fetched; remove the directory yourself.",
+            )
+        return delete_model(ModelDirectory(root.joinpath(*directory.parts[-2:]), root=root))
+
+    def _directory(self, location: Location) -> Path:
+        first, *earlier = self.directories(location)
+        return first if os.path.isdir(first) else next(filter(os.path.isdir, earlier), first)
+
+
 def cache_root(cache_dir: str | os.PathLike[str] | None, home: str | None) -> Path:
     """Return the cache's top directory: the option, else NDCACHE_HOME, else the system's place for caches.
 
@@ -67,6 +144,17 @@ def cache_root(cache_dir: str | os.PathLike[str] | None, home: str | None) -> Pa
         else "the cache has no place: this user has no home directory, and HOME is not set or no full path",
         hint="Set NDCACHE_HOME to a directory that can be written, or give cache_dir (--cache-dir).",
     ) from cause
+
+
+def cache_scope(cache_dir: str | os.PathLike[str] | None, name: str, environ: Mapping[str, str]) -> CacheScope:
+    """Return a scope of the cache in `cache_dir`, else in NDCACHE_HOME, else in the system's place for caches."""
+    home = environ.get("NDCACHE_HOME")
+    top, why_no_top = None, None
+    try:
+        top = cache_root(cache_dir, home)
+    except CacheUnavailableError as error:
+        why_no_top = str(error)
+    return CacheScope(top, quote(name, safe=""), is_private=cache_dir is None and not home, why_no_top=why_no_top)
 
 
 def models(root: Path) -> Iterator[CachedModel]:
@@ -111,91 +199,3 @@ def _folders(directory: Path) -> list[str]:
     """Return the names of the folders in a directory, sorted, without links to folders."""
     with os.scandir(directory) as entries:
         return sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
-
-
-@dataclass(frozen=True)
-class CacheScope:
-    """Find and open the cache directories of models.
-
-    Attributes
-    ----------
-    top : pathlib.Path or None
-        The cache's top directory; None if there is no place for one.
-    name : str
-        The scope, as its folder is called.
-    is_private : bool
-        Whether `top`, if it has to be made, is for this account only.
-    why_no_top : str or None
-        Why there is no place for a cache. Local directories can be loaded all the same.
-    """
-
-    top: Path | None
-    name: str
-    is_private: bool
-    why_no_top: str | None = None
-
-    @property
-    def root(self) -> Path:
-        """Return the cache's top directory.
-
-        Raises
-        ------
-        CacheUnavailableError
-            There is no place for one.
-        """
-        if self.top is None:
-            raise CacheUnavailableError(self.why_no_top or "")
-        return self.top
-
-    def directories(self, location: Location) -> list[Path]:
-        """Return the directories that a model may have: today's, then those of earlier versions of ndcache."""
-        return [self.root / self.name / key for key in location.cache_keys]
-
-    def open(self, location: Location) -> ModelDirectory:
-        """Open a model's directory. Nothing is created before something is written."""
-        return ModelDirectory(self._directory(location), location.label, root=self.top, is_private=self.is_private)
-
-    def open_or_memory(self, location: Location) -> FallbackDirectory:
-        """Open a model's directory, or, where nothing can be kept, hold in memory what comes."""
-        directory = None if self.top is None else self._directory(location)
-        return FallbackDirectory(directory, location.label, self.why_no_top, root=self.top, is_private=self.is_private)
-
-    def delete(self, location: Location) -> int:
-        """Remove a model from the cache: a server's, or the one whose directory in the cache is given.
-
-        Returns
-        -------
-        int
-            Bytes freed.
-
-        Raises
-        ------
-        UnsafeCacheError
-            The directory does not lie in the cache.
-        """
-        root = self.root
-        if location.directory is None:
-            return sum(delete_model(ModelDirectory(directory, root=root)) for directory in self.directories(location))
-        directory = Path(os.path.abspath(location.directory))
-        # A model lies two folders below the root. The way to the root may have links, the way below it may not.
-        if os.path.realpath(directory.parent.parent) != os.path.realpath(root):
-            raise UnsafeCacheError(
-                f"{directory} does not lie in the cache {root}, as a model does",
-                hint="ndcache deletes only what it fetched; remove the directory yourself.",
-            )
-        return delete_model(ModelDirectory(root.joinpath(*directory.parts[-2:]), root=root))
-
-    def _directory(self, location: Location) -> Path:
-        first, *earlier = self.directories(location)
-        return first if os.path.isdir(first) else next(filter(os.path.isdir, earlier), first)
-
-
-def cache_scope(cache_dir: str | os.PathLike[str] | None, name: str, environ: Mapping[str, str]) -> CacheScope:
-    """Return a scope of the cache in `cache_dir`, else in NDCACHE_HOME, else in the system's place for caches."""
-    home = environ.get("NDCACHE_HOME")
-    top, why_no_top = None, None
-    try:
-        top = cache_root(cache_dir, home)
-    except CacheUnavailableError as error:
-        why_no_top = str(error)
-    return CacheScope(top, quote(name, safe=""), is_private=cache_dir is None and not home, why_no_top=why_no_top)

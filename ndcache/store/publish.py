@@ -40,9 +40,8 @@ def give_name(partial: PartialFile, folder: Folder, name: str, quarantine: Calla
         The partial file, or the folder, was removed.
     OSError
     """
-    file = (
-        None if os.name == "nt" else partial.folder.open(partial.file_name)
-    )  # on Windows it could not be renamed then
+    # Opened before, so that nobody can take the name away in between; Windows does not rename open files.
+    file = None if os.name == "nt" else partial.folder.open(partial.file_name)
     try:
         if os.name != "nt" and file is None:
             raise FileNotFoundError(errno.ENOENT, "a file that is being written is gone", str(partial.path))
@@ -71,7 +70,7 @@ def _rename(partial: PartialFile, folder: Folder, name: str) -> None:
 
 
 def _copy_over(partial: PartialFile, folder: Folder, name: str) -> None:
-    """Publish by way of a copy that lies in the target folder, into which nothing can be renamed from outside."""
+    """Publish by way of a copy in the target folder, where nothing can be renamed into that from outside."""
     fresh = f"{STATE_DIRECTORY}.{secrets.token_hex(8)}"
     source = partial.folder.open(partial.file_name)
     if source is None:
@@ -91,7 +90,7 @@ def _copy_over(partial: PartialFile, folder: Folder, name: str) -> None:
 
 
 def remove_idle_copies(folder: Folder, seconds: float) -> None:
-    """Remove copies that have been idle for so long: their makers were killed."""
+    """Remove copies that nobody has written to for so long, as the processes that made them were killed."""
     for name in folder.entries():
         if _COPY.fullmatch(name):
             with contextlib.suppress(OSError):
@@ -100,16 +99,16 @@ def remove_idle_copies(folder: Folder, seconds: float) -> None:
                     folder.unlink(name)
 
 
-def quarantine(folder: Folder, name: str, aside: Folder, new_name: str) -> None:
-    """Move a bad file or folder into the folder `aside`; remove a file that cannot be moved there."""
+def quarantine(folder: Folder, name: str, target: Folder, new_name: str) -> None:
+    """Move a bad file or folder into the folder `target`; remove a file that cannot be moved there."""
     status = folder.status(name)
     if status is None:
         return
     if stat.S_ISDIR(status.st_mode):
-        folder.replace(name, aside, f"{new_name}.{secrets.token_hex(8)}")  # it could not replace a file
+        folder.replace(name, target, f"{new_name}.{secrets.token_hex(8)}")  # it could not replace a file
         return
     try:
-        folder.replace(name, aside, new_name)
+        folder.replace(name, target, new_name)
     except OSError as error:
         if is_gone(error) or error.errno not in (errno.EXDEV, errno.EISDIR, errno.EPERM, errno.EACCES):
             raise
