@@ -1,4 +1,4 @@
-"""Few file descriptors: a load makes do with them, leaves some to the program, and says so where there are none."""
+"""Few file descriptors: a load manages with them, leaves some to the program, and reports when there are none."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ def model(tmp_path: Path) -> Path:
 
 
 def run(script: str, **arguments: Any) -> Any:
-    """What a script finds as `result`, in a process of its own; `limit_to` sets how many files it may open."""
+    """Run a script in a process of its own, and return its variable `result`.
+
+    In the script, `limit_to` sets how many files it may open.
+    """
     begin = """
         import json, os, resource, sys, warnings
         import numpy as np
@@ -42,7 +45,7 @@ def run(script: str, **arguments: Any) -> Any:
             resource.setrlimit(resource.RLIMIT_NOFILE, (count, count))
 
         def leave(count):
-            "Have no more than so many descriptors be left."
+            "Use up all descriptors but so many."
             held = []
             try:
                 while True:
@@ -84,7 +87,7 @@ def run(script: str, **arguments: Any) -> Any:
         ("in memory", 1024, 6),
     ],
 )
-def test_row_55_a_load_makes_do_with_few_descriptors(
+def test_row_55_a_load_manages_with_few_descriptors(
     model: Path, tmp_path: Path, serve: Serve, where: str, limit: int, times: int
 ) -> None:
     server = serve(model)
@@ -110,9 +113,7 @@ def test_row_55_a_load_makes_do_with_few_descriptors(
 
 
 @pytest.mark.parametrize("where", ["cached", "cold"])
-def test_row_55_loads_at_the_same_time_share_what_there_is(
-    model: Path, tmp_path: Path, serve: Serve, where: str
-) -> None:
+def test_row_55_concurrent_loads_share_the_descriptors(model: Path, tmp_path: Path, serve: Serve, where: str) -> None:
     server = serve(model)
     if where == "cached":
         ndcache.fetch(server.url)
@@ -153,7 +154,7 @@ def test_row_55_the_program_can_open_files_during_a_load(model: Path, serve: Ser
 
 @pytest.mark.parametrize("verb", ["load", "fetch", "verify", "stream", "local", "in memory", "by name"])
 @pytest.mark.parametrize("left", [1, 2])
-def test_row_55_a_shortage_is_told_as_such(model: Path, serve: Serve, verb: str, left: int) -> None:
+def test_row_55_a_shortage_is_reported_as_such(model: Path, serve: Serve, verb: str, left: int) -> None:
     server = serve(model)
     if verb == "verify":
         ndcache.fetch(server.url)
@@ -180,7 +181,7 @@ def test_row_55_a_shortage_is_told_as_such(model: Path, serve: Serve, verb: str,
     """
     result = run(script, url=server.url, local=model, verb=verb, left=left)
     if result is None:
-        assert verb in ("local", "verify")  # a file at a time is enough
+        assert verb in ("local", "verify")  # one file at a time is enough
         return
     text, number, is_os_error, is_retryable = result
     assert "200 file descriptors" in text
@@ -188,7 +189,7 @@ def test_row_55_a_shortage_is_told_as_such(model: Path, serve: Serve, verb: str,
     assert "cache" not in text
     assert "network" not in text
     assert (number, is_os_error, is_retryable) == (24, True, False)
-    assert len(server.requests) <= 12  # of the workers, each at most once
+    assert len(server.requests) <= 12  # at most one by each worker
 
 
 def test_a_shortage_of_the_whole_system() -> None:
@@ -198,12 +199,12 @@ def test_a_shortage_of_the_whole_system() -> None:
     descriptors.check_exhausted()
 
 
-def test_what_can_be_afforded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_how_many_workers_can_be_afforded(monkeypatch: pytest.MonkeyPatch) -> None:
     for free, wanted, each, count in [
         (None, 8, 8, 8),
         (1000, 8, 8, 8),
-        (100, 8, 8, 6),  # half of it is the program's
-        (200, 128, 4, 34),  # 64 of it are
+        (100, 8, 8, 6),  # half of them are the program's
+        (200, 128, 4, 34),  # 64 of them are
         (5, 8, 8, 0),
         (0, 8, 8, 0),
     ]:

@@ -1,4 +1,4 @@
-"""Links that somebody planted in the cache, in every place, for every verb: nothing is done where they lead."""
+"""Symbolic and hard links planted in the cache, at every place, for every verb: their targets are left alone."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def server(tmp_path: Path, serve: Serve) -> FileServer:
 
 @pytest.fixture
 def victim(tmp_path: Path) -> Path:
-    """What belongs to somebody else, with the names that ndcache uses."""
+    """Make files that belong to somebody else, under names that ndcache uses."""
     victim = tmp_path / "victim"
     for name in (SHARD, "tensor-cache.json", "source.json", f"{SHARD}.json", "x.12345678.deleted/file"):
         (victim / name).parent.mkdir(parents=True, exist_ok=True)
@@ -48,7 +48,7 @@ def victim(tmp_path: Path) -> Path:
 
 
 def tree(directory: Path) -> dict[str, Any]:
-    """Everything that can be seen of what is in a directory, if it is there."""
+    """Return modes, times and bytes of everything in a directory, or nothing if it is not there."""
     found: dict[str, Any] = {}
     for path in [directory, *directory.rglob("*")] if directory.exists() else []:
         status = path.lstat()
@@ -78,7 +78,7 @@ VERBS: dict[str, Callable[[str], Any]] = {
     "tvm remove": remove,
     "delete": ndcache.delete,
 }
-#: Where a link is planted, below the cache's root; STATE stands for the model's own folder.
+#: Where a link is planted, below the cache's root; MODEL stands for the model's directory.
 STATE = "default/MODEL/.ndcache"
 PLACES = ["default", "default/MODEL", STATE, *(f"{STATE}/{name}" for name in ("parts", "locks", "validators"))]
 
@@ -125,7 +125,7 @@ def test_row_57_links_at_notes_and_names_are_replaced_and_not_followed(
 
 
 @pytest.mark.parametrize("place", ["default", "default/MODEL"])
-def test_row_57_what_is_linked_into_the_cache_is_not_listed_nor_deleted_by_path(
+def test_row_57_a_directory_linked_into_the_cache_is_neither_listed_nor_deleted_by_path(
     server: FileServer, cache_dir: Path, tmp_path: Path, place: str
 ) -> None:
     elsewhere = ndcache.fetch(server.url, cache_dir=tmp_path / "elsewhere")
@@ -142,7 +142,7 @@ def test_row_57_what_is_linked_into_the_cache_is_not_listed_nor_deleted_by_path(
     assert tree(tmp_path / "elsewhere") == before
 
 
-def test_row_57_a_link_with_the_name_of_a_deletion_is_left_alone(server: FileServer, victim: Path) -> None:
+def test_row_57_a_link_named_like_trash_is_left_alone(server: FileServer, victim: Path) -> None:
     directory = ndcache.fetch(server.url)
     before = tree(victim)
     directory.with_name(f"{directory.name}.12345678.deleted").symlink_to(victim)
@@ -151,7 +151,7 @@ def test_row_57_a_link_with_the_name_of_a_deletion_is_left_alone(server: FileSer
     assert tree(victim) == before
 
 
-def test_row_57_how_one_gets_to_the_root_is_the_users_business(server: FileServer, tmp_path: Path) -> None:
+def test_row_57_links_above_and_at_the_root_are_followed(server: FileServer, tmp_path: Path) -> None:
     (tmp_path / "data" / "home").mkdir(parents=True)
     (tmp_path / "home-link").symlink_to(tmp_path / "data")
     (tmp_path / "data" / "cache-link").symlink_to(tmp_path / "data" / "home")
@@ -166,9 +166,11 @@ def test_row_57_how_one_gets_to_the_root_is_the_users_business(server: FileServe
 
 
 @pytest.mark.once
-@pytest.mark.skipif(not folders._HAS_DIR_FD, reason="the system has no calls that take a folder")
-def test_row_57_a_link_that_comes_and_goes(server: FileServer, cache_dir: Path, victim: Path) -> None:
-    """Of all looks at the folder, some find the link and some the real one, in any order."""
+@pytest.mark.skipif(not folders._HAS_DIR_FD, reason="the system has no calls that take a folder's descriptor")
+def test_row_57_a_link_that_alternates_with_the_real_folder_is_not_followed(
+    server: FileServer, cache_dir: Path, victim: Path
+) -> None:
+    """Each access may meet the link or the real folder, in any order."""
     directory = ndcache.fetch(server.url)
     (directory / SHARD).unlink()
     away, link = directory.with_name("away"), directory.with_name("link")
@@ -185,7 +187,7 @@ def test_row_57_a_link_that_comes_and_goes(server: FileServer, cache_dir: Path, 
                 lambda: os.unlink(directory),
                 lambda: os.rename(away, directory),
             ):
-                with contextlib.suppress(OSError):  # a fetch has made the folder anew in between
+                with contextlib.suppress(OSError):  # a fetch has made the folder again in between
                     step()
 
     thread = threading.Thread(target=flip)
@@ -205,15 +207,15 @@ def test_row_57_a_link_that_comes_and_goes(server: FileServer, cache_dir: Path, 
 # --- hard links
 
 
-@pytest.mark.parametrize("verb", ["turn", "if_free"])
-def test_row_57_a_file_that_also_has_a_locks_name_keeps_its_bytes_and_mode(tmp_path: Path, verb: str) -> None:
+@pytest.mark.parametrize("verb", ["acquire_or_wait", "try_lock"])
+def test_row_57_a_file_with_a_hard_link_at_a_locks_name_keeps_its_bytes_and_mode(tmp_path: Path, verb: str) -> None:
     victim = tmp_path / "victim"
     victim.write_bytes(b"precious")
     victim.chmod(0o600)
     (tmp_path / "locks").mkdir()
     path = tmp_path / "locks" / SHARD
     os.link(victim, path)
-    if verb == "turn":
+    if verb == "acquire_or_wait":
         with acquire_or_wait(path, is_there=lambda: False, progress=int, sleep=lambda seconds: None) as mine:
             assert mine == DownloadLock(is_exclusive=False)
     else:
@@ -222,8 +224,7 @@ def test_row_57_a_file_that_also_has_a_locks_name_keeps_its_bytes_and_mode(tmp_p
     assert (victim.read_bytes(), stat.S_IMODE(victim.stat().st_mode)) == (b"precious", 0o600)
 
 
-def test_row_57_hard_links_at_every_name(server: FileServer, tmp_path: Path) -> None:
-    """No file that has another name, too, is written to, whatever name it has in the cache."""
+def test_row_57_files_with_hard_links_in_the_cache_are_not_written_to(server: FileServer, tmp_path: Path) -> None:
     directory = ndcache.fetch(server.url)
     arrays = ndcache.load(server.url)
     planted = [path for path in directory.rglob("*") if path.is_file()] + [directory / ".ndcache" / "locks" / SHARD]
@@ -245,13 +246,13 @@ def test_row_57_hard_links_at_every_name(server: FileServer, tmp_path: Path) -> 
 
 @pytest.fixture(params=[True, False], ids=["with", "without"])
 def dir_fd(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With and without calls that take a folder, which Windows lacks."""
+    """Run a test with and without calls that take a folder's descriptor, which Windows lacks."""
     if not request.param:
         monkeypatch.setattr(folders, "_HAS_DIR_FD", False)
 
 
 @pytest.mark.usefixtures("dir_fd")
-def test_a_folder(tmp_path: Path) -> None:
+def test_a_folder_and_its_entries(tmp_path: Path) -> None:
     folder = Folder(tmp_path / "root", ("a",)) / "b"
     assert (folder.exists(), folder.entries(), folder.status("x"), folder.open("x")) == (False, [], None, None)
     with pytest.raises(FileNotFoundError):
@@ -275,7 +276,7 @@ def test_a_folder(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("dir_fd")
 @pytest.mark.parametrize("call", ["exists", "entries", "make", "create", "unlink", "replace", "status", "open"])
-def test_a_folder_behind_a_link(tmp_path: Path, call: str) -> None:
+def test_a_folder_behind_a_link_is_refused(tmp_path: Path, call: str) -> None:
     (tmp_path / "victim" / "b").mkdir(parents=True)
     (tmp_path / "victim" / "b" / "x").write_bytes(b"precious")
     (tmp_path / "a").symlink_to(tmp_path / "victim")
@@ -287,7 +288,7 @@ def test_a_folder_behind_a_link(tmp_path: Path, call: str) -> None:
 
 
 def opened_on_the_way(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The folders below a root that are gone through from now on."""
+    """Return a list to which each folder is added that is opened below a root from now on."""
     found: list[str] = []
     enter = Folder._enter
 
@@ -299,7 +300,7 @@ def opened_on_the_way(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
-@pytest.mark.skipif(not folders._HAS_DIR_FD, reason="the system has no calls that take a folder")
+@pytest.mark.skipif(not folders._HAS_DIR_FD, reason="the system has no calls that take a folder's descriptor")
 def test_a_folder_that_is_held_stays_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, victim = Folder(tmp_path, ("a", "b")), tmp_path / "victim"
     (folder / "c").make()
@@ -319,7 +320,7 @@ def test_a_folder_that_is_held_stays_the_same(tmp_path: Path, monkeypatch: pytes
     assert folders._held.handles == []
 
 
-@pytest.mark.skipif(not folders._HAS_DIR_FD, reason="the system has no calls that take a folder")
+@pytest.mark.skipif(not folders._HAS_DIR_FD, reason="the system has no calls that take a folder's descriptor")
 def test_publishing_goes_down_to_a_folder_once(server: FileServer, monkeypatch: pytest.MonkeyPatch) -> None:
     ndcache.fetch(server.url, names="layer.0")
     opened = opened_on_the_way(monkeypatch)
@@ -330,6 +331,6 @@ def test_publishing_goes_down_to_a_folder_once(server: FileServer, monkeypatch: 
 @pytest.mark.parametrize(
     ("number", "expected"), [(errno.ENOENT, True), (errno.ENOTDIR, True), (errno.ESTALE, True), (errno.EIO, False)]
 )
-def test_what_is_gone(number: int, expected: bool) -> None:
+def test_which_errors_say_that_a_file_is_gone(number: int, expected: bool) -> None:
     assert is_gone(OSError(number, "?")) is expected
     assert not is_gone(None)

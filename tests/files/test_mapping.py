@@ -1,4 +1,4 @@
-"""Shards mapped without descriptors; file systems and limits that allow no map, where shards are read instead."""
+"""Shards mapped without descriptors, and read instead where file systems or limits allow no mapping."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from ..helpers.models import assert_same
 from ..helpers.servers import FileServer
 
 Serve = Callable[..., FileServer]
-linux_only = pytest.mark.skipif(sys.platform != "linux", reason="tells what is open and mapped")
-#: System calls by number, for the filter: mmap.
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what is open and mapped")
+#: The number of mmap, for the filter, by processor.
 _MMAP = {"x86_64": 9, "aarch64": 222}
 
 
@@ -48,7 +48,7 @@ def maps_of(path: Path) -> int:
 
 
 @linux_only
-def test_a_map_holds_no_descriptor_and_ends_with_its_last_array(file: Path) -> None:
+def test_a_mapping_holds_no_descriptor_and_ends_with_its_last_array(file: Path) -> None:
     before = len(os.listdir("/proc/self/fd"))
     with open(file, "rb") as opened:
         array = map_file(opened, 1 << 14)
@@ -67,7 +67,7 @@ def test_a_map_holds_no_descriptor_and_ends_with_its_last_array(file: Path) -> N
     assert maps_of(file) == 0
 
 
-def test_a_map_is_read_only_for_good(file: Path) -> None:
+def test_a_mapping_cannot_be_made_writeable(file: Path) -> None:
     with open(file, "rb") as opened:
         array = map_file(opened, 1 << 14)
     for each in (array, array[7:9], array.view(np.float64)):
@@ -77,14 +77,14 @@ def test_a_map_is_read_only_for_good(file: Path) -> None:
     assert memoryview(array).readonly
 
 
-def test_what_cannot_be_mapped_is_an_error(tmp_path: Path) -> None:
+def test_a_pipe_cannot_be_mapped(tmp_path: Path) -> None:
     reader, writer = os.pipe()
     with open(reader, "rb", buffering=0) as pipe, open(writer, "wb"), pytest.raises((OSError, ValueError)):
         map_file(pipe, 10)
 
 
 def run(script: str, *args: object) -> Any:
-    """What a script finds as `result`, in a process of its own."""
+    """Run a script in a process of its own, and return its variable `result`."""
     environ = {**os.environ, "PYTHONPATH": str(Path(ndcache.__file__).parents[1])}
     whole = "import json, sys\nimport numpy as np\nimport ndcache\n" + textwrap.dedent(script)
     command = [sys.executable, "-c", f"{whole}\nprint(json.dumps(result))", *map(str, args)]
@@ -93,7 +93,7 @@ def run(script: str, *args: object) -> Any:
     return json.loads(done.stdout)
 
 
-#: Has the kernel refuse shared maps with an error of this number, as some file systems do.
+#: Makes the kernel refuse shared mappings with an error of this number, as some file systems do.
 REFUSE_MAPS = """
 import ctypes, struct
 def refuse_maps(system_call, number):
@@ -152,7 +152,7 @@ def test_row_56_shards_that_cannot_be_mapped_are_read(model: Path, serve: Serve,
     assert 5 <= len(logs) <= 5 * 8  # a line for each load, or for each worker that began at the same time
 
 
-def test_row_56_a_map_that_fails_is_said_once(
+def test_row_56_a_mapping_that_fails_is_logged_once(
     model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     arrays = models.simple_model(model, shards=20)
@@ -169,8 +169,8 @@ def test_row_56_a_map_that_fails_is_said_once(
 
 
 @linux_only
-def test_row_56_no_room_for_a_map_or_an_array(tmp_path: Path) -> None:
-    """Where the address space is limited, so that neither can be had, the error says what there is no memory for."""
+def test_row_56_no_address_space_for_a_mapping_or_an_array_is_a_memory_error(tmp_path: Path) -> None:
+    """The error says what there is no memory for."""
     nbytes = 1 << 30
     model = tmp_path / "model"
     models.simple_model(model, shards=1)
@@ -196,7 +196,7 @@ def test_row_56_no_room_for_a_map_or_an_array(tmp_path: Path) -> None:
 
 
 @linux_only
-def test_more_shards_than_maps_may_be(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_beyond_the_limit_of_mappings_are_read(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ndcache.devices.cpu._MAX_MAPS", 3)
     arrays = models.simple_model(model)
     weights = ndcache.load(model)

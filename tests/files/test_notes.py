@@ -1,4 +1,4 @@
-"""ndcache's own notes, and the names it publishes, with anything in their place: nothing crashes, nothing waits."""
+"""Anything in the place of ndcache's notes and published files: nothing crashes, and nothing hangs."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ from ..helpers.servers import FileServer
 
 Serve = Callable[..., FileServer]
 SHARD = "params_shard_0.bin"
-PART = f".ndcache/parts/{SHARD}.0123456789abcdef"
+PARTIAL = f".ndcache/parts/{SHARD}.0123456789abcdef"
 NOTES = {
-    "validator": f".ndcache/validators/{SHARD}.json",
-    "validator of the manifest": ".ndcache/validators/tensor-cache.json.json",
-    "note of a part": f"{PART}.json",
+    "metadata": f".ndcache/validators/{SHARD}.json",
+    "metadata of the manifest": ".ndcache/validators/tensor-cache.json.json",
+    "note of a partial file": f"{PARTIAL}.json",
     "source": ".ndcache/source.json",
     "lock": f".ndcache/locks/{SHARD}",
 }
-NAMES = {"part": PART, "shard": SHARD, "manifest": "tensor-cache.json"}
+NAMES = {"partial file": PARTIAL, "shard": SHARD, "manifest": "tensor-cache.json"}
 
 
 @pytest.fixture(autouse=True)
 def _no_hang() -> Iterator[None]:
-    """What waits for ever is a failure, and not the end of the run."""
+    """Make a test that hangs fail."""
 
     def fail(*_: object) -> None:
         raise TimeoutError("it hangs")
@@ -75,7 +75,7 @@ def device(minor: int) -> Callable[[Path], None]:
 
 def listening(path: Path) -> None:
     here = os.getcwd()
-    os.chdir(path.parent)  # the path of a socket is short
+    os.chdir(path.parent)  # a socket's path must be short
     try:
         with socket.socket(socket.AF_UNIX) as made:
             made.bind(path.name)
@@ -95,13 +95,13 @@ def text(content: bytes) -> Callable[[Path], object]:
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "empty": text(b""),
     "cut": text(b'{"nbytes": 3, "mt'),
-    "no text": text(bytes(range(256))),
-    "no object": text(b"[1, 2]"),
+    "not text": text(bytes(range(256))),
+    "not an object": text(b"[1, 2]"),
     "a large number": text(b'{"nbytes": ' + b"9" * 5000 + b', "mtime_ns": 1}'),
     "NaN": text(b'{"nbytes": NaN, "mtime_ns": Infinity, "digests": {"md5": NaN}}'),
     "deep lists": text(b"[" * 60_000),
     "deep objects": text(b'{"a":' * 12_000),
-    "half a character": text(b'{"source": "\\ud800", "etag": "\\udfff", "nbytes": 1, "mtime_ns": 1}'),
+    "half a surrogate pair": text(b'{"source": "\\ud800", "etag": "\\udfff", "nbytes": 1, "mtime_ns": 1}'),
     "terminal codes": text(b'{"source": "\\u001b[2J\\u0000\\n"}'),
     "sparse": sparse,
     "fifo": os.mkfifo,
@@ -116,7 +116,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 
 def verbs(url: str, cache_dir: Path) -> None:
-    """All that a user does, twice, with what is damaged found at first by each of them in turn."""
+    """Use each verb that may meet the damaged file first."""
     with contextlib.suppress(ndcache.OfflineError):
         ndcache.load(url, offline=True).close()
     ndcache.is_cached(url)
@@ -134,18 +134,18 @@ def verbs(url: str, cache_dir: Path) -> None:
 @pytest.mark.parametrize("first", ["load", "fetch", "verbs", "delete"])
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("what", [*NOTES, *NAMES])
-def test_row_57_whatever_lies_at_a_name_of_ours(
+def test_row_57_anything_at_a_name_that_ndcache_uses_is_survived(
     server: FileServer, cache_dir: Path, what: str, damage: str, first: str
 ) -> None:
     directory = ndcache.fetch(server.url)
     with contextlib.closing(ndcache.load(server.url)) as weights:
         arrays = {name: array.copy() for name, array in weights.items()}
     path = directory / {**NOTES, **NAMES}[what]
-    if what == "part":
-        (directory / NOTES["note of a part"]).write_text(json.dumps(note_of_a_part(server)))
-    elif what == "note of a part":
-        (directory / PART).write_bytes(b"\0" * 100)
-    if what in ("part", "note of a part", "lock"):
+    if what == "partial file":
+        (directory / NOTES["note of a partial file"]).write_text(json.dumps(partial_note(server)))
+    elif what == "note of a partial file":
+        (directory / PARTIAL).write_bytes(b"\0" * 100)
+    if what in ("partial file", "note of a partial file", "lock"):
         (directory / SHARD).unlink()
     path.unlink(missing_ok=True)
     DAMAGES[damage](path)
@@ -164,7 +164,7 @@ def test_row_57_whatever_lies_at_a_name_of_ours(
     assert list(cache_dir.glob("*/*")) == []
 
 
-def note_of_a_part(server: FileServer) -> dict[str, Any]:
+def partial_note(server: FileServer) -> dict[str, Any]:
     return {
         "url": f"{server.url}{SHARD}",
         "etag": '"1"',
@@ -192,33 +192,35 @@ ODD += [
 @pytest.mark.parametrize(
     ("what", "offline"),
     [
-        *(("validator", False), ("validator", True)),
-        *(("validator of the manifest", False), ("validator of the manifest", True)),
-        ("note of a part", False),  # parts are for downloads
+        *(("metadata", False), ("metadata", True)),
+        *(("metadata of the manifest", False), ("metadata of the manifest", True)),
+        ("note of a partial file", False),  # used only for downloads
     ],
 )
-def test_row_57_anything_in_any_field_of_a_note(server: FileServer, tmp_path: Path, what: str, offline: bool) -> None:
+def test_row_57_any_value_in_any_field_of_a_note_is_survived(
+    server: FileServer, tmp_path: Path, what: str, offline: bool
+) -> None:
     directory = ndcache.fetch(server.url)
     with contextlib.closing(ndcache.load(server.url)) as weights:
         arrays = {name: array.copy() for name, array in weights.items()}
-    path, is_part = directory / NOTES[what], what == "note of a part"
-    content = note_of_a_part(server) if is_part else json.loads(path.read_text())
+    path, is_partial = directory / NOTES[what], what == "note of a partial file"
+    content = partial_note(server) if is_partial else json.loads(path.read_text())
     for field in content:
         for value in ODD:
             for verify in ("download", "always"):
-                if is_part:
+                if is_partial:
                     (directory / SHARD).unlink(missing_ok=True)
-                    (directory / PART).write_bytes(b"\0" * 100)
+                    (directory / PARTIAL).write_bytes(b"\0" * 100)
                 path.write_text(json.dumps({**content, field: value}))
                 with contextlib.closing(ndcache.load(server.url, offline=offline, verify=verify)) as weights:
                     models.assert_same(weights, arrays)
     assert not (directory / ".ndcache" / "aside" / SHARD).exists()  # a wrong note is no reason to blame the file
 
 
-def test_a_validator_that_says_another_digest_of_a_good_file(server: FileServer) -> None:
-    """The manifest's digest decides, and what is noted is corrected."""
+def test_a_wrong_digest_in_the_metadata_of_a_good_file_is_corrected(server: FileServer) -> None:
+    """The manifest's digest decides."""
     directory = ndcache.fetch(server.url)
-    path = directory / NOTES["validator"]
+    path = directory / NOTES["metadata"]
     content = json.loads(path.read_text())
     path.write_text(json.dumps({**content, "mtime_ns": 1, "digests": {"sha256": "0" * 64}, "claim": None}))
     assert ndcache.verify(server.url).ok
@@ -232,7 +234,7 @@ def test_a_validator_that_says_another_digest_of_a_good_file(server: FileServer)
         *(("\u20ac", False), (" a", False), ("x" * 1025, False), ("\ud800", False), ("\x7f", False)),
     ],
 )
-def test_what_may_be_sent_to_a_server(text: str | None, is_sendable: bool) -> None:
+def test_which_texts_may_be_sent_to_a_server(text: str | None, is_sendable: bool) -> None:
     assert sendable(text) == (text if is_sendable else None)
 
 

@@ -181,7 +181,7 @@ def test_a_whole_model_is_used_without_a_download(
 
 
 @needs_boot_id
-def test_a_partial_file_is_gone_on_with(server: FileServer, cache_dir: Path, digests: bool) -> None:
+def test_a_partial_file_is_resumed(server: FileServer, cache_dir: Path, digests: bool) -> None:
     directory = cache_of(server.url, cache_dir)
     write_manifest(directory, server.url, digests=digests)
     write_shard(directory, SECOND, digests=digests, claim=content_id(SECOND, digests=digests))
@@ -195,7 +195,7 @@ def test_a_partial_file_is_gone_on_with(server: FileServer, cache_dir: Path, dig
 
 
 @needs_boot_id
-def test_a_partial_file_with_holes_is_gone_on_with(server: FileServer, cache_dir: Path, digests: bool) -> None:
+def test_a_partial_file_with_holes_is_resumed(server: FileServer, cache_dir: Path, digests: bool) -> None:
     directory = cache_of(server.url, cache_dir)
     write_manifest(directory, server.url, digests=digests)
     write_shard(directory, SECOND, digests=digests, claim=content_id(SECOND, digests=digests))

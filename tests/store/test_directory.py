@@ -1,4 +1,4 @@
-"""The cache directory: what is found in it, what may be put there, and what it must not touch."""
+"""A model's cache directory: lookups, publishing, and files that must not be touched."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ndcache.store.directory import ModelDirectory
 from ndcache.store.inventory import cache_root, models
 from ndcache.store.metadata import Match
 
-#: Of a manifest that was published with nothing to remember of it.
+#: A content ID that no file here was published with.
 CONTENT_ID = "tensor-cache.json 0"
 
 
@@ -33,20 +33,20 @@ def cache(tmp_path: Path) -> ModelDirectory:
 
 
 def publish(cache: ModelDirectory, name: str, data: bytes) -> Path:
-    with cache.partials.create(name) as part:
-        part.hasher.add("md5", lambda: None)
-        part.write(data)
-        cache.publish(part, name).close()
+    with cache.partials.create(name) as partial:
+        partial.hasher.add("md5", lambda: None)
+        partial.write(data)
+        cache.publish(partial, name).close()
     return cache.path(name)
 
 
-def test_a_part_gets_its_name_when_it_is_published(cache: ModelDirectory) -> None:
-    with cache.partials.create("a/b.bin") as part:
-        part.hasher.add("md5", lambda: None)
-        part.write(b"abc")
-        part.write(b"def")
+def test_a_partial_file_gets_its_name_when_it_is_published(cache: ModelDirectory) -> None:
+    with cache.partials.create("a/b.bin") as partial:
+        partial.hasher.add("md5", lambda: None)
+        partial.write(b"abc")
+        partial.write(b"def")
         assert cache.size("a/b.bin") is None
-        with cache.publish(part, "a/b.bin") as file:
+        with cache.publish(partial, "a/b.bin") as file:
             assert file.read() == b"abcdef"
     assert cache.path("a/b.bin").read_bytes() == b"abcdef"
     assert cache.has(shard(b"abcdef", "a/b.bin"))
@@ -54,15 +54,15 @@ def test_a_part_gets_its_name_when_it_is_published(cache: ModelDirectory) -> Non
     assert list((cache.directory / ".ndcache" / "parts").iterdir()) == []
 
 
-def test_a_part_that_is_not_published_leaves_nothing(cache: ModelDirectory) -> None:
-    with pytest.raises(ZeroDivisionError), cache.partials.create("a.bin") as part:
-        part.write(b"abc")
+def test_a_partial_file_that_is_not_published_leaves_nothing(cache: ModelDirectory) -> None:
+    with pytest.raises(ZeroDivisionError), cache.partials.create("a.bin") as partial:
+        partial.write(b"abc")
         1 / 0  # noqa: B018
     assert cache.size("a.bin") is None
     assert list((cache.directory / ".ndcache" / "parts").iterdir()) == []
 
 
-def test_two_writers_of_one_file_do_not_meet(cache: ModelDirectory) -> None:
+def test_two_writers_of_one_file_do_not_disturb_each_other(cache: ModelDirectory) -> None:
     with cache.partials.create("a.bin") as one, cache.partials.create("a.bin") as two:
         one.write(b"one")
         two.write(b"two")
@@ -76,7 +76,7 @@ def test_two_writers_of_one_file_do_not_meet(cache: ModelDirectory) -> None:
     assert cache.path("a.bin").read_bytes() == b"two"
 
 
-def test_nothing_is_made_before_something_is_written(cache: ModelDirectory) -> None:
+def test_nothing_is_created_before_something_is_written(cache: ModelDirectory) -> None:
     assert cache.size("a.bin") is None
     assert cache.read("a.json", 100) is None
     assert cache.metadata("a.bin") is None
@@ -88,11 +88,11 @@ def test_nothing_is_made_before_something_is_written(cache: ModelDirectory) -> N
     ("now", "match"),
     [
         (b"abc", Match.SAME),
-        (b"abd", Match.UNKNOWN),  # other bytes, written later: nothing is known
+        (b"abd", Match.UNKNOWN),  # other bytes, written later
         (b"abcd", Match.UNKNOWN),
     ],
 )
-def test_what_is_known_holds_for_the_file_that_was_published(cache: ModelDirectory, now: bytes, match: Match) -> None:
+def test_metadata_hold_only_for_the_file_that_was_published(cache: ModelDirectory, now: bytes, match: Match) -> None:
     path = publish(cache, "params_shard_0.bin", b"abc")
     if now != b"abc":
         path.write_bytes(now)
@@ -118,18 +118,18 @@ MANIFEST_1, MANIFEST_2, OTHER_MANIFEST = "tensor-cache.json 1", "tensor-cache.js
         (("md5",), "anything", "another thing", True, Match.SAME),
     ],
 )
-def test_row_11_what_the_manifest_said_is_remembered(
+def test_row_11_what_the_manifest_said_of_a_shard_is_remembered(
     cache: ModelDirectory, algorithms: tuple[str, ...], then: str, now: str, has_md5: bool, match: Match
 ) -> None:
-    with cache.partials.create("params_shard_0.bin") as part:
+    with cache.partials.create("params_shard_0.bin") as partial:
         for algorithm in algorithms:
-            part.hasher.add(algorithm, lambda: None)
-        part.write(b"abc")
-        cache.publish(part, "params_shard_0.bin", content_id=then).close()
+            partial.hasher.add(algorithm, lambda: None)
+        partial.write(b"abc")
+        cache.publish(partial, "params_shard_0.bin", content_id=then).close()
     assert cache.compare(shard(b"abc", md5=has_md5), now) is match
 
 
-def test_a_file_that_was_replaced_is_judged_by_itself(cache: ModelDirectory) -> None:
+def test_metadata_of_a_new_file_do_not_hold_for_the_one_that_it_replaced(cache: ModelDirectory) -> None:
     publish(cache, "params_shard_0.bin", b"abc")
     with open(cache.path("params_shard_0.bin"), "rb") as old:
         publish(cache, "params_shard_0.bin", b"abd")
@@ -143,22 +143,24 @@ def test_a_file_that_was_replaced_is_judged_by_itself(cache: ModelDirectory) -> 
     assert cache.path("params_shard_0.bin").read_bytes() == b"abd"
 
 
-def test_a_full_disk_costs_the_memory_of_a_file_and_not_the_file(
+def test_a_disk_too_full_for_a_note_still_publishes_the_file(
     cache: ModelDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with cache.partials.create("params_shard_0.bin") as part:
-        part.write(b"abc")
+    with cache.partials.create("params_shard_0.bin") as partial:
+        partial.write(b"abc")
         monkeypatch.setattr(json, "dumps", full)
-        cache.publish(part, "params_shard_0.bin").close()
+        cache.publish(partial, "params_shard_0.bin").close()
     assert cache.has(shard(b"abc"))
     assert cache.compare(shard(b"abc"), CONTENT_ID) is Match.UNKNOWN
     assert list((cache.directory / ".ndcache" / "validators").iterdir()) == []
 
 
-def test_another_process_publishes_at_the_same_moment(cache: ModelDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_another_process_replaces_at_once_is_returned_as_it_was_checked(
+    cache: ModelDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     replace = os.replace
 
     def overtaken(source: str, target: str, **folders: int) -> None:
@@ -167,25 +169,25 @@ def test_another_process_publishes_at_the_same_moment(cache: ModelDirectory, mon
             monkeypatch.setattr(os, "replace", replace)
             publish(cache, "params_shard_0.bin", b"another version")
 
-    with cache.partials.create("params_shard_0.bin") as part:
-        part.write(b"abc")
+    with cache.partials.create("params_shard_0.bin") as partial:
+        partial.write(b"abc")
         monkeypatch.setattr(os, "replace", overtaken)
-        with cache.publish(part, "params_shard_0.bin") as file:
-            assert file.read() == b"abc"  # which is what was checked
+        with cache.publish(partial, "params_shard_0.bin") as file:
+            assert file.read() == b"abc"  # these bytes were checked
     assert cache.path("params_shard_0.bin").read_bytes() == b"another version"
     assert cache.is_intact("params_shard_0.bin")
 
 
-def test_a_part_that_was_taken_for_an_orphan(cache: ModelDirectory) -> None:
-    with cache.partials.create("params_shard_0.bin") as part:
-        part.write(b"abc")
-        part.path.unlink()
+def test_publishing_fails_if_the_partial_file_was_removed_as_an_orphan(cache: ModelDirectory) -> None:
+    with cache.partials.create("params_shard_0.bin") as partial:
+        partial.write(b"abc")
+        partial.path.unlink()
         with pytest.raises(ndcache.CacheUnavailableError) as caught:
-            cache.publish(part, "params_shard_0.bin")
+            cache.publish(partial, "params_shard_0.bin")
     assert isinstance(caught.value.__cause__, FileNotFoundError)
 
 
-def test_another_digest_in_the_manifest_is_known_to_be_wrong(cache: ModelDirectory) -> None:
+def test_another_digest_in_the_manifest_means_other_content(cache: ModelDirectory) -> None:
     publish(cache, "params_shard_0.bin", b"abc")
     assert cache.compare(shard(b"abd"), CONTENT_ID) is Match.DIFFERENT
     assert (
@@ -194,7 +196,7 @@ def test_another_digest_in_the_manifest_is_known_to_be_wrong(cache: ModelDirecto
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"nbytes": 3}', b'{"odd": 1}', b"\xff"])
-def test_a_damaged_validator_is_none(cache: ModelDirectory, content: bytes) -> None:
+def test_damaged_metadata_count_as_none(cache: ModelDirectory, content: bytes) -> None:
     publish(cache, "params_shard_0.bin", b"abc")
     (cache.directory / ".ndcache" / "validators" / "params_shard_0.bin.json").write_bytes(content)
     assert cache.metadata("params_shard_0.bin") is None
@@ -208,7 +210,7 @@ def test_names_with_slashes_and_percent_signs_stay_apart(cache: ModelDirectory) 
     assert cache.compare(shard(b"22", "a%2Fb.bin"), CONTENT_ID) is Match.SAME
 
 
-def test_row_31_what_is_bad_is_set_aside(cache: ModelDirectory) -> None:
+def test_row_31_a_bad_file_goes_to_quarantine(cache: ModelDirectory) -> None:
     publish(cache, "params_shard_0.bin", b"abc")
     cache.quarantine("params_shard_0.bin")
     cache.quarantine("params_shard_0.bin")
@@ -237,7 +239,7 @@ def test_row_30_a_planted_symlink_leaves_its_victim_alone(cache: ModelDirectory,
     assert (victim / "file").read_bytes() == b"precious"
 
 
-def test_deleting_frees_everything_and_readers_go_on(cache: ModelDirectory) -> None:
+def test_deleting_frees_everything_and_open_files_stay_readable(cache: ModelDirectory) -> None:
     path = publish(cache, "params_shard_0.bin", b"x" * 1000)
     with open(path, "rb") as reader:
         assert delete_model(cache) >= 1000
@@ -245,7 +247,7 @@ def test_deleting_frees_everything_and_readers_go_on(cache: ModelDirectory) -> N
     assert list(cache.directory.parent.iterdir()) == []
 
 
-def test_a_directory_that_is_not_ours_is_not_deleted(tmp_path: Path) -> None:
+def test_a_directory_that_ndcache_did_not_make_is_not_deleted(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.jpg").write_bytes(b"abc")
     with pytest.raises(ndcache.UnsafeCacheError):
@@ -253,7 +255,7 @@ def test_a_directory_that_is_not_ours_is_not_deleted(tmp_path: Path) -> None:
     assert (tmp_path / "photos" / "a.jpg").exists()
 
 
-def test_row_29_no_room_is_noticed_before_the_download(cache: ModelDirectory, tmp_path: Path) -> None:
+def test_row_29_a_lack_of_room_is_noticed_before_the_download(cache: ModelDirectory, tmp_path: Path) -> None:
     free = shutil.disk_usage(tmp_path).free
     check_free_space(cache, 0)
     with pytest.raises(ndcache.DiskFullError) as caught:
@@ -263,7 +265,7 @@ def test_row_29_no_room_is_noticed_before_the_download(cache: ModelDirectory, tm
     assert caught.value.errno == errno.ENOSPC
 
 
-def test_row_30_a_file_where_the_directory_should_be(tmp_path: Path) -> None:
+def test_row_30_a_file_in_the_place_of_the_directory_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "model").write_bytes(b"abc")
     cache = ModelDirectory(tmp_path / "model")
     assert cache.size("a.bin") is None
@@ -271,7 +273,7 @@ def test_row_30_a_file_where_the_directory_should_be(tmp_path: Path) -> None:
         publish(cache, "a.bin", b"abc")
 
 
-def test_listing(cache: ModelDirectory, tmp_path: Path) -> None:
+def test_models_are_listed(cache: ModelDirectory, tmp_path: Path) -> None:
     assert list(models(tmp_path)) == []
     publish(cache, "a.bin", b"x" * 1000)
     (found,) = models(tmp_path)
@@ -279,7 +281,9 @@ def test_listing(cache: ModelDirectory, tmp_path: Path) -> None:
     assert found.nbytes >= 1000
 
 
-def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_root_is_the_option_then_the_variable_then_the_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_root(tmp_path / "a", "b") == tmp_path / "a"
     assert cache_root("~/a", None) == tmp_path / "a"
@@ -287,9 +291,7 @@ def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert "ndcache" in cache_root(None, None).parts[-1]
 
 
-def test_directories_that_are_made_are_synced_in_those_above(
-    cache: ModelDirectory, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_new_directories_are_synced_in_those_above(cache: ModelDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[Path] = []
     fsync = os.fsync
 
@@ -317,7 +319,7 @@ def test_directories_that_are_made_are_synced_in_those_above(
         *(b'{"nbytes": 3, "mtime_ns": 0, "etag": 1}', b'{"nbytes": 3, "mtime_ns": 0, "claim": ["x"]}'),
     ],
 )
-def test_a_note_of_another_form_is_none(cache: ModelDirectory, note: bytes) -> None:
+def test_a_note_of_another_form_counts_as_none(cache: ModelDirectory, note: bytes) -> None:
     publish(cache, "params_shard_0.bin", b"abc")
     (cache.directory / ".ndcache" / "validators" / "params_shard_0.bin.json").write_bytes(note)
     assert cache.metadata("params_shard_0.bin") is None
@@ -325,7 +327,9 @@ def test_a_note_of_another_form_is_none(cache: ModelDirectory, note: bytes) -> N
 
 
 @pytest.mark.parametrize("kind", ["fifo", "symlink", "directory"])
-def test_row_30_what_is_planted_as_a_note_is_not_read(cache: ModelDirectory, tmp_path: Path, kind: str) -> None:
+def test_row_30_a_special_file_in_the_place_of_a_note_is_not_read(
+    cache: ModelDirectory, tmp_path: Path, kind: str
+) -> None:
     publish(cache, "params_shard_0.bin", b"abc")
     note = cache.directory / ".ndcache" / "validators" / "params_shard_0.bin.json"
     note.rename(tmp_path / "real")
@@ -357,7 +361,7 @@ def test_row_30_a_folder_that_is_a_symlink_is_not_followed(cache: ModelDirectory
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
-def test_a_file_system_that_cannot_sync_directories(
+def test_a_file_system_that_cannot_sync_directories_is_used(
     cache: ModelDirectory, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     fsync = os.fsync
@@ -371,7 +375,7 @@ def test_a_file_system_that_cannot_sync_directories(
     assert publish(cache, "a.bin", b"abc").read_bytes() == b"abc"
 
 
-def test_what_an_interrupted_deletion_left_goes_with_the_next(
+def test_the_next_deletion_empties_the_trash_of_an_interrupted_one(
     cache: ModelDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish(cache, "a.bin", b"abc")

@@ -1,4 +1,4 @@
-"""What real file systems cannot do, or do in other ways."""
+"""Real file systems, which lack some calls and do others in their own ways."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def server(model: Path, serve: Serve) -> FileServer:
 
 @pytest.fixture
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The files of the cache whose digests are computed."""
+    """Return a list to which each file of the cache is added whose digests are computed."""
     found: list[str] = []
     find_mismatch = verifier.find_mismatch
 
@@ -65,7 +65,7 @@ def load(url: str, **options: Any) -> dict[str, Any]:
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, name: str, number: int, when: Callable[..., bool]) -> None:
-    """Have a system call fail with this error for some of its arguments."""
+    """Make a system call fail with this error for some of its arguments."""
     real = getattr(os, name)
 
     def call(*args: Any, **options: Any) -> Any:
@@ -80,7 +80,9 @@ def failing(monkeypatch: pytest.MonkeyPatch, name: str, number: int, when: Calla
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
-def test_row_58_no_fsync(server: FileServer, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+def test_row_58_a_file_system_without_fsync_is_used(
+    server: FileServer, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
     failing(monkeypatch, "fsync", number, lambda handle: True)
     assert len(load(server.url)) == 3
     load(server.url, names="layer.1", verify="always", offline=True)
@@ -107,21 +109,21 @@ def test_row_58_what_a_failing_disk_cannot_keep_is_loaded_into_memory(
 
 
 def no_rename(source: Any, target: Any, *, src_dir_fd: Any, dst_dir_fd: Any) -> bool:
-    """Of a folder, and of a file to another folder."""
+    """Return whether a call renames a folder, or moves a file to another folder."""
     is_folder = stat.S_ISDIR(os.stat(source, dir_fd=src_dir_fd, follow_symlinks=False).st_mode)
     folders = [os.readlink(f"/proc/self/fd/{handle}") for handle in (src_dir_fd, dst_dir_fd)]
     return is_folder or folders[0] != folders[1]
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="no /proc to see folders by their descriptors")
-def test_row_58_no_rename_to_another_folder(
+def test_row_58_a_file_system_without_renames_between_folders_is_used(
     server: FileServer, monkeypatch: pytest.MonkeyPatch, hashed: list[str]
 ) -> None:
     failing(monkeypatch, "replace", errno.EXDEV, no_rename)
     arrays = load(server.url)
     directory = ndcache.fetch(server.url)
     models.assert_same(load(server.url, offline=True), arrays)
-    for name, age in (("0" * 16, 0), ("1" * 16, 7200)):  # of a process that was killed, maybe
+    for name, age in (("0" * 16, 0), ("1" * 16, 7200)):  # one is old enough that its process was killed
         (directory / f".ndcache.{name}").write_bytes(b"half")
         os.utime(directory / f".ndcache.{name}", (time.time() - age, time.time() - age))
     ndcache.fetch(server.url)
@@ -161,7 +163,7 @@ def test_row_58_a_model_that_cannot_be_renamed_loses_its_manifest_first(
     assert not directory.exists()
 
 
-def test_row_58_what_delete_freed_when_a_part_cannot_be_deleted(
+def test_row_58_delete_says_what_it_freed_when_something_cannot_be_deleted(
     server: FileServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = ndcache.fetch(server.url)
@@ -176,13 +178,15 @@ def test_row_58_what_delete_freed_when_a_part_cannot_be_deleted(
     assert 2 << 16 <= error.received <= error.expected - (1 << 16)
     assert not ndcache.is_cached(server.url)
     assert [path.name for path in directory.glob("*.*")] == [".ndcache", SHARD]
-    assert ndcache.delete(server.url) >= 1 << 16  # it is still known to be ndcache's
+    assert ndcache.delete(server.url) >= 1 << 16  # it still counts as ndcache's
     assert ndcache.delete(server.url) == 0
 
 
 @pytest.mark.once
-def test_row_58_overlayfs(model: Path, serve: Serve, tmp_path: Path) -> None:
-    """As containers have it, with a model that came with the image."""
+def test_row_58_a_model_of_a_lower_layer_of_overlayfs_is_used_updated_and_deleted(
+    model: Path, serve: Serve, tmp_path: Path
+) -> None:
+    """Containers see a model that came with their image like this."""
     arrays = models.simple_model(model, shards=3)
     url = serve(model).url
     ndcache.fetch(url, cache_dir=tmp_path / "lower" / "cache")
@@ -207,9 +211,11 @@ def test_row_58_overlayfs(model: Path, serve: Serve, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("answer", [(0, 0, 0), (1 << 40, 1 << 40, 0), OSError(errno.ENOSYS, "no statvfs")])
-def test_row_58_free_space_that_is_not_told(server: FileServer, monkeypatch: pytest.MonkeyPatch, answer: Any) -> None:
+def test_row_58_unknown_free_space_is_no_reason_to_refuse(
+    server: FileServer, monkeypatch: pytest.MonkeyPatch, answer: Any
+) -> None:
     def usage(path: Any) -> Any:
-        if isinstance(answer, OSError):  # a new one, as one that is raised holds on to much
+        if isinstance(answer, OSError):  # a new one, as an error that was raised keeps its frames alive
             raise OSError(answer.errno, answer.strerror)
         return shutil._ntuple_diskusage(*answer)  # type: ignore[attr-defined]
 
@@ -217,7 +223,7 @@ def test_row_58_free_space_that_is_not_told(server: FileServer, monkeypatch: pyt
     assert len(load(server.url)) == 3
 
 
-def test_row_58_sizes_on_disk_that_are_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_58_without_sizes_on_disk_the_sizes_of_files_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a").write_bytes(b"x" * 5000)
     lstat = os.lstat
     monkeypatch.setattr(os, "lstat", lambda *args, **options: changed(lstat(*args, **options), st_blocks=0))
@@ -227,13 +233,13 @@ def test_row_58_sizes_on_disk_that_are_not_told(tmp_path: Path, monkeypatch: pyt
 # --- inodes and times
 
 
-#: Of `os.stat_result`: what stands first in it as a tuple, and what has only a name.
+#: Fields of `os.stat_result`: the first ones of the tuple, and those that only have a name.
 FIRST = ("st_mode", "st_ino", "st_dev", "st_nlink", "st_uid", "st_gid", "st_size")
 NAMED = [name for name in dir(os.stat_result) if name.startswith("st_") and name not in FIRST]
 
 
 def changed(status: os.stat_result, **fields: int) -> os.stat_result:
-    """The same status with other values in some fields."""
+    """Return the same status with other values in some fields."""
     values = [fields.get(name, getattr(status, name)) for name in FIRST]
     named = {name: fields.get(name, getattr(status, name)) for name in NAMED}
     return os.stat_result([*values, *tuple(status)[7:10]], named)
@@ -241,7 +247,7 @@ def changed(status: os.stat_result, **fields: int) -> os.stat_result:
 
 @pytest.fixture
 def _unstable_inodes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on some network file systems and FUSE: another number at each look."""
+    """Give a file another inode number at each call, as some network file systems and FUSE do."""
     for name in ("lstat", "fstat", "stat"):
         real = getattr(os, name)
 
@@ -252,7 +258,7 @@ def _unstable_inodes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_unstable_inodes")
-def test_row_58_inodes_with_another_number_each_time(server: FileServer, hashed: list[str]) -> None:
+def test_row_58_unstable_inode_numbers_do_no_harm(server: FileServer, hashed: list[str]) -> None:
     arrays = load(server.url)
     directory = ndcache.fetch(server.url)
     models.assert_same(load(server.url), arrays)
@@ -270,8 +276,10 @@ def test_row_58_inodes_with_another_number_each_time(server: FileServer, hashed:
     assert not directory.exists()
 
 
-def test_row_58_times_that_change_at_each_look(server: FileServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody waits for a publication that only the times tell of."""
+def test_row_58_unstable_times_do_not_make_a_load_wait_for_ever(
+    server: FileServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new time looks like a file that somebody else has just published."""
     arrays, clock = load(server.url), iter(range(10**6, 10**9))
     ndcache.delete(server.url)
     for name in ("lstat", "fstat"):
@@ -286,14 +294,14 @@ def test_row_58_times_that_change_at_each_look(server: FileServer, monkeypatch: 
 
 
 def coarse(directory: Path, unit: int) -> None:
-    """Give all files the times that are left of theirs where times are kept in this unit."""
+    """Round down the times of all files to a unit."""
     for path in directory.rglob("*"):
         times = path.stat()
         os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns - times.st_mtime_ns % unit))
 
 
 @pytest.mark.parametrize("unit", [100, 1000, 10**6, 10**9, 2 * 10**9])
-def test_row_58_times_in_coarse_units(server: FileServer, hashed: list[str], unit: int) -> None:
+def test_row_58_times_in_coarse_units_cost_no_check(server: FileServer, hashed: list[str], unit: int) -> None:
     arrays, directory = load(server.url), ndcache.fetch(server.url)
     coarse(directory, unit)
     models.assert_same(load(server.url, offline=True), arrays)
@@ -311,7 +319,7 @@ def test_row_58_times_in_coarse_units(server: FileServer, hashed: list[str], uni
         (1_567_890_123, 1_566_000_000, False),
         (1_567_890_123, 1_567_890_100, True),
         (1_567_890_123, 1_567_890_124, False),
-        (1_000_000_000, 1_500_000_000, False),  # finer than it was
+        (1_000_000_000, 1_500_000_000, False),  # finer than the noted one
         (1_500_000_001, 1, False),
     ],
 )
@@ -324,7 +332,7 @@ def test_row_58_which_time_counts_as_the_same(tmp_path: Path, noted: int, now: i
 
 
 def test_row_58_other_times_cost_one_check(server: FileServer, hashed: list[str]) -> None:
-    """As in an image whose files are all of one time."""
+    """In some images all files have the same time."""
     arrays, directory = load(server.url), ndcache.fetch(server.url)
     for path in directory.rglob("*"):
         os.utime(path, (1, 1))
@@ -333,7 +341,7 @@ def test_row_58_other_times_cost_one_check(server: FileServer, hashed: list[str]
     assert sorted(hashed) == shards(3)
 
 
-def test_row_58_what_cannot_be_remembered_is_said_once(
+def test_row_58_checks_that_cannot_be_noted_are_logged_once(
     server: FileServer, hashed: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     arrays, directory = load(server.url), ndcache.fetch(server.url)
@@ -350,10 +358,10 @@ def test_row_58_what_cannot_be_remembered_is_said_once(
 # --- names, and files that go
 
 
-def test_row_58_short_names_are_all_that_the_file_system_takes(
+def test_row_58_a_file_system_that_takes_only_short_names_is_used(
     tmp_path: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch, hashed: list[str]
 ) -> None:
-    """As with eCryptfs, which takes 143 bytes."""
+    """The limit of eCryptfs is 143 bytes."""
     names = [f"{letter * 120}.bin" for letter in "ab"]
     (tmp_path / "model").mkdir()
     records = []
@@ -378,7 +386,7 @@ def test_row_58_short_names_are_all_that_the_file_system_takes(
     assert ndcache.verify(url).ok
 
 
-def test_names_in_ndcaches_own_folders() -> None:
+def test_flat_names_are_unique_and_short() -> None:
     for name in ("a/b.bin", "a%2Fb.bin", "x" * 100):
         assert unflatten(flatten(name)) == name
     long = [f"{'ä' * 60}/{number}" for number in range(3)]
@@ -386,7 +394,7 @@ def test_names_in_ndcaches_own_folders() -> None:
     assert all(len(flatten(name).encode()) <= 100 for name in long)
 
 
-def test_row_58_a_stale_handle_is_a_file_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_58_a_stale_handle_means_that_a_file_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = ModelDirectory(tmp_path / "scope" / "model")
     failing(monkeypatch, "lstat", errno.ESTALE, lambda path, **_: str(path).endswith("a.bin"))
     cache.directory.mkdir(parents=True)
@@ -394,7 +402,7 @@ def test_row_58_a_stale_handle_is_a_file_that_is_gone(tmp_path: Path, monkeypatc
     assert cache.read("a.bin", 10) is None
 
 
-def test_row_58_a_folder_where_a_shard_belongs_is_set_aside(server: FileServer) -> None:
+def test_row_58_a_folder_in_the_place_of_a_shard_is_quarantined(server: FileServer) -> None:
     directory = ndcache.fetch(server.url)
     (directory / SHARD).unlink()
     (directory / SHARD / "inner").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Whose turn it is: who waits for whom, how long, and what happens where locks do nothing."""
+"""Download locks: who waits for whom, how long, and what happens where locks do nothing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def never() -> bool:
 
 
 class Sleeper:
-    """Does not sleep, but lets something happen each time it should."""
+    """Stands in for sleeping: each call lets the next thing happen instead."""
 
     def __init__(self, *happenings: Callable[[], object]) -> None:
         self.happenings = list(happenings)
@@ -36,7 +36,7 @@ class Sleeper:
 
 
 class Clock:
-    """Time goes by only when somebody sleeps."""
+    """A clock on which time passes only while somebody sleeps."""
 
     def __init__(self, sleeper: Sleeper) -> None:
         self.sleeper = sleeper
@@ -50,7 +50,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "params_shard_0.bin"
 
 
-def test_who_is_alone_goes_at_once(path: Path) -> None:
+def test_a_free_lock_is_acquired_at_once(path: Path) -> None:
     sleep = Sleeper()
     with acquire_or_wait(path, is_there=never, progress=int, sleep=sleep) as mine:
         assert mine == DownloadLock(is_exclusive=True)
@@ -70,7 +70,7 @@ def test_the_lock_is_removed_when_the_file_is_there(path: Path) -> None:
     assert path.exists()  # others may wait for it
 
 
-def test_who_waits_goes_when_the_file_is_there(path: Path) -> None:
+def test_waiting_ends_when_the_file_is_there(path: Path) -> None:
     found = [False]
     with filelock.FileLock(path):
         sleep = Sleeper(lambda: None, lambda: found.__setitem__(0, True))
@@ -79,7 +79,7 @@ def test_who_waits_goes_when_the_file_is_there(path: Path) -> None:
     assert sleep.happenings == []
 
 
-def test_row_28_who_waits_goes_when_the_holder_lets_go(path: Path) -> None:
+def test_row_28_waiting_ends_when_the_holder_releases_the_lock(path: Path) -> None:
     lock = filelock.FileLock(path)
     lock.acquire()
     with acquire_or_wait(path, is_there=never, progress=int, sleep=Sleeper(lambda: None, lock.release)) as mine:
@@ -87,12 +87,14 @@ def test_row_28_who_waits_goes_when_the_holder_lets_go(path: Path) -> None:
 
 
 @pytest.mark.parametrize("moves", [0, 5])
-def test_row_28_who_waits_goes_when_nothing_moves(path: Path, monkeypatch: pytest.MonkeyPatch, moves: int) -> None:
+def test_row_28_waiting_ends_when_the_holder_shows_no_progress(
+    path: Path, monkeypatch: pytest.MonkeyPatch, moves: int
+) -> None:
     sleep = Sleeper()
     monkeypatch.setattr(locks, "time", Clock(sleep))
 
     def progress() -> int:
-        """Once in 25 seconds, some times."""
+        """Change every 25 seconds, `moves` times."""
         return min(int(sleep.seconds / 25), moves)
 
     with filelock.FileLock(path), acquire_or_wait(path, is_there=never, progress=progress, sleep=sleep) as mine:
@@ -100,7 +102,7 @@ def test_row_28_who_waits_goes_when_nothing_moves(path: Path, monkeypatch: pytes
     assert 28 <= sleep.seconds - 25 * moves <= 35
 
 
-def test_waiting_can_be_ended(path: Path) -> None:
+def test_waiting_can_be_cancelled(path: Path) -> None:
     def stop(seconds: float) -> None:
         raise ndcache.CancelledError("enough")
 
@@ -109,10 +111,10 @@ def test_waiting_can_be_ended(path: Path) -> None:
         pytest.raises(ndcache.CancelledError),
         acquire_or_wait(path, is_there=never, progress=int, sleep=stop),
     ):
-        pytest.fail("it was nobody's turn")
+        pytest.fail("the lock was not acquired")
 
 
-def test_the_lock_is_let_go_of_whatever_happens(path: Path) -> None:
+def test_the_lock_is_released_after_an_error(path: Path) -> None:
     def fail() -> bool:
         raise ZeroDivisionError
 
@@ -123,10 +125,10 @@ def test_the_lock_is_let_go_of_whatever_happens(path: Path) -> None:
         pass
     with acquire_or_wait(path, is_there=never, progress=int, sleep=Sleeper()) as mine:
         assert mine == DownloadLock(is_exclusive=True)
-    assert caught.value.__traceback__ is not None  # it was still there
+    assert caught.value.__traceback__ is not None  # its frames still hold the first lock
 
 
-def test_whether_a_lock_is_free(path: Path) -> None:
+def test_try_lock_takes_a_free_lock_only(path: Path) -> None:
     with try_lock(path) as is_free:
         assert is_free
         with try_lock(path) as is_free_too:
@@ -135,8 +137,8 @@ def test_whether_a_lock_is_free(path: Path) -> None:
         assert not is_free
 
 
-def test_row_27_locks_that_everybody_gets(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on file systems that take locks and do nothing."""
+def test_row_27_a_lock_that_everybody_gets_is_not_exclusive(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some file systems accept locks and do nothing."""
     fcntl = pytest.importorskip("fcntl")
     monkeypatch.setattr(fcntl, "flock", lambda *_: None)
     for _ in range(2):
@@ -153,7 +155,9 @@ def test_row_27_locks_that_everybody_gets(path: Path, monkeypatch: pytest.Monkey
         UserWarning("falling back to SoftFileLock"),
     ],
 )
-def test_row_27_no_locks_at_all(path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+def test_row_27_without_locks_a_download_is_not_exclusive(
+    path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     def fail(self: Any, **_: Any) -> None:
         raise error
 
@@ -162,7 +166,7 @@ def test_row_27_no_locks_at_all(path: Path, monkeypatch: pytest.MonkeyPatch, err
         assert mine == DownloadLock(is_exclusive=False)
 
 
-def test_row_30_a_symlink_at_the_locks_name(path: Path, tmp_path: Path) -> None:
+def test_row_30_a_symlink_at_the_locks_name_is_refused(path: Path, tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     victim.write_text("precious")
     path.symlink_to(victim)
@@ -174,7 +178,7 @@ def test_row_30_a_symlink_at_the_locks_name(path: Path, tmp_path: Path) -> None:
     assert victim.read_text() == "precious"
 
 
-def test_row_30_a_symlink_that_is_planted_in_the_last_moment(
+def test_row_30_a_symlink_planted_at_the_last_moment_is_refused(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     victim = tmp_path / "victim"
@@ -189,8 +193,7 @@ def test_row_30_a_symlink_that_is_planted_in_the_last_moment(
     assert victim.read_text() == "precious"
 
 
-def test_of_many_threads_one_has_its_turn_at_a_time(path: Path) -> None:
-    """And all of them get it in the end."""
+def test_of_many_threads_one_at_a_time_holds_the_lock_and_all_get_it(path: Path) -> None:
     inside, most, counter = [0], [0], itertools.count()
     guard, pause = threading.Lock(), threading.Event()
 

@@ -1,4 +1,4 @@
-"""Caches that have no place or cannot be written: what is loaded from a server goes to memory, and nothing fails."""
+"""Caches that have no place or cannot be written: loads from a server hold their files in memory, and do not fail."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Whatever happens, nothing is left in the working directory."""
+    """Check that nothing is left in the working directory."""
     folder = tmp_path / "working"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -45,9 +45,9 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     assert list(folder.iterdir()) == []
 
 
-def _circle(tmp_path: Path) -> str:
-    (tmp_path / "circle").symlink_to("circle")
-    return str(tmp_path / "circle")
+def _loop(tmp_path: Path) -> str:
+    (tmp_path / "loop").symlink_to("loop")
+    return str(tmp_path / "loop")
 
 
 def _file(tmp_path: Path) -> str:
@@ -60,10 +60,10 @@ PLACES: dict[str, Callable[[Path], str]] = {
     "a file": _file,
     "below a file": lambda tmp_path: _file(tmp_path) + "/cache",
     "below a device": lambda tmp_path: os.devnull + "/cache",
-    # What cannot be looked for, as behind a directory that may not be searched, which stops everybody but root.
-    "a circle of links": _circle,
+    # Looking it up fails, as in a directory that may not be searched; but that would not stop root.
+    "a loop of links": _loop,
     "too long a name": lambda tmp_path: str(tmp_path / ("x" * 300)),
-    "of nobody": lambda tmp_path: "~nobody-has-this-name/cache",
+    "a home of nobody": lambda tmp_path: "~nobody-has-this-name/cache",
     **({"where nothing can be made": lambda tmp_path: "/proc/cache"} if sys.platform == "linux" else {}),
 }
 
@@ -78,7 +78,7 @@ def no_cache(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest
 
 @contextlib.contextmanager
 def warned(*whys: str) -> Iterator[None]:
-    """One warning, on a line of this file, that says what to set and why; nothing else in the log."""
+    """Expect one warning, on a line of this file, that says what to set and why."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield
@@ -90,13 +90,13 @@ def warned(*whys: str) -> Iterator[None]:
 
 
 def block(directory: Path) -> None:
-    """Have a model's directory take no file any more: where partial files are written there is something else."""
+    """Make a model's directory accept no more files, by a file in the place of the folder of partial files."""
     shutil.rmtree(directory / ".ndcache" / "parts", ignore_errors=True)
     (directory / ".ndcache" / "parts").write_text("in the way")
 
 
 def files(directory: Path) -> list[Path]:
-    """The files of a model, locks left out."""
+    """Return the files of a model, without locks."""
     return sorted(path for path in directory.rglob("*") if path.is_file() and path.parent.name != "locks")
 
 
@@ -123,7 +123,7 @@ def test_row_54_a_server_is_loaded_into_memory(
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
-def test_row_54_the_gpu_is_loaded_from_memory(model: Path, serve: Serve, no_cache: str, gpu: Any) -> None:
+def test_row_54_files_in_memory_are_uploaded_to_the_gpu(model: Path, serve: Serve, no_cache: str, gpu: Any) -> None:
     arrays = models.simple_model(model)
     with warned(), ndcache.load(serve(model).url, gpu) as weights:
         assert_same({name: tensor.numpy().view(arrays[name].dtype) for name, tensor in weights.items()}, arrays)
@@ -140,7 +140,7 @@ def test_row_54_a_local_directory_needs_no_cache(model: Path, no_cache: str) -> 
         assert ndcache.is_cached(model)
 
 
-def test_row_54_what_must_be_kept_says_what_to_set(
+def test_row_54_verbs_that_must_keep_files_say_what_to_set(
     model: Path, serve: Serve, no_cache: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     models.simple_model(model)
@@ -158,7 +158,7 @@ def test_row_54_what_must_be_kept_says_what_to_set(
 
 
 @pytest.mark.parametrize("command", [["ls"], ["doctor"], ["verify"], ["rm"], ["fetch", "-q"], ["load", "-q"]])
-def test_row_54_the_command_line_has_a_line_for_it(
+def test_row_54_the_command_line_reports_it_in_one_line(
     model: Path, serve: Serve, no_cache: str, command: list[str]
 ) -> None:
     models.simple_model(model)
@@ -192,18 +192,20 @@ def test_row_54_the_command_line_has_a_line_for_it(
         {"HOME": "/", "XDG_CACHE_HOME": ""},
     ],
 )
-@pytest.mark.skipif(sys.platform != "linux", reason="homes are told by other variables")
-def test_the_cache_lies_at_no_relative_place(environ: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="other variables name the home directory")
+def test_the_cache_never_has_a_relative_path(environ: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("NDCACHE_HOME", "XDG_CACHE_HOME", "HOME"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
-    # Some platformdirs take an empty XDG_CACHE_HOME, or a relative HOME, at its word.
+    # Some versions of platformdirs use an empty XDG_CACHE_HOME, or a relative HOME, as it stands.
     with contextlib.suppress(ndcache.CacheUnavailableError):
         assert cache_root(None, os.environ.get("NDCACHE_HOME")).is_absolute()
 
 
-def test_a_working_directory_that_is_gone(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_working_directory_that_was_deleted_does_no_harm(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     arrays = models.simple_model(model)
     gone = tmp_path / "gone"
     gone.mkdir()
@@ -215,10 +217,10 @@ def test_a_working_directory_that_is_gone(tmp_path: Path, model: Path, monkeypat
         os.chdir(tmp_path)
 
 
-# --- a cache that has something, and takes nothing ----------------------------------------------------
+# --- a cache that has files, and accepts none ----------------------------------------------------
 
 
-def test_row_54_a_cache_that_takes_nothing_gives_what_it_has(
+def test_row_54_a_cache_that_accepts_no_files_gives_those_it_has(
     model: Path, serve: Serve, caplog: pytest.LogCaptureFixture
 ) -> None:
     arrays = models.simple_model(model)
@@ -228,7 +230,7 @@ def test_row_54_a_cache_that_takes_nothing_gives_what_it_has(
     before = files(directory)
     server.requests.clear()
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # nothing comes that could not be kept
+        warnings.simplefilter("error")  # nothing is fetched that could not be kept
         assert len(ndcache.load(server.url, names=["layer.0", "layer.2"])) == 2
     with warned(str(directory)), ndcache.load(server.url) as weights:
         assert_same(weights, arrays)
@@ -238,7 +240,7 @@ def test_row_54_a_cache_that_takes_nothing_gives_what_it_has(
     assert caplog.records == []
 
 
-def test_row_54_a_bad_shard_of_a_cache_that_takes_nothing(model: Path, serve: Serve) -> None:
+def test_row_54_a_bad_shard_in_a_cache_that_accepts_no_files_is_replaced_in_memory(model: Path, serve: Serve) -> None:
     arrays = models.simple_model(model)
     server = serve(model)
     directory = ndcache.fetch(server.url)
@@ -253,7 +255,7 @@ def test_row_54_a_bad_shard_of_a_cache_that_takes_nothing(model: Path, serve: Se
     assert (directory / "params_shard_1.bin").read_bytes() == damaged
 
 
-def test_row_54_a_manifest_that_is_new(model: Path, serve: Serve) -> None:
+def test_row_54_a_new_manifest_is_held_in_memory(model: Path, serve: Serve) -> None:
     models.simple_model(model, shards=2)
     server = serve(model)
     directory = ndcache.fetch(server.url)
@@ -266,7 +268,7 @@ def test_row_54_a_manifest_that_is_new(model: Path, serve: Serve) -> None:
         ndcache.fetch(server.url)
 
 
-def test_row_54_a_cache_that_takes_no_more_in_the_middle_of_a_load(model: Path, serve: Serve) -> None:
+def test_row_54_a_cache_that_fails_in_the_middle_of_a_load_is_left_for_memory(model: Path, serve: Serve) -> None:
     arrays = models.simple_model(model, shards=12)
     server = serve(model)
     with warned():
@@ -280,7 +282,7 @@ def test_row_54_a_cache_that_takes_no_more_in_the_middle_of_a_load(model: Path, 
     assert not (manifest.parent / "params_shard_11.bin").exists()
 
 
-# --- what is promised of files holds in memory --------------------------------------------------------
+# --- all promises about files hold in memory, too --------------------------------------------------------
 
 
 @pytest.fixture
@@ -292,7 +294,7 @@ def in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 
 
 @pytest.mark.usefixtures("in_memory")
-def test_a_transfer_goes_on_where_it_broke_off(model: Path, scripted: ScriptedServer) -> None:
+def test_a_transfer_resumes_where_it_broke_off(model: Path, scripted: ScriptedServer) -> None:
     arrays = models.simple_model(model, shards=1)
     data = (model / "params_shard_0.bin").read_bytes()
     tag = {"ETag": '"1"'}
@@ -307,7 +309,7 @@ def test_a_transfer_goes_on_where_it_broke_off(model: Path, scripted: ScriptedSe
 
 
 @pytest.mark.usefixtures("in_memory")
-def test_wrong_bytes_are_noticed(model: Path, serve: Serve) -> None:
+def test_wrong_bytes_in_memory_are_noticed(model: Path, serve: Serve) -> None:
     models.simple_model(model, shards=2)
     (model / "params_shard_1.bin").write_bytes(bytes(1 << 16))
     with pytest.raises(ndcache.ChecksumError, match="params_shard_1"):
@@ -315,7 +317,9 @@ def test_wrong_bytes_are_noticed(model: Path, serve: Serve) -> None:
 
 
 @pytest.mark.usefixtures("in_memory")
-def test_pieces_come_from_several_workers(model: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranges_of_a_large_shard_come_from_several_workers(
+    model: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("ndcache.sources.download.RANGE_THRESHOLD", 1 << 16)
     monkeypatch.setattr("ndcache.sources.download.RANGE_BYTES", (1 << 16, 1 << 17))
     arrays = models.simple_model(model, shards=2, shard_bytes=1 << 20)
@@ -326,7 +330,7 @@ def test_pieces_come_from_several_workers(model: Path, serve: Serve, monkeypatch
 
 
 @pytest.mark.usefixtures("in_memory")
-def test_ranges_of_the_tensors_asked_for(model: Path, serve: Serve) -> None:
+def test_only_the_ranges_of_the_named_tensors_are_fetched(model: Path, serve: Serve) -> None:
     arrays = {f"t{n}": models.random_array((1 << 19,), seed=n) for n in range(6)}
     models.write_model(model, [arrays])
     server = serve(model)
@@ -344,9 +348,9 @@ def test_ranges_of_the_tensors_asked_for(model: Path, serve: Serve) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="the system has no files in memory")
 @pytest.mark.usefixtures("in_memory")
-def test_arrays_are_views_of_what_was_received(model: Path, serve: Serve) -> None:
+def test_arrays_are_views_of_the_received_bytes(model: Path, serve: Serve) -> None:
     models.simple_model(model, shards=3)
-    gc.collect()  # of what errors in other tests hold
+    gc.collect()  # errors of other tests may still hold files
     with ndcache.load(serve(model).url) as weights, open("/proc/self/maps") as maps:
         assert sum("memfd:ndcache" in line for line in maps) == 3
         array = weights["layer.1"]
@@ -357,7 +361,7 @@ def test_arrays_are_views_of_what_was_received(model: Path, serve: Serve) -> Non
 
 
 @pytest.mark.usefixtures("in_memory")
-def test_without_files_in_memory_the_temporary_directory_has_them(
+def test_without_files_in_memory_the_temporary_directory_is_used(
     model: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr(os, "memfd_create", raising=False)
@@ -365,9 +369,9 @@ def test_without_files_in_memory_the_temporary_directory_has_them(
     assert_same(ndcache.load(serve(model).url), arrays)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not limit it")
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not enforce this limit")
 @pytest.mark.usefixtures("in_memory")
-def test_no_memory_is_told_as_such(model: Path, serve: Serve) -> None:
+def test_a_lack_of_memory_is_a_memory_error(model: Path, serve: Serve) -> None:
     models.simple_model(model, shards=1, shard_bytes=1 << 20)
     script = """
         import ndcache, resource, sys, warnings
@@ -385,7 +389,7 @@ def test_no_memory_is_told_as_such(model: Path, serve: Serve) -> None:
 
 
 def run(script: str, *args: str) -> str:
-    """What a script prints in a process of its own."""
+    """Run a script in a process of its own, and return what it prints."""
     environ = {**os.environ, "PYTHONPATH": str(Path(ndcache.__file__).parents[1])}
     command = [sys.executable, "-c", textwrap.dedent(script), *args]
     done = subprocess.run(command, capture_output=True, check=False, text=True, env=environ, timeout=120)
@@ -393,15 +397,17 @@ def run(script: str, *args: str) -> str:
     return done.stdout
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can become somebody else")
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can become another user")
 @pytest.mark.parametrize("home", [None, "/", "/nonexistent"])
-def test_row_54_a_user_without_a_home(model: Path, serve: Serve, tmp_path: Path, home: str | None) -> None:
-    """As in a container that is run with an arbitrary user number."""
+def test_row_54_a_user_without_a_home_directory_can_load(
+    model: Path, serve: Serve, tmp_path: Path, home: str | None
+) -> None:
+    """Containers are run with arbitrary user numbers."""
     arrays = models.simple_model(model)
     script = """
         import os, sys, warnings
         import ndcache, numpy as np
-        ndcache.load(sys.argv[1], cache_dir=sys.argv[3])  # imports everything: that user may not read this Python
+        ndcache.load(sys.argv[1], cache_dir=sys.argv[3])  # imports everything: that user may not read it
         os.setgroups([])
         os.setgid(0)
         os.setuid(int(sys.argv[2]))
@@ -426,7 +432,7 @@ def test_row_54_a_user_without_a_home(model: Path, serve: Serve, tmp_path: Path,
 
 @pytest.fixture
 def full_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system that will be full, and read-only when `seal` is called."""
+    """Mount a small file system."""
     folder = tmp_path / "disk"
     folder.mkdir()
     try:
@@ -437,8 +443,8 @@ def full_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-def test_row_54_a_read_only_disk_may_be_full(model: Path, serve: Serve, full_disk: Path) -> None:
-    """As images of containers are: nothing is to be written there, so there need be no room."""
+def test_row_54_a_read_only_disk_is_used_even_if_it_is_full(model: Path, serve: Serve, full_disk: Path) -> None:
+    """Images of containers are full. Nothing is written there, so there need be no room."""
     arrays = models.simple_model(model, shards=3, shard_bytes=1 << 20)
     server = serve(model)
     ndcache.fetch(server.url, cache_dir=full_disk, names=["layer.1"])

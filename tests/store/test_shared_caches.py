@@ -1,4 +1,4 @@
-"""Caches that several accounts use: what each may do is what the umask and the folders' permissions say."""
+"""Caches that several accounts use: the umask and the permissions of folders decide what each may do."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SHARD = "params_shard_0.bin"
 GROUP, FIRST, SECOND, STRANGER = 45000, 45001, 45002, 45003
 SHARDS, SHARD_BYTES = 4, 1 << 18
 
-# --- one account: what the umask says
+# --- one account: the umask
 
 
 @pytest.fixture(params=[0o002, 0o022, 0o027, 0o077], ids=oct)
@@ -39,7 +39,7 @@ def umask(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 def modes(directory: Path) -> tuple[set[int], set[int]]:
-    """The permissions of all folders in a directory, itself too, and of all files."""
+    """Return the permissions of a directory and all folders in it, and those of all files."""
     found: tuple[set[int], set[int]] = set(), set()
     for path in [directory, *directory.rglob("*")]:
         found[0 if path.is_dir() else 1].add(stat.S_IMODE(path.stat().st_mode))
@@ -80,7 +80,7 @@ def test_row_59_the_default_cache_is_for_one_account(
         os.umask(before)
     assert stat.S_IMODE(root.stat().st_mode) == (0o700 if chosen == "nothing" else 0o755)
     assert stat.S_IMODE(root.parent.stat().st_mode) == 0o755
-    root.chmod(0o755)  # what its owner decides later stays
+    root.chmod(0o755)  # the owner's later choice stays
     ndcache.fetch(serve(tmp_path / "model").url, **options)
     assert stat.S_IMODE(root.stat().st_mode) == 0o755
 
@@ -88,7 +88,7 @@ def test_row_59_the_default_cache_is_for_one_account(
 # --- several accounts
 
 several_accounts = pytest.mark.skipif(
-    not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can be other accounts"
+    not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can become other accounts"
 )
 
 
@@ -105,7 +105,7 @@ def zygote() -> Iterator[Zygote]:
 
 @pytest.fixture
 def public() -> Iterator[Path]:
-    """A directory that every account can get to, as pytest's own is not."""
+    """Make a directory that every account can enter, unlike pytest's own."""
     directory = Path(tempfile.mkdtemp())
     directory.chmod(0o755)
     yield directory
@@ -121,7 +121,7 @@ def counting(tmp_path: Path) -> Iterator[CountingServer]:
 
 
 def shared(public: Path, mode: int = 0o2775) -> Path:
-    """A cache's root that the group has been given."""
+    """Make a cache's root that belongs to the group."""
     root = public / "cache"
     root.mkdir()
     os.chown(root, FIRST, GROUP)
@@ -130,7 +130,7 @@ def shared(public: Path, mode: int = 0o2775) -> Path:
 
 
 def act_as(uid: int, umask: int, url: str, cache_dir: str, what: str, **options: Any) -> Any:
-    """Do something as another account, in a process of its own, after all that it takes was imported."""
+    """Use a verb as another account, in a process of its own; import everything that it takes first."""
     with tempfile.TemporaryDirectory() as scratch:
         ndcache.load(url, cache_dir=scratch).close()
         ndcache.verify(url, cache_dir=scratch)
@@ -154,15 +154,15 @@ def digest(tensor: Any) -> str:
     return hashlib.md5(bytes(tensor)).hexdigest()
 
 
-def leave_part(url: str, cache_dir: str, *, etag: str, content_id: str, nbytes: int, mode: int, **_: Any) -> str:
-    """Leave a part of the first shard, as a load that was killed does."""
+def leave_partial(url: str, cache_dir: str, *, etag: str, content_id: str, nbytes: int, mode: int, **_: Any) -> str:
+    """Leave a partial file of the first shard, as a load that was killed does."""
     directory = Path(ndcache.fetch(url, cache_dir=cache_dir, names="layer.1"))
     data = bytes(nbytes)
-    with ModelDirectory(directory, root=Path(cache_dir)).partials.create(SHARD) as part:
-        part.set_source(f"{url}{SHARD}", etag, content_id, None)
-        part.write(data)
-    part.path.chmod(mode)
-    return part.file_name
+    with ModelDirectory(directory, root=Path(cache_dir)).partials.create(SHARD) as partial:
+        partial.set_source(f"{url}{SHARD}", etag, content_id, None)
+        partial.write(data)
+    partial.path.chmod(mode)
+    return partial.file_name
 
 
 VERBS: dict[str, Callable[..., Any]] = {
@@ -172,7 +172,7 @@ VERBS: dict[str, Callable[..., Any]] = {
     "delete": lambda url, cache_dir, retries: ndcache.delete(url, cache_dir=cache_dir),
     "read_manifest": lambda url, cache_dir, retries: len(ndcache.read_manifest(url, cache_dir=cache_dir)),
     "is_cached": lambda url, cache_dir, retries: ndcache.is_cached(url, cache_dir=cache_dir),
-    "leave part": leave_part,
+    "leave partial file": leave_partial,
 }
 TENSORS = {
     f"layer.{index}": digest(models.random_array((SHARD_BYTES // 4,), seed=index).tobytes()) for index in range(SHARDS)
@@ -190,7 +190,7 @@ def test_row_59_two_accounts_of_a_group_share_one_cache(zygote: Zygote, counting
 
     assert act(FIRST, "load", names="layer.0") == ({"layer.0": TENSORS["layer.0"]}, SHARD_BYTES, 0)
     assert act(SECOND, "load", offline=True, names="layer.0")[1:] == (0, 0)
-    # What the first has made, the second adds to, and the first uses that.
+    # The second account adds to the folders of the first, and the first uses what it added.
     assert act(SECOND, "load") == (TENSORS, TOTAL - SHARD_BYTES, 0)
     assert act(FIRST, "load", verify="always") == (TENSORS, 0, 0)
     (directory,) = root.glob("*/*")
@@ -222,7 +222,7 @@ def test_row_59_two_accounts_at_once_download_once(zygote: Zygote, counting: Cou
 @several_accounts
 @pytest.mark.parametrize("mode", [0o664, 0o644, 0o600])
 @pytest.mark.parametrize("is_sticky", [False, True])
-def test_row_59_a_part_of_another_account_is_copied_if_it_may_be(
+def test_row_59_a_partial_file_of_another_account_is_copied_if_it_may_be_read(
     zygote: Zygote, counting: CountingServer, public: Path, mode: int, is_sticky: bool
 ) -> None:
     root = shared(public)
@@ -231,7 +231,7 @@ def test_row_59_a_part_of_another_account_is_copied_if_it_may_be(
     shard = ndcache.read_manifest(counting.directory).shards[0]
     etag = requests.get(counting.url + SHARD, timeout=10).headers["ETag"]
     options = {"etag": etag, "content_id": shard.md5sum, "nbytes": SHARD_BYTES // 2, "mode": mode}
-    left = zygote.start(act_as, FIRST, 0o002, counting.url, str(root), "leave part", **options).result(15)
+    left = zygote.start(act_as, FIRST, 0o002, counting.url, str(root), "leave partial file", **options).result(15)
     (parts,) = root.glob("*/*/.ndcache/parts")
     if is_sticky:
         parts.chmod(0o3775)
@@ -290,7 +290,7 @@ def test_row_59_links_and_special_files_of_the_group_are_refused(
 @several_accounts
 @pytest.mark.parametrize("closed", ["", "default", "default/*", "default/*/.ndcache"])
 @pytest.mark.parametrize("is_gone", [False, True])
-def test_row_60_no_verb_raises_what_the_system_says_of_a_folder_of_anothers(
+def test_row_60_no_verb_raises_a_bare_permission_error_for_a_folder_of_another_account(
     zygote: Zygote, counting: CountingServer, public: Path, closed: str, is_gone: bool
 ) -> None:
     root = shared(public, 0o755)
@@ -299,7 +299,7 @@ def test_row_60_no_verb_raises_what_the_system_says_of_a_folder_of_anothers(
         (next(root.glob("*/*")) / SHARD).unlink()
     (folder,) = root.glob(closed) if closed else [root]
     folder.chmod(0o700)
-    for what in VERBS.keys() - {"leave part"}:
+    for what in VERBS.keys() - {"leave partial file"}:
         found = zygote.start(act_as, SECOND, 0o022, counting.url, str(root), what).result(15)
         with contextlib.suppress(TypeError):
             assert found[0] != "UnsafeCacheError"
@@ -309,12 +309,12 @@ def test_row_60_no_verb_raises_what_the_system_says_of_a_folder_of_anothers(
 @several_accounts
 @pytest.mark.parametrize("closed", ["", "default", "default/*", "default/*/.ndcache", "default/*/.ndcache/parts"])
 @pytest.mark.parametrize("mode", [0o700, 0o744])
-def test_row_54_what_lies_in_a_folder_of_anothers_is_loaded_into_memory(
+def test_row_54_a_model_in_a_folder_of_another_account_is_loaded_into_memory(
     zygote: Zygote, counting: CountingServer, public: Path, closed: str, mode: int
 ) -> None:
     root = shared(public, 0o755)
-    part = {"etag": '"1"', "content_id": "?", "nbytes": 1000, "mode": 0o644}
-    zygote.start(act_as, FIRST, 0o022, counting.url, str(root), "leave part", **part).result(15)
+    partial = {"etag": '"1"', "content_id": "?", "nbytes": 1000, "mode": 0o644}
+    zygote.start(act_as, FIRST, 0o022, counting.url, str(root), "leave partial file", **partial).result(15)
     (folder,) = root.glob(closed) if closed else [root]
     folder.chmod(mode)
     for options in ({}, {"verify": "always"}):
