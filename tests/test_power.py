@@ -1,4 +1,4 @@
-"""Whatever a loss of power leaves: no bad file under a real name. Recorded system calls, cut at every point."""
+"""A loss of power at any moment leaves no bad file under a real name: recorded system calls, cut at every point."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def fetched(_strace: None, cache_dir: Path, tmp_path: Path) -> Fetched:
 
 
 class Fetched:
-    """What child processes that fetched a model did to its directory, one after the other."""
+    """System calls of child processes that fetch a model, one after the other."""
 
     def __init__(self, cache_dir: Path, log_dir: Path) -> None:
         self._cache_dir = cache_dir
@@ -44,7 +44,7 @@ class Fetched:
         self._lines: list[str] = []
 
     def by_child(self, url: str, *, before: str = "") -> int:
-        """Run a child that fetches `url`, after the Python code `before`; its exit status."""
+        """Run a child that fetches `url`, after the Python code `before`; return its exit status."""
         log = self._log_dir / "strace.log"
         status = power.record([sys.executable, "-c", f"{before}\n{FETCH}", url, str(self._cache_dir)], log)
         self._lines += log.read_text().splitlines()
@@ -52,12 +52,12 @@ class Fetched:
 
     @property
     def directory(self) -> Path:
-        """Where the model is."""
+        """Return the model's directory."""
         (manifest,) = (path for path in self._cache_dir.rglob(MANIFEST) if ".ndcache" not in path.parts)
         return manifest.parent
 
     def replay(self, *versions: dict[str, bytes]) -> Replay:
-        """All that was done, on a model disk, where each file may be that of any of `versions`."""
+        """Replay all calls on a model disk, where each file may be that of any of `versions`."""
         steps = power.read_log(self._lines, str(self.directory), str(self._log_dir))
         complete = {name: {files[name] for files in versions if name in files} for files in versions for name in files}
         replay = Replay(steps, complete)
@@ -68,12 +68,12 @@ class Fetched:
 
 
 def files_of(directory: Path) -> dict[str, bytes]:
-    """The files of a model directory."""
+    """Return the files of a model directory."""
     return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
 
 
 def model(directory: Path, *seeds: int, extra: int = 0) -> dict[str, bytes]:
-    """Write a model with a shard for each of `seeds`, the last one longer by `extra` bytes; its files."""
+    """Write a model with a shard for each of `seeds`, the last one longer by `extra` bytes; return its files."""
     sizes = [SHARD_BYTES] * (len(seeds) - 1) + [SHARD_BYTES + extra]
     shards = [
         {f"layer.{index}": random_array((size // 4,), seed=seed)}
@@ -93,21 +93,21 @@ def test_row_25_power_loss_during_a_fetch_leaves_no_bad_file_under_a_real_name(
     assert fetched.by_child(serve(tmp_path / "served").url) == 0
     replay = fetched.replay(files)
     assert replay.faults == {}
-    assert replay.disk.lasting() == files  # the child has ended: nothing of the model can get lost any more
+    assert replay.disk.lasting() == files  # after the end of the child, nothing of the model can get lost
 
 
-def test_row_25_power_loss_while_a_broken_transfer_goes_on_leaves_no_bad_file_under_a_real_name(
+def test_row_25_power_loss_while_a_broken_transfer_is_resumed_leaves_no_bad_file_under_a_real_name(
     fetched: Fetched, scripted: ScriptedServer, tmp_path: Path
 ) -> None:
     files = model(tmp_path / "served", 0, 1, 2)
     for name, data in files.items():
         scripted.script[f"/{name}"] = [reply(200, data, {"ETag": etag_of(data)})]
     shard = files["params_shard_0.bin"]
-    first_part = reply(200, shard[:-100_000], {"ETag": etag_of(shard)}, length=len(shard))
-    scripted.script["/params_shard_0.bin"] = [then_close(first_part), rest_of(shard)]
+    first_bytes = reply(200, shard[:-100_000], {"ETag": etag_of(shard)}, length=len(shard))
+    scripted.script["/params_shard_0.bin"] = [then_close(first_bytes), rest_of(shard)]
     assert fetched.by_child(scripted.url) == 1
-    (part,) = parts_of(fetched.directory, "params_shard_0.bin")
-    assert part.stat().st_size == SHARD_BYTES - 100_000
+    (partial,) = partials_of(fetched.directory, "params_shard_0.bin")
+    assert partial.stat().st_size == SHARD_BYTES - 100_000
     assert fetched.by_child(scripted.url) == 0
     assert scripted.requests_for("/params_shard_0.bin")[-1].headers["range"] == f"bytes={SHARD_BYTES - 100_000}-299999"
     replay = fetched.replay(files)
@@ -157,7 +157,7 @@ def etag_of(data: bytes) -> str:
 
 
 def rest_of(data: bytes) -> Answer:
-    """Answer with what the request's Range lacks."""
+    """Answer with the range that the request asks for."""
 
     def answer(connection: Connection, request: Request) -> None:
         first = int(re.findall(r"\d+", request.headers["range"])[0])
@@ -167,25 +167,25 @@ def rest_of(data: bytes) -> Answer:
     return answer
 
 
-def parts_of(directory: Path, name: str) -> list[Path]:
+def partials_of(directory: Path, name: str) -> list[Path]:
     return [path for path in (directory / ".ndcache" / "parts").glob(f"{name}.*") if path.suffix != ".json"]
 
 
 # --- the replay itself
 
-PART, NAME, OLD, NEW = ".ndcache/parts/1", "shard.bin", b"the old bytes", b"these are new"
-CREATE, WRITE, SYNC = Step("create", PART), Step("write", PART, data=NEW), Step("sync", PART)
-RENAME, LINK, SYNC_DIRECTORY = Step("rename", PART, NAME), Step("link", PART, NAME), Step("sync", ".")
+PARTIAL, NAME, OLD, NEW = ".ndcache/parts/1", "shard.bin", b"the old bytes", b"these are new"
+CREATE, WRITE, SYNC = Step("create", PARTIAL), Step("write", PARTIAL, data=NEW), Step("sync", PARTIAL)
+RENAME, LINK, SYNC_DIRECTORY = Step("rename", PARTIAL, NAME), Step("link", PARTIAL, NAME), Step("sync", ".")
 FIRST_HALF, SECOND_HALF = replace(WRITE, data=NEW[:6]), replace(WRITE, data=NEW[6:])
 GOOD = [CREATE, WRITE, SYNC, RENAME, SYNC_DIRECTORY]
-#: The same for another file, which is there before.
-OLD_PART = ".ndcache/parts/0"
-OLD_GOOD = [replace(step, path=step.path.replace(PART, OLD_PART)) for step in GOOD]
+#: The same steps for an older file of that name.
+OLD_PARTIAL = ".ndcache/parts/0"
+OLD_GOOD = [replace(step, path=step.path.replace(PARTIAL, OLD_PARTIAL)) for step in GOOD]
 OLD_GOOD[1] = replace(OLD_GOOD[1], data=OLD)
 
 
 def replayed(*steps: Step) -> Replay:
-    """The steps one after the other, where `NAME` may have all of the old or of the new bytes."""
+    """Replay steps one after the other, where `NAME` may have all of the old or all of the new bytes."""
     numbered = [replace(step, begun=number, done=number) for number, step in enumerate(steps)]
     return Replay(numbered, {NAME: {OLD, NEW}})
 
@@ -196,13 +196,13 @@ def replayed(*steps: Step) -> Replay:
         pytest.param(GOOD, id="one write"),
         pytest.param([CREATE, FIRST_HALF, SECOND_HALF, SYNC, RENAME, SYNC_DIRECTORY], id="two writes"),
         pytest.param([CREATE, FIRST_HALF, SYNC, SECOND_HALF, SYNC, RENAME, SYNC_DIRECTORY], id="synced twice"),
-        pytest.param([CREATE, WRITE, SYNC, LINK, Step("unlink", PART), SYNC_DIRECTORY], id="linked"),
+        pytest.param([CREATE, WRITE, SYNC, LINK, Step("unlink", PARTIAL), SYNC_DIRECTORY], id="linked"),
         pytest.param([*OLD_GOOD, *GOOD], id="replaced"),
         pytest.param([*OLD_GOOD, Step("unlink", NAME), *GOOD], id="removed first"),
-        pytest.param([*OLD_GOOD, Step("rename", NAME, ".ndcache/aside/1"), *GOOD], id="set aside first"),
-        pytest.param([CREATE, Step("write", PART, data=b"bad"), replace(SYNC), *OLD_GOOD], id="a part that is bad"),
+        pytest.param([*OLD_GOOD, Step("rename", NAME, ".ndcache/aside/1"), *GOOD], id="quarantined first"),
+        pytest.param([CREATE, Step("write", PARTIAL, data=b"bad"), replace(SYNC), *OLD_GOOD], id="a bad partial file"),
         pytest.param(
-            [CREATE, Step("truncate", PART, offset=6), SECOND_HALF, replace(FIRST_HALF, offset=0), *GOOD[2:]],
+            [CREATE, Step("truncate", PARTIAL, offset=6), SECOND_HALF, replace(FIRST_HALF, offset=0), *GOOD[2:]],
             id="out of order",
         ),
     ],
@@ -216,22 +216,22 @@ def test_the_replay_finds_no_fault_where_there_is_none(steps: list[Step]) -> Non
 @pytest.mark.parametrize(
     ("steps", "where"),
     [
-        pytest.param([CREATE, WRITE, RENAME, SYNC_DIRECTORY], f"rename {PART}", id="no sync"),
-        pytest.param([CREATE, WRITE, SYNC_DIRECTORY, RENAME], f"rename {PART}", id="only the directory is synced"),
-        pytest.param([CREATE, WRITE, RENAME, replace(SYNC, path=NAME)], f"rename {PART}", id="too late"),
-        pytest.param([CREATE, SYNC, WRITE, RENAME], f"rename {PART}", id="too early"),
-        pytest.param([CREATE, FIRST_HALF, SYNC, SECOND_HALF, RENAME], f"rename {PART}", id="half of it"),
-        pytest.param([CREATE, FIRST_HALF, SYNC, RENAME, SYNC_DIRECTORY], f"rename {PART}", id="incomplete"),
-        pytest.param([CREATE, SYNC, RENAME, SYNC_DIRECTORY], f"rename {PART}", id="empty"),
-        pytest.param([CREATE, WRITE, LINK], f"link {PART}", id="linked"),
+        pytest.param([CREATE, WRITE, RENAME, SYNC_DIRECTORY], f"rename {PARTIAL}", id="no sync"),
+        pytest.param([CREATE, WRITE, SYNC_DIRECTORY, RENAME], f"rename {PARTIAL}", id="only the directory is synced"),
+        pytest.param([CREATE, WRITE, RENAME, replace(SYNC, path=NAME)], f"rename {PARTIAL}", id="too late"),
+        pytest.param([CREATE, SYNC, WRITE, RENAME], f"rename {PARTIAL}", id="too early"),
+        pytest.param([CREATE, FIRST_HALF, SYNC, SECOND_HALF, RENAME], f"rename {PARTIAL}", id="half of it"),
+        pytest.param([CREATE, FIRST_HALF, SYNC, RENAME, SYNC_DIRECTORY], f"rename {PARTIAL}", id="incomplete"),
+        pytest.param([CREATE, SYNC, RENAME, SYNC_DIRECTORY], f"rename {PARTIAL}", id="empty"),
+        pytest.param([CREATE, WRITE, LINK], f"link {PARTIAL}", id="linked"),
         pytest.param([*GOOD, Step("write", NAME, data=b"!")], f"write {NAME}", id="appended afterwards"),
         pytest.param([*GOOD, Step("write", NAME, data=NEW, offset=0)], f"write {NAME}", id="the same bytes again"),
         pytest.param([*GOOD, Step("truncate", NAME, offset=3)], f"truncate {NAME}", id="cut afterwards"),
-        pytest.param([CREATE, WRITE, SYNC, LINK, WRITE], f"write {PART}", id="written under its other name"),
+        pytest.param([CREATE, WRITE, SYNC, LINK, WRITE], f"write {PARTIAL}", id="written under its other name"),
         pytest.param([Step("create", NAME)], f"create {NAME}", id="begun under its name"),
-        pytest.param([*OLD_GOOD, CREATE, WRITE, RENAME], f"rename {PART}", id="replaced without a sync"),
-        pytest.param([*OLD_GOOD, CREATE, WRITE, RENAME, *GOOD], f"rename {PART}", id="only for a moment"),
-        pytest.param([CREATE, WRITE, SYNC, replace(RENAME, target="x")], f"rename {PART}", id="an unknown name"),
+        pytest.param([*OLD_GOOD, CREATE, WRITE, RENAME], f"rename {PARTIAL}", id="replaced without a sync"),
+        pytest.param([*OLD_GOOD, CREATE, WRITE, RENAME, *GOOD], f"rename {PARTIAL}", id="only for a moment"),
+        pytest.param([CREATE, WRITE, SYNC, replace(RENAME, target="x")], f"rename {PARTIAL}", id="an unknown name"),
     ],
 )
 def test_the_replay_finds_the_fault(steps: list[Step], where: str) -> None:
@@ -244,11 +244,11 @@ def test_a_name_that_was_replaced_may_come_back_until_the_directory_is_synced() 
     assert replayed(*bad, Step("unlink", NAME), SYNC_DIRECTORY).disk.after_power_loss(NAME) == [None]
 
 
-def test_what_was_not_synced_may_be_missing_or_zeros_or_there() -> None:
+def test_bytes_that_were_not_synced_may_be_missing_or_zeros_or_there() -> None:
     disk = Disk()
     for step in (CREATE, FIRST_HALF, SYNC, SECOND_HALF):
         disk.apply(replace(step, begun=1))
-    file = disk.now(PART)
+    file = disk.now(PARTIAL)
     assert file is not None
     assert set(file.after_power_loss()) == {NEW[:6], NEW[:6] + bytes(len(NEW) - 6), NEW}
 
@@ -256,13 +256,13 @@ def test_what_was_not_synced_may_be_missing_or_zeros_or_there() -> None:
 @pytest.mark.parametrize(
     "sync",
     [
-        pytest.param(Step("sync", PART, begun=3, done=9), id="the write is under way when the sync begins"),
-        pytest.param(Step("sync", PART, begun=5, done=20), id="the sync is under way when the name is given"),
+        pytest.param(Step("sync", PARTIAL, begun=3, done=9), id="the write is under way when the sync begins"),
+        pytest.param(Step("sync", PARTIAL, begun=5, done=20), id="the sync is under way at the rename"),
     ],
 )
 def test_only_a_sync_between_the_end_of_the_write_and_the_rename_counts(sync: Step) -> None:
     calls = [replace(CREATE, begun=0, done=1), replace(WRITE, begun=2, done=4), replace(RENAME, begun=10, done=11)]
-    between = Step("sync", PART, begun=5, done=9)
+    between = Step("sync", PARTIAL, begun=5, done=9)
     assert Replay([*calls, between], {NAME: {NEW}}).faults == {}
     assert list(Replay([*calls, sync], {NAME: {NEW}}).faults) == [NAME]
 
@@ -274,7 +274,7 @@ def test_a_sync_of_the_directory_that_began_before_the_rename_ended_does_not_cou
     assert Replay([*calls, replace(SYNC_DIRECTORY, begun=13, done=14)], {NAME: {NEW}}).disk.lasting() == {NAME: NEW}
 
 
-def test_of_two_syncs_at_a_time_the_one_that_began_earlier_takes_nothing_back() -> None:
+def test_of_two_concurrent_syncs_the_earlier_one_takes_nothing_back() -> None:
     calls = [replace(step, begun=number, done=number) for number, step in enumerate((CREATE, WRITE, SYNC))]
     early, rename = replace(SYNC_DIRECTORY, begun=3, done=20), replace(RENAME, begun=4, done=5)
     late = replace(SYNC_DIRECTORY, begun=6, done=10)
@@ -375,7 +375,7 @@ os.fsync(handle)
         ),
     ],
 )
-def test_the_log_of_strace_is_understood(lines: list[str], steps: list[Step]) -> None:
+def test_logs_of_strace_are_read(lines: list[str], steps: list[Step]) -> None:
     assert power.read_log(lines, "/m", "/m") == steps
 
 
@@ -391,12 +391,12 @@ def test_the_log_of_strace_is_understood(lines: list[str], steps: list[Step]) ->
         '7 write(3</m/x>, "ab"..., 3) = 3',
     ],
 )
-def test_what_the_replay_does_not_know_is_an_error(line: str) -> None:
+def test_calls_that_the_replay_does_not_know_are_errors(line: str) -> None:
     with pytest.raises(NotModelledError):
         power.read_log([line], "/m", "/m")
 
 
 @pytest.mark.parametrize("step", [RENAME, Step("rename", "", NAME), WRITE, Step("truncate", NAME, offset=0)])
-def test_what_is_done_to_a_file_of_unknown_content_is_an_error(step: Step) -> None:
+def test_steps_on_a_file_of_unknown_content_are_errors(step: Step) -> None:
     with pytest.raises(NotModelledError):
         replayed(step)

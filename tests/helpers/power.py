@@ -1,10 +1,9 @@
-"""What a loss of power may leave of a directory: system calls are recorded with strace, and replayed on a model disk.
+"""Find out what a loss of power may leave of a directory: record system calls with strace, replay them on a model disk.
 
-The model is that of POSIX, which promises little. What was written to a file is sure to be there only after an fsync of
-the file that began later; until then it may be missing, be zeros, or be there. What a name in a directory stands for is
-sure only after an fsync of that directory; until then it may be anything that the name has stood for since the last
-one, whatever became of the other names. So the disk of a journal, which has some first part of all changes, is one of
-the cases that are looked at.
+The model is POSIX, which promises little. Written bytes are certain to last only after an fsync of the file that began
+later; until then they may be missing, zeros, or there. The file of a name is certain only after an fsync of the
+directory; until then, it may be any file that had the name since the last fsync, independently of the other names. A
+journal keeps all changes up to some point, which is one of these cases.
 """
 
 from __future__ import annotations
@@ -18,8 +17,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-#: What is recorded: all that can change a file or a directory. A question mark lets strace pass over what this kind of
-#: machine does not have.
+#: All system calls that can change a file or a directory.
 _RECORDED = (
     *("open", "openat", "openat2", "creat", "write", "pwrite64", "writev", "pwritev", "pwritev2", "mmap"),
     *("sendfile", "copy_file_range", "splice", "truncate", "ftruncate", "fallocate"),
@@ -27,7 +25,8 @@ _RECORDED = (
     *("rename", "renameat", "renameat2", "link", "linkat", "symlink", "symlinkat"),
     *("unlink", "unlinkat", "rmdir", "mkdir", "mkdirat"),
 )
-#: All strings in hex and in full; descriptors with their paths; all threads and children.
+#: Write all strings in full and in hex, and descriptors with their paths; follow all threads and children. A question
+#: mark makes strace ignore calls that this kind of machine does not have.
 _STRACE = ("strace", "-f", "-y", "-xx", "-s", str(1 << 24), "-e", ",".join(f"?{name}" for name in _RECORDED))
 
 _BEGUN = " <unfinished ...>"
@@ -37,7 +36,7 @@ _STRING = re.compile(r'"([^"]*)"(\.\.\.)?')
 _DESCRIPTOR = re.compile(r"(?:AT_FDCWD|\d+)(?:<(?P<path>[^>]*)>(?P<deleted>\(deleted\))?)?")
 _PATH = re.compile(rf'(?:(?P<folder>{_DESCRIPTOR.pattern}), )?"(?P<name>[^"]*)"'.replace("?P<path>", "?P<base>"))
 
-#: The folder of what is not meant for readers.
+#: The folder whose files are not for readers.
 PRIVATE = ".ndcache/"
 
 
@@ -47,20 +46,20 @@ class NotModelledError(Exception):
 
 @dataclass(frozen=True)
 class Step:
-    """What one system call does to a file or to a name. Paths are relative to the directory in question.
+    """The effect of one system call on a file or a name, with paths relative to the directory in question.
 
     Attributes
     ----------
     kind : str
         ``create``, ``write``, ``truncate``, ``sync``, ``rename``, ``link`` or ``unlink``.
     path, target : str
-        What it is done to, and the new name.
+        The file or directory, and its new name.
     data : bytes
-        What is written.
+        The bytes that are written.
     offset : int or None
-        Where, or the new size; None is the end of the file.
+        Where they are written, or the new size; None is the end of the file.
     begun, done : int
-        When, in any unit: calls of other threads may come between.
+        When the call began and ended, in any unit: calls of other threads may overlap.
     """
 
     kind: str
@@ -77,23 +76,23 @@ class Step:
 
 @dataclass
 class File:
-    """The bytes of one file, whatever its names are: those that last, and what was done since they were synced."""
+    """The content of one file, under any name: the bytes that are synced, and the changes since then."""
 
     durable: bytes = b""
     pending: list[Step] = field(default_factory=list)
 
     def sync(self, begun: int) -> None:
-        """Make that last which was finished before the sync began."""
+        """Make the changes durable that were finished before the sync began."""
         self.durable = _changed(self.durable, [step for step in self.pending if step.done < begun])
         self.pending = [step for step in self.pending if step.done >= begun]
 
     @property
     def written(self) -> bytes:
-        """What a process reads."""
+        """Return the bytes that a process reads."""
         return _changed(self.durable, self.pending)
 
     def after_power_loss(self) -> Iterator[bytes]:
-        """What may be found: some of the changes since the last sync, or the new size without the new bytes."""
+        """Yield what may be found: the first few changes since the last sync, or the new size with zeros."""
         for count in range(len(self.pending) + 1):
             yield _changed(self.durable, self.pending[:count])
         if self.pending:
@@ -101,12 +100,12 @@ class File:
 
 
 def _changed(content: bytes, steps: Iterable[Step]) -> bytes:
-    """`content` after writes and truncations."""
+    """Return `content` after writes and truncations."""
     result = None
     for step in steps:
         result = bytearray(content) if result is None else result
         start = len(result) if step.offset is None else step.offset
-        result.extend(bytes(max(0, start - len(result))))  # what is left out is zeros
+        result.extend(bytes(max(0, start - len(result))))  # gaps are zeros
         end = len(result) if step.kind == "truncate" else start + len(step.data)
         result[start:end] = step.data
     return content if result is None else bytes(result)
@@ -114,32 +113,32 @@ def _changed(content: bytes, steps: Iterable[Step]) -> bytes:
 
 @dataclass(frozen=True, eq=False)
 class _Entry:
-    """A file that a name stands for, or none, and when the call was finished that made it so."""
+    """The file of a name, or none, and when the call ended that made it so."""
 
     file: File | None
     done: int
 
 
 class Disk:
-    """Names and files; each name with all that it may stand for after a loss of power."""
+    """Names and files, with all files that each name may stand for after a loss of power."""
 
     def __init__(self) -> None:
-        self._entries: dict[str, list[_Entry]] = {}  # the last is what processes see
+        self._entries: dict[str, list[_Entry]] = {}  # processes see the last one
 
     def names(self) -> list[str]:
-        """All names that there ever were, but the private ones."""
+        """Return all names that there ever were, without private ones."""
         return [name for name in self._entries if not name.startswith(PRIVATE)]
 
     def now(self, name: str) -> File | None:
-        """What a process sees."""
+        """Return the file that processes see under a name."""
         return self._entries[name][-1].file if name in self._entries else None
 
     def after_power_loss(self, name: str) -> list[File | None]:
-        """All that the name may stand for."""
+        """Return all files that a name may stand for after a loss of power."""
         return [entry.file for entry in self._entries[name]]
 
     def lasting(self) -> dict[str, bytes]:
-        """The names, with their bytes, of which it is sure that they survive a loss of power as they are."""
+        """Return the names that are certain to survive a loss of power unchanged, with their bytes."""
         found = {}
         for name in self.names():
             files = self.after_power_loss(name)
@@ -148,6 +147,7 @@ class Disk:
         return found
 
     def apply(self, step: Step) -> None:
+        """Change names and files as the step does."""
         if step.kind == "create":
             if self.now(step.path) is None:
                 self._enter(step.path, File(), step)
@@ -165,11 +165,11 @@ class Disk:
     def _file(self, step: Step) -> File:
         file = self.now(step.path)
         if file is None:
-            raise NotModelledError(f"{step.kind} of {step.path}, which is no file that was seen to be made")
+            raise NotModelledError(f"{step.kind} of {step.path}, a file that no recorded call has created")
         return file
 
     def _enter(self, name: str, file: File | None, step: Step) -> None:
-        if name:  # and not one that is elsewhere
+        if name:  # empty for a name in another directory
             self._entries.setdefault(name, [_Entry(None, -1)]).append(_Entry(file, step.done))
 
     def _sync(self, step: Step) -> None:
@@ -177,10 +177,10 @@ class Disk:
         if file is not None:
             file.sync(step.begun)
             return
-        for name, entries in self._entries.items():  # a directory: a file does not make its name last
+        for name, entries in self._entries.items():  # a directory: syncing a file does not sync its name
             if (posixpath.dirname(name) or ".") == step.path:
                 older = [entry for entry in entries if entry.done < step.begun]
-                del older[-1:]  # the last of them lasts now
+                del older[-1:]  # the last of them is durable now
                 entries[:] = [entry for entry in entries if entry not in older]
 
 
@@ -189,20 +189,20 @@ class Disk:
 
 @dataclass
 class Replay:
-    """Steps on an empty disk, with a look after each of them at all that a loss of power may leave.
+    """A replay of steps on an empty disk, which checks after each of them what a loss of power may leave.
 
     Parameters
     ----------
     steps : sequence of Step
     complete : mapping of str to collection of bytes
-        What may be under each name that is not private: the whole bytes of its versions.
+        The complete contents that may be found under each name that is not private.
 
     Attributes
     ----------
     disk : Disk
-        As it is in the end.
+        The disk after all steps.
     faults : dict of str to str
-        Of each name that may be found with anything else: the first step after which it may.
+        For each name that may be found with other contents: the first step after which it may.
     """
 
     steps: Sequence[Step]
@@ -211,7 +211,7 @@ class Replay:
     faults: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        # A change may be on disk as soon as its call has begun, and is sure to be there only when a sync has ended.
+        # A change may be on disk as soon as its call has begun, and is certain to be there only when a sync has ended.
         for step in sorted(self.steps, key=lambda step: step.done if step.kind == "sync" else step.begun):
             self.disk.apply(step)
             for name in self.disk.names():
@@ -219,7 +219,7 @@ class Replay:
                     self.faults[name] = f"{step.kind} {step.path}"
 
     def _is_safe(self, name: str) -> bool:
-        """Whether the name is sure to be absent, or that of a complete file."""
+        """Return whether a name is certain to be absent, or to have a complete file."""
         complete = self.complete.get(name, ())
         files = self.disk.after_power_loss(name)
         return all(file is None or all(found in complete for found in file.after_power_loss()) for file in files)
@@ -229,7 +229,7 @@ class Replay:
 
 
 def refusal() -> str | None:
-    """Why nothing can be recorded here; None if it can."""
+    """Return why nothing can be recorded here, or None if it can."""
     try:
         command = [*_STRACE, "-o", os.devnull, "true"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
@@ -239,27 +239,27 @@ def refusal() -> str | None:
 
 
 def record(command: Sequence[str], log: Path) -> int:
-    """Run a command in the folder of `log`, and write its system calls there; its exit status."""
+    """Run a command in the folder of `log`, write its system calls to that file, and return its exit status."""
     arguments = [*_STRACE, "-o", str(log), *command]
     with subprocess.Popen(arguments, cwd=log.parent, start_new_session=True) as process:
         try:
             return process.wait(timeout=300)
         finally:
             if process.returncode is None:
-                os.killpg(process.pid, signal.SIGKILL)  # strace and what it runs
+                os.killpg(process.pid, signal.SIGKILL)  # strace and the command
 
 
 def read_log(log: Iterable[str], directory: str, cwd: str) -> list[Step]:
-    """What was done in `directory`, out of what strace wrote.
+    """Return the steps in `directory` from a log of strace.
 
     Parameters
     ----------
     log : iterable of str
         The lines.
     directory : str
-        The path without symbolic links.
+        Its path, without symbolic links.
     cwd : str
-        What relative paths begin at, where strace does not say.
+        The base of relative paths, where strace does not say.
     """
     reader = _Reader(directory, cwd)
     return [step for call in _calls(log) for step in reader.steps(call)]
@@ -275,7 +275,7 @@ class _Call:
 
 
 def _calls(log: Iterable[str]) -> Iterator[_Call]:
-    """The system calls that succeeded, in the order in which they ended."""
+    """Yield the system calls that succeeded, in the order of their ends."""
     begun: dict[str, tuple[int, str]] = {}
     for number, line in enumerate(log):
         thread, _, text = line.rstrip("\n").partition(" ")
@@ -292,13 +292,13 @@ def _calls(log: Iterable[str]) -> Iterator[_Call]:
 
 @dataclass(frozen=True)
 class _Reader:
-    """Turns system calls into steps."""
+    """Turn system calls into steps."""
 
     directory: str
     cwd: str
 
     def steps(self, call: _Call) -> Iterator[Step]:
-        """The steps of one call: none if it is about another directory."""
+        """Yield the steps of one call; none if it concerns another directory."""
         for step in self._steps(call):
             if step.path or step.target:
                 yield replace(step, begun=call.begun, done=call.done)
@@ -310,7 +310,7 @@ class _Reader:
         elif name in ("write", "writev", "pwrite64"):
             if path := self._described(call):
                 offset = int(call.arguments.rpartition(", ")[2]) if name == "pwrite64" else None
-                # Files are written from end to end here. Were one not, the replay would not end with what is on disk.
+                # ndcache writes files without seeking. If it did, the replay would not end with the files on disk.
                 yield Step("write", path, data=_strings(call.arguments)[: call.result], offset=offset)
         elif name == "ftruncate":
             yield Step("truncate", self._described(call), offset=int(call.arguments.rpartition(", ")[2]))
@@ -322,7 +322,7 @@ class _Reader:
         elif name in ("unlink", "unlinkat") and "AT_REMOVEDIR" not in call.arguments:
             (path,) = self._paths(call)
             yield Step("unlink", path)
-        elif name not in ("mkdir", "mkdirat", "rmdir", "unlinkat"):  # a directory that is lost takes its names with it
+        elif name not in ("mkdir", "mkdirat", "rmdir", "unlinkat"):  # a lost directory takes its names with it
             self._check_it_is_elsewhere(call)
 
     def _opened(self, call: _Call) -> Iterator[Step]:
@@ -340,7 +340,7 @@ class _Reader:
             raise NotModelledError(f"{call.name} in {self.directory}")
 
     def _described(self, call: _Call) -> str:
-        """The path of the descriptor that is the first argument; "" if it is elsewhere, or nobody can see it."""
+        """Return the path of the descriptor in the first argument; "" if it is elsewhere, or was deleted."""
         match = _DESCRIPTOR.match(call.arguments)
         if match is None or match["path"] is None or match["deleted"]:
             return ""
@@ -348,7 +348,7 @@ class _Reader:
         return "" if path.endswith(" (deleted)") else self._relative(path)
 
     def _paths(self, call: _Call) -> list[str]:
-        """The paths among the arguments, each "" if it is elsewhere."""
+        """Return the paths among the arguments, each "" if it is elsewhere."""
         found = []
         for match in _PATH.finditer(call.arguments):
             base = _text(match["base"]) if match["base"] else self.cwd
@@ -363,10 +363,10 @@ class _Reader:
 
 
 def _strings(arguments: str) -> bytes:
-    """All string arguments in a row."""
+    """Return all string arguments, joined."""
     found = list(_STRING.finditer(arguments))
     if any(match[2] for match in found):
-        raise NotModelledError("strace wrote only the beginning of a string")
+        raise NotModelledError("strace cut a string")
     return b"".join(_bytes(match[1]) for match in found)
 
 

@@ -20,7 +20,8 @@ import ndcache
 from ndcache.store.directory import ModelDirectory
 
 from ..helpers import models
-from ..helpers.kills import CountingServer, Zygote
+from ..helpers.kills import CountingServer
+from ..helpers.processes import Zygote, start_zygote
 from ..helpers.servers import FileServer
 
 Serve = Callable[..., FileServer]
@@ -98,7 +99,7 @@ def zygote() -> Iterator[Zygote]:
         for name in list(os.environ):
             if name.lower().endswith("_proxy") or name.startswith(("NDCACHE_O", "NDCACHE_H", "HF_")):
                 patch.delenv(name)
-        started = Zygote()
+        started = start_zygote()
     yield started
     started.close()
 
