@@ -1,1 +1,1 @@
-"""One model's directory in the cache."""
+"""The cache: one directory for each model."""

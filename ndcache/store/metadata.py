@@ -36,7 +36,7 @@ class Match(Enum):
 
 @dataclass(frozen=True)
 class FileMetadata:
-    """What was true of a file when it was published.
+    """Facts about a file, noted when it was published.
 
     An ETag or a date that cannot be sent back to a server is dropped.
 

@@ -91,7 +91,7 @@ class PartialFiles:
             return source.content_id == content_id and (is_checked or source.is_trustworthy)
 
         with self.layout.translate_errors(shard.data_path):
-            others = [file_name for file_name in self.find(partial.name) if file_name != partial.file_name]
+            others = [file_name for file_name in self.find(flatten(shard.data_path)) if file_name != partial.file_name]
             examined = [self._examine(file_name, shard.nbytes, is_usable) for file_name in others]
             found = sorted(filter(None, examined), key=lambda one: one.ranges.nbytes, reverse=True)
             for one in found:

@@ -62,7 +62,7 @@ class PartialSource:
 
 @dataclass(frozen=True)
 class PartialNote:
-    """What the file beside a partial file says of it.
+    """The note beside a partial file.
 
     Attributes
     ----------
