@@ -113,7 +113,7 @@ def test_a_path_that_cannot_be_written_is_refused(tmp_path: Path, serve: Serve) 
     for path, error in ((tmp_path, IsADirectoryError), (tmp_path / "no" / "trace.json", FileNotFoundError)):
         for verb in (ndcache.load, ndcache.stream, ndcache.fetch):
             with pytest.raises(error, match="the trace cannot be written"):
-                verb(server.url, cache_dir=tmp_path / "cache", trace=path)  # type: ignore[operator]
+                verb(server.url, cache_dir=tmp_path / "cache", trace=path)
     assert server.requests == []
 
 

@@ -67,17 +67,17 @@ def test_bf16_is_expanded(shape: tuple[int, ...], offset: int) -> None:
     assert view_record(record, shard).tobytes() == values.tobytes()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nobody asks for huge pages")
+@pytest.mark.skipif(sys.platform != "linux", reason="NumPy asks for huge pages only on Linux")
 def test_large_tensors_begin_with_a_huge_page() -> None:
     values = random_array((2, (1 << 19) + 1), "bfloat16")
     record = Record("w", values.shape, "float32", "f32-to-bf16", 3, values.nbytes)
-    found = [decode_record(record, in_shard(values.tobytes(), 3)) for _ in range(2)]
-    for array in found:
+    one, other = (decode_record(record, in_shard(values.tobytes(), 3)) for _ in range(2))
+    for array in (one, other):
         assert array.ctypes.data % (2 << 20) == 0
         assert array.flags.c_contiguous
         assert array.flags.writeable
         assert array.tobytes() == values.astype(np.float32).tobytes()
-    assert not np.shares_memory(*found)
+    assert not np.shares_memory(one, other)
 
 
 @pytest.mark.parametrize("offset", [0, 1])
@@ -172,7 +172,12 @@ def test_reference_agrees_with_arithmetic() -> None:
     ],
 )
 def test_encode_special_values(value: float, expected: int) -> None:
-    for array in (np.float32(value).reshape(()), np.full((2, 3), value, np.float32), np.array([value], ">f4")):
+    arrays: list[npt.NDArray[np.float32]] = [
+        np.array(value, np.float32),
+        np.full((2, 3), value, np.float32),
+        np.array([value], ">f4"),
+    ]
+    for array in arrays:
         found = encode_bf16(array)
         assert found.shape == array.shape
         assert set(found.reshape(-1).view(np.uint16).tolist()) == {expected}

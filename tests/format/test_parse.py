@@ -132,7 +132,7 @@ SYNTAX_OF_FIELDS: dict[str, Any] = {
     "a record that is text": document(shard(records=["w"])),
     **{f"record without {key}": document(shard(without(record(), key))) for key in record()},
     **{f"record with {key} null": document(shard(record(**{key: None}))) for key in record()},
-    "name a number": document(shard(record(name=1))),  # type: ignore[arg-type]
+    "name a number": document(shard(record(name=1))),
     "shape a number": document(shard(record(shape=6))),
     "shape a string": document(shard(record(shape="6"))),
     "shape with null": document(shard(record(shape=[None, 6]))),

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from ndcache.errors import ManifestError, ManifestLimitError
-from ndcache.format import parse as limits
+from ndcache.format import parse as parser
+from ndcache.format import strict_json
 from ndcache.format.parse import parse_manifest
 
 from ..helpers.manifests import GOOD, check_refused, document, parse, record, shard
@@ -99,7 +100,7 @@ def test_row_22_oversized_manifests_are_refused_without_using_memory(make: Calla
 
 def test_row_22_more_than_65536_shards_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     items = [b'{"dataPath":"%d","nbytes":0,"records":[]}' % index for index in range(65_537)]
-    assert limits.MAX_SHARDS == 65_536
+    assert strict_json.MAX_SHARDS == 65_536
     check_refused(b'{"records":[' + b",".join(items) + b"]}", ManifestLimitError)
     assert len(parse(b'{"records":[' + b",".join(items[1:]) + b"]}").shards) == 65_536
 
@@ -108,8 +109,8 @@ def test_row_22_more_than_65536_shards_are_refused(monkeypatch: pytest.MonkeyPat
 def test_row_22_too_many_records_are_refused(
     monkeypatch: pytest.MonkeyPatch, shards: list[int], accepted: bool
 ) -> None:
-    assert limits.MAX_RECORDS == 1 << 20
-    monkeypatch.setattr(limits, "MAX_RECORDS", 3)  # the real limit of records does not fit into 64 MiB
+    assert strict_json.MAX_RECORDS == 1 << 20
+    monkeypatch.setattr(parser, "MAX_RECORDS", 3)  # the real limit of records does not fit into 64 MiB
     value = document(
         *(
             shard(*(record(f"{index}.{i}", shape=[], dtype="int8", nbytes=1, byteOffset=i) for i in range(count)))

@@ -12,7 +12,7 @@ from ndcache.format.manifest import Manifest, Record
 from ndcache.format.parse import parse_manifest
 
 
-def record(name: str = "w", **fields: Any) -> dict[str, Any]:
+def record(name: Any = "w", **fields: Any) -> dict[str, Any]:
     return {
         "name": name,
         "shape": [2, 3],

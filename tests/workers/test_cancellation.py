@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -37,7 +38,7 @@ def test_row_36_cancelling_wakes_requests_and_later_ones_at_once() -> None:
     cancellation = Cancellation()
     ended: list[str] = []
     before, forgotten, after = (
-        StallWatch(60, [lambda name=name: ended.append(name)]) for name in ("before", "forgotten", "after")
+        StallWatch(60, [functools.partial(ended.append, name)]) for name in ("before", "forgotten", "after")
     )
     cancellation.add(before)
     cancellation.add(forgotten)
@@ -61,6 +62,7 @@ def test_row_36_a_waker_added_after_cancelling_is_called_at_once() -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_row_37_a_forked_process_does_not_cancel_its_parents_load() -> None:
     script = """
+import functools
 import os
 from ndcache.workers import cancellation, stall, threads
 ended = []
