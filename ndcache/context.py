@@ -38,7 +38,7 @@ class LoadContext:
         How often a failed request is made again, and how long that may take.
     limits : Limits
         How many requests each server accepts; shared by the loads of a `Loader`.
-    workers : WorkerPool
+    pool : WorkerPool
         The load's threads, and its cancellation.
     cache : CacheScope
         Opens the model's cache directory.
@@ -61,7 +61,7 @@ class LoadContext:
     transport: Transport
     policy: RetryPolicy
     limits: Limits
-    workers: WorkerPool
+    pool: WorkerPool
     cache: CacheScope
     stats: LoadStats = field(default_factory=LoadStats)
     verify: VerifyMode = "download"
@@ -74,7 +74,7 @@ class LoadContext:
     @property
     def cancellation(self) -> Cancellation:
         """Return the cancellation of the load's threads."""
-        return self.workers.cancellation
+        return self.pool.cancellation
 
     @property
     def compares_digests(self) -> bool:

@@ -296,7 +296,7 @@ class Loader:
             raise error
         with self._context(location, threads=1) as context:
             downloader = Downloader(Client(context), self._cache.open(location))
-            return context.workers.run(
+            return context.pool.run(
                 lambda: downloader.download_file(name, file_url(url), _MAX_FILE_BYTES), tasks_to_come=0
             )
 
@@ -376,13 +376,13 @@ class Loader:
         options, needs_serial = self._options, device is not None and device.needs_serial_thread
         with (
             budget(options.max_workers, _FILES_PER_WORKER) if threads is None else nullcontext(threads) as count,
-            WorkerPool(count, Cancellation(options.cancel), has_serial_thread=needs_serial) as workers,
+            WorkerPool(count, Cancellation(options.cancel), has_serial_thread=needs_serial) as pool,
         ):
             yield LoadContext(
                 transport=self._transport,
                 policy=self._policy,
                 limits=self._limits,
-                workers=workers,
+                pool=pool,
                 cache=self._cache,
                 verify=options.verify,
                 offline=self._is_offline or offline,

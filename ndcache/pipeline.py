@@ -56,10 +56,10 @@ def place_tensors(
     stats = context.stats
     with wrap_stop_iteration():
         context.cancellation.resume()
-        context.workers.start(1)
+        context.pool.start(1)
         upload: Upload[Any, Tensor] = device.open_upload(
             shards,
-            workers=context.workers,
+            pool=context.pool,
             stats=stats,
             decode=decode,
             copy=copy,
@@ -103,10 +103,10 @@ def fetch_shards(model: Model, context: LoadContext, shards: Sequence[Shard], pr
 def check_shards(model: Model, context: LoadContext) -> dict[str, str | Flaw]:
     """Read the file of each shard; return what it was checked by, or what is wrong, by its ``dataPath``."""
     shards = model.manifest.shards
-    context.workers.start(len(shards))
+    context.pool.start(len(shards))
     sizes = [shard.nbytes for shard in shards]
     results = map_ordered(
-        shards, model.check, pool=context.workers, sizes=sizes, memory_limit=sys.maxsize, stats=context.stats
+        shards, model.check, pool=context.pool, sizes=sizes, memory_limit=sys.maxsize, stats=context.stats
     )
     with closing(results):
         return {shard.data_path: found for shard, found in zip(shards, results, strict=True)}
@@ -135,14 +135,14 @@ def _map_shards(
         model.prepare(shards)
         sizes = [model.nbytes(shard) for shard in shards]
         cache_only = all(model.is_ready(shard) for shard in shards)
-        context.workers.start(len(shards) if cache_only else None)
+        context.pool.start(len(shards) if cache_only else None)
         reporter = Reporter(
             progress, sizes, cache_only=cache_only, received=lambda: stats.network_bytes + stats.resumed_bytes
         )
         results = map_ordered(
             shards,
             work,
-            pool=context.workers,
+            pool=context.pool,
             sizes=sizes,
             memory_limit=memory_limit,
             stats=stats,

@@ -56,7 +56,7 @@ class Device(ABC, Generic[Tensor]):
         self,
         shards: Sequence[Shard],
         *,
-        workers: WorkerPool,
+        pool: WorkerPool,
         stats: LoadStats,
         decode: bool,
         copy: bool,
@@ -69,7 +69,7 @@ class Device(ABC, Generic[Tensor]):
         ----------
         shards : sequence of Shard
             The shards to come, in manifest order.
-        workers : WorkerPool
+        pool : WorkerPool
             The load's threads, already started.
         stats : LoadStats
             Receives the time that each phase takes.

@@ -42,7 +42,7 @@ class CpuDevice(Device[Array]):
         self,
         shards: Sequence[Shard],
         *,
-        workers: WorkerPool,
+        pool: WorkerPool,
         stats: LoadStats,
         decode: bool,
         copy: bool,

@@ -150,7 +150,7 @@ class Downloader:
     @contextmanager
     def _begin(self, plan: DownloadPlan, *, is_exclusive: bool) -> Iterator[Transfer]:
         """Yield a new transfer, which begins with what an earlier one left of the shard."""
-        context, shard, workers = self._context, plan.shard, self._context.workers
+        context, shard, pool = self._context, plan.shard, self._context.pool
         with self.cache.partials.create(shard.data_path) as partial:
             digests = shard.digests if context.compares_digests and plan.ranges is None else {}
             self._compute(partial, digests)
@@ -163,14 +163,14 @@ class Downloader:
                     is_checked=bool(digests),
                     is_exclusive=is_exclusive,
                 )
-            in_ranges = workers.max_helpers > 0 and (shard.nbytes > RANGE_THRESHOLD or plan.ranges is not None)
+            in_ranges = pool.max_helpers > 0 and (shard.nbytes > RANGE_THRESHOLD or plan.ranges is not None)
             transfer = Transfer(
                 plan,
                 partial,
                 context.cancellation,
                 checks_digests=context.compares_digests,
                 task_bytes=RANGE_BYTES if in_ranges else None,
-                max_helpers=workers.max_helpers,
+                max_helpers=pool.max_helpers,
             )
             context.stats.count(resumed_bytes=transfer.wanted.nbytes - transfer.missing.nbytes)
             try:
@@ -204,7 +204,7 @@ class Downloader:
                 self._compute(transfer.partial, transfer.expected_digests)
             if (queue := transfer.queue) is not None:
                 for _ in range(queue.helpers_wanted()):
-                    self._context.workers.submit_helper(functools.partial(self._help, transfer, queue))
+                    self._context.pool.submit_helper(functools.partial(self._help, transfer, queue))
         return body
 
     def _help(self, transfer: Transfer, queue: RangeQueue) -> None:
@@ -245,7 +245,7 @@ class Downloader:
 
     def _publish(self, transfer: Transfer) -> DownloadResult:
         name, content_id = transfer.plan.shard.data_path, transfer.plan.content_id
-        self._context.workers.release_slot()
+        self._context.pool.release_slot()
         with self._context.stats.timed("publish", file=name):
             file = self.cache.publish(transfer.partial, name, etag=transfer.source_etag, content_id=content_id)
         return DownloadResult(file, is_whole=True, checked=tuple(transfer.expected_digests))

@@ -199,7 +199,7 @@ class ManifestSource:
         # In a worker, so that this thread can cancel the request, and end it if the server stalls. This thread parses:
         # Ctrl-C can interrupt it here, and would have to wait for a worker.
         shards_to_come = None if cached is None else len(cached.manifest.shards)
-        body = context.workers.run(fetch, tasks_to_come=shards_to_come)
+        body = context.pool.run(fetch, tasks_to_come=shards_to_come)
         if body is None:
             assert cached is not None
             return cached

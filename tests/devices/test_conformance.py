@@ -35,11 +35,11 @@ TOO_LARGE = 1 << 50
 @contextmanager
 def upload_to(device: Device[Any], manifest: ndcache.Manifest, **options: Any) -> Iterator[Upload[Any, Any]]:
     """Open an upload of all shards, with threads for it."""
-    with WorkerPool(2, has_serial_thread=device.needs_serial_thread) as workers:
-        workers.start()
+    with WorkerPool(2, has_serial_thread=device.needs_serial_thread) as pool:
+        pool.start()
         upload = device.open_upload(
             manifest.shards,
-            workers=workers,
+            pool=pool,
             stats=LoadStats(),
             **{"decode": True, "copy": False, "memory_limit": 1 << 20, "keeps_all": True, **options},
         )

@@ -51,14 +51,14 @@ class GpuDevice(Device[GPUTensor]):
         self,
         shards: Sequence[Shard],
         *,
-        workers: WorkerPool,
+        pool: WorkerPool,
         stats: LoadStats,
         decode: bool,
         copy: bool,
         memory_limit: int,
         keeps_all: bool,
     ) -> GpuUpload:
-        calls, serial = open_call_thread(), workers.open_serial_queue()
+        calls, serial = open_call_thread(), pool.open_serial_queue()
         upload = GpuUpload(self.handle, self._fence, calls, serial, stats, decode=decode, memory_limit=memory_limit)
         self._upload = upload  # before there is anything to free: an interrupt may come before the caller can close it
         if keeps_all:
