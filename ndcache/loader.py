@@ -21,7 +21,6 @@ from .format.manifest import Manifest, NameFilter
 from .http.rate_limits import Limits
 from .http.retry import RetryPolicy
 from .http.transport import Transport
-from .location.file_url import file_url, possible_models
 from .location.hub import Login
 from .location.locate import Location, locate, locate_mirror
 from .options import LoaderOptions, with_options
@@ -30,6 +29,7 @@ from .progress import Progress
 from .sources import open_model
 from .sources.client import Client
 from .sources.download import Downloader
+from .sources.file_url import file_url, possible_models
 from .sources.model import Flaw, Model
 from .store.inventory import cache_scope
 from .trace import Trace

@@ -13,7 +13,7 @@ import netrc  # noqa: F401 - else imported within the first request: a fork at t
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import requests
 
@@ -66,8 +66,7 @@ class RedirectTarget:
     linked_sha256: str | None = None
 
 
-@dataclass(frozen=True)
-class _Get:
+class _Get(NamedTuple):
     """The arguments of one `Transport.get`, which hold for every request that it makes.
 
     `is_source` tells whether `url` belongs to the origin that the caller's session is for; `auth` is for that of `url`.

@@ -10,9 +10,9 @@ from urllib.parse import unquote
 
 from ..errors import UnsafePathError, redact
 from ..format.paths import check_path
+from ..location.hub import hf_endpoint
+from ..location.locate import Location, locate, remote_location
 from ..urls.url import parse
-from .hub import hf_endpoint
-from .locate import Location, locate, remote_location
 
 __all__ = ["file_url", "possible_models"]
 
