@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from .format.integrity import Integrity
-from .http.rate_limits import Limits
+from .http.rate_limits import RateLimits
 from .http.retry import RetryPolicy
 from .http.transport import Transport
 from .location.locate import Location
@@ -36,7 +36,7 @@ class LoadContext:
         Makes the requests; shared by the loads of a `Loader`.
     policy : RetryPolicy
         How often a failed request is made again, and how long that may take.
-    limits : Limits
+    limits : RateLimits
         How many requests each server accepts; shared by the loads of a `Loader`.
     pool : WorkerPool
         The load's threads, and its cancellation.
@@ -60,7 +60,7 @@ class LoadContext:
 
     transport: Transport
     policy: RetryPolicy
-    limits: Limits
+    limits: RateLimits
     pool: WorkerPool
     cache: CacheScope
     stats: LoadStats = field(default_factory=LoadStats)

@@ -18,7 +18,7 @@ from .errors import CacheUnavailableError, ManifestError, NotFoundError, Offline
 from .files.descriptors import budget
 from .format.integrity import parse_sri
 from .format.manifest import Manifest, NameFilter
-from .http.rate_limits import Limits
+from .http.rate_limits import RateLimits
 from .http.retry import RetryPolicy
 from .http.transport import Transport
 from .location.hub import Login
@@ -110,7 +110,7 @@ class Loader:
         environ = os.environ
         self._cache = cache_scope(cache_dir, scope, environ)
         self._policy = retries if isinstance(retries, RetryPolicy) else RetryPolicy(retries)
-        self._limits = Limits(self._policy.backoff / 4, self._policy.budget)
+        self._limits = RateLimits(self._policy.backoff / 4, self._policy.budget)
         self._is_offline = offline or any(_is_set(environ.get(name)) for name in ("NDCACHE_OFFLINE", "HF_HUB_OFFLINE"))
         self._integrity = {name: parse_sri(text) for name, text in (integrity or {}).items()}
         self._transport = Transport(

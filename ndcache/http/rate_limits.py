@@ -1,13 +1,14 @@
 """Keep to the limits of servers that answer 429 or 503: fewer requests at once, and more time between them.
 
-- Every request to an origin passes its `OriginLimit`, which all workers share: it waits its turn in a line, first come,
-  first served. While a server has never refused anything, nobody waits.
-- A refusal says that one of two things was too much, the number of requests under way or their pace: what was accepted
-  before at the same setting is not to blame. What is to blame is cut: to what is under way, to half the pace.
-- Then one request at a time tries a little more than is known to be accepted. If it is accepted, the next goes further;
-  if not, the next trial waits twice as long. So a short disturbance is soon forgotten, and a limit is met closely.
-- After a refusal all wait, for as long as Retry-After says if it says so; afterwards requests keep their distance.
-- Whether a refused request is tried again is for `with_retries` to decide.
+- Every request to an origin passes its `OriginLimit`, which all workers share: requests wait in a queue, first come,
+  first served. Until a server refuses a request, none has to wait.
+- A refusal means that one of two things was too much: the requests in flight, or their rate. A setting that was
+  accepted before is not to blame. The other one is cut: to the requests in flight, or to half the rate.
+- Then one request at a time tries a little more than is known to be accepted. If it is accepted, the next one goes
+  further; if not, the next trial waits twice as long. So a short disturbance is soon forgotten, and a lasting limit is
+  met closely.
+- After a refusal all requests wait, for as long as Retry-After asks if it is there, and then keep their distance.
+- Whether a refused request is tried again is for `http.retry` to decide.
 """
 
 from __future__ import annotations
@@ -25,57 +26,63 @@ from typing import Literal
 from ..errors import NdcacheError, RateLimitedError, TransferError
 from ..workers.cancellation import Cancellation
 
-__all__ = ["Limits", "OriginLimit", "Permit", "Served", "is_refusal", "origin_of"]
+__all__ = ["OriginActivity", "OriginLimit", "Permit", "RateLimits", "is_refusal", "origin_of"]
 
 logger = logging.getLogger("ndcache")
 
-#: The statuses by which servers say that there are too many requests: nginx's own limits answer 503.
+#: The statuses of servers that get too many requests; nginx's own limits answer 503.
 _STATUSES = (429, 503)
 
 _ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*://)(?:[^/?#]*@)?([^/?#]*)", re.IGNORECASE).match
-#: The part of the interval that a trial of a faster pace keeps: the first one, and those after one and more successes.
+#: The part of the interval that a trial of a higher rate keeps: the first trial, then those after successes in a row.
 _FASTER = (0.85, 0.8, 0.6, 0.5)
-#: Longest wait for a turn before the thread looks whether it is to stop, in seconds.
+#: Seconds that a thread waits for its turn before it checks whether it was cancelled.
 _TICK = 0.1
 
 Trial = Literal["more", "faster"]
 
 
 def origin_of(url: str) -> str:
-    """Return the scheme, host and port of a URL, to tell servers apart; nothing that is secret depends on it."""
+    """Return the scheme, host and port of a URL, to tell servers apart. Nothing secret may depend on it."""
     match = _ORIGIN(url)
     return (match[1] + match[2]).lower() if match else url
 
 
 def is_refusal(error: NdcacheError) -> bool:
-    """Whether an error says that a server gets too many requests."""
+    """Return whether an error means that a server gets too many requests."""
     return isinstance(error, TransferError) and error.status in _STATUSES
 
 
-class Served:
-    """Know what one load has got of each origin, and which origins limit it; `limits` are those that it keeps to."""
+class OriginActivity:
+    """The recent activity of the origins that one load asks, and which of them limit requests.
 
-    def __init__(self, limits: Limits | None = None) -> None:
-        self._limits = limits or Limits()
+    Parameters
+    ----------
+    limits : RateLimits, optional
+        The limits that the load keeps to.
+    """
+
+    def __init__(self, limits: RateLimits | None = None) -> None:
+        self._limits = limits or RateLimits()
         self._last: dict[str, float] = {}
         self._limiting: dict[str, object] = {}
 
-    def gave(self, origin: str) -> None:
-        """Note that something came from an origin just now."""
+    def record(self, origin: str) -> None:
+        """Note that an origin has just sent something."""
         self._last[origin] = monotonic()
 
-    def has_given(self, error: NdcacheError, since: float) -> bool:
-        """Whether the origin that an error is about has given something since then, to whichever worker."""
+    def was_active(self, error: NdcacheError, since: float) -> bool:
+        """Return whether the origin of an error has sent something since then, to any worker."""
         return self._last.get(origin_of(error.url or ""), -math.inf) > since
 
     def refusals(self, error: NdcacheError) -> int:
-        """Return how often in a row the origin of an error has refused requests, whichever worker's."""
+        """Return how often in a row the origin of an error has refused requests, of any worker."""
         return self._limits.of(error.url or "").refusals
 
-    def note_limit(self, error: NdcacheError) -> None:
-        """Log that the origin of an error limits requests, once for each."""
-        origin, me = origin_of(error.url or ""), object()
-        if self._limiting.setdefault(origin, me) is not me:
+    def warn_of_limit(self, error: NdcacheError) -> None:
+        """Log once for each origin that it limits requests."""
+        origin, mine = origin_of(error.url or ""), object()
+        if self._limiting.setdefault(origin, mine) is not mine:
             return
         asked = error.retry_after if isinstance(error, RateLimitedError) else None
         wait = f", wait {asked:,.0f} s" if asked else ""
@@ -83,7 +90,7 @@ class Served:
         logger.warning(message, origin, error.status, wait)
 
 
-class Limits:
+class RateLimits:
     """The limits of each origin, for all loads that share them. Safe to use from several threads, and after a fork.
 
     Parameters
@@ -98,7 +105,7 @@ class Limits:
 
     def of(self, url: str) -> OriginLimit:
         """Return the limit of the origin that a request for `url` goes to."""
-        # By process: another thread could hold a limit's lock at the moment of a fork, and so for ever in the child.
+        # By process: a lock that another thread holds at the moment of a fork stays locked in the child for ever.
         key = os.getpid(), origin_of(url)
         found = self._origins.get(key)
         return found or self._origins.setdefault(key, OriginLimit(self._unit, self._longest_pause))
@@ -106,46 +113,47 @@ class Limits:
 
 @dataclass(eq=False)
 class Permit:
-    """One request that may be made. It ends with `done`, whatever became of the request.
+    """Permission for one request. It must be released, whatever became of the request.
 
     Attributes
     ----------
     limit : OriginLimit
     started : float
-        When, by ``time.monotonic()``.
-    others : int
-        Requests to the origin that were under way then.
-    before : float
-        When the one before it started that was not refused.
+        The request's start, by ``time.monotonic()``.
+    others_in_flight : int
+        Other requests to the origin that were in flight then.
+    previous_start : float
+        The start of the last request before it that was not refused.
     trial : str or None
-        What the request has beyond what is known to be accepted.
+        What the request tries beyond what is known to be accepted: "more" requests in flight, or a "faster" rate.
     """
 
     limit: OriginLimit
     started: float
-    others: int
-    before: float
+    others_in_flight: int
+    previous_start: float
     trial: Trial | None = None
 
     @property
     def gap(self) -> float:
-        return self.started - self.before
+        """Return the seconds since the previous start."""
+        return self.started - self.previous_start
 
     def answered(self, status: int, retry_after: float | None = None) -> None:
-        """Tell the status of the answer, and how long it asks to wait."""
+        """Tell the limit the status of the response, and the seconds that it asks to wait."""
         if status in _STATUSES:
             self.limit.refused(self, monotonic(), retry_after)
         elif status < 500:
             self.limit.accepted(self, monotonic())
 
-    def done(self) -> None:
-        """Tell that the request is over, with its body."""
-        self.limit.done(self)
+    def release(self) -> None:
+        """Tell the limit that the request is over, with its body."""
+        self.limit.release(self)
 
 
 @dataclass(eq=False)
 class OriginLimit:
-    """Know what one origin accepts, as far as that can be told.
+    """The limits of one origin, as far as its responses show them.
 
     Times are seconds of ``time.monotonic()``. The methods that take `now` neither wait nor read the clock.
 
@@ -154,49 +162,49 @@ class OriginLimit:
     unit : float
         Seconds between requests after the first refusal; other times are multiples of it.
     longest_pause : float
-        Of a server that asks for a longer pause, the load ends, so that nobody has to keep it.
+        Longer pauses that a server asks for are not kept, as the load ends anyway.
 
     Attributes
     ----------
-    most : float
-        Requests that may be under way at once.
+    max_in_flight : float
+        Requests that may be in flight at once.
     interval : float
-        Seconds from the start of one to that of the next.
-    under_way : int
-        Requests that have begun and are not done.
+        Seconds from the start of one request to that of the next.
+    in_flight : int
+        Requests that have begun and are not over.
     refusals : int
-        Those in a row; what was refused at one time counts as one.
+        Refusals in a row; those of requests that were in flight together count as one.
     """
 
     unit: float = 0.125
     longest_pause: float = 300.0
-    most: float = field(default=math.inf, init=False)
+    max_in_flight: float = field(default=math.inf, init=False)
     interval: float = field(default=0.0, init=False)
-    under_way: int = field(default=0, init=False)
+    in_flight: int = field(default=0, init=False)
     refusals: int = field(default=0, init=False)
-    #: Whether as many, and so fast, were accepted since it was changed.
-    _is_most_known: bool = field(default=False, init=False)
+    #: Whether as many in flight, and as fast a rate, have been accepted since the setting changed.
+    _is_max_known: bool = field(default=False, init=False)
     _is_interval_known: bool = field(default=False, init=False)
     _last_start: float = field(default=-math.inf, init=False)
     _pause_until: float = field(default=-math.inf, init=False)
-    _cut_at: float = field(default=-math.inf, init=False)  # when something was cut last
-    #: One trial at a time; when the next may be, how long after one that is refused, and how many went well in a row.
+    _last_cut: float = field(default=-math.inf, init=False)  # when a setting was cut last
+    #: The current trial, when the next one may be, the wait after a refused one, and how many succeeded in a row.
     _trial: Permit | None = field(default=None, init=False)
     _trial_at: float = field(default=-math.inf, init=False)
     _trial_wait: float = field(default=0.0, init=False)
     _successes: int = field(default=0, init=False)
-    #: How many requests were accepted, and since when: over a time with refusals, that is the rate of the server.
+    #: How many requests were accepted, and since when: over a time with refusals, this gives the rate of the server.
     _accepted: int = field(default=-1, init=False)
     _since: float | None = field(default=None, init=False)
-    _line: deque[object] = field(default_factory=deque, init=False)
+    _queue: deque[object] = field(default_factory=deque, init=False)
 
     def __post_init__(self) -> None:
         self._trial_wait = 4 * self.unit
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
 
-    def enter(self, cancellation: Cancellation) -> Permit:
-        """Wait until a request may be made.
+    def acquire(self, cancellation: Cancellation) -> Permit:
+        """Wait until a request may be made, and return the permission for it.
 
         Raises
         ------
@@ -205,82 +213,84 @@ class OriginLimit:
         """
         with self._lock:
             now = monotonic()
-            if not self._line and self.delay(now) <= 0:
+            if not self._queue and self.delay(now) <= 0:
                 return self.start(now)
-            me = object()
-            self._line.append(me)
+            mine = object()
+            self._queue.append(mine)
             try:
                 while True:
                     cancellation.check()
                     delay = math.inf
-                    if self._line[0] is me and (delay := self.delay(now := monotonic())) <= 0:
+                    if self._queue[0] is mine and (delay := self.delay(now := monotonic())) <= 0:
                         return self.start(now)
                     self._changed.wait(min(delay, _TICK))
             finally:
-                self._line.remove(me)
+                self._queue.remove(mine)
                 self._changed.notify_all()
 
     def delay(self, now: float) -> float:
-        """Return in how many seconds the next request may begin, if nothing happens before."""
+        """Return the seconds until the next request may begin, if nothing else happens."""
         pause, gap = self._pause_until - now, now - self._last_start
         trial = max(pause, math.inf if self._trial is not None else self._trial_at - now)
-        if self.under_way >= self.most:
+        if self.in_flight >= self.max_in_flight:
             return max(trial, self.interval - gap)
         if self.interval == 0:
             return pause
         return min(max(pause, self.interval - gap), max(trial, self.interval * self._faster - gap))
 
     def start(self, now: float) -> Permit:
-        """Begin a request; it may be, as `delay` has just said."""
+        """Begin a request, after `delay` has returned no more than 0."""
         gap = now - self._last_start
         trial: Trial | None = None
-        if self.under_way >= self.most:
+        if self.in_flight >= self.max_in_flight:
             trial = "more"
         elif gap < self.interval:
             trial = "faster"
-        permit = Permit(self, now, self.under_way, self._last_start, trial)
+        permit = Permit(self, now, self.in_flight, self._last_start, trial)
         if trial is not None:
             self._trial = permit
-        self.under_way += 1
+        self.in_flight += 1
         self._last_start = now
         if self._since is None:
             self._since = now
         return permit
 
     def accepted(self, permit: Permit, now: float) -> None:
-        """Learn from a request that was answered otherwise."""
+        """Learn from a request that was not refused."""
         with self._lock:
             self._accepted += 1
-            if self._cut_at == -math.inf:
+            if self._last_cut == -math.inf:
                 return  # there is no limit
             self._end_trial(permit)
-            if permit.started >= self._cut_at:  # else it says nothing about the settings that are now
+            if permit.started >= self._last_cut:  # else it says nothing about the current settings
                 self._learn(permit, now)
             self._changed.notify_all()
 
     def refused(self, permit: Permit, now: float, retry_after: float | None = None) -> None:
-        """Learn from a request that was answered with 429 or 503."""
+        """Learn from a request that was refused with 429 or 503."""
         pause = retry_after or 0.0
         pause = pause if pause <= self.longest_pause else 0.0
         with self._lock:
             self._pause_until = max(self._pause_until, now + pause)
             self._end_trial(permit)
             if self._last_start == permit.started:
-                self._last_start = permit.before  # servers do not count what they refuse, but want a distance
+                self._last_start = (
+                    permit.previous_start
+                )  # servers do not count what they refuse, but still want a distance
                 self._pause_until = max(self._pause_until, now + self.interval / 4)
-            if permit.started < self._cut_at:  # one of several at the same time, of which the first counts
-                if not self._is_most_known:
-                    self._cut_most()
+            if permit.started < self._last_cut:  # one of several refused together: only the first one counts
+                if not self._is_max_known:
+                    self._cut_max()
             elif not self._was_trial_only(permit, now, pause):
                 self._cut(now)
             self._changed.notify_all()
 
-    def done(self, permit: Permit) -> None:
-        """Forget a request that is over."""
+    def release(self, permit: Permit) -> None:
+        """Count a request as over."""
         with self._lock:
-            self.under_way -= 1
+            self.in_flight -= 1
             self._end_trial(permit)
-            if self._line:
+            if self._queue:
                 self._changed.notify_all()
 
     @property
@@ -292,47 +302,47 @@ class OriginLimit:
             self._trial = None
 
     def _learn(self, permit: Permit, now: float) -> None:
-        self._is_most_known = self._is_most_known or permit.others + 1 >= self.most
+        self._is_max_known = self._is_max_known or permit.others_in_flight + 1 >= self.max_in_flight
         self._is_interval_known = self._is_interval_known or permit.gap <= self.interval * 1.2
         if self.refusals > 1 and self._since is not None:
-            # The last pause may have been far too long: who counts by the minute refuses all until the minute is over.
+            # The last pause may have been far too long: a server that counts by the minute refuses all until its end.
             self.interval = min(self.interval, max((now - self._since) / max(self._accepted, 1), self.unit))
             self._since, self._accepted = now, 0
         self.refusals = 0
         if permit.trial is None:
             return
         if permit.trial == "more":
-            self.most = max(self.most, permit.others + 2**self._successes)
-            self._is_most_known = self._successes == 0
+            self.max_in_flight = max(self.max_in_flight, permit.others_in_flight + 2**self._successes)
+            self._is_max_known = self._successes == 0
         else:
             self.interval = permit.gap if permit.gap > self.unit / 12 else 0.0
         self._successes += 1
         self._trial_at, self._trial_wait = now, 4 * self.unit
 
     def _was_trial_only(self, permit: Permit, now: float, pause: float) -> bool:
-        """Whether a refusal says no more than that what is known to be accepted is the limit."""
+        """Return whether a refusal only confirms that the settings known to be accepted are the limit."""
         self.refusals += 1
         self._successes = 0
         if permit.trial is None:
             return False
-        # A trial is not worth it where it costs all others a pause that is long.
+        # Where a server asks for long pauses, a trial may cost all other requests such a pause: make fewer trials.
         self._trial_at = now + max(self._trial_wait, 8 * pause)
         self._trial_wait = min(2 * self._trial_wait, 128 * self.unit)
         return permit.trial == "faster" or self._is_interval_known
 
     def _cut(self, now: float) -> None:
-        self._cut_at = now
-        if not self._is_most_known or self.refusals > 1:
-            self._cut_most()
-        # A pace that was accepted until now is nearly right: networks deliver two requests closer than they were sent.
+        self._last_cut = now
+        if not self._is_max_known or self.refusals > 1:
+            self._cut_max()
+        # A rate that was accepted until now is nearly right: networks deliver two requests closer than they were sent.
         is_nearly_right = self._is_interval_known and self.refusals == 1
         self.interval = min(max((1.2 if is_nearly_right else 2) * self.interval, self.unit), 20 * self.unit)
         self._is_interval_known = False
         self._trial_at = max(self._trial_at, now + 2 * self.interval)
         self._pause_until = max(self._pause_until, now + self.interval)
 
-    def _cut_most(self) -> None:
-        others = self.under_way - 1
-        if others > 0 or self.most == math.inf:
-            self.most = min(self.most, max(others, 1))
-            self._is_most_known = False
+    def _cut_max(self) -> None:
+        others_in_flight = self.in_flight - 1
+        if others_in_flight > 0 or self.max_in_flight == math.inf:
+            self.max_in_flight = min(self.max_in_flight, max(others_in_flight, 1))
+            self._is_max_known = False

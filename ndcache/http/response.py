@@ -133,7 +133,7 @@ class Response:
             self._raw.close()
             self._cancellation.remove(self._watch)
             if self.permit is not None:
-                self.permit.done()
+                self.permit.release()
 
 
 def check_not_woken(cancellation: Cancellation, watch: StallWatch, url: str) -> None:

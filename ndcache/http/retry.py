@@ -20,7 +20,7 @@ from typing import TypeVar
 from ..errors import NdcacheError, RateLimitedError
 from ..stats import LoadStats
 from ..workers.cancellation import Cancellation
-from .rate_limits import Served, is_refusal
+from .rate_limits import OriginActivity, is_refusal
 
 __all__ = ["Attempt", "RetryPolicy", "attempts", "with_retries"]
 
@@ -29,7 +29,7 @@ logger = logging.getLogger("ndcache")
 T = TypeVar("T")
 
 
-#: Refusals in a row after which the waits of a file do not get longer, while others are served.
+#: Refusals in a row after which the waits of a file do not get longer, while others are activity.
 _MOST_COUNTED = 4
 #: Bytes of progress after which all failures so far are forgotten.
 _PROGRESS_BYTES = 1 << 20
@@ -91,14 +91,14 @@ def attempts(
     policy: RetryPolicy,
     cancellation: Cancellation,
     stats: LoadStats | None = None,
-    served: Served | None = None,
+    activity: OriginActivity | None = None,
     progress: Callable[[], int] = lambda: 0,
 ) -> Iterator[Attempt]:
     """Yield attempts at some work until one succeeds, and wait between them.
 
     An error that `policy` does not forgive leaves the block of its attempt, and knows how many attempts there were::
 
-        for attempt in attempts(policy, cancellation, stats, served):
+        for attempt in attempts(policy, cancellation, stats, activity):
             with attempt:
                 result = work()
         return result
@@ -110,13 +110,13 @@ def attempts(
         Ends the wait for the next attempt with `CancelledError`.
     stats : LoadStats, optional
         Counts the retries, and the time between them.
-    served : Served, optional
+    activity : OriginActivity, optional
         Knows whether a server that refuses a request (429, 503) gives others something meanwhile: if it does, the
         refusal does not count as a failure.
     progress : callable
         Return how many bytes of the work are done for good; bytes that come a second time do not count.
     """
-    attempt = Attempt(policy, served, progress)
+    attempt = Attempt(policy, activity, progress)
     while True:
         yield attempt
         if attempt.delay is None:
@@ -143,9 +143,9 @@ class Attempt:
     delay: float | None = None
     is_refused: bool = False
 
-    def __init__(self, policy: RetryPolicy, served: Served | None, progress: Callable[[], int]) -> None:
+    def __init__(self, policy: RetryPolicy, activity: OriginActivity | None, progress: Callable[[], int]) -> None:
         self._policy = policy
-        self._served = served
+        self._activity = activity
         self._progress = progress
         self._tries = 0
         self._kinds: Counter[type[NdcacheError]] = Counter()
@@ -172,8 +172,8 @@ class Attempt:
         if self.delay is None:
             return False
         level = logging.WARNING
-        if self.is_refused and self._served is not None:
-            self._served.note_limit(error)
+        if self.is_refused and self._activity is not None:
+            self._activity.warn_of_limit(error)
             level = logging.DEBUG
         logger.log(level, "trying again in %.1f s (try %d): %s", self.delay, self._tries + 1, str(error))
         return True
@@ -183,16 +183,16 @@ class Attempt:
         now = time.monotonic()
         if self._progress() - self._mark >= _PROGRESS_BYTES:
             self._mark, self._failures, self._first_failure, self._refusals = self._progress(), 0, now, 0
-        served = self._served if self.is_refused else None
-        if served is not None and served.has_given(error, self._last_time):
+        activity = self._activity if self.is_refused else None
+        if activity is not None and activity.was_active(error, self._last_time):
             self._failures, self._first_failure, self._refusals = 0, now, self._refusals + 1
         self._last_time = now
         self._failures += 1
         self._first_failure = self._first_failure or now
         spent = now - self._first_failure
         counted = max(self._failures, min(self._refusals, _MOST_COUNTED, self._policy.retries))
-        if served is not None:
-            in_a_row = served.refusals(error)
+        if activity is not None:
+            in_a_row = activity.refusals(error)
             if self._failures == 1:
                 self._refused_before = in_a_row - 1
             if spent >= self._policy.typical_patience:
@@ -206,10 +206,10 @@ def with_retries(
     cancellation: Cancellation,
     stats: LoadStats | None = None,
     progress: Callable[[], int] = lambda: 0,
-    served: Served | None = None,
+    activity: OriginActivity | None = None,
 ) -> T:
     """Return `work()`, tried again as `attempts` says."""
-    for attempt in attempts(policy, cancellation, stats, served, progress):
+    for attempt in attempts(policy, cancellation, stats, activity, progress):
         with attempt:
             result = work()
     return result

@@ -75,7 +75,7 @@ class _Get(NamedTuple):
     url: Url
     headers: Mapping[str, str]
     cancellation: Cancellation
-    enter: Callable[[str], Permit] | None
+    acquire: Callable[[str], Permit] | None
     may_be_encoded: bool
     is_source: bool
     auth: Auth | None
@@ -116,7 +116,7 @@ class Transport:
         *,
         source_url: str | None = None,
         redirects: dict[str, RedirectTarget] | None = None,
-        enter: Callable[[str], Permit] | None = None,
+        acquire: Callable[[str], Permit] | None = None,
         may_be_encoded: bool = False,
         start: str | None = None,
     ) -> Response:
@@ -136,7 +136,7 @@ class Transport:
             A URL of the origin that the caller's session is for, if that is not `url` itself (a mirror).
         redirects : dict of str to RedirectTarget, optional
             Where redirects of each URL have led, kept here: they are followed once, and again after a failure.
-        enter : callable, optional
+        acquire : callable, optional
             Wait until a request to a URL may be made; called for `url` and for every target of a redirect.
         may_be_encoded : bool
             Whether the body may have a Content-Encoding. It is not decoded here.
@@ -156,7 +156,7 @@ class Transport:
         asked = parse(url)
         is_source = source_url is None or parse(source_url).origin == asked.origin
         auth = self._sessions.auth(asked, is_source=is_source)
-        get = _Get(asked, headers, cancellation, enter, may_be_encoded, is_source, auth)
+        get = _Get(asked, headers, cancellation, acquire, may_be_encoded, is_source, auth)
         redirects = {} if redirects is None else redirects
         known = redirects.get(url)
         while True:
@@ -187,7 +187,7 @@ class Transport:
             if visit in visits or len(visits) > _MAX_REDIRECTS:
                 raise RedirectError("the server redirects in a circle, or too often", url=str(before))
             visits.add(visit)
-            permit = None if get.enter is None else get.enter(str(url))
+            permit = None if get.acquire is None else get.acquire(str(url))
             with _released_on_failure(permit):
                 response = self._send(get, url, session, get.auth if same_origin else no_auth)
             if permit is not None:
@@ -298,7 +298,7 @@ def _released_on_failure(permit: Permit | None) -> Iterator[None]:
         if permit is not None:
             if isinstance(error, TransferError) and error.status is not None:  # raised by a hook of the session
                 permit.answered(error.status, getattr(error, "retry_after", None))
-            permit.done()
+            permit.release()
         raise
 
 

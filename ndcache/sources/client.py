@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from ..context import LoadContext
 from ..errors import NdcacheError, redact
-from ..http.rate_limits import Permit, Served, is_refusal, origin_of
+from ..http.rate_limits import OriginActivity, Permit, is_refusal, origin_of
 from ..http.response import Response
 from ..http.retry import Attempt, RetryPolicy, attempts
 from ..http.transport import RedirectTarget
@@ -31,7 +31,7 @@ class Client:
 
     def __init__(self, context: LoadContext) -> None:
         self.context = context
-        self._served = Served(context.limits)
+        self._activity = OriginActivity(context.limits)
         self._commits: dict[str, str] = {}  # of branches on Hugging Face
 
     def get(
@@ -54,10 +54,10 @@ class Client:
         context.stats.count(requests=1)
         with context.stats.timed("request", url=redact(url), range=headers.get("Range")) as others:
 
-            def enter(url: str) -> Permit:
+            def acquire(url: str) -> Permit:
                 begun = time.perf_counter()
                 try:
-                    return context.limits.of(url).enter(cancellation)
+                    return context.limits.of(url).acquire(cancellation)
                 finally:
                     others["rate_limit"] = others.get("rate_limit", 0.0) + time.perf_counter() - begun
 
@@ -67,28 +67,28 @@ class Client:
                 cancellation,
                 source_url=source_url,
                 redirects=redirects,
-                enter=enter,
+                acquire=acquire,
                 may_be_encoded=may_be_encoded,
                 start=at_commit(url, commit) if commit else None,
             )
         if name and response.commit:
             self._commits.setdefault(name, response.commit)
-        self._served.gave(origin_of(response.url))
+        self._activity.record(origin_of(response.url))
         if response.url != url:
-            self._served.gave(origin_of(url))  # a redirect is an answer, too
+            self._activity.record(origin_of(url))  # a redirect is an answer, too
         return response
 
     def attempts(self, policy: RetryPolicy | None = None, progress: Callable[[], int] = lambda: 0) -> Iterator[Attempt]:
         """Yield attempts at some work, as `http.retry.attempts` does, by the load's policy unless another is given."""
         context = self.context
-        return attempts(policy or context.policy, context.cancellation, context.stats, self._served, progress)
+        return attempts(policy or context.policy, context.cancellation, context.stats, self._activity, progress)
 
     def count_received(self, origin: str, nbytes: int) -> None:
         """Count bytes of a body, which also tell that the server serves this load."""
         self.context.stats.count(network_bytes=nbytes)
-        self._served.gave(origin)
+        self._activity.record(origin)
 
     def note_refusal(self, error: NdcacheError) -> None:
         """Log that a server limits requests, if this is what a request without another attempt failed with."""
         if is_refusal(error):
-            self._served.note_limit(error)
+            self._activity.warn_of_limit(error)

@@ -329,7 +329,7 @@ class ScriptedServer:
         self.port = self._listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}/"
         self._open: set[socket.socket] = set()
-        self._served: dict[str, int] = {}
+        self._times_asked: dict[str, int] = {}
         self._lock = threading.Lock()
         self._context: ssl.SSLContext | None = None
         self._threads = [threading.Thread(target=self._accept, daemon=True)]
@@ -400,8 +400,8 @@ class ScriptedServer:
             steps = self.script.get(request.path)
             if not steps:
                 return reply(404)
-            index = self._served.get(request.path, 0)
-            self._served[request.path] = index + 1
+            index = self._times_asked.get(request.path, 0)
+            self._times_asked[request.path] = index + 1
             return steps[min(index, len(steps) - 1)]
 
 

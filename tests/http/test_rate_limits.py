@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 import ndcache
-from ndcache.http.rate_limits import OriginLimit, Permit, Served, origin_of
+from ndcache.http.rate_limits import OriginActivity, OriginLimit, Permit, origin_of
 from ndcache.http.retry import RetryPolicy, with_retries
 from ndcache.loader import Loader
 from ndcache.workers.cancellation import Cancellation
@@ -58,8 +58,8 @@ class Connections:
     def __init__(self, most: int) -> None:
         self.most = most
 
-    def accepts(self, now: float, under_way: int) -> bool:
-        return under_way < self.most
+    def accepts(self, now: float, in_flight: int) -> bool:
+        return in_flight < self.most
 
 
 class Rate:
@@ -68,7 +68,7 @@ class Rate:
     def __init__(self, rate: float, burst: int = 0) -> None:
         self.rate, self.burst, self.excess, self.last = rate, burst, 0.0, -1e9
 
-    def accepts(self, now: float, under_way: int) -> bool:
+    def accepts(self, now: float, in_flight: int) -> bool:
         excess = max(self.excess - self.rate * (now - self.last) + 1, 0.0)
         if excess > self.burst + 1e-9:
             return False
@@ -82,7 +82,7 @@ class Window:
     def __init__(self, most: int, seconds: float, *, counts_all: bool = False) -> None:
         self.most, self.seconds, self.counts_all, self.times = most, seconds, counts_all, list[float]()
 
-    def accepts(self, now: float, under_way: int) -> bool:
+    def accepts(self, now: float, in_flight: int) -> bool:
         self.times = [time for time in self.times if time > now - self.seconds]
         is_free = len(self.times) < self.most
         if is_free or self.counts_all:
@@ -96,7 +96,7 @@ class Hiccup:
     def __init__(self, *numbers: int) -> None:
         self.numbers, self.count = numbers, 0
 
-    def accepts(self, now: float, under_way: int) -> bool:
+    def accepts(self, now: float, in_flight: int) -> bool:
         self.count += 1
         return self.count not in self.numbers
 
@@ -155,11 +155,11 @@ class Simulation:
     def _refuse(self, permit: Permit) -> None:
         self.refused += 1
         self._limit.refused(permit, self.now, self._retry_after)
-        self._limit.done(permit)
+        self._limit.release(permit)
         self._after(self._retry_after or 0.25, lambda: setattr(self, "_waiting", self._waiting + 1))
 
     def _done(self, permit: Permit) -> None:
-        self._limit.done(permit)
+        self._limit.release(permit)
         self._left -= 1
         if self._queue:
             self._queue -= 1
@@ -235,8 +235,8 @@ def test_a_server_that_never_refuses_is_never_waited_for() -> None:
         permit = limit.start(now / 1000)
         limit.accepted(permit, now / 1000)
         if now % 2:
-            limit.done(permit)
-    assert limit.under_way == 500
+            limit.release(permit)
+    assert limit.in_flight == 500
 
 
 @pytest.mark.parametrize(
@@ -258,39 +258,39 @@ def test_origins(url: str, origin: str) -> None:
 
 def test_row_49_who_waits_can_be_stopped() -> None:
     limit, cancellation, errors = OriginLimit(), Cancellation(), list[BaseException]()
-    permit = limit.enter(cancellation)
+    permit = limit.acquire(cancellation)
     permit.answered(429, 200.0)
-    permit.done()
+    permit.release()
 
     def wait() -> None:
         try:
-            limit.enter(cancellation)
+            limit.acquire(cancellation)
         except ndcache.CancelledError as error:
             errors.append(error)
 
     threads = [threading.Thread(target=wait) for _ in range(8)]
     for thread in threads:
         thread.start()
-    wait_until(lambda: len(limit._line) == 8)
+    wait_until(lambda: len(limit._queue) == 8)
     begun = time.monotonic()
     cancellation.set()
     for thread in threads:
         thread.join()
     assert time.monotonic() - begun < 1
     assert len(errors) == 8
-    assert not limit._line
+    assert not limit._queue
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_row_37_a_fork_knows_no_lock_of_its_parents() -> None:
     script = """
 import os
-from ndcache.http import rate_limits as limits
-from ndcache.workers import cancellation
-shared = limits.Limits()
+from ndcache.http.rate_limits import RateLimits
+from ndcache.workers.cancellation import Cancellation
+shared = RateLimits()
 with shared.of("http://host/")._lock:  # as of a thread that makes a request just then
     if os.fork() == 0:
-        shared.of("http://host/").enter(cancellation.Cancellation()).done()
+        shared.of("http://host/").acquire(Cancellation()).release()
         os._exit(0)
     print(os.wait()[1])
 """
@@ -300,14 +300,14 @@ with shared.of("http://host/")._lock:  # as of a thread that makes a request jus
 QUICK = RetryPolicy(retries=2, backoff=0.001)
 
 
-class ServedUntil(Served):
+class ActiveFor(OriginActivity):
     """As if others got something between each two of so many tries."""
 
     def __init__(self, tries: int) -> None:
         super().__init__()
         self._tries = tries
 
-    def has_given(self, error: ndcache.NdcacheError, since: float) -> bool:
+    def was_active(self, error: ndcache.NdcacheError, since: float) -> bool:
         self._tries -= 1
         return self._tries >= 0
 
@@ -325,7 +325,7 @@ def test_row_49_refusals_are_not_counted_while_others_are_served() -> None:
             raise errors.pop()
         return "value"
 
-    assert with_retries(attempt, QUICK, Cancellation(), served=ServedUntil(20)) == "value"
+    assert with_retries(attempt, QUICK, Cancellation(), activity=ActiveFor(20)) == "value"
 
 
 @pytest.mark.parametrize("served", [0, 5, 50])
@@ -337,7 +337,7 @@ def test_row_49_they_are_counted_once_nobody_is_served(served: int) -> None:
         raise refused(503)
 
     with pytest.raises(ndcache.ServerError):
-        with_retries(attempt, QUICK, Cancellation(), served=ServedUntil(served))
+        with_retries(attempt, QUICK, Cancellation(), activity=ActiveFor(served))
     assert len(calls) == served + 1 + QUICK.retries - (served > 0)
 
 
@@ -349,7 +349,7 @@ def test_who_wants_no_retries_gets_none() -> None:
         raise refused()
 
     with pytest.raises(ndcache.RateLimitedError):
-        with_retries(attempt, RetryPolicy(retries=0), Cancellation(), served=ServedUntil(1))
+        with_retries(attempt, RetryPolicy(retries=0), Cancellation(), activity=ActiveFor(1))
     assert len(calls) == 1
 
 
@@ -527,7 +527,7 @@ def test_row_49_the_server_that_is_redirected_to(
         scripted.script[f"/{path.name}"] = [reply(302, headers={"Location": f"{storage.url}{path.name}"})]
     with Loader(retries=RetryPolicy(retries=2)) as loader:
         assert_same(loader.load(scripted.url), arrays)
-        assert loader._limits.of(storage.url).most < math.inf == loader._limits.of(scripted.url).most
+        assert loader._limits.of(storage.url).max_in_flight < math.inf == loader._limits.of(scripted.url).max_in_flight
     assert limit.peak == 2
     assert [storage.url[:-1] in message for message in log()] == [True]
 

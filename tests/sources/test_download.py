@@ -16,7 +16,7 @@ import pytest
 
 import ndcache
 from ndcache.context import LoadContext
-from ndcache.http.rate_limits import Limits
+from ndcache.http.rate_limits import RateLimits
 from ndcache.http.retry import RetryPolicy
 from ndcache.http.transport import Transport
 from ndcache.sources.client import Client
@@ -47,7 +47,7 @@ def downloader(tmp_path: Path) -> Iterator[Downloader]:
     context = LoadContext(
         transport,
         RetryPolicy(retries=3, backoff=0.001),
-        Limits(),
+        RateLimits(),
         WorkerPool(),
         CacheScope(tmp_path, "default", is_private=False),
     )
