@@ -92,9 +92,10 @@ class Device(ABC, Generic[Tensor]):
 
 
 class Upload(ABC, Generic[Staged, Tensor]):
-    """One load's way to a device: workers stage the bytes of shards, the caller's thread makes tensors of them.
+    """The upload of one load to a device.
 
-    A context manager that closes itself.
+    Workers stage the bytes of shards; the caller's thread places them as tensors. An upload is a context manager, which
+    closes it at the end.
     """
 
     @abstractmethod
@@ -122,7 +123,7 @@ class Upload(ABC, Generic[Staged, Tensor]):
     def close(self) -> None:
         """Free everything but the tensors that were handed out. No thread may be in `stage` or `place` any more.
 
-        Raises nothing of its own. A second call does nothing.
+        This never fails, and a second call does nothing.
         """
 
     def __enter__(self) -> Upload[Staged, Tensor]:

@@ -30,7 +30,7 @@ _lock = [threading.Lock()]
 #: The adapters of this process, once some were found. They are kept: listing them takes milliseconds each time, makes
 #: some drivers print lines, and is not safe (see `_enumerate_adapters`), and neither is dropping them.
 _known: list[wgpu.GPUAdapter] = []
-#: Those that were listed before this process was forked.
+#: The adapters that the parent process had listed when this process was forked.
 _from_parent: list[wgpu.GPUAdapter] = []
 
 
@@ -51,9 +51,9 @@ if hasattr(os, "register_at_fork"):
 
 
 def list_adapters() -> list[wgpu.GPUAdapter]:
-    """Return the adapters of this machine: hardware before software, and each with its best backend only.
+    """Return the adapters of this machine: hardware before software, each with its best backend only.
 
-    Once some are found, a process does not look for them again.
+    A process that has found some does not look for more.
 
     Raises
     ------
@@ -131,9 +131,9 @@ def adapter_name(adapter: wgpu.GPUAdapter) -> str:
 def _enumerate_adapters() -> list[wgpu.GPUAdapter]:
     """Return wgpu's adapters, without those of OpenGL if these can only be duplicates.
 
-    wgpu has one OpenGL context for a process. If two threads use it at once (listing and dropping adapters is enough),
-    the second finds it taken, and wgpu ends the process. ndcache's threads take turns, but the caller's threads cannot
-    be made to. Vulkan, Metal and D3D12 have no such problem.
+    wgpu has one OpenGL context for each process. If two threads use it at once (listing and dropping adapters is
+    enough), the second finds it taken, and wgpu ends the process. ndcache's threads take turns, but the caller's
+    threads do not know of that. Vulkan, Metal and D3D12 have no such problem.
     """
     import wgpu
 
@@ -149,15 +149,15 @@ def _list_primary() -> list[wgpu.GPUAdapter] | None:
     from wgpu.backends.wgpu_native import _helpers, _mappings
 
     try:
-        ffi, list_adapters = wgpu_native.ffi, wgpu_native.lib.wgpuInstanceEnumerateAdapters
+        ffi, enumerate_native = wgpu_native.ffi, wgpu_native.lib.wgpuInstanceEnumerateAdapters
         create = wgpu_native.gpu._create_adapter
         if len(inspect.signature(create).parameters) != 1:
             return None
-        kinds = ffi.typeof(list_adapters).args  # cffi would have to parse their names
+        kinds = ffi.typeof(enumerate_native).args  # by name, cffi would have to parse the types
         instance, options = _helpers.get_wgpu_instance(), ffi.new(kinds[1])
         options.backends = _mappings.native_flags["InstanceBackend.Primary"]
-        handles = ffi.new(ffi.typeof("WGPUAdapter[]"), list_adapters(instance, options, ffi.NULL))
-        list_adapters(instance, options, handles)
+        handles = ffi.new(ffi.typeof("WGPUAdapter[]"), enumerate_native(instance, options, ffi.NULL))
+        enumerate_native(instance, options, handles)
     except (AttributeError, KeyError, IndexError):
         return None
     return [create(handle) for handle in handles]

@@ -1,4 +1,4 @@
-"""The tensors' buffers: what they hold, and the thread that makes them ahead of their bytes."""
+"""The tensors' buffers: their contents, and the thread that makes them ahead of their bytes."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ def tensor_usage() -> int:
 
 
 class BufferMaker:
-    """Makes the buffers of one load, shard by shard.
+    """Make the buffers of one load's tensors, shard by shard.
 
-    Drivers make one buffer after the other, however many threads ask. So one thread makes them all, and the others are
-    free to read files.
+    Drivers make one buffer after the other, however many threads ask. So one thread makes them all, and the others can
+    read files.
 
     Parameters
     ----------
     device : wgpu.GPUDevice
     serial : SerialQueue
-        Runs in the thread that makes them.
+        Runs the thread that makes them.
     stats : LoadStats
     decode : bool
         Whether float32 that is stored as bfloat16 is expanded.
@@ -69,16 +69,16 @@ class BufferMaker:
         self._requested: dict[str, Future[list[wgpu.GPUBuffer]]] = {}  # by the shard's data path
 
     def request(self, shard: Shard) -> Future[list[wgpu.GPUBuffer]]:
-        """Return the future buffers of a shard, in the order of its records.
+        """Return a future of a shard's buffers, in the order of its records.
 
-        A buffer that the caller takes out of the list is the caller's to destroy.
+        The caller must destroy those that it takes out of the list.
         """
         if shard.data_path not in self._requested:
             self._requested[shard.data_path] = self._serial.submit(self._make, shard)
         return self._requested[shard.data_path]
 
     def close(self) -> None:
-        """Stop, and destroy the buffers that nobody took."""
+        """Stop, and destroy the buffers that nobody took. Call this shielded."""
         self._serial.cancel()
         for future in self._requested.values():
             if not future.cancelled() and future.exception() is None:

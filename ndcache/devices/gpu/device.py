@@ -60,7 +60,7 @@ class GpuDevice(Device[GPUTensor]):
     ) -> GpuUpload:
         calls, serial = open_call_thread(), pool.open_serial_queue()
         upload = GpuUpload(self.handle, self._fence, calls, serial, stats, decode=decode, memory_limit=memory_limit)
-        self._upload = upload  # before there is anything to free: an interrupt may come before the caller can close it
+        self._upload = upload  # for `discard`, if an interrupt keeps the caller from closing it
         if keeps_all:
             upload.request_buffers(shards)
         return upload
@@ -70,21 +70,21 @@ class GpuDevice(Device[GPUTensor]):
             shielded(lambda: self._discard(tensors))
 
     def warm_up(self) -> None:
-        """Submit something and wait for it.
+        """Make the first submission and wait for it.
 
-        The first submission of a process takes long, and slows down everything else meanwhile: cffi parses the names of
-        C types, the driver gets ready. On an H100, 0.13 s here save 0.2 s of the first load. (The shader is not made
-        here: not every load needs it, and it would save no more than it takes.)
+        A process's first submission takes long, and slows down everything else meanwhile: cffi parses the names of C
+        types, and the driver gets ready. On an H100, 0.13 s here save 0.2 s of the first load. (The shader is not made
+        here, as not every load needs it, and making it early would save no more than it takes.)
         """
         with translated_errors():
             self._fence.wait()
 
     def _discard(self, tensors: dict[str, GPUTensor]) -> None:
         if self._upload is not None:
-            self._upload.close()  # if an interrupt came before the load closed it
+            self._upload.close()  # does nothing unless an interrupt kept the load from closing it
             self._upload = None
         self._fence.destroy()
-        # Not left to the destructors of wgpu's objects, where Ctrl-C would be lost.
+        # Explicitly, as Ctrl-C in the destructors of wgpu's objects would be lost.
         while tensors:
             tensors.popitem()[1]._release()
         if self._is_ours:
@@ -94,13 +94,13 @@ class GpuDevice(Device[GPUTensor]):
 
 
 def open_gpu(spec: str, poll: Callable[[], None] | None = None) -> GpuDevice | None:
-    """Open ``"gpu"``, ``"gpu:N"``, or for ``"auto"`` the first real adapter, if any.
+    """Open ``"gpu"``, ``"gpu:N"``, or for ``"auto"`` the first hardware adapter, if any.
 
     Parameters
     ----------
     spec : str
     poll : callable, optional
-        Called about every 0.1 s; an exception that it raises ends the wait for the driver.
+        Called about every 0.1 s while the driver is busy; an exception that it raises ends the wait.
 
     Raises
     ------

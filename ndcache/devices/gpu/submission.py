@@ -1,4 +1,4 @@
-"""Have the GPU copy what is staged into the tensors' buffers, and wait until it has done so."""
+"""Submit copies from staging memory to the tensors' buffers, and wait until the GPU has made them."""
 
 from __future__ import annotations
 
@@ -43,18 +43,18 @@ class StagedShard:
 
 
 class Submitter:
-    """Submits copies from staging memory to the tensors' buffers, which expand bfloat16 on the way.
+    """Submit copies from staging memory to the tensors' buffers, expanding bfloat16 on the way.
 
-    Only the caller's thread uses it.
+    Only the caller's thread uses a submitter.
 
     Parameters
     ----------
     device : wgpu.GPUDevice
     ring : StagingRing
-        Gets the staging memory back once its copy is submitted.
+        Receives the staging memory back once its copies are submitted.
     stats : LoadStats
     calls : CallThread or None
-        For shielded calls.
+        Makes shielded calls.
     batch_bytes : int
         The most bytes of a batch.
     """
@@ -68,17 +68,17 @@ class Submitter:
         self._calls = calls
         self._batch_bytes = batch_bytes
         self._expander: Expander | None = None
-        # A submission's calls into wgpu run no Python, so the caller's thread makes them without a shield. The objects
-        # that they return are kept for a shielded call to drop: their destructors do run Python, and Ctrl-C would be
-        # lost there.
+        # The calls of a submission do not call back into Python, so the caller's thread makes them without a shield.
+        # The objects that they return are kept here until a shielded call drops them: Ctrl-C in one of their
+        # destructors would be lost.
         self._submitted: list[Any] = []
 
     def submit(self, shards: Sequence[StagedShard]) -> None:
-        """Submit the copies of everything that is filled, at once, and give the staging memory back."""
+        """Submit the copies of all filled batches at once, and give the staging memory back."""
         filled = [(shard, staging, batch) for shard in shards for staging, batch in shard.filled]
         if self._expander is None and any(copy.is_expanded for _, _, batch in filled for copy in batch.copies):
-            # A process's first expander takes 0.12 s, in which cffi parses the names of C types. Made earlier, it would
-            # hold up the threads that begin to read. By now they have begun, and this thread has nothing else to do.
+            # The first expander of a process takes 0.12 s, in which cffi parses the names of C types. Made earlier, it
+            # would hold up the workers that start to read. Now they are reading, and this thread has nothing to do.
             with self._stats.timed("shader"):
                 shielded(self._make_expander, thread=self._calls)
         with self._stats.timed("copy", nbytes=sum(batch.nbytes for _, _, batch in filled)):
@@ -103,7 +103,7 @@ class Submitter:
         for shard, staging, batch in filled:
             staging.unmap()
             self._encode(encoder, staging, batch, shard.buffers.result())
-        commands = encoder.finish()  # raises if the device was lost; to submit anything then would end the process
+        commands = encoder.finish()  # raises if the device was lost, when submitting would end the process
         self._submitted += [encoder, commands]
         self._device.queue.submit([commands])
 
@@ -129,7 +129,7 @@ class Submitter:
 
 
 class Fence:
-    """Waits until a device has done everything that was submitted to it.
+    """Wait until a device has done everything that was submitted to it.
 
     Parameters
     ----------
@@ -144,7 +144,7 @@ class Fence:
         """Wait for the GPU. Call this shielded."""
         if self._buffer is None:
             self._buffer = self._device.create_buffer(size=4, usage=tensor_usage())
-        # The queue works in order: what can be read now was written after everything that came before.
+        # The queue works in order, so this read returns after everything submitted before it is done.
         self._device.queue.read_buffer(self._buffer, 0, 4)
 
     def destroy(self) -> None:

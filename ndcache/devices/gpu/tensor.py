@@ -32,7 +32,7 @@ class GPUTensor:
     nbytes : int
         Bytes of the tensor.
     device : wgpu.GPUDevice
-        The device that has the buffer.
+        The device that the buffer belongs to.
     """
 
     __slots__ = ("_released", "buffer", "device", "dtype", "nbytes", "shape")

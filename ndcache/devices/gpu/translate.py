@@ -13,14 +13,14 @@ __all__ = ["translated_errors"]
 
 @contextmanager
 def translated_errors() -> Iterator[None]:
-    """Raise errors of wgpu from the block as `DeviceError`."""
+    """Raise wgpu's errors from the block as `DeviceError`."""
     import wgpu
 
     try:
         yield
     except wgpu.GPUOutOfMemoryError as error:
         raise OutOfDeviceMemoryError(
-            "the device has no memory left", hint="Free some, or load a part with names=."
+            "the device has no memory left", hint="Free some, or load a part of the model with names=."
         ) from error
     except (wgpu.GPUError, RuntimeError, AttributeError) as error:
         # wgpu's poller is None once the device's owner has destroyed it; other AttributeErrors are mistakes of ours.

@@ -1,4 +1,4 @@
-"""One load's way to a GPU: files → staging memory → the tensors' buffers."""
+"""The upload of one load to a GPU: from files through staging memory to the tensors' buffers."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ _BATCH_BYTES = 33 << 20
 
 
 class GpuUpload(Upload[StagedShard, GPUTensor]):
-    """Uploads one load's shards.
+    """Upload the shards of one load.
 
     Workers read files straight into staging memory, while one thread makes the tensors' buffers ahead of them. The
-    caller's thread has the GPU copy from there: each submission takes everything that is ready.
+    caller's thread submits the copies from there; each submission takes everything that is ready.
 
     Parameters
     ----------
     device : wgpu.GPUDevice
     fence : Fence
-        Of the device; destroyed with this upload.
+        The device's fence, whose buffer is freed with this upload.
     calls : CallThread or None
-        For shielded calls; ended with this upload.
+        Makes shielded calls; ends with this upload.
     serial : SerialQueue
-        Makes the tensors' buffers.
+        Runs the thread that makes the tensors' buffers.
     stats, decode, memory_limit
         See `Device.open_upload`.
     """
@@ -70,11 +70,11 @@ class GpuUpload(Upload[StagedShard, GPUTensor]):
         self._ring = StagingRing(device, memory_limit)
         self._maker = BufferMaker(device, serial, stats, decode=decode)
         self._submitter = Submitter(device, self._ring, stats, self._calls, self._batch_bytes)
-        self._staged: set[StagedShard] = set()  # and not placed
-        self._ready: deque[StagedShard] = deque()  # all of whose bytes are in staging memory
+        self._staged: set[StagedShard] = set()  # those that are not placed yet
+        self._ready: deque[StagedShard] = deque()  # those whose bytes are all in staging memory
 
     def request_buffers(self, shards: Iterable[Shard]) -> None:
-        """Begin to make the tensors' buffers of these shards."""
+        """Begin to make the buffers of these shards' tensors."""
         for shard in shards:
             self._maker.request(shard)
 
@@ -89,7 +89,7 @@ class GpuUpload(Upload[StagedShard, GPUTensor]):
                     self._fill(staged, file, shard)
                 self._ready.append(staged)
             else:
-                staged.file = open(os.dup(file.fileno()), "rb", buffering=0)  # noqa: SIM115 - until it is placed
+                staged.file = open(os.dup(file.fileno()), "rb", buffering=0)  # noqa: SIM115 - open until it is placed
         return staged
 
     def place(self, staged: StagedShard, shard: Shard) -> Iterator[tuple[Record, GPUTensor]]:
@@ -97,7 +97,7 @@ class GpuUpload(Upload[StagedShard, GPUTensor]):
             with self._stats.timed("wait_buffers", file=shard.data_path):
                 buffers = staged.buffers.result()
             if self._maker.failure is not None:
-                raise self._maker.failure  # no need to wait for the shard whose buffers found no memory
+                raise self._maker.failure  # do not wait until it is the turn of the shard that failed
             if staged.filled:
                 self._submitter.submit([staged, *self._others_ready(staged)])
             while staged.unread and staged.file is not None:
@@ -142,7 +142,7 @@ class GpuUpload(Upload[StagedShard, GPUTensor]):
         del staged.unread[0]
 
     def _others_ready(self, staged: StagedShard) -> list[StagedShard]:
-        """Take the later shards that can be submitted with this one: a submission costs more than a copy."""
+        """Take out the later shards that can be submitted with this one, as a submission costs more than a copy."""
         candidates = [self._ready.popleft() for _ in range(len(self._ready))]
         ready = [other for other in candidates if other.buffers.done() and other.buffers.exception() is None]
         self._ready.extend(other for other in candidates if other not in ready)

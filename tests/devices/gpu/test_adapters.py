@@ -95,19 +95,21 @@ def test_row_61_opengl_is_listed_only_if_it_may_have_more(
     monkeypatch: pytest.MonkeyPatch, primary: Any, gpu_files: list[str], lists_all: bool
 ) -> None:
     wgpu = pytest.importorskip("wgpu")
-    listed: list[bool] = []
+    listings = 0
+
+    def list_all() -> list[FakeAdapter]:
+        nonlocal listings
+        listings += 1
+        return [FakeAdapter("IntegratedGPU", "IntegratedGPU")]
+
     found = None if primary is None else [FakeAdapter(kind, kind) for kind in primary]
     monkeypatch.setattr(adapters_module, "_known", [])
     monkeypatch.setattr(adapters_module, "_GPU_FILES", gpu_files)
     monkeypatch.setattr(adapters_module, "_list_primary", lambda: found)
-    monkeypatch.setattr(
-        wgpu.gpu,
-        "enumerate_adapters_sync",
-        lambda: listed.append(True) or [FakeAdapter("IntegratedGPU", "IntegratedGPU")],
-    )
+    monkeypatch.setattr(wgpu.gpu, "enumerate_adapters_sync", list_all)
     assert len(adapters_module.list_adapters()) == 1
     assert len(adapters_module.list_adapters()) == 1
-    assert listed == [True] * lists_all
+    assert listings == lists_all
 
 
 def test_row_61_all_adapters_but_those_of_opengl_are_listed(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -54,7 +55,7 @@ def test_row_61_an_interrupt_that_became_a_lock_error_is_raised() -> None:
 
 @pytest.mark.usefixtures("interruptible")
 def test_row_61_an_interrupt_abandons_a_call_that_does_not_end() -> None:
-    may_end, undone = threading.Event(), threading.Event()
+    may_end, undone = threading.Event(), SimpleQueue[int]()
 
     def work() -> int:
         signal.raise_signal(signal.SIGINT)
@@ -62,15 +63,15 @@ def test_row_61_an_interrupt_abandons_a_call_that_does_not_end() -> None:
         return 7
 
     with pytest.raises(KeyboardInterrupt):
-        shielded(work, undo=lambda result: result == 7 and undone.set())
-    assert not undone.is_set()
+        shielded(work, undo=undone.put)
+    assert undone.empty()
     may_end.set()
-    assert undone.wait(PATIENCE)
+    assert undone.get(timeout=PATIENCE) == 7
 
 
 @pytest.mark.usefixtures("interruptible")
 def test_row_61_an_interrupted_call_is_undone() -> None:
-    undone = []
+    undone: list[int] = []
 
     def work() -> int:
         signal.raise_signal(signal.SIGINT)

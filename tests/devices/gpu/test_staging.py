@@ -88,8 +88,8 @@ def test_every_byte_reaches_its_tensor(sizes: list[tuple[int, int, bool]], max_b
             assert copy.is_expanded == records[copy.record_index].is_bf16_encoded
             assert copy.nbytes % (2 if copy.is_expanded else 4) == 0
             assert not copy.is_expanded or start <= copy.staging_offset < copy.staging_offset + copy.nbytes <= end
-            data = memory[copy.staging_offset : copy.staging_offset + copy.nbytes]
-            tensors[copy.record_index][copy.tensor_offset : copy.tensor_offset + copy.nbytes] = data
+            copied = memory[copy.staging_offset : copy.staging_offset + copy.nbytes]
+            tensors[copy.record_index][copy.tensor_offset : copy.tensor_offset + copy.nbytes] = copied
     for record, tensor in zip(records, tensors, strict=True):
         stored = file[record.byte_offset : record.byte_offset + record.nbytes]
         assert tensor == stored + bytes(len(tensor) - record.nbytes)

@@ -16,7 +16,7 @@ from ...helpers import models
 def test_buffers_can_be_bound_and_copied(gpu: Any, tmp_path: Path) -> None:
     import wgpu
 
-    arrays = {"five": np.arange(5, dtype=np.uint8), "none": np.empty(0, np.float32)}
+    arrays: dict[str, np.ndarray[Any, Any]] = {"five": np.arange(5, dtype=np.uint8), "none": np.empty(0, np.float32)}
     models.write_model(tmp_path, [arrays])
     weights = ndcache.load(tmp_path, gpu)
     assert weights.device is gpu

@@ -13,6 +13,7 @@ import pytest
 
 import ndcache
 from ndcache.devices.gpu import upload as upload_module
+from ndcache.devices.reading import check_size
 
 from ...helpers import models
 from ...helpers.devices import BufferWatch, assert_tensors, stop
@@ -57,10 +58,9 @@ def test_a_file_that_shrinks_while_it_is_staged_is_refused(
     gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models.simple_model(tmp_path, shards=2)
-    check = upload_module.check_size
 
     def cut(file: Any, shard: Any) -> None:
-        check(file, shard)
+        check_size(file, shard)
         os.truncate(tmp_path / shard.data_path, 5)
 
     monkeypatch.setattr(upload_module, "check_size", cut)
