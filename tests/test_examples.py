@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import ndcache
+from ndcache.format.dtypes import DTYPES
 
 from .helpers.models import random_array
 from .helpers.requirements import need_module
@@ -71,7 +72,7 @@ def test_stream_into_safetensors() -> None:
 def test_stream_every_dtype_into_safetensors(tmp_path: Path) -> None:
     """Read the file back with the safetensors library, which defines the names of the dtypes."""
     safetensors = need_module("safetensors")
-    params = {dtype: random_array((3, 2), dtype) for dtype in ndcache.format.dtypes.DTYPES}
+    params = {dtype: random_array((3, 2), dtype) for dtype in DTYPES}
     ndcache.dump(params, tmp_path / "model", encode="raw")
     run("stream_into_safetensors.py", str(tmp_path / "model"), str(tmp_path / "model.safetensors"))
     tensors = dict(safetensors.deserialize((tmp_path / "model.safetensors").read_bytes()))

@@ -59,7 +59,7 @@ def site(tmp_path_factory: pytest.TempPathFactory, tensors: dict[str, Array]) ->
     user, group = pwd.getpwuid(os.geteuid()).pw_name, grp.getgrgid(os.getegid()).gr_name
     prefix = tmp_path_factory.mktemp("nginx")
     for encode in ("raw", "f32-to-bf16"):
-        ndcache.dump(tensors, prefix / "www" / encode, encode=encode)  # type: ignore[arg-type]
+        ndcache.dump(tensors, prefix / "www" / encode, encode=encode)
     with socket.create_server(("127.0.0.1", 0), backlog=128) as listener:
         port = listener.getsockname()[1]
         (prefix / "nginx.conf").write_text(_CONFIGURATION.format(port=port, user=user, group=group))

@@ -202,7 +202,11 @@ SHARD = {"dataPath": "a.bin", "format": "raw-shard", "nbytes": 4}
 RECORD = {"name": "a", "shape": [1], "dtype": "float32", "format": "raw", "byteOffset": 0, "nbytes": 4}
 
 
-def manifest(shard: dict[str, Any] | None = None, record: dict[str, Any] | None = None, **others: Any) -> bytes:
+def manifest(
+    shard: dict[str, Any] | None = None,
+    record: dict[str, Any] | None = None,
+    others: dict[str, Any] | None = None,
+) -> bytes:
     """The answer with a manifest, some of whose values are odd."""
     return reply(
         200,
@@ -210,7 +214,7 @@ def manifest(shard: dict[str, Any] | None = None, record: dict[str, Any] | None 
             {
                 "metadata": {},
                 "records": [{**SHARD, "records": [{**RECORD, **(record or {})}], **(shard or {})}],
-                **others,
+                **(others or {}),
             }
         ).encode(),
     )
@@ -241,7 +245,7 @@ FAULTS: dict[str, Any] = {
     "x-repo-commit": head(f"HTTP/1.1 404 Not Found\r\nX-Repo-Commit: {RAW_HEADER}"),
     "not JSON": reply(200, RAW.encode()),
     "not UTF-8": reply(200, b"\x9b\x1b" + RAW.encode()),
-    "a key": manifest(**{RAW: 1, "records": RAW}),
+    "a key": manifest(others={RAW: 1, "records": RAW}),
     "a key twice": reply(200, f'{{"{RAW[14:]}": 1, "{RAW[14:]}": 1}}'.encode()),
     "path": manifest({"dataPath": f"a{RAW}"}),
     "path that may be": manifest({"dataPath": "a\u2028\u2029.bin"}),

@@ -26,7 +26,6 @@ import os
 import random
 import shutil
 import socket
-import sys
 import tempfile
 import threading
 import time
@@ -378,4 +377,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import EllipsisType
 from urllib.parse import unquote
 
 
@@ -410,7 +411,7 @@ def reply(
     body: bytes = b"",
     headers: Mapping[str, str] | None = None,
     *,
-    length: int | str | None = ...,  # type: ignore[assignment]
+    length: int | str | EllipsisType | None = ...,
 ) -> bytes:
     """A whole HTTP/1.1 answer. `length` is the Content-Length: the body's own, another one, or None for none."""
     lines = [f"HTTP/1.1 {status} Status"]
