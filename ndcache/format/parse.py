@@ -29,7 +29,14 @@ __all__ = ["parse_manifest"]
 _MAX_DEPTH = 64  # of nesting in metadata; shallow enough that it can be pickled, copied and compared everywhere
 _MAX_INT = (1 << 63) - 1
 _MAX_DIMENSIONS = 32  # what every supported NumPy can hold
-_RECORD = {"name": str, "shape": list, "dtype": str, "format": str, "byteOffset": int, "nbytes": int}
+_RECORD: dict[str, type[Any]] = {
+    "name": str,
+    "shape": list,
+    "dtype": str,
+    "format": str,
+    "byteOffset": int,
+    "nbytes": int,
+}
 _SORTED_AT_ONCE = 1 << 16
 _byte_offset = attrgetter("byte_offset")
 _record_fields, _record_types = itemgetter(*_RECORD), tuple(_RECORD.values())
@@ -100,7 +107,8 @@ def _manifest(reader: JsonReader, name: str) -> Manifest:
         else:
             value = reader.value()
             if key == "metadata":
-                metadata = get_field({key: value}, key, dict, where, None) or {}
+                found = get_field({key: value}, key, dict, where, None)
+                metadata = found or {}
                 _check_metadata(metadata)
     reader.end()
     if shards is None:
@@ -184,7 +192,7 @@ def _digest(value: Mapping[str, Any], key: str, length: int, where: str) -> str 
         return None
     if not re.fullmatch(f"[0-9a-fA-F]{{{length}}}", digest):
         raise ManifestSyntaxError(f"{key!r} of {where} is not {length} hexadecimal digits")
-    return str(digest.lower())
+    return digest.lower()
 
 
 def _record(value: Any, number: int, shard: str) -> Record:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar, overload
 
 from ..errors import ManifestSyntaxError
 
@@ -18,6 +18,9 @@ __all__ = [
     "quote",
 ]
 
+T = TypeVar("T")
+D = TypeVar("D")
+
 MAX_MANIFEST_BYTES = 64 << 20
 MAX_RECORDS = 1 << 20
 MAX_SHARDS = 1 << 16
@@ -25,6 +28,10 @@ MAX_SHARDS = 1 << 16
 WEB_PAGE_HINT = "It is a web page: check the URL, and whether it needs a login."
 
 
+@overload
+def get_field(value: Mapping[str, Any], key: str, kind: type[T], where: str) -> T: ...
+@overload
+def get_field(value: Mapping[str, Any], key: str, kind: type[T], where: str, default: D) -> T | D: ...
 def get_field(value: Mapping[str, Any], key: str, kind: type, where: str, default: Any = ...) -> Any:
     """Return ``value[key]``, and raise unless its type is exactly `kind`: a bool is not an int here."""
     item: Any = value.get(key, default)

@@ -38,13 +38,13 @@ logger = logging.getLogger("ndcache")
 
 
 class WorkerPool:
-    """Run tasks in threads that start together, and in first-in, first-out order.
+    """Run tasks in the threads of one call, in first-in, first-out order.
 
     At most `max_workers` tasks hold a slot at once; tasks that released theirs may still be running beside them.
 
-    Later the main thread may have ended, after which no thread can start; so all start at the beginning. Where none can
-    start at all (the main thread has ended already, or the system allows no more), and in a pool that was never
-    started, the thread that submits a task runs it.
+    All threads start at the beginning, because none can start after the main thread has ended. If none can start at all
+    (the main thread has ended already, or the system allows no more), or if the pool was never started, the thread that
+    submits a task runs it.
 
     Parameters
     ----------
@@ -113,7 +113,7 @@ class WorkerPool:
         return max(0, min(self.max_workers, self._wanted - self._has_serial_thread) - 1)
 
     def submit(self, task: Callable[[], None]) -> None:
-        """Run `task` in a worker when its turn comes; without threads, at once in this one. Its errors are dropped."""
+        """Run `task`, which must not raise, in a worker when its turn comes; without threads, at once in this one."""
         if self.has_threads:
             self._tasks.put(task)
         else:
@@ -125,7 +125,7 @@ class WorkerPool:
             self._tasks.put(task)
 
     def release_slot(self) -> None:
-        """Let the next task begin beside the rest of the one that calls this, which needs no connection any more."""
+        """Let the next task begin. To be called by a task that goes on, but needs no connection any more."""
         self._slots.release()
 
     def run(self, work: Callable[[], T], *, tasks_to_come: int | None = None) -> T:
