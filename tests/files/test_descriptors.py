@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +15,7 @@ import ndcache
 from ndcache.files import descriptors
 
 from ..helpers import models
+from ..helpers.processes import run_script
 from ..helpers.servers import FileServer
 
 pytest.importorskip("resource")
@@ -57,18 +56,8 @@ def run(script: str, **arguments: Any) -> Any:
         globals().update(json.loads(sys.argv[1]))
         warnings.simplefilter("ignore")
     """
-    environ = {**os.environ, "PYTHONPATH": str(Path(ndcache.__file__).parents[1])}
     whole = textwrap.dedent(begin) + textwrap.dedent(script) + "\nprint(json.dumps(result))"
-    done = subprocess.run(
-        [sys.executable, "-c", whole, json.dumps(arguments, default=str)],
-        capture_output=True,
-        check=False,
-        text=True,
-        env=environ,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return json.loads(run_script(whole, json.dumps(arguments, default=str)))
 
 
 @pytest.mark.parametrize(

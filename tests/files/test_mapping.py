@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import platform
-import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from ndcache.files.mapping import map_file
 
 from ..helpers import models
 from ..helpers.models import assert_same
+from ..helpers.processes import run_script
 from ..helpers.servers import FileServer
 
 Serve = Callable[..., FileServer]
@@ -85,12 +85,8 @@ def test_a_pipe_cannot_be_mapped(tmp_path: Path) -> None:
 
 def run(script: str, *args: object) -> Any:
     """Run a script in a process of its own, and return its variable `result`."""
-    environ = {**os.environ, "PYTHONPATH": str(Path(ndcache.__file__).parents[1])}
     whole = "import json, sys\nimport numpy as np\nimport ndcache\n" + textwrap.dedent(script)
-    command = [sys.executable, "-c", f"{whole}\nprint(json.dumps(result))", *map(str, args)]
-    done = subprocess.run(command, capture_output=True, check=False, text=True, env=environ, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return json.loads(run_script(f"{whole}\nprint(json.dumps(result))", *args))
 
 
 #: Makes the kernel refuse shared mappings with an error of this number, as some file systems do.

@@ -1,4 +1,4 @@
-"""Child processes that are cheap to start, can be killed, and give back what their function returns."""
+"""Child processes of tests: forks that are cheap to start and can be killed, and scripts in a new Python."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
+import sys
+import textwrap
 import time
 import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 import ndcache
@@ -192,3 +196,12 @@ def _outcome(function: Callable[..., Any], args: tuple[Any, ...], options: dict[
         return function(*args, **options), None
     except BaseException as error:
         return None, error
+
+
+def run_script(script: str, *args: object) -> str:
+    """Run a script in a new Python, and return what it prints."""
+    environ = {**os.environ, "PYTHONPATH": str(Path(ndcache.__file__).parents[1])}
+    command = [sys.executable, "-c", textwrap.dedent(script), *map(str, args)]
+    done = subprocess.run(command, capture_output=True, check=False, text=True, env=environ, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import logging
 import os
 import shutil
 import subprocess
 import sys
-import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +22,8 @@ from ndcache.store.inventory import cache_root
 
 from ..helpers import models
 from ..helpers.models import assert_same
-from ..helpers.servers import FileServer, Request, ScriptedServer, reply, then_close
+from ..helpers.processes import run_script
+from ..helpers.servers import FileServer
 
 Serve = Callable[..., FileServer]
 UNKNOWN_USER = 45_123
@@ -282,119 +281,7 @@ def test_row_54_a_cache_that_fails_in_the_middle_of_a_load_is_left_for_memory(mo
     assert not (manifest.parent / "params_shard_11.bin").exists()
 
 
-# --- all promises about files hold in memory, too --------------------------------------------------------
-
-
-@pytest.fixture
-def in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("NDCACHE_HOME", _file(tmp_path))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-@pytest.mark.usefixtures("in_memory")
-def test_a_transfer_resumes_where_it_broke_off(model: Path, scripted: ScriptedServer) -> None:
-    arrays = models.simple_model(model, shards=1)
-    data = (model / "params_shard_0.bin").read_bytes()
-    tag = {"ETag": '"1"'}
-    rest = {**tag, "Content-Range": f"bytes 1000-{len(data) - 1}/{len(data)}"}
-    scripted.script["/tensor-cache.json"] = [reply(200, (model / "tensor-cache.json").read_bytes())]
-    scripted.script["/params_shard_0.bin"] = [
-        then_close(reply(200, data[:1000], tag, length=len(data))),
-        reply(206, data[1000:], rest),
-    ]
-    assert_same(ndcache.load(scripted.url), arrays)
-    assert [r.headers.get("range") for r in scripted.requests_for("/params_shard_0.bin")] == [None, "bytes=1000-65535"]
-
-
-@pytest.mark.usefixtures("in_memory")
-def test_wrong_bytes_in_memory_are_noticed(model: Path, serve: Serve) -> None:
-    models.simple_model(model, shards=2)
-    (model / "params_shard_1.bin").write_bytes(bytes(1 << 16))
-    with pytest.raises(ndcache.ChecksumError, match="params_shard_1"):
-        ndcache.load(serve(model).url)
-
-
-@pytest.mark.usefixtures("in_memory")
-def test_ranges_of_a_large_shard_come_from_several_workers(
-    model: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("ndcache.sources.download.RANGE_THRESHOLD", 1 << 16)
-    monkeypatch.setattr("ndcache.sources.download.RANGE_BYTES", (1 << 16, 1 << 17))
-    arrays = models.simple_model(model, shards=2, shard_bytes=1 << 20)
-    server = serve(model)
-    assert_same(ndcache.load(server.url), arrays)
-    assert len(server.shard_requests()) > 2
-    assert all("range" in request.headers for request in server.shard_requests())
-
-
-@pytest.mark.usefixtures("in_memory")
-def test_only_the_ranges_of_the_named_tensors_are_fetched(model: Path, serve: Serve) -> None:
-    arrays = {f"t{n}": models.random_array((1 << 19,), seed=n) for n in range(6)}
-    models.write_model(model, [arrays])
-    server = serve(model)
-    with ndcache.load(server.url, names=["t1", "t4"]) as weights:
-        assert_same(weights, {name: arrays[name] for name in ("t1", "t4")})
-        assert weights.stats.network_bytes == 4 << 20
-
-    def ranges(request: Request) -> str | None:
-        return request.headers.get("range")
-
-    assert sorted(map(str, map(ranges, server.shard_requests()))) == [
-        f"bytes={n << 21}-{(n + 1 << 21) - 1}" for n in (1, 4)
-    ]
-
-
-@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="the system has no files in memory")
-@pytest.mark.usefixtures("in_memory")
-def test_arrays_are_views_of_the_received_bytes(model: Path, serve: Serve) -> None:
-    models.simple_model(model, shards=3)
-    gc.collect()  # errors of other tests may still hold files
-    with ndcache.load(serve(model).url) as weights, open("/proc/self/maps") as maps:
-        assert sum("memfd:ndcache" in line for line in maps) == 3
-        array = weights["layer.1"]
-    assert array.sum() == models.random_array((1 << 14,), seed=1).sum()
-    del array, weights
-    with open("/proc/self/maps") as maps:
-        assert not any("memfd:ndcache" in line for line in maps)
-
-
-@pytest.mark.usefixtures("in_memory")
-def test_without_files_in_memory_the_temporary_directory_is_used(
-    model: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delattr(os, "memfd_create", raising=False)
-    arrays = models.simple_model(model)
-    assert_same(ndcache.load(serve(model).url), arrays)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not enforce this limit")
-@pytest.mark.usefixtures("in_memory")
-def test_a_lack_of_memory_is_a_memory_error(model: Path, serve: Serve) -> None:
-    models.simple_model(model, shards=1, shard_bytes=1 << 20)
-    script = """
-        import ndcache, resource, sys, warnings
-        warnings.simplefilter("ignore")
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
-        try:
-            ndcache.load(sys.argv[1])
-        except MemoryError as error:
-            print(error)
-    """
-    assert "no memory for params_shard_0.bin" in run(script, serve(model).url)
-
-
 # --- real accounts and mounts -------------------------------------------------------------------------
-
-
-def run(script: str, *args: str) -> str:
-    """Run a script in a process of its own, and return what it prints."""
-    environ = {**os.environ, "PYTHONPATH": str(Path(ndcache.__file__).parents[1])}
-    command = [sys.executable, "-c", textwrap.dedent(script), *args]
-    done = subprocess.run(command, capture_output=True, check=False, text=True, env=environ, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can become another user")
@@ -421,7 +308,7 @@ def test_row_54_a_user_without_a_home_directory_can_load(
         print(len(weights), sum(float(np.abs(array).sum()) for array in weights.values()))
         print(*(f"{item.filename}: {item.message}" for item in caught), sep="\\n")
     """
-    first, *others = run(
+    first, *others = run_script(
         script, serve(model).url, str(UNKNOWN_USER), str(tmp_path / "cache"), *filter(None, [home])
     ).splitlines()
     assert first == f"4 {sum(float(np.abs(array).sum()) for array in arrays.values())}"
