@@ -54,7 +54,7 @@ class Timer:
 
 @dataclass(frozen=True)
 class Load:
-    """What is loaded, and the calls that load it.
+    """A model to load, and the calls that load it.
 
     Attributes
     ----------

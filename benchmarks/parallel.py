@@ -24,7 +24,7 @@ from ndcache.cli.demo import serving
 
 
 def serve(directory: Path, rate: float, pipe: Connection) -> None:
-    """Serve a directory until the other end of the pipe says something."""
+    """Serve a directory until something comes through the pipe."""
     with serving(directory, rate) as url:
         pipe.send(url)
         pipe.recv()

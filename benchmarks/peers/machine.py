@@ -1,4 +1,4 @@
-"""What the contenders need of this machine."""
+"""Find what contenders need on this machine: modules, a GPU, torch."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def stage(upload: Upload[Any, Any], directory: Path, shard: ndcache.Shard) -> An
 
 
 class DeviceConformance:
-    """What every device does. Subclasses say which device, how it allocates, and whether it has limits."""
+    """Tests that every device passes. Subclasses say which device, how it allocates, and whether it has limits."""
 
     upload_type: type[Upload[Any, Any]]
 

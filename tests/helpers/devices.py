@@ -1,4 +1,4 @@
-"""Helpers for tests of devices: what tensors must be, and which buffers a GPU has."""
+"""Helpers for tests of devices: compare tensors with arrays, and watch a GPU's buffers."""
 
 from __future__ import annotations
 
