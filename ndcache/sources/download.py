@@ -20,9 +20,8 @@ from ..store.directory import ModelDirectory
 from ..store.partial import PartialFile
 from ..workers.cancellation import Cancellation
 from .client import Client
-from .plan import DownloadPlan
 from .range_queue import RangeQueue, RangeTask
-from .shard_request import unexpected_status
+from .shard_request import DownloadPlan, unexpected_status
 from .transfer import Action, Transfer
 
 __all__ = ["DownloadResult", "Downloader"]

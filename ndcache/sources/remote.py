@@ -27,7 +27,7 @@ from .client import Client
 from .download import Downloader, DownloadResult
 from .manifest import ManifestSource, OpenedManifest, offline_error
 from .model import Flaw, Model, ShardFile
-from .plan import DownloadPlan, plan_ranges
+from .shard_request import DownloadPlan, plan_ranges
 from .verifier import ShardVerifier
 
 __all__ = ["RemoteModel", "open_remote_model"]

@@ -1,4 +1,4 @@
-"""One request for a shard, and the checks of its response that need no other state."""
+"""The requests for one shard: what is wanted of it and from where, each request, and checks of its response."""
 
 from __future__ import annotations
 
@@ -8,11 +8,39 @@ from ..errors import NdcacheError, ProtocolError, RangeError, SizeMismatchError,
 from ..format.manifest import Shard
 from ..format.strict_json import WEB_PAGE_HINT
 from ..http.response import Response
-from ..store.metadata import may_blame_condition
-from ..store.ranges import ByteRange
+from ..store.metadata import FileMetadata, may_blame_condition
+from ..store.ranges import ByteRange, ByteRanges
 from .range_queue import RangeTask
 
-__all__ = ["Request", "check_length", "unexpected_status"]
+__all__ = ["DownloadPlan", "Request", "check_length", "plan_ranges", "unexpected_status"]
+
+#: Bytes between two wanted tensors that are fetched with them rather than left out, as another request costs about as
+#: much; and so the least that must be saved by fetching less than the whole shard.
+_GAP = 1 << 20
+
+
+@dataclass(frozen=True)
+class DownloadPlan:
+    """What to download of one shard, and from where.
+
+    Attributes
+    ----------
+    shard : Shard
+    urls : tuple of str
+        The source's URL, then those of mirrors.
+    content_id : str
+        What the manifest says of the shard's content; see `FileMetadata.compare_content`.
+    cached : FileMetadata or None
+        The metadata of a cached file that may still be right: then the source is asked whether it has changed.
+    ranges : ByteRanges or None
+        The wanted ranges; None is the whole shard.
+    """
+
+    shard: Shard
+    urls: tuple[str, ...]
+    content_id: str
+    cached: FileMetadata | None = None
+    ranges: ByteRanges | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +75,21 @@ class Request:
         if not (self.is_conditional and isinstance(error, TransferError)):
             return False
         return error.status == 304 or may_blame_condition(error.status)
+
+
+def plan_ranges(shard: Shard) -> ByteRanges | None:
+    """Return the byte ranges that cover the requested tensors, or None for the whole shard.
+
+    Parameters
+    ----------
+    shard : Shard
+        With the records of the requested tensors only.
+    """
+    tensors = ((record.byte_offset, record.byte_offset + record.nbytes) for record in shard.records)
+    # All tensors may be empty, but no request can ask for nothing.
+    wanted = ByteRanges(tensors, gap=_GAP) or ByteRanges([(0, 1)])
+    saved = shard.nbytes - wanted.nbytes
+    return None if saved < max(_GAP, wanted.nbytes) else wanted
 
 
 def unexpected_status(response: Response) -> TransferError:

@@ -21,9 +21,8 @@ from ..store.partial import PartialFile
 from ..store.ranges import ByteRanges
 from ..urls.url import parse
 from ..workers.cancellation import Cancellation
-from .plan import DownloadPlan
 from .range_queue import RangeQueue, RangeTask
-from .shard_request import Request, check_length, unexpected_status
+from .shard_request import DownloadPlan, Request, check_length, unexpected_status
 
 __all__ = ["Action", "Transfer"]
 

@@ -21,7 +21,7 @@ from ndcache.http.retry import RetryPolicy
 from ndcache.http.transport import Transport
 from ndcache.sources.client import Client
 from ndcache.sources.download import Downloader
-from ndcache.sources.plan import DownloadPlan
+from ndcache.sources.shard_request import DownloadPlan
 from ndcache.store.directory import ModelDirectory
 from ndcache.store.inventory import CacheScope
 from ndcache.store.metadata import Match

@@ -14,7 +14,7 @@ import pytest
 
 import ndcache
 from ndcache.context import LoadContext
-from ndcache.http.rate_limits import Limits
+from ndcache.http.rate_limits import RateLimits
 from ndcache.http.transport import Transport
 from ndcache.location.locate import locate
 from ndcache.sources import open_model
@@ -54,7 +54,7 @@ def context(cache_dir: Path) -> Iterator[LoadContext]:
         yield LoadContext(
             transport,
             ndcache.RetryPolicy(retries=1, backoff=0.001),
-            Limits(),
+            RateLimits(),
             workers,
             CacheScope(cache_dir, "default", is_private=False),
         )

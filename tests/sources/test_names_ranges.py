@@ -28,7 +28,7 @@ MD5 = hashlib.md5(DATA).hexdigest()
 
 @pytest.fixture(autouse=True)
 def _small_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ndcache.sources.plan._GAP", SIZE)
+    monkeypatch.setattr("ndcache.sources.shard_request._GAP", SIZE)
 
 
 def bytes_of(name: str, data: bytes = DATA) -> bytes:
