@@ -39,7 +39,17 @@ from ndcache.sources.manifest import ManifestSource
 from ndcache.workers.cancellation import Cancellation
 
 from .helpers import models
-from .helpers.servers import Connection, FileServer, Request, ScriptedServer, reply, then_close, then_reset, then_stall
+from .helpers.servers import (
+    Connection,
+    FileServer,
+    Request,
+    ScriptedServer,
+    Step,
+    reply,
+    then_close,
+    then_reset,
+    then_stall,
+)
 
 Serve = Callable[..., FileServer]
 QUICK = ndcache.RetryPolicy(retries=1, backoff=0.001)
@@ -900,6 +910,7 @@ def test_row_14_it_is_really_waited_for(model: Path, scripted: ScriptedServer) -
     scripted_model(scripted, model)
     asked: list[float] = []
     good = scripted.script["/params_shard_0.bin"][0]
+    assert isinstance(good, bytes)
 
     def later(connection: Connection, request: Request) -> None:
         asked.append(time.monotonic())
@@ -1105,7 +1116,7 @@ def test_row_35_what_is_under_way_is_cancelled(
         connection.stall()
         gone.add(request.path)
 
-    scripted.script |= {path: [fail] for path in bad} | {path: [hang] for path in slow}
+    scripted.script |= {path: [fail if path in bad else hang] for path in (*bad, *slow)}
     failed_at: list[float] = []
 
     def callback(report: ndcache.ProgressReport) -> None:
@@ -1263,14 +1274,15 @@ def test_row_36_while_it_waits(
             (state / "locks").mkdir()
             while_it_waits.enter_context(filelock.FileLock(state / "locks" / "params_shard_0.bin"))
         begun = reply(200, data[:HALF], {"ETag": '"params_shard_0.bin"'}, length=len(data))
-        where, step, reached = {
+        steps: dict[str, tuple[str, bytes | Step, Callable[[], bool]]] = {
             "the manifest's headers": (manifest, then_stall(b""), lambda: bool(scripted.requests)),
             "the manifest's body": (manifest, then_stall(reply(200, b"{", length=9)), lambda: bool(scripted.requests)),
             "a shard's headers": (shard, then_stall(b"HTTP/1.1 200"), lambda: bool(scripted.requests_for(shard))),
             "a shard's body": (shard, then_stall(begun), lambda: HALF in map(size_of, parts(cache_dir))),
             "a retry": (shard, reply(429, headers={"Retry-After": "200"}), asleep.is_set),
             "a lock": (shard, reply(404), asleep.is_set),
-        }[phase]
+        }
+        where, step, reached = steps[phase]
         scripted.script[where] = [step]
         error = stop_when(reached, how, functools.partial(ndcache.load, scripted.url, timeout=600))
     assert type(error) is STOPS[how]

@@ -54,7 +54,7 @@ def test_a_mapping_holds_no_descriptor_and_ends_with_its_last_array(file: Path) 
         array = map_file(opened, 1 << 14)
     assert len(os.listdir("/proc/self/fd")) == before
     assert maps_of(file) == 1
-    view, other = array[256:512].view(np.uint32), memoryview(array)
+    view, other = array[256:512].view(np.uint32), array.data
     del array
     gc.collect()
     assert view.tobytes() == bytes(range(256))
@@ -74,7 +74,7 @@ def test_a_mapping_cannot_be_made_writeable(file: Path) -> None:
         assert not each.flags.writeable
         with pytest.raises(ValueError, match="WRITEABLE"):
             each.flags.writeable = True
-    assert memoryview(array).readonly
+    assert array.data.readonly
 
 
 def test_a_pipe_cannot_be_mapped(tmp_path: Path) -> None:

@@ -175,7 +175,23 @@ def partial_note(server: FileServer) -> dict[str, Any]:
     }
 
 
-ODD = [None, True, -1, 2**63, 10**4000, 1e308, float("nan"), "", "x", "\ud800", "a\r\nb", "\0", [], [[0]], [["0", 1]]]
+ODD: list[Any] = [
+    None,
+    True,
+    -1,
+    2**63,
+    10**4000,
+    1e308,
+    float("nan"),
+    "",
+    "x",
+    "\ud800",
+    "a\r\nb",
+    "\0",
+    [],
+    [[0]],
+    [["0", 1]],
+]
 ODD += [
     [[5, 1]],
     {},

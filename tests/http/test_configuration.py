@@ -142,7 +142,8 @@ def test_row_48_http_needs_no_bundle(scripted: ScriptedServer, monkeypatch: pyte
 def test_row_48_the_certificate_of_the_client(secure: ScriptedServer, tmp_path: Path, cert: Any, words: str) -> None:
     with requests.Session() as session:
         session.verify = str(tmp_path / "ca.pem")
-        session.cert = str(tmp_path / cert) if isinstance(cert, str) else tuple(str(tmp_path / name) for name in cert)
+        paths = [str(tmp_path / name) for name in ([cert] if isinstance(cert, str) else cert)]
+        session.cert = paths[0] if isinstance(cert, str) else (paths[0], paths[1])
         fail(secure.url, ndcache.TLSError, "session.cert", words, session=session)
 
 

@@ -194,7 +194,7 @@ def test_row_47_the_most_telling_failure_is_raised(
     kinds: list[str],
     error: type[OSError],
 ) -> None:
-    made = {
+    made: dict[str, Callable[[], Any]] = {
         "no family": lambda: NO_FAMILY,
         "refused": lambda: (socket.AF_INET, NOBODY[0]),
         "dead": lambda: bury("127.0.0.2", unused_port),

@@ -110,8 +110,9 @@ def model(tmp_path: Path) -> Path:
 
 
 def test_local_directory(model: Path) -> None:
-    sources = [str(model), f"{model}/", f" {model} ", model, model.as_uri(), model.as_uri().replace("file:", "FILE:")]
-    for source in [*sources, f"file://localhost{model.as_uri()[7:]}", f"file:{model.as_uri()[7:]}"]:
+    uri = model.as_uri()
+    sources: list[str | Path] = [str(model), f"{model}/", f" {model} ", model, uri, uri.replace("file:", "FILE:")]
+    for source in [*sources, f"file://localhost{uri[7:]}", f"file:{uri[7:]}"]:
         location = locate(source)
         assert location == Location("", "", model, MANIFEST_NAMES)
         assert not location.is_remote

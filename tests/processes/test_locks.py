@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import signal
 import time
@@ -41,7 +42,7 @@ def load_without_locks(url: str, how: str, **options: Any) -> str:
     """Load where `fcntl.flock` does nothing, or raises an error of this name."""
     import fcntl
 
-    def flock(handle: int, operation: int) -> None:
+    def flock(handle: Any, operation: int) -> None:
         if how != "nothing":
             raise OSError(getattr(errno, how.split()[0]), "no locks here")
 
@@ -86,7 +87,7 @@ def fetch_with_patience(
 
     locks._try = noted
     if told_time is not None:
-        locks.time = SimpleNamespace(monotonic=monotonic)  # type: ignore[assignment]
+        locks.time = SimpleNamespace(monotonic=monotonic)  # type: ignore[assignment, attr-defined]
     ndcache.fetch(url, **options)
 
 
@@ -96,7 +97,7 @@ def fetch_and_fork(url: str, forked: Path, **options: Any) -> None:
 
     really_lock = fcntl.flock
 
-    def flock(handle: int, operation: int) -> None:
+    def flock(handle: Any, operation: int) -> None:
         really_lock(handle, operation)
         # A fork would inherit the lock like this, but filelock takes precautions.
         os.dup(handle)
@@ -218,10 +219,10 @@ def test_row_28_a_waiter_that_sees_progress_waits_as_long_as_it_takes(
     waiter = start_waiter(one_shard, zygote, cache_dir, 30.0, clock)
     for seconds, step in enumerate(steps[1:], 1):
         one_shard.go.release()
-        wait_until(lambda step=step: partial_bytes(directory) == step)
+        wait_until(functools.partial(lambda step: partial_bytes(directory) == step, step))
         # The second look at the clock from now on comes after a look at the partial file as it is now.
         enough = looks.stat().st_size + 2
-        wait_until(lambda enough=enough: looks.stat().st_size >= enough)
+        wait_until(functools.partial(lambda enough: looks.stat().st_size >= enough, enough))
         clock.with_suffix(".new").write_text(str(20.0 * seconds))
         clock.with_suffix(".new").replace(clock)
     assert waiter.is_running

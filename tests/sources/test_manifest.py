@@ -11,6 +11,7 @@ import time
 import tracemalloc
 import warnings
 import zlib
+from collections.abc import Callable
 from email.utils import formatdate
 from pathlib import Path
 from typing import Any
@@ -201,7 +202,7 @@ def test_row_50_the_cached_manifest_serves_if_no_name_works(model: Path, scripte
     arrays = scripted_model(scripted, model, NEW)
     ndcache.fetch(scripted.url)
     scripted.requests.clear()
-    scripted.script |= {name: [NOT_THERE[case][0]] for name in (NEW, OLD)} | {"/login": [reply(200, HTML)]}
+    scripted.script |= {NEW: [NOT_THERE[case][0]], OLD: [NOT_THERE[case][0]], "/login": [reply(200, HTML)]}
     with pytest.warns(RuntimeWarning, match="using the cached manifest"):
         assert_same(ndcache.load(scripted.url), arrays)
     assert manifests_asked_for(scripted) == [NEW, OLD]
@@ -234,7 +235,7 @@ def bare_deflate(data: bytes) -> bytes:
     return compressor.compress(data) + compressor.flush()
 
 
-ENCODED = {
+ENCODED: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
     "gzip": ("gzip", gzip.compress),
     "x-gzip": ("x-gzip", gzip.compress),
     "upper case": ("GZIP", gzip.compress),
@@ -299,7 +300,7 @@ def test_row_51_a_damaged_or_unknown_encoding(
     assert type(caught.value) is error
     assert str(caught.value).isprintable()
     assert manifests_asked_for(scripted) == [NEW] * tries
-    scripted.script[NEW] = [bad] * (tries + 1) + good  # and what is asked for again may be right
+    scripted.script[NEW] = [*[bad] * (tries + 1), *good]  # and what is asked for again may be right
     assert_same(ndcache.load(scripted.url, retries=QUICK), arrays)
 
 

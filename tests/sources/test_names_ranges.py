@@ -101,9 +101,14 @@ def test_the_second_time_nothing_is_asked_for(serve: Callable[..., FileServer], 
     directory = ndcache.fetch(server.url, names=["w03", "w20"])
     before = set((directory / ".ndcache" / "parts").iterdir())
     number = len(server.shard_requests())
-    for options in ({}, {"offline": True}, {"names": "w20"}, {"offline": True, "decode": False}):
-        names = [options.pop("names", "w03")]
-        stats = check(ndcache.load(server.url, names=names, **options), *names)
+    cases: list[tuple[str, dict[str, Any]]] = [
+        ("w03", {}),
+        ("w03", {"offline": True}),
+        ("w20", {}),
+        ("w03", {"offline": True, "decode": False}),
+    ]
+    for name, options in cases:
+        stats = check(ndcache.load(server.url, names=[name], **options), name)
         assert stats.cache_bytes == stats.nbytes == SIZE
         assert stats.network_bytes == stats.resumed_bytes == 0
         assert stats.integrity == {"size": 1}

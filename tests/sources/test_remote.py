@@ -266,7 +266,7 @@ def test_nothing_is_held_after_a_load(model: Path, serve: Serve, monkeypatch: py
     ndcache.fetch(server.url)
     ndcache.load(server.url, names="layer.3")
     with pytest.raises(ZeroDivisionError):
-        ndcache.load(server.url, progress=lambda report: 1 / report.shards_done)  # type: ignore[arg-type, return-value]
+        ndcache.load(server.url, progress=lambda report: 1 / report.shards_done)
     stream = ndcache.stream(server.url)
     next(stream)
     stream.close()  # type: ignore[attr-defined]

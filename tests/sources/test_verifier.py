@@ -16,6 +16,7 @@ from click.testing import CliRunner
 
 import ndcache
 from ndcache.cli import commands as cli
+from ndcache.format import integrity
 from ndcache.sources import model, verifier
 
 from ..helpers import models
@@ -48,7 +49,7 @@ def update(source: Path, *, longer: int = 0) -> None:
 
 def at_each_check(monkeypatch: pytest.MonkeyPatch, happens: Callable[[int, Any], None]) -> None:
     """Have something happen before each time that a cached file is read; it gets how often that was before."""
-    find_mismatch, lock, calls = verifier.find_mismatch, threading.Lock(), iter(range(10**6))
+    find_mismatch, lock, calls = integrity.find_mismatch, threading.Lock(), iter(range(10**6))
 
     def spy(file: Any, expected: Any, check: Any) -> Any:
         with lock:

@@ -64,8 +64,8 @@ def manifest(*, digests: bool) -> bytes:
         for name, tensors in ((FIRST, first), (SECOND, second))
     ]
     if digests:
-        for record in records:
-            record["md5sum"] = md5(SHARDS[record["dataPath"]])
+        for shard in records:
+            shard["md5sum"] = md5(SHARDS[shard["dataPath"]])
     return json.dumps({"metadata": {}, "records": records}).encode()
 
 

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 
 import ndcache
+from ndcache.format import integrity
 from ndcache.format.paths import flatten, unflatten
 from ndcache.sources import verifier
 from ndcache.store.cleanup import disk_bytes
@@ -49,7 +50,7 @@ def server(model: Path, serve: Serve) -> FileServer:
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return a list to which each file of the cache is added whose digests are computed."""
     found: list[str] = []
-    find_mismatch = verifier.find_mismatch
+    find_mismatch = integrity.find_mismatch
 
     def spy(file: Any, expected: Any, check: Any) -> Any:
         found.append(os.path.basename(file.name))
@@ -217,7 +218,7 @@ def test_row_58_unknown_free_space_is_no_reason_to_refuse(
     def usage(path: Any) -> Any:
         if isinstance(answer, OSError):  # a new one, as an error that was raised keeps its frames alive
             raise OSError(answer.errno, answer.strerror)
-        return shutil._ntuple_diskusage(*answer)  # type: ignore[attr-defined]
+        return shutil._ntuple_diskusage(*answer)
 
     monkeypatch.setattr(shutil, "disk_usage", usage)
     assert len(load(server.url)) == 3

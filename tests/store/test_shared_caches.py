@@ -51,7 +51,7 @@ def test_row_59_files_folders_and_locks_follow_the_umask(tmp_path: Path, serve: 
     models.simple_model(tmp_path / "model", shards=2)
     server = serve(tmp_path / "model")
     ndcache.fetch(server.url, names="layer.1")
-    lock_modes = []
+    lock_modes: list[int] = []
 
     def look(report: Any) -> None:
         lock_modes.extend(stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "home").rglob("locks/*"))
