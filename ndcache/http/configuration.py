@@ -1,6 +1,6 @@
-"""Mistakes in what the user has set for requests: files of certificates, passwords, headers.
+"""Mistakes in the user's settings for requests: certificate files, passwords, headers.
 
-Most are looked for when a request has failed, so that they cost nothing when all is well.
+Most checks are made only after a request has failed, so that they cost nothing when all is well.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from ..errors import AuthError, TLSError
 
 __all__ = ["certificate_mistake", "check_certificates", "credential_mistake", "damaged_netrc"]
 
-_OF_FILES = {errno.EACCES, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EPERM}
+_FILE_ERRORS = {errno.EACCES, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EPERM}
 
 
 def check_certificates(session: requests.Session, url: str) -> None:
-    """Raise `TLSError` if the certificates of authorities are to come from a pipe: who opens that may wait for ever."""
+    """Raise `TLSError` if the certificates of authorities would be read from a pipe: opening it may wait for ever."""
     verify = session.merge_environment_settings(url, {}, None, None, None)["verify"]
     if isinstance(verify, (str, os.PathLike)) and Path(verify).is_fifo():
         raise _authorities_error(session, verify, "is a pipe", url)
 
 
 def certificate_mistake(session: requests.Session, url: str, chain: list[BaseException]) -> TLSError | None:
-    """Return what is wrong with the files of certificates that `session` uses, None if that is not why it failed."""
+    """Return the error for a certificate file that `session` cannot use, None if a request failed for another reason."""
     if not any(_may_be_of_a_file(error) for error in chain):
         return None
     settings = session.merge_environment_settings(url, {}, None, None, None)
@@ -54,16 +54,18 @@ def _authorities_error(session: requests.Session, verify: str | os.PathLike[str]
 def _may_be_of_a_file(error: BaseException) -> bool:
     if isinstance(error, ssl.SSLError):
         return not isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError | ssl.SSLSyscallError)
-    # That of requests has no number.
-    return isinstance(error, OSError) and (error.errno in _OF_FILES or (type(error) is OSError and error.errno is None))
+    # The errors that requests raises itself have no errno.
+    return isinstance(error, OSError) and (
+        error.errno in _FILE_ERRORS or (type(error) is OSError and error.errno is None)
+    )
 
 
 def _wrong_authorities(path: Path) -> str | None:
     try:
         if not os.path.exists(path):
-            return "is not there"
+            return "does not exist"
         if os.path.isdir(path):
-            # What `openssl rehash` makes; OpenSSL sees no others.
+            # OpenSSL sees only the names that `openssl rehash` makes.
             hashed = any(re.fullmatch(r"[0-9a-f]{8}\.[0-9]+", name) for name in os.listdir(path))
             return None if hashed else "is a directory without certificates that OpenSSL can find"
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
@@ -78,9 +80,9 @@ def _wrong_client_certificate(cert: Any) -> str | None:
     file, key = (cert, None) if isinstance(cert, (str, os.PathLike)) else cert
     for path in filter(None, (file, key)):
         if not os.path.exists(path):
-            return f"{path} is not there"
+            return f"{path} does not exist"
     try:
-        # The password answers what OpenSSL would else ask for at the terminal.
+        # Without this password, OpenSSL would ask for one at the terminal.
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(file, key, password=lambda: b"")
     except ssl.SSLError:
         return f"{file}{f' and {key}' if key else ''} are not a certificate and its key (PEM, without a password)"
@@ -92,26 +94,26 @@ def _wrong_client_certificate(cert: Any) -> str | None:
 def credential_mistake(
     session: requests.Session, url: str, token: str | None, proxy: str | None, chain: list[BaseException]
 ) -> AuthError | None:
-    """Return which password or header cannot be sent, None if that is not why the request failed.
+    """Return the error for a password or header that cannot be sent, or None if that is not why a request failed.
 
     Parameters
     ----------
     session : requests.Session
     url : str
-        It may hold a user and password.
+        May hold a user and password.
     token : str or None
-        Sent along, of Hugging Face.
+        The token of Hugging Face that was sent.
     proxy : str or None
         The proxy's address, which may hold a user and password.
     chain : list of exceptions
-        The failure and what is below it.
+        The failure and its causes.
     """
     if any(isinstance(error, UnicodeDecodeError) for error in chain) and (found := damaged_netrc()):
-        return AuthError(f"the file of passwords {found} cannot be read", url=url, hint="Set NETRC to another one.")
+        return AuthError(f"the netrc file {found} cannot be read", url=url, hint="Set NETRC to another one.")
     if not any(_is_unsendable_header(error) for error in chain):
         return None
     if any(isinstance(error, urllib3.exceptions.InvalidHeader) for error in chain):
-        return None  # of the answer
+        return None  # a header of the response
     names = (name for name, value in _credentials(session, url, token, proxy) if not _can_be_sent(value))
     return AuthError(
         f"{next(names, 'a header')} cannot be sent: it has a character that HTTP does not allow",
@@ -121,7 +123,7 @@ def credential_mistake(
 
 
 def _is_unsendable_header(error: BaseException) -> bool:
-    """Whether requests or http.client has refused a header; the latter says so in words only."""
+    """Return whether requests or http.client has refused a header, which the latter tells only by its message."""
     if isinstance(error, UnicodeEncodeError):
         return error.encoding in ("ascii", "latin-1")
     if isinstance(error, requests.exceptions.InvalidHeader):
@@ -132,7 +134,7 @@ def _is_unsendable_header(error: BaseException) -> bool:
 def _credentials(
     session: requests.Session, url: str, token: str | None, proxy: str | None
 ) -> Iterator[tuple[str, object]]:
-    """Yield the texts that go along with a request, by their names for the user; those of others come last."""
+    """Yield the texts that are sent with a request, each with a name that the user knows."""
     if token is not None:
         yield "the token of Hugging Face (HF_TOKEN)", token
     yield "the user or password in the URL", "".join(requests.utils.get_auth_from_url(url))
@@ -157,19 +159,19 @@ def _can_be_sent(value: object) -> bool:
 
 
 def _netrc_path() -> str | None:
-    """The file that requests takes passwords from."""
+    """Return the netrc file that requests uses, or None if there is none."""
     names = [os.environ["NETRC"]] if "NETRC" in os.environ else ["~/.netrc", "~/_netrc"]
     return next((path for path in map(os.path.expanduser, names) if os.path.exists(path)), None)
 
 
 def damaged_netrc() -> str | None:
-    """Return which file of passwords cannot be read, and where it is damaged; requests goes on without it."""
+    """Return the netrc file, and its damaged line, if it cannot be read: requests then goes on without it."""
     path = _netrc_path()
     if path is None:
         return None
     try:
         netrc.netrc(path)
-    except netrc.NetrcParseError as error:  # whose text may hold a password
+    except netrc.NetrcParseError as error:  # its message may hold a password
         return f"{path} (line {error.lineno})"
     except (OSError, UnicodeError):
         return path

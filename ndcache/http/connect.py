@@ -1,7 +1,7 @@
-"""A TCP connection to whichever of a host's addresses answers first ("Happy Eyeballs", RFC 8305).
+"""TCP connections to the first of a host's addresses that answers ("Happy Eyeballs", RFC 8305).
 
-An address that does not answer costs a quarter of a second, not the time allowed for connecting, and only once: which
-one answered in its place is remembered, and tried first from then on.
+An address that does not answer costs a quarter of a second, not the whole timeout, and only once: the address that
+answered instead is tried first from then on.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from urllib3.util.connection import allowed_gai_family
 
 __all__ = ["Address", "Routes", "connect_to_first", "look_up"]
 
-#: Seconds after which the next address is tried as well (RFC 8305, section 5).
-_STAGGER = 0.25
-#: What a connect that does not wait answers when it has begun.
+#: Seconds after which the next address is tried as well (RFC 8305, section 5: "connection attempt delay").
+_ATTEMPT_DELAY = 0.25
+#: The results of a non-blocking connect that has begun.
 _HAS_BEGUN = {0, errno.EINPROGRESS, errno.EINTR, getattr(errno, "WSAEWOULDBLOCK", errno.EINPROGRESS)}
-#: Of the failures of several addresses, the first of these kinds tells most.
-_TELLING = (ConnectionRefusedError, TimeoutError, OSError)
-# Needs no descriptor of its own, unlike epoll and kqueue, and knows descriptors over 1,023, unlike select.
+#: Which of the failures of several addresses is raised: the first of these kinds.
+_MOST_TELLING = (ConnectionRefusedError, TimeoutError, OSError)
+# Unlike epoll and kqueue, poll needs no descriptor of its own; unlike select, it accepts descriptors over 1,023.
 _Selector: type[selectors.BaseSelector] = getattr(selectors, "PollSelector", selectors.SelectSelector)
 
 
 class Address(NamedTuple):
-    """One line of what `socket.getaddrinfo` answers."""
+    """One result of `socket.getaddrinfo`."""
 
     family: int
     kind: int
@@ -42,21 +42,21 @@ class Address(NamedTuple):
 
 
 class Routes:
-    """Remember which address of a host answered when its first one did not. Safe to share between threads and forks."""
+    """The addresses that answered when the first one of their host did not. Safe to share between threads and forks."""
 
     def __init__(self) -> None:
-        # Without a lock, which another thread could hold at the moment of a fork: each use is a single operation.
+        # Without a lock, which another thread could hold at the moment of a fork: each access is a single operation.
         self._known: dict[tuple[str, int], Address] = {}
 
     def order(self, host: str, port: int, addresses: Sequence[Address]) -> list[Address]:
-        """Put the address that answered last in front, and those of its family behind it."""
+        """Return the addresses with the one that answered last in front, followed by the others of its family."""
         known = self._known.get((host, port))
         if known is None:
             return list(addresses)
         return sorted(addresses, key=lambda address: (address != known, address.family != known.family))
 
     def remember(self, host: str, port: int, winner: Address | None) -> None:
-        """Note the address to begin with from now on, or that none answers any more (None)."""
+        """Try `winner` first from now on; None means that no address answers any more."""
         if winner is None:
             self._known.pop((host, port), None)
         else:
@@ -64,14 +64,14 @@ class Routes:
 
 
 def look_up(host: str, port: int) -> list[Address]:
-    """Return the addresses of a host, those of IPv6 and IPv4 in turn.
+    """Return the addresses of a host, alternating between IPv6 and IPv4.
 
     Raises
     ------
     urllib3.exceptions.LocationParseError
         No host can have this name.
     socket.gaierror
-        The system does not know it.
+        The system does not know the host.
     """
     try:
         host.encode("idna")
@@ -91,22 +91,22 @@ def connect_to_first(
     open_socket: Callable[[Address], socket.socket],
     is_cancelled: Callable[[], bool],
 ) -> tuple[socket.socket, Address]:
-    """Connect to the first address that answers; each is tried when the one before has failed, or kept silent.
+    """Connect to the first address that answers; try each one once the one before has failed, or has been silent.
 
     Parameters
     ----------
     addresses : sequence of Address
     timeout : float or None
-        Seconds for all of it. None is without a limit.
+        Seconds for all addresses together, or None for no limit.
     open_socket : callable
-        Returns a socket for an address that does not block.
+        Return a non-blocking socket for an address.
     is_cancelled : callable
-        Asked whenever one of the sockets reports something, as it does when another thread shuts it.
+        Called whenever one of the sockets reports something, as it does when another thread shuts it.
 
     Raises
     ------
     OSError
-        The most telling failure of the addresses.
+        The most telling of the addresses' failures.
     """
     race = _Race(deque(addresses), timeout, open_socket)
     try:
@@ -119,7 +119,7 @@ def connect_to_first(
 
 
 class _Race:
-    """The addresses that are being tried."""
+    """The state of the connection attempts to a host's addresses."""
 
     def __init__(
         self, waiting: deque[Address], timeout: float | None, open_socket: Callable[[Address], socket.socket]
@@ -130,11 +130,11 @@ class _Race:
         self._selector = _Selector()
         self._next_start = time.monotonic()
         self._deadline = float("inf") if timeout is None else self._next_start + timeout
-        # Each gets its chance, however short the time.
-        self._stagger = _STAGGER if timeout is None else min(_STAGGER, timeout / max(len(waiting), 1))
+        # Each address gets its chance, however short the timeout.
+        self._delay = _ATTEMPT_DELAY if timeout is None else min(_ATTEMPT_DELAY, timeout / max(len(waiting), 1))
 
     def step(self) -> tuple[socket.socket, Address] | None:
-        """Try one more address if it is time, wait for news, and return the socket that is connected, if one is."""
+        """Try one more address if it is time, wait for events, and return the connected socket if there is one."""
         now = time.monotonic()
         if self._waiting and now >= self._next_start:
             self._start(self._waiting.popleft(), now)
@@ -164,7 +164,7 @@ class _Race:
         self._selector.close()
 
     def _start(self, address: Address, now: float) -> None:
-        self._next_start = now + self._stagger
+        self._next_start = now + self._delay
         sock = None
         try:
             sock = self._open_socket(address)
@@ -183,11 +183,11 @@ class _Race:
 
     def _note(self, failure: OSError) -> None:
         self._failures.append(failure)
-        self._next_start = 0.0  # the next one need not wait any longer
+        self._next_start = 0.0  # the next address need not wait any longer
 
     def _fail(self) -> None:
-        failures, self._failures = self._failures, []  # or they would hold this frame, and it them
+        failures, self._failures = self._failures, []  # or the failures and this frame would refer to each other
         try:
-            raise next((e for kind in _TELLING for e in failures if isinstance(e, kind)), OSError("no address"))
+            raise next((e for kind in _MOST_TELLING for e in failures if isinstance(e, kind)), OSError("no address"))
         finally:
             del failures

@@ -1,4 +1,4 @@
-"""Bodies that a server encoded although none was asked for: which encodings can be decoded, and their decoding."""
+"""Decoding of bodies that a server encoded although it was asked not to."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ if TYPE_CHECKING:
 
 __all__ = ["decode_body", "encoding_of"]
 
-#: Bytes that are decoded in one step.
+#: Most bytes that are decoded in one step.
 _STEP_BYTES = 1 << 20
 _GZIP_MAGIC = b"\x1f\x8b"
 
 
 def encoding_of(header: str | None) -> str:
-    """Return what a Content-Encoding header says, in lower case; an empty string if the body is as it is."""
+    """Return the codings of a Content-Encoding header in lower case, or an empty string if there is none."""
     codings = [coding.strip().lower() for coding in (header or "").split(",")]
     return ", ".join(coding for coding in codings if coding not in ("", "identity"))
 
 
 def decode_body(chunks: Iterator[bytes], encoding: str, limit: int, check: Callable[[], None], url: str) -> bytes:
-    """Decode a body as it comes, up to `limit` bytes and at least one more if there are any.
+    """Decode a body as it comes, and stop as soon as it is longer than `limit` bytes.
 
     Parameters
     ----------
     chunks : iterator of bytes
-        The body as the server sends it. It is not asked for more than it takes.
+        The body as the server sends it. No more chunks are taken than needed.
     encoding : str
         See `encoding_of`.
     limit : int
         Bytes of the decoded body.
     check : callable
-        Called after each MiB; may raise to end it.
+        Called after each MiB; may raise to end the decoding.
     url : str
         For messages.
 
@@ -57,7 +57,7 @@ def decode_body(chunks: Iterator[bytes], encoding: str, limit: int, check: Calla
         raise ProtocolError(
             f"the server sent a body encoded as {encoding[:40]!r}, which cannot be decoded",
             url=url,
-            hint="Have it send the file as it is, or with gzip.",
+            hint="Let the server send the file as it is, or with gzip.",
         )
     body = bytearray()
     try:
@@ -67,14 +67,14 @@ def decode_body(chunks: Iterator[bytes], encoding: str, limit: int, check: Calla
             if len(body) > limit:
                 break
     except zlib.error as error:
-        raise ProtocolError(f"the {encoding} body of the server's answer is damaged", url=url) from error
+        raise ProtocolError(f"the {encoding} body of the response is damaged", url=url) from error
     except EOFError as error:
-        raise TruncatedError(f"the {encoding} body of the server's answer ended early", url=url) from error
+        raise TruncatedError(f"the {encoding} body of the response ended early", url=url) from error
     return bytes(body)
 
 
 def _gunzip(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Decode one or more members; what follows the last one and is none is padding (RFC 1952, 2.2)."""
+    """Decode one or more members of gzip, and ignore the padding after the last one (RFC 1952, 2.2)."""
     rest = yield from _decompressed(zlib.decompressobj(wbits=31), next(chunks, b""), chunks)
     while True:
         while len(rest) < len(_GZIP_MAGIC) and (more := next(chunks, b"")):
@@ -85,7 +85,7 @@ def _gunzip(chunks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _inflate(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Decode zlib's format, which is meant by "deflate", or the bare one, which is sent as well (RFC 9110, 8.4.1.2)."""
+    """Decode zlib's format, which "deflate" means, or the raw one, which some servers send (RFC 9110, 8.4.1.2)."""
     start = next(chunks, b"")
     while len(start) < 2 and (more := next(chunks, b"")):
         start += more
@@ -94,7 +94,7 @@ def _inflate(chunks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _decompressed(decoder: _Decompress, data: bytes, chunks: Iterator[bytes]) -> Generator[bytes, None, bytes]:
-    """Yield what `data` and `chunks` hold, a step at a time; return what follows its end."""
+    """Yield the decoded bytes of `data` and `chunks` step by step, and return what follows their end."""
     while not decoder.eof:
         if decoded := decoder.decompress(data, _STEP_BYTES):
             yield decoded

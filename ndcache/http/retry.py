@@ -1,9 +1,9 @@
-"""Decide what is tried again, how often, and after how long.
+"""Which requests are tried again, how often, and after how long.
 
-A server that limits requests (429, 503) refuses what it will give a moment later: as long as it gives others something,
-that is no failure, and not counted. It is only asked less and less often, so that a file that alone is refused does not
-slow down the rest. A server that gives nothing to anybody is given up after as many refusals, and as long, as if a
-single file had been asked for: many files that wait for their turn to be refused do not make the load hang on.
+A server that limits requests (429, 503) refuses what it will give a moment later. As long as it sends something to any
+worker, that is no failure, and does not count; the request is only repeated less and less often, so that a file that
+alone is refused does not slow down the others. A server that sends nothing to any worker is given up after as many
+refusals, and as long, as if a single file had been asked for: many waiting files do not prolong the load.
 """
 
 from __future__ import annotations
@@ -15,38 +15,34 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TypeVar
 
 from ..errors import NdcacheError, RateLimitedError
 from ..stats import LoadStats
 from ..workers.cancellation import Cancellation
 from .rate_limits import OriginActivity, is_refusal
 
-__all__ = ["Attempt", "RetryPolicy", "attempts", "with_retries"]
+__all__ = ["Attempt", "RetryPolicy", "attempts"]
 
 logger = logging.getLogger("ndcache")
 
-T = TypeVar("T")
-
-
-#: Refusals in a row after which the waits of a file do not get longer, while others are activity.
-_MOST_COUNTED = 4
+#: Refusals in a row after which the waits of a file do not grow any more, while others receive something.
+_MAX_COUNTED_REFUSALS = 4
 #: Bytes of progress after which all failures so far are forgotten.
 _PROGRESS_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How often and how patiently a failed request is tried again.
+    """How often a failed request is tried again, and how long it may take.
 
     Both limits are about failures in a row: after each MiB of progress they start afresh.
 
     Parameters
     ----------
     retries : int
-        Tries after the first one. Errors that no further try is likely to mend get one at most.
+        Tries after the first one. Errors that another try is unlikely to mend get one at most.
     budget : float
-        Seconds after the first failure in which a next try may begin.
+        Seconds after the first failure in which another try may begin.
     backoff, max_backoff : float
         The wait after the *n*-th failure is drawn evenly from 0 to ``min(max_backoff, backoff * 2**(n - 1))`` seconds
         ("full jitter").
@@ -59,21 +55,21 @@ class RetryPolicy:
 
     @property
     def typical_patience(self) -> float:
-        """Seconds that all waits of a file take on average."""
+        """Return the seconds that all waits for one file take on average."""
         waits = (min(self.max_backoff, self.backoff * 2.0**n) / 2 for n in range(min(self.retries, 64)))
         return min(sum(waits), self.budget)
 
     def delay(self, error: NdcacheError, failures: int, of_this_kind: int, spent: float) -> float | None:
-        """Seconds to wait before the next try, or None if there must be none.
+        """Return the seconds to wait before the next try, or None if there must be none.
 
         Parameters
         ----------
         error : NdcacheError
-            What the last try ended with.
+            The error of the last try.
         failures : int
-            Tries in a row that have failed so far, this one included.
+            Failures in a row so far, this one included.
         of_this_kind : int
-            How many tries have ended with an error of this type since the beginning, this one included.
+            Errors of this type since the beginning, this one included.
         spent : float
             Seconds since the first of these failures.
         """
@@ -83,20 +79,21 @@ class RetryPolicy:
             return None
         asked = error.retry_after if isinstance(error, RateLimitedError) else None
         wait = random.uniform(0, min(self.max_backoff, self.backoff * 2.0 ** min(failures - 1, 64)))
-        wait = max(wait, asked or 0.0)  # for as long as it asks, but a server that asks for no wait is not hurried
+        wait = max(wait, asked or 0.0)  # a server that asks for no wait is not hurried
         return wait if spent + wait <= self.budget else None
 
 
 def attempts(
     policy: RetryPolicy,
     cancellation: Cancellation,
-    stats: LoadStats | None = None,
-    activity: OriginActivity | None = None,
+    stats: LoadStats,
+    activity: OriginActivity,
     progress: Callable[[], int] = lambda: 0,
 ) -> Iterator[Attempt]:
     """Yield attempts at some work until one succeeds, and wait between them.
 
-    An error that `policy` does not forgive leaves the block of its attempt, and knows how many attempts there were::
+    An error that `policy` does not allow to try again leaves the block of its attempt; it knows how many attempts there
+    were. While the work runs, no function of this module is on the stack::
 
         for attempt in attempts(policy, cancellation, stats, activity):
             with attempt:
@@ -108,11 +105,11 @@ def attempts(
     policy : RetryPolicy
     cancellation : Cancellation
         Ends the wait for the next attempt with `CancelledError`.
-    stats : LoadStats, optional
+    stats : LoadStats
         Counts the retries, and the time between them.
-    activity : OriginActivity, optional
-        Knows whether a server that refuses a request (429, 503) gives others something meanwhile: if it does, the
-        refusal does not count as a failure.
+    activity : OriginActivity
+        Knows whether a server that refuses a request (429, 503) sends something to other workers meanwhile: if it does,
+        the refusal does not count as a failure.
     progress : callable
         Return how many bytes of the work are done for good; bytes that come a second time do not count.
     """
@@ -121,16 +118,13 @@ def attempts(
         yield attempt
         if attempt.delay is None:
             return
-        if stats is None:
+        with stats.timed("rate_limit" if attempt.is_refused else "backoff"):
             cancellation.sleep(attempt.delay)
-        else:
-            with stats.timed("rate_limit" if attempt.is_refused else "backoff"):
-                cancellation.sleep(attempt.delay)
-            stats.count(retries=1)
+        stats.count(retries=1)
 
 
 class Attempt:
-    """The current attempt at some work, as a context manager that ends an error after which there is another one.
+    """The current attempt at some work, as a context manager that suppresses an error if another attempt follows.
 
     Attributes
     ----------
@@ -143,14 +137,14 @@ class Attempt:
     delay: float | None = None
     is_refused: bool = False
 
-    def __init__(self, policy: RetryPolicy, activity: OriginActivity | None, progress: Callable[[], int]) -> None:
+    def __init__(self, policy: RetryPolicy, activity: OriginActivity, progress: Callable[[], int]) -> None:
         self._policy = policy
         self._activity = activity
         self._progress = progress
         self._tries = 0
         self._kinds: Counter[type[NdcacheError]] = Counter()
         self._last_time = time.monotonic()
-        # Since the last progress: failures, refusals that do not count as such, and how many others had before.
+        # Since the last progress: failures, refusals that do not count as such, and the origin's refusals before them.
         self._mark = progress()
         self._failures = 0
         self._first_failure = 0.0
@@ -167,14 +161,13 @@ class Attempt:
         self._tries += 1
         self._kinds[type(error)] += 1
         error.attempts = self._tries
-        counted, spent = self._count(error)
-        self.delay = self._policy.delay(error, counted, self._kinds[type(error)], spent)
+        failures, spent = self._count(error)
+        self.delay = self._policy.delay(error, failures, self._kinds[type(error)], spent)
         if self.delay is None:
             return False
-        level = logging.WARNING
-        if self.is_refused and self._activity is not None:
+        if self.is_refused:
             self._activity.warn_of_limit(error)
-            level = logging.DEBUG
+        level = logging.DEBUG if self.is_refused else logging.WARNING
         logger.log(level, "trying again in %.1f s (try %d): %s", self.delay, self._tries + 1, str(error))
         return True
 
@@ -183,33 +176,17 @@ class Attempt:
         now = time.monotonic()
         if self._progress() - self._mark >= _PROGRESS_BYTES:
             self._mark, self._failures, self._first_failure, self._refusals = self._progress(), 0, now, 0
-        activity = self._activity if self.is_refused else None
-        if activity is not None and activity.was_active(error, self._last_time):
+        if self.is_refused and self._activity.was_active(error, self._last_time):
             self._failures, self._first_failure, self._refusals = 0, now, self._refusals + 1
         self._last_time = now
         self._failures += 1
         self._first_failure = self._first_failure or now
         spent = now - self._first_failure
-        counted = max(self._failures, min(self._refusals, _MOST_COUNTED, self._policy.retries))
-        if activity is not None:
-            in_a_row = activity.refusals(error)
+        failures = max(self._failures, min(self._refusals, _MAX_COUNTED_REFUSALS, self._policy.retries))
+        if self.is_refused:
+            in_a_row = self._activity.refusals(error)
             if self._failures == 1:
                 self._refused_before = in_a_row - 1
             if spent >= self._policy.typical_patience:
-                counted = max(counted, in_a_row - self._refused_before)  # nobody got anything in the meantime
-        return counted, spent
-
-
-def with_retries(
-    work: Callable[[], T],
-    policy: RetryPolicy,
-    cancellation: Cancellation,
-    stats: LoadStats | None = None,
-    progress: Callable[[], int] = lambda: 0,
-    activity: OriginActivity | None = None,
-) -> T:
-    """Return `work()`, tried again as `attempts` says."""
-    for attempt in attempts(policy, cancellation, stats, activity, progress):
-        with attempt:
-            result = work()
-    return result
+                failures = max(failures, in_a_row - self._refused_before)  # no worker received anything meanwhile
+        return failures, spent

@@ -93,7 +93,7 @@ def pipe(path: Path) -> Path:
 
 
 BUNDLES = [
-    (missing, "is not there"),
+    (missing, "does not exist"),
     (empty, "PEM"),
     (not_pem, "PEM"),
     (directory, "directory without certificates"),
@@ -130,12 +130,12 @@ def test_row_48_http_needs_no_bundle(scripted: ScriptedServer, monkeypatch: pyte
 @pytest.mark.parametrize(
     ("cert", "words"),
     [
-        ("missing.pem", "missing.pem is not there"),
-        (("ca.pem", "missing.key"), "missing.key is not there"),
+        ("missing.pem", "missing.pem does not exist"),
+        (("ca.pem", "missing.key"), "missing.key does not exist"),
         ("ca.pem", "not a certificate and its key"),
         (("ca.pem", "ca.pem"), "not a certificate and its key"),
         ("", "cannot be read"),
-        (("ca.pem/key.pem", "ca.pem"), "is not there"),
+        (("ca.pem/key.pem", "ca.pem"), "does not exist"),
     ],
     ids=str,
 )

@@ -70,7 +70,7 @@ def bury() -> Iterator[Callable[[str, int], tuple[int, str]]]:
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """From its call on, the next address is tried only when the one before has failed."""
-    return lambda: monkeypatch.setattr(connect, "_STAGGER", 3600.0)
+    return lambda: monkeypatch.setattr(connect, "_ATTEMPT_DELAY", 3600.0)
 
 
 def ask(transport: Transport, port: int, cancellation: Cancellation | None = None) -> bytes:

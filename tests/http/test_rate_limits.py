@@ -17,20 +17,22 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
 import ndcache
 from ndcache.http.rate_limits import OriginActivity, OriginLimit, Permit, origin_of
-from ndcache.http.retry import RetryPolicy, with_retries
+from ndcache.http.retry import RetryPolicy, attempts
 from ndcache.loader import Loader
+from ndcache.stats import LoadStats
 from ndcache.workers.cancellation import Cancellation
 
 from ..helpers.models import assert_same, simple_model
 from ..helpers.requirements import need_program
 from ..helpers.servers import Connection, ConnectionLimit, FileServer, RateLimit, Request, ScriptedServer, reply
 
+T = TypeVar("T")
 Serve = Callable[..., FileServer]
 PATH = "/params_shard_0.bin"
 
@@ -312,6 +314,14 @@ class ActiveFor(OriginActivity):
         return self._tries >= 0
 
 
+def with_retries(work: Callable[[], T], policy: RetryPolicy, activity: OriginActivity) -> T:
+    """Return what `work` returns in the end."""
+    for attempt in attempts(policy, Cancellation(), LoadStats(), activity):
+        with attempt:
+            result = work()
+    return result
+
+
 def refused(status: int = 429) -> ndcache.NdcacheError:
     kind = ndcache.RateLimitedError if status == 429 else ndcache.ServerError
     return kind("too many", status=status)
@@ -325,7 +335,7 @@ def test_row_49_refusals_are_not_counted_while_others_are_served() -> None:
             raise errors.pop()
         return "value"
 
-    assert with_retries(attempt, QUICK, Cancellation(), activity=ActiveFor(20)) == "value"
+    assert with_retries(attempt, QUICK, ActiveFor(20)) == "value"
 
 
 @pytest.mark.parametrize("served", [0, 5, 50])
@@ -337,7 +347,7 @@ def test_row_49_they_are_counted_once_nobody_is_served(served: int) -> None:
         raise refused(503)
 
     with pytest.raises(ndcache.ServerError):
-        with_retries(attempt, QUICK, Cancellation(), activity=ActiveFor(served))
+        with_retries(attempt, QUICK, ActiveFor(served))
     assert len(calls) == served + 1 + QUICK.retries - (served > 0)
 
 
@@ -349,7 +359,7 @@ def test_who_wants_no_retries_gets_none() -> None:
         raise refused()
 
     with pytest.raises(ndcache.RateLimitedError):
-        with_retries(attempt, RetryPolicy(retries=0), Cancellation(), activity=ActiveFor(1))
+        with_retries(attempt, RetryPolicy(retries=0), ActiveFor(1))
     assert len(calls) == 1
 
 

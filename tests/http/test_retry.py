@@ -1,17 +1,22 @@
-"""What is tried again, and when."""
+"""Retries: which errors are tried again, how often, and after how long."""
 
 from __future__ import annotations
 
 import sys
 import threading
 import weakref
+from collections.abc import Callable
+from typing import TypeVar
 
 import pytest
 
 import ndcache
-from ndcache.http.retry import RetryPolicy, attempts, with_retries
+from ndcache.http.rate_limits import OriginActivity
+from ndcache.http.retry import RetryPolicy, attempts
 from ndcache.stats import LoadStats
 from ndcache.workers.cancellation import Cancellation
+
+T = TypeVar("T")
 
 
 def rate_limited(retry_after: float | None) -> ndcache.RateLimitedError:
@@ -32,7 +37,7 @@ def rate_limited(retry_after: float | None) -> ndcache.RateLimitedError:
         (ndcache.ChecksumError("x"), 1, 0, 0, 0.5),
     ],
 )
-def test_what_is_tried_again_and_when(
+def test_errors_that_are_tried_again(
     error: ndcache.NdcacheError, failures: int, spent: float, lowest: float, highest: float
 ) -> None:
     for _ in range(100):
@@ -55,12 +60,12 @@ def test_what_is_tried_again_and_when(
         (rate_limited(1e30), 1, 0),
     ],
 )
-def test_what_is_not_tried_again(error: ndcache.NdcacheError, failures: int, spent: float) -> None:
+def test_errors_that_are_not_tried_again(error: ndcache.NdcacheError, failures: int, spent: float) -> None:
     assert RetryPolicy().delay(error, failures, failures, spent) is None
 
 
 class Flaky:
-    """Fails some times, then gives a value."""
+    """Work that fails some times, then returns a value."""
 
     def __init__(self, *errors: ndcache.NdcacheError) -> None:
         self.errors = list(errors)
@@ -76,16 +81,31 @@ class Flaky:
 QUICK = RetryPolicy(retries=3, backoff=0.0001)
 
 
-def test_a_value_after_some_failures() -> None:
+def with_retries(
+    work: Callable[[], T],
+    policy: RetryPolicy = QUICK,
+    *,
+    cancellation: Cancellation | None = None,
+    stats: LoadStats | None = None,
+    progress: Callable[[], int] = lambda: 0,
+) -> T:
+    """Return what `work` returns in the end."""
+    for attempt in attempts(policy, cancellation or Cancellation(), stats or LoadStats(), OriginActivity(), progress):
+        with attempt:
+            result = work()
+    return result
+
+
+def test_work_that_succeeds_after_some_failures() -> None:
     flaky, stats = Flaky(ndcache.ServerError("1"), ndcache.ConnectError("2")), LoadStats()
-    assert with_retries(flaky, QUICK, Cancellation(), stats) == "value"
+    assert with_retries(flaky, stats=stats) == "value"
     assert (flaky.calls, stats.retries) == (3, 2)
 
 
 def test_the_last_error_says_how_often_it_was_tried() -> None:
     flaky = Flaky(*[ndcache.ServerError("failed") for _ in range(9)])
     with pytest.raises(ndcache.ServerError, match="after 4 tries") as caught:
-        with_retries(flaky, QUICK, Cancellation())
+        with_retries(flaky)
     assert (flaky.calls, caught.value.attempts) == (4, 4)
 
 
@@ -99,15 +119,15 @@ def test_after_progress_the_count_starts_afresh() -> None:
         raise ndcache.ConnectError("broken")
 
     with pytest.raises(ndcache.ConnectError, match="after 4 tries"):
-        with_retries(attempt, QUICK, Cancellation(), progress=lambda: 0)
+        with_retries(attempt, progress=lambda: 0)
     nbytes = 0
     with pytest.raises(ndcache.ConnectError) as caught:
-        with_retries(attempt, QUICK, Cancellation(), progress=lambda: min(nbytes, 3_600_000))
+        with_retries(attempt, progress=lambda: min(nbytes, 3_600_000))
     assert caught.value.attempts == 12  # at 1.2, 2.4 and 3.6 MB it starts afresh, and three more are allowed
     assert nbytes == 400_000 * 12
 
 
-def test_progress_does_not_renew_what_is_tried_once() -> None:
+def test_progress_does_not_renew_the_single_retry() -> None:
     nbytes, calls = 0, 0
 
     def attempt() -> None:
@@ -116,19 +136,19 @@ def test_progress_does_not_renew_what_is_tried_once() -> None:
         raise ndcache.ChecksumError("wrong")
 
     with pytest.raises(ndcache.ChecksumError):
-        with_retries(attempt, QUICK, Cancellation(), progress=lambda: nbytes)
+        with_retries(attempt, progress=lambda: nbytes)
     assert calls == 2
 
 
 def test_each_kind_has_its_one_more_try() -> None:
     flaky = Flaky(ndcache.RangeError("1"), ndcache.ChecksumError("2"), ndcache.ConnectError("3"))
-    assert with_retries(flaky, QUICK, Cancellation()) == "value"
+    assert with_retries(flaky) == "value"
 
 
 def test_no_retries_means_none() -> None:
     flaky = Flaky(ndcache.RangeError("1"))
     with pytest.raises(ndcache.RangeError):
-        with_retries(flaky, RetryPolicy(retries=0), Cancellation())
+        with_retries(flaky, RetryPolicy(retries=0))
 
 
 def test_an_error_that_is_not_ours_is_not_tried_again() -> None:
@@ -139,7 +159,7 @@ def test_an_error_that_is_not_ours_is_not_tried_again() -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        with_retries(attempt, QUICK, Cancellation())
+        with_retries(attempt)
     assert len(calls) == 1
 
 
@@ -151,11 +171,11 @@ def test_row_36_stopping_ends_the_wait_for_the_next_try() -> None:
         raise rate_limited(200)
 
     with pytest.raises(ndcache.CancelledError):
-        with_retries(attempt, QUICK, Cancellation(cancel))
+        with_retries(attempt, cancellation=Cancellation(cancel))
 
 
-def test_no_frame_of_the_retries_is_below_the_work() -> None:
-    for attempt in attempts(QUICK, Cancellation()):
+def test_no_frame_of_the_retries_is_on_the_stack_of_the_work() -> None:
+    for attempt in attempts(QUICK, Cancellation(), LoadStats(), OriginActivity()):
         with attempt:
             frame = sys._getframe()
             assert frame.f_back is not None
@@ -165,7 +185,7 @@ def test_no_frame_of_the_retries_is_below_the_work() -> None:
 
 def test_an_error_that_is_tried_again_is_not_kept() -> None:
     seen: list[weakref.ref[ndcache.ServerError]] = []
-    for attempt in attempts(QUICK, Cancellation()):
+    for attempt in attempts(QUICK, Cancellation(), LoadStats(), OriginActivity()):
         with attempt:
             assert all(reference() is None for reference in seen)
             if len(seen) < 2:
