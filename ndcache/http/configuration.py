@@ -32,7 +32,7 @@ def check_certificates(session: requests.Session, url: str) -> None:
 
 
 def certificate_mistake(session: requests.Session, url: str, chain: list[BaseException]) -> TLSError | None:
-    """Return the error for a certificate file that `session` cannot use, None if a request failed for another reason."""
+    """Return the error for a certificate file that `session` cannot use, or None if that is not why it failed."""
     if not any(_may_be_of_a_file(error) for error in chain):
         return None
     settings = session.merge_environment_settings(url, {}, None, None, None)

@@ -1,4 +1,4 @@
-"""The proxy that a request goes through: where it is set, and what is wrong when it cannot be used."""
+"""The proxy that a request goes through, and the errors of proxies that cannot be used."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SOCKS = ("socks4", "socks4a", "socks5", "socks5h")
 _FAILURES = (
     requests.exceptions.ProxyError,
     urllib3.exceptions.ProxyError,
-    # A SOCKS proxy's, as nothing else is connected to.
+    # Of a SOCKS proxy: beside proxies, nothing is connected to.
     urllib3.exceptions.ConnectTimeoutError,
     urllib3.exceptions.NewConnectionError,
 )
@@ -38,9 +38,9 @@ class Proxy:
     Attributes
     ----------
     setting : str
-        Where: the name of the variable, say.
+        Where it was set: the name of an environment variable, say.
     value : str
-        What was set there; it may hold a password.
+        The value that was set; may hold a password.
     """
 
     setting: str
@@ -51,12 +51,12 @@ class Proxy:
 
     @property
     def address(self) -> str:
-        """The value as a URL."""
+        """Return the value as a URL."""
         return self.value if "://" in self.value else f"http://{self.value}"
 
 
 def proxy_for(session: requests.Session, url: str) -> Proxy | None:
-    """Return the proxy that a request of `session` for `url` goes through; None if it does not."""
+    """Return the proxy that a request of `session` for `url` goes through, or None if there is none."""
     proxies: Mapping[str, str] = session.merge_environment_settings(url, {}, None, None, None)["proxies"]
     value = requests.utils.select_proxy(url, dict(proxies))
     if not value:
@@ -72,27 +72,27 @@ def proxy_for(session: requests.Session, url: str) -> Proxy | None:
 
 
 def proxy_wants_password(proxy: Proxy | None, url: str) -> AuthError:
-    """Return the error for an answer with status 407."""
+    """Return the error for a response with status 407."""
     hint = None
     if proxy is not None:
         scheme = urlsplit(proxy.address).scheme
         hint = f"Give them in {proxy.setting}: {scheme}://user:password@host:port (special characters as %XX)."
     return AuthError(
-        f"{proxy or 'a proxy'} wants a user and a password, or other ones (status 407)", url=url, status=407, hint=hint
+        f"{proxy or 'a proxy'} wants a user and password, or other ones (status 407)", url=url, status=407, hint=hint
     )
 
 
 def proxy_error(proxy: Proxy | None, chain: list[BaseException], url: str, *, is_first: bool) -> TransferError | None:
-    """Return what a failed request is due to if that is its proxy, else None.
+    """Return the error for a request that failed because of its proxy, or None if it failed for another reason.
 
     Parameters
     ----------
     proxy : Proxy or None
     chain : list of exceptions
-        The failure and what is below it.
+        The failure and its causes.
     url : str
     is_first : bool
-        Whether nothing has ever come from the server: then a proxy that is not there is a mistake, not a failure.
+        Whether the server has never answered: then a proxy that does not exist is a mistake, not a failure.
     """
     if (status := _tunnel_status(chain)) is not None:
         return _tunnel_error(proxy, status, url)
@@ -121,7 +121,7 @@ def proxy_error(proxy: Proxy | None, chain: list[BaseException], url: str, *, is
 
 
 def proxy_mistake(proxy: Proxy, url: str, chain: Sequence[BaseException] = ()) -> ConnectError | None:
-    """Return what is wrong with the address of a proxy, or None; `chain` is the failure, if there was one."""
+    """Return the error for a proxy's address that cannot be used, or None; `chain` is the failure, if there was one."""
     mistake = _mistake(proxy, chain)
     if mistake is None:
         return None
@@ -129,7 +129,7 @@ def proxy_mistake(proxy: Proxy, url: str, chain: Sequence[BaseException] = ()) -
 
 
 def _hint(proxy: Proxy) -> str:
-    return f"Check {proxy.setting}, and NO_PROXY for what must not go through it."
+    return f"Check {proxy.setting}, and NO_PROXY for hosts that must not go through it."
 
 
 def _final(error: ConnectError) -> ConnectError:
@@ -138,13 +138,16 @@ def _final(error: ConnectError) -> ConnectError:
 
 
 def _shown(proxy: Proxy) -> str:
-    """The setting and its value, of which nobody knows which part is the password if it is no address."""
+    """Return the setting, and its value if that cannot hold a password.
+
+    Of a value that is no address, any part may be a password.
+    """
     shown = redact(proxy.address)
     return proxy.setting if "@" in proxy.value or shown.startswith("(") else f"{proxy.setting} ({shown})"
 
 
 def _mistake(proxy: Proxy, chain: Sequence[BaseException]) -> tuple[str, str | None] | None:
-    """Return what is wrong with the address, and what to do; None if nothing is."""
+    """Return what is wrong with the address and a hint, or None if nothing is wrong."""
     no_address = ("is not the address of a proxy", f"Write {proxy.setting} as http://host:port.")
     try:
         parts = parse_url(proxy.address)
@@ -158,19 +161,19 @@ def _mistake(proxy: Proxy, chain: Sequence[BaseException]) -> tuple[str, str | N
             return "is a SOCKS proxy, for which a package is missing", 'Install it: pip install "requests[socks]".'
     elif parts.scheme not in ("http", "https"):
         return (
-            f"is of a kind that is not known ({parts.scheme}:)",
-            "Proxies are http://, https://, socks5h:// and such.",
+            f"is of an unknown kind ({parts.scheme}:)",
+            "Proxies are http://, https://, socks5h:// and the like.",
         )
     try:
         parse_proxy(proxy.value)
-    except UrlError:  # nor is what two parsers read differently
+    except UrlError:  # nor is a text that two parsers read differently
         return no_address
-    # Without a scheme, requests takes the host or user for one.
+    # Without a scheme in the address, requests takes the host or user for one.
     return no_address if any(isinstance(error, _UNREADABLE) for error in chain) else None
 
 
 def _tunnel_status(chain: list[BaseException]) -> int | None:
-    """The status with which a proxy refused a tunnel to an https server, which http.client tells in words only."""
+    """Return the status of a proxy that refused a tunnel, or None; http.client tells it only in its message."""
     for error in chain:
         if isinstance(error, OSError) and (found := re.match(r"Tunnel connection failed: (\d{3})\b", str(error))):
             return int(found[1])
@@ -181,6 +184,6 @@ def _tunnel_error(proxy: Proxy | None, status: int, url: str) -> TransferError:
     if status == 407:
         return proxy_wants_password(proxy, url)
     error = ConnectError(
-        f"{proxy or 'the proxy'} makes no connection to the server (status {status})", url=url, status=status
+        f"{proxy or 'the proxy'} does not connect to the server (status {status})", url=url, status=status
     )
     return error if status >= 500 or status in (408, 429) else _final(error)

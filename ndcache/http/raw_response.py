@@ -1,4 +1,4 @@
-"""An HTTP response as it comes from its socket: what http.client does, and what it leaves out."""
+"""The HTTP response that urllib3 reads from a socket: interim responses, and fast bodies over TLS."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 __all__ = ["RawResponse"]
 
-#: Bytes of the largest record of TLS (RFC 8446, 5.1).
+#: Bytes of the largest TLS record (RFC 8446, 5.1).
 _RECORD_BYTES = 1 << 14
-#: Interim responses to one request that are skipped.
+#: Most interim responses to one request that are skipped.
 _MAX_INTERIM = 1000
 
 
 class RawResponse(http.client.HTTPResponse):
-    """The response after the interim ones (1xx); its body over TLS is read as it comes, many records at once."""
+    """The final response, after interim ones (1xx). Over TLS, its body is read many records at a time."""
 
     def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
         super().__init__(sock, *args, **kwargs)
@@ -25,8 +25,8 @@ class RawResponse(http.client.HTTPResponse):
         self._failure: Exception | None = None
 
     def _read_status(self) -> tuple[str, int, str]:
-        # http.client itself skips 100 only (RFC 9110, 15.2: any number of any of them). 101 is not one to skip, but a
-        # change of the protocol that nobody asked for.
+        # A server may send any number of 1xx responses (RFC 9110, 15.2), but http.client skips only 100. 101 cannot be
+        # skipped: it changes to another protocol, which nobody asked for.
         for _ in range(_MAX_INTERIM):
             version, status, reason = super()._read_status()  # type: ignore[misc]
             if not 100 <= status < 200 or status == 101:
@@ -35,10 +35,10 @@ class RawResponse(http.client.HTTPResponse):
         raise http.client.HTTPException("too many interim responses")
 
     def read1(self, n: int = -1) -> bytes:
-        """Return what has come, up to `n` bytes; wait for the first of them only.
+        """Return up to `n` bytes that have come, and wait only if there are none.
 
-        Over TLS, where a single read gives a single record of 16 KiB at most, more is read while it is there. If that
-        fails, what came before is returned first.
+        Over TLS, a single read gives a single record of at most 16 KiB, so read on while there is more. If that fails,
+        return the bytes before the failure, and raise it in the next call.
         """
         if self._failure is not None:
             failure, self._failure = self._failure, None
@@ -53,7 +53,7 @@ class RawResponse(http.client.HTTPResponse):
         return super().isclosed() and self._failure is None
 
     def _read_on(self, sock: ssl.SSLSocket, first: bytes, limit: int) -> bytes:
-        """Return `first` and what else is there already, `limit` bytes in all at the most."""
+        """Return `first` and the bytes that have come already, at most `limit` in all."""
         if len(self._buffer) < limit:
             self._buffer = memoryview(bytearray(limit))
         self._buffer[: len(first)] = first
@@ -74,7 +74,7 @@ class RawResponse(http.client.HTTPResponse):
         return bytes(self._buffer[:come])
 
     def _fill(self, free: memoryview) -> int:
-        """Read bytes of the body until `free` is full, or no more are there."""
+        """Read bytes of the body until `free` is full or no more have come."""
         come, size, read_into = 0, len(free), self.fp.readinto1
         try:
             while come < size and (count := read_into(free[come:])):
@@ -90,15 +90,15 @@ class RawResponse(http.client.HTTPResponse):
         return come
 
     def _bytes_in_a_row(self, limit: int) -> int:
-        """Return how many bytes of the body come next, up to `limit`; none if a line of chunks is not there yet.
+        """Return how many bytes of the body follow without a chunk line between them, up to `limit`.
 
-        A line that came in part would be lost when the rest of it has to be waited for.
+        Return 0 if the next chunk line has not come completely: reading a part of it without waiting would lose it.
         """
         if self.fp is None:
             return 0
         if not self.chunked:
             return limit if self.length is None else min(limit, self.length)
-        if self.chunk_left == 0:  # then the chunk's end has not been read
+        if self.chunk_left == 0:  # the end of the chunk has not been read yet
             if self.fp.peek()[:2] != b"\r\n":
                 return 0
             self.fp.read(2)

@@ -1,4 +1,4 @@
-"""urllib3 connections that show their sockets, so that a thread which waits for one can be woken."""
+"""urllib3 connections that show their sockets, so that another thread can wake the one that waits for a server."""
 
 from __future__ import annotations
 
@@ -42,22 +42,22 @@ def _shut(sock: socket.socket) -> None:
 
 
 def waker(raw: requests.Response) -> Callable[[], None]:
-    """For a session of the caller's, whose connections cannot be watched: from the headers on."""
+    """Return a function that wakes a thread that reads the body, for connections that cannot be watched."""
 
     def wake() -> None:
         try:
             raw.raw.shutdown()
         except (AttributeError, OSError, RuntimeError, ValueError):
-            pass  # over, or not a socket at all
+            pass  # closed already, or not a socket at all
 
     return wake
 
 
 @contextmanager
 def watching(watch: StallWatch, origin: Origin, routes: Routes) -> Iterator[None]:
-    """Tell `watch` how to wake this thread while it makes a request in the block, and afterwards.
+    """Let `watch` wake this thread while it makes a request in the block, and afterwards.
 
-    The request goes to `origin` or nowhere. New connections begin with the addresses of `routes`.
+    The request goes to `origin` or nowhere. New connections try the addresses of `routes` first.
     """
     _current.watch, _current.origin, _current.routes = watch, origin, routes
     try:
@@ -67,7 +67,7 @@ def watching(watch: StallWatch, origin: Origin, routes: Routes) -> Iterator[None
 
 
 class _WithoutQueries(logging.Filter):
-    """Takes the queries, which may be signatures, out of what urllib3 logs of our requests, and whatever holds them."""
+    """Remove queries, which may be signatures, from the log records of urllib3 about our requests."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         if getattr(_current, "watch", None) is not None:
@@ -80,8 +80,8 @@ for _name in ("urllib3.connection", "urllib3.connectionpool", "urllib3.util.retr
     logging.getLogger(_name).addFilter(_WithoutQueries())
 
 
-class _Watched(HTTPConnection):
-    """A connection that shows its socket to whoever watches this thread."""
+class _WatchedConnection(HTTPConnection):
+    """A connection that gives its socket to the `StallWatch` of this thread."""
 
     response_class = RawResponse
     _is_used = False
@@ -105,7 +105,7 @@ class _Watched(HTTPConnection):
         self._is_used = True
 
     def _new_conn(self) -> socket.socket:
-        """Like urllib3's own, but each socket can be shut while it connects, and while TLS shakes hands."""
+        """Connect as urllib3 does, but let the socket be shut while it connects, and during the TLS handshake."""
         watch: StallWatch | None = getattr(_current, "watch", None)
         try:
             with watch.paused() if watch is not None else contextlib.nullcontext():
@@ -117,7 +117,7 @@ class _Watched(HTTPConnection):
         except OSError as error:
             raise NewConnectionError(self, f"no connection to {self.host}: {error}") from error
         if watch is not None:
-            # The socket itself is given over to TLS, which makes another one of it.
+            # A duplicate, as TLS makes a new socket from this one.
             self._connecting = sock.dup()
             watch.add_waker(functools.partial(_shut, self._connecting))
         return sock
@@ -160,22 +160,22 @@ class _Watched(HTTPConnection):
         if watch is not None and self.sock is not None:
             watch.is_connected = True
             watch.add_waker(functools.partial(_shut, self.sock))
-            watch.restart()  # for the handshake that was, and the answer that is to come
+            watch.restart()  # the handshake is over, and the response gets a timeout of its own
 
 
-class _WatchedTLS(_Watched, HTTPSConnection):
+class _WatchedTLSConnection(_WatchedConnection, HTTPSConnection):
     def request(self, *args: Any, **kwargs: Any) -> None:
         super().request(*args, **kwargs)
-        # An end without notice is not the end of a body (RFC 9112, 9.8), though ssl takes it for one by default, and
-        # still does for what the caller does with a session that was given to us.
+        # A TLS connection that ends without notice may have been cut off (RFC 9112, 9.8). By default, ssl ignores that;
+        # it still does for the caller's own requests with a session that was given to us.
         is_ours = getattr(_current, "watch", None) is not None
         self.sock.suppress_ragged_eofs = not is_ours  # type: ignore[union-attr]
 
 
-class _OpenFirst(queue.LifoQueue[Any]):
-    """Gives a connection that is open before one that would have to be opened: a server may limit their number.
+class _OpenConnectionsFirst(queue.LifoQueue[Any]):
+    """A queue of idle connections that prefers open ones to closed ones, as a server may limit their number.
 
-    One that the server closed lies above the others in urllib3's own queue: if it is refused, it lies there again.
+    In urllib3's own queue, a connection that the server closed stays on top, and goes back there if it is refused.
     """
 
     def _put(self, item: HTTPConnection | None) -> None:
@@ -183,21 +183,24 @@ class _OpenFirst(queue.LifoQueue[Any]):
 
 
 class _Pool(HTTPConnectionPool):
-    ConnectionCls = _Watched
-    QueueCls = _OpenFirst
+    ConnectionCls = _WatchedConnection
+    QueueCls = _OpenConnectionsFirst
 
 
 class _TLSPool(HTTPSConnectionPool):
-    ConnectionCls = _WatchedTLS
-    QueueCls = _OpenFirst
+    ConnectionCls = _WatchedTLSConnection
+    QueueCls = _OpenConnectionsFirst
 
 
 class WrongOriginError(Exception):
-    """A request was about to go to another origin than the one that was judged."""
+    """A request was about to go to another origin than the one that was checked."""
 
 
 def _check_origin(scheme: str | None, host: str | None, port: int | None) -> None:
-    """Raise unless a request goes to the origin that it is for: all above have read its URL, each in its own way."""
+    """Raise unless the request of this thread goes to its origin.
+
+    Each library above the sockets has parsed the URL in its own way, and one may have read another origin.
+    """
     origin: Origin | None = getattr(_current, "origin", None)
     if origin is None:
         return
@@ -210,11 +213,11 @@ _POOLS = {"http": _Pool, "https": _TLSPool}
 
 
 def watch_adapter(session: requests.Session, url: str, proxy: str | None) -> None:
-    """Let a session of the caller's make connections for `url` that can be watched, if its adapter is requests' own.
+    """Let a caller's session make connections for `url` that can be watched, if its adapter is requests' own.
 
-    `proxy` is the address of the proxy that they go through, if they do.
+    `proxy` is the address of the proxy that the connections go through, if there is one.
     """
-    with contextlib.suppress(ValueError):  # of an address that is none: the request itself will say so
+    with contextlib.suppress(ValueError):  # the address is invalid, and the request itself will raise that
         adapter = session.get_adapter(url)
         if type(adapter) is not HTTPAdapter or type(adapter.poolmanager) is not urllib3.PoolManager:
             return
@@ -222,14 +225,14 @@ def watch_adapter(session: requests.Session, url: str, proxy: str | None) -> Non
         if proxy is not None:
             address = requests.utils.prepend_scheme_if_needed(proxy, "http")  # type: ignore[no-untyped-call]
             manager = adapter.proxy_manager_for(address)
-        is_usual = type(manager) in (urllib3.PoolManager, urllib3.ProxyManager)  # not that of a SOCKS proxy
+        is_usual = type(manager) in (urllib3.PoolManager, urllib3.ProxyManager)  # not the manager of a SOCKS proxy
         if is_usual and manager.pool_classes_by_scheme.get("http") is not _Pool:
             manager.pool_classes_by_scheme = dict(_POOLS)
-            manager.clear()  # of those that are kept; what is in use goes on
+            manager.clear()  # of idle connections; those in use go on
 
 
 class WatchedAdapter(HTTPAdapter):
-    """The adapter of our own sessions: its connections can be watched, and go to the origin that was judged.
+    """The adapter of our own sessions: its connections can be watched, and go to the origin that was checked.
 
     The adapters of a caller's session do not check that: it may ask others for a token within a request of ours.
     """
@@ -260,7 +263,7 @@ class WatchedAdapter(HTTPAdapter):
         return url
 
     def close(self) -> None:
-        # Else the pools' finalizers would do it, in which Ctrl-C is lost. A pool that is in use stays one.
+        # Otherwise the pools' finalizers would close them, in which Ctrl-C is lost. A pool that is in use stays usable.
         for manager in (self.poolmanager, *self.proxy_manager.values()):
             for key in manager.pools.keys():  # noqa: SIM118 - it cannot be iterated over
                 if (pool := manager.pools.get(key)) is not None:

@@ -1,4 +1,4 @@
-"""Failures of TLS: which of them no further try can mend, and what they mean."""
+"""Failures of TLS: their meanings, and which of them are final."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from ..errors import TLSError
 
 __all__ = ["has_tls_ended", "tls_error"]
 
-_AUTHORITY = "its certificate is of an authority that is not known here"
+_AUTHORITY = "its certificate is from an authority that is not known here"
 _HOST = "its certificate is for another host"
-#: OpenSSL's codes of what is wrong with a certificate (X509_V_ERR_…), in words.
+#: OpenSSL's codes for certificates that it refuses (X509_V_ERR_…), in words.
 _CERTIFICATES = {
     2: _AUTHORITY,
     9: "its certificate is not valid yet",
     10: "its certificate has expired",
     18: "its certificate is self-signed",
-    19: "its certificate is of a self-signed authority that is not known here",
+    19: "its certificate is from a self-signed authority that is not known here",
     20: _AUTHORITY,
     21: _AUTHORITY,
     23: "its certificate has been revoked",
     62: _HOST,
     64: _HOST,
 }
-_CLOCK = "Is this machine's clock right? If it is, the server's owner must mend it."
+_CLOCK = "Is this machine's clock right? If it is, the server needs a new certificate."
 _HINTS = {9: _CLOCK, 10: _CLOCK, 23: None, 62: "Check the host's spelling.", 64: "Give the host by its name."}
 
 _NO_TLS = ("it does not speak TLS", "Does the server speak plain http://?")
@@ -39,9 +39,9 @@ _NOTHING_IN_COMMON = (
 _NAME = ("it does not know this host", "Check the host's spelling.")
 _CLIENT = (
     "it wants a certificate from this machine, or another one",
-    "Give it with a session of your own: requests.Session().cert.",
+    "Give it through a session of your own: requests.Session().cert.",
 )
-#: OpenSSL's reasons that stay, however often one tries. All others are of a connection that broke.
+#: OpenSSL's reasons that no retry changes. With all others, the connection broke.
 _FINAL = {
     **dict.fromkeys(["HTTP_REQUEST", "RECORD_LAYER_FAILURE", "UNKNOWN_PROTOCOL", "WRONG_VERSION_NUMBER"], _NO_TLS),
     **dict.fromkeys(
@@ -61,7 +61,7 @@ _FINAL = {
     ),
     "SSLV3_ALERT_HANDSHAKE_FAILURE": (
         "it and this machine have no cipher of TLS in common, or it wants a certificate from this machine",
-        "A certificate is given with a session of your own: requests.Session().cert.",
+        "Give a certificate through a session of your own: requests.Session().cert.",
     ),
     **dict.fromkeys(["TLSV1_UNRECOGNIZED_NAME", "TLSV1_ALERT_UNRECOGNIZED_NAME"], _NAME),
     **dict.fromkeys(
@@ -73,27 +73,27 @@ _FINAL = {
         _CLIENT,
     ),
 }
-#: The libraries of OpenSSL that read files of certificates and keys: nothing that a server sent.
+#: The libraries of OpenSSL that read certificate and key files, and nothing that a server sent.
 _FILE_LIBRARIES = ("PEM", "X509")
 
 
 def has_tls_ended(chain: Iterable[BaseException]) -> bool:
-    """Whether the other side ended the connection, with the notice that TLS asks for or without."""
+    """Return whether the server ended the TLS connection, with or without the notice that TLS requires."""
     return any(isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError) for error in chain)
 
 
 def tls_error(chain: list[BaseException], host: str, url: str, *, is_connected: bool) -> TLSError | None:
-    """Return what a failure means that no further try can mend; None if the connection just broke, or did not use TLS.
+    """Return the error for a final failure of TLS, or None if the connection just broke or did not use TLS.
 
     Parameters
     ----------
     chain : list of exceptions
-        The failure and what is below it.
+        The failure and its causes.
     host : str
-        Whom the connection was to.
+        The host that was connected to, for the message.
     url : str
     is_connected : bool
-        Whether the handshake was over. What is no TLS then is a record that was damaged on its way.
+        Whether the handshake was over. Bytes that are not TLS are then a damaged record, and not final.
     """
     error = next((item for item in chain if isinstance(item, ssl.SSLError)), None)
     if isinstance(error, ssl.SSLCertVerificationError):
@@ -104,11 +104,11 @@ def tls_error(chain: list[BaseException], host: str, url: str, *, is_connected: 
         is_of_file = error.library in _FILE_LIBRARIES and not is_connected
         if not is_final and not is_of_file:
             return None
-        words, hint = _FINAL.get(reason, ("the files of certificates given for it cannot be used", None))
+        words, hint = _FINAL.get(reason, ("the certificate files given for it cannot be used", None))
     elif any(isinstance(item, CertificateError) for item in chain):
         words, hint = _HOST, _HINTS[62]
     elif any(isinstance(item, urllib3.exceptions.SSLError) for item in chain):
-        words, hint = "TLS cannot be used as asked for", None
+        words, hint = "TLS cannot be set up as configured", None
     else:
         return None
     if error is not None and error.reason:

@@ -1,4 +1,4 @@
-"""What servers answer and libraries raise → the errors of `ndcache.errors`."""
+"""Translation of HTTP statuses, and of the exceptions of libraries, into the errors of `ndcache.errors`."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ __all__ = [
     "retry_after",
 ]
 
-#: What requests, urllib3 and http.client raise when something is wrong with the network or the server.
+#: The exceptions of requests, urllib3 and http.client for failures of the network or the server.
 FAILURES = (
     requests.RequestException,
     urllib3.exceptions.HTTPError,
@@ -54,16 +54,16 @@ FAILURES = (
 )
 
 
-#: What to try when a server says that there are too many requests.
+#: The hint for a server that gets too many requests.
 _LIMITED = "Try again later, or with fewer connections (max_workers)."
-#: Seconds of a wait that a server does not ask for, but lets expect.
+#: Longest wait, in seconds, that is taken from headers other than Retry-After.
 _LONGEST_RESET = 300.0
 
 
 def raise_for_status(status: int, headers: Mapping[str, str], url: str, *, may_be_encoded: bool = False) -> None:
-    """Raise the error that an answer's status means; 200, 206, 304 and 416 mean none.
+    """Raise the error for a response's status; 200, 206, 304 and 416 are none.
 
-    A body must be as it is, without a Content-Encoding, unless it `may_be_encoded`.
+    A body with a Content-Encoding is an error, too, unless it `may_be_encoded`.
     """
     if status in (200, 206, 304, 416):
         encoding = encoding_of(headers.get("Content-Encoding"))
@@ -76,7 +76,7 @@ def raise_for_status(status: int, headers: Mapping[str, str], url: str, *, may_b
         return
     if status == 429 or (status == 503 and "Retry-After" in headers):
         error = RateLimitedError(
-            f"the server asks to come back later (status {status})", url=url, status=status, hint=_LIMITED
+            f"the server asks to try again later (status {status})", url=url, status=status, hint=_LIMITED
         )
         error.retry_after = retry_after(status, headers)
         raise error
@@ -95,7 +95,7 @@ def raise_for_status(status: int, headers: Mapping[str, str], url: str, *, may_b
 
 
 def retry_after(status: int, headers: Mapping[str, str]) -> float | None:
-    """Return for how many seconds a server that refuses a request asks to wait; None if it does not say, or garbage."""
+    """Return the seconds that a server asks to wait with status 429 or 503, or None if it does not tell."""
     if status not in (429, 503):
         return None
     seconds = _seconds(headers.get("Retry-After"))
@@ -103,16 +103,16 @@ def retry_after(status: int, headers: Mapping[str, str]) -> float | None:
 
 
 def _reset(headers: Mapping[str, str]) -> float | None:
-    """Return the seconds until the server's count begins anew, where it tells that in a usual form.
+    """Return the seconds until the server accepts requests again, if it tells so in a usual form.
 
-    That is ``RateLimit: "name";r=0;t=30`` (Hugging Face), or a header of its own: seconds, or a time since 1970.
+    The forms are ``RateLimit: "name";r=0;t=30`` (Hugging Face), and a header with seconds, from now or since 1970.
     """
     match = re.search(r";\s*t=([0-9]{1,9})\b", headers.get("RateLimit", "")[:1000])
     text = match[1] if match else headers.get("RateLimit-Reset", headers.get("X-RateLimit-Reset", "")).strip()
     if not re.fullmatch(r"[0-9]{1,10}", text):
         return None
     seconds = float(text) if int(text) < 10**9 else float(text) - time.time()
-    # These headers mean different things to different servers; only Retry-After is a reason to give up.
+    # These headers mean different things on different servers; only Retry-After is a reason to give up.
     return seconds if 0 < seconds <= _LONGEST_RESET else None
 
 
@@ -123,7 +123,7 @@ def _login(url: str) -> str:
 
 
 def _seconds(value: str | None) -> float | None:
-    """Retry-After, as seconds from now; None for garbage."""
+    """Return Retry-After as seconds from now, or None if it cannot be read."""
     if value is None:
         return None
     if re.fullmatch(r"[0-9]{1,400}", value.strip()):
@@ -139,7 +139,7 @@ def _seconds(value: str | None) -> float | None:
 
 @dataclass(frozen=True)
 class FailedRequest:
-    """Hold what is known of a request that failed.
+    """What is known about a request that failed.
 
     Attributes
     ----------
@@ -147,11 +147,11 @@ class FailedRequest:
     phase : str
         How far it got: "connect", "headers" or "body".
     session : requests.Session or None
-        What sent it.
+        The session that sent it.
     token : str or None
-        What was sent along, of Hugging Face.
+        The token of Hugging Face that was sent.
     is_first : bool
-        Whether nothing has ever come from the server that was asked first, before any redirect.
+        Whether the server that was asked first, before any redirect, has never answered.
     """
 
     url: str
@@ -162,26 +162,26 @@ class FailedRequest:
 
 
 def raise_transfer_error(error: Exception, request: FailedRequest) -> NoReturn:
-    """Raise `error`, of whatever library, as ours."""
+    """Raise our error for the exception of a library."""
     chain = list(_causes(error))
     check_shortages(chain)
     for item in chain:
         # A hook of the caller's session that calls raise_for_status().
         if isinstance(item, requests.HTTPError) and item.response is not None:
             raise_for_status(item.response.status_code, item.response.headers, request.url)
-    # Their own text may hold the whole URL, or a header with a token in it; that of the system's errors does not.
+    # Messages of libraries may hold the whole URL, or a header with a token; those of the system's errors do not.
     cause = next((e for e in reversed(chain) if _shows_no_secrets(e)), None)
     found = _mistake(chain, request) or _transfer_error(chain, request.url, request.phase)
     if request.is_first and _is_nobody_there(chain) and found.retryable:
-        found.max_retries = 1  # rather an address with a mistake than a server that comes back
+        found.max_retries = 1  # a mistake in the address is more likely than a server that restarts
     try:
         raise found from cause
     finally:
-        found.__context__ = None  # is suppressed, and yet shown by who looks for it
+        found.__context__ = None  # `from` only hides it from tracebacks, and it may hold secrets
 
 
 def _mistake(chain: list[BaseException], request: FailedRequest) -> TransferError | None:
-    """Return the error for a wrong setting of the user's, which no further try can mend; None if there is none."""
+    """Return the error for a mistake in the user's settings, or None if the request failed for another reason."""
     session, url = request.session, request.url
     if session is None or request.phase == "body":
         return None
@@ -194,7 +194,7 @@ def _mistake(chain: list[BaseException], request: FailedRequest) -> TransferErro
 
 
 def _is_nobody_there(chain: list[BaseException]) -> bool:
-    """Whether the host is unknown (and not only the name server out of reach), or nothing listens at the port."""
+    """Return whether the host is unknown (not only the name server unreachable), or nothing listens at the port."""
     return any(
         isinstance(error, ConnectionRefusedError)
         or (isinstance(error, socket.gaierror) and error.errno != socket.EAI_AGAIN)
@@ -203,7 +203,7 @@ def _is_nobody_there(chain: list[BaseException]) -> bool:
 
 
 def _shows_no_secrets(error: BaseException) -> bool:
-    # Some quote what the server sent.
+    # Some errors quote what the server sent.
     return (type(error) is OSError or isinstance(error, _SYSTEM_ERRORS)) and str(error).isprintable()
 
 
@@ -219,19 +219,19 @@ _SYSTEM_ERRORS = (
 
 
 def is_broken_connection(error: BaseException) -> bool:
-    """Whether the connection ended before an answer came."""
+    """Return whether the connection ended before a response came."""
     kinds = (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError)
     chain = list(_causes(error))
     return any(isinstance(item, kinds) for item in chain) or has_tls_ended(chain)
 
 
 def is_tls_end(error: BaseException) -> bool:
-    """Whether a connection with TLS ended, and without the notice that nothing was cut off."""
+    """Return whether a TLS connection ended, perhaps without the notice that nothing was cut off."""
     return has_tls_ended(_causes(error))
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The exception and what lies below it, wherever requests and urllib3 have put it."""
+    """Yield an exception and its causes, wherever requests and urllib3 have put them."""
     seen: set[int] = set()
     waiting: list[BaseException] = [error]
     while waiting:
@@ -274,12 +274,12 @@ def _transfer_error(chain: list[BaseException], url: str, phase: str) -> Transfe
     if has(http.client.RemoteDisconnected, ConnectionError, ssl.SSLError):
         return ConnectError(f"the connection to {host} broke", url=url, hint="Try again.")
     if has(http.client.HTTPException, urllib3.exceptions.HTTPError, ValueError):
-        return ProtocolError(f"the answer is not proper HTTP: {_reason(chain[-1])}", url=url)
+        return ProtocolError(f"the response is not valid HTTP: {_reason(chain[-1])}", url=url)
     return ConnectError(f"{host} cannot be reached: {_reason(chain[-1])}", url=url)
 
 
 def _reason(error: BaseException) -> str:
-    """Why, in words that hold neither URLs nor headers."""
+    """Return the reason of an error in words that hold neither URLs nor headers."""
     if not _shows_no_secrets(error):
         return type(error).__name__
     return str((isinstance(error, OSError) and error.strerror) or error)[:160] or type(error).__name__

@@ -16,8 +16,8 @@ __all__ = [
     "HF_ENDPOINT",
     "Login",
     "at_commit",
-    "branch",
-    "canonical",
+    "branch_url",
+    "canonical_identity",
     "commit_of",
     "hf_endpoint",
     "page_url",
@@ -25,7 +25,7 @@ __all__ = [
     "token_path",
 ]
 
-#: What Hugging Face's own tools let one choose, as far as it matters here.
+#: The environment variables of Hugging Face's own tools that matter here.
 _VARIABLES = (
     *("HF_ENDPOINT", "HF_TOKEN", "HF_TOKEN_PATH", "HF_HOME", "HF_HUB_DISABLE_IMPLICIT_TOKEN"),
     "XDG_CACHE_HOME",
@@ -34,16 +34,16 @@ _VARIABLES = (
 HF_ENDPOINT = "https://huggingface.co"
 
 _HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
-#: A revision has no slash, or is one of the references that git has besides branches' and tags' short names.
+#: A revision has no slash, unless it is the full name of a git reference.
 _REVISION = r"refs/(?:pr/[0-9]+|(?:convert|heads|tags)/[^/@?#]+)(?=/|$)|[^/@?#]+"
 _SOURCE = re.compile(rf"(?P<repo>[^/@?#]+/[^/@?#]+)(?:@(?P<revision>{_REVISION}))?(?P<rest>/[^?#]*)?")
 _PAGE = re.compile(
     rf"/(?P<repo>[\w.-]+/[\w.-]+)(?:/(?:tree|blob|resolve)/(?P<revision>{_REVISION.replace('@', '')})(?P<rest>/.*)?)?"
 )
-#: A file's URL: up to the revision, the revision, and the rest.
+#: A file's URL: the part up to the revision, the revision, and the rest.
 _FILE = re.compile(r"([^?#]*?/[^/?#]+/[^/?#]+/resolve/)([^/?#]+)(/.*)")
 _COMMIT = re.compile("[0-9a-f]{40}")
-#: Characters of a token, at the most; most have some forty.
+#: Most characters of a token; usual ones have about forty.
 _MAX_TOKEN = 4096
 _MAX_TOKEN_FILE = 1 << 13
 
@@ -67,11 +67,12 @@ def hf_endpoint(environ: Mapping[str, str]) -> Url:
 
 
 def repository_url(path: str, endpoint: Url) -> str:
-    """Return the URL that ``hf://`` and `path` stand for: of a folder, or of a manifest.
+    """Return the URL of the folder or manifest that ``hf://`` followed by `path` names.
 
     Raises
     ------
     ValueError
+        `path` is not ``owner/name[@revision][/folder]``.
     """
     match = _SOURCE.fullmatch(path)
     if match is None:
@@ -80,7 +81,7 @@ def repository_url(path: str, endpoint: Url) -> str:
 
 
 def page_url(url: Url, endpoint: Url) -> str | None:
-    """Return the URL of the files whose page, as copied from a browser's address line, `url` is; else None."""
+    """Return the URL of the files if `url` is that of a page for browsers, else None."""
     for site in (endpoint, parse(HF_ENDPOINT)):
         is_site = url.origin == site.origin or (site.host in _HOSTS and url.host in _HOSTS and not url.port)
         if not is_site or not url.path.startswith(f"{site.path}/") or url.user is not None:
@@ -91,8 +92,8 @@ def page_url(url: Url, endpoint: Url) -> str | None:
     return None
 
 
-def canonical(url: Url, endpoint: Url) -> str | None:
-    """Return the identity at huggingface.co of a file or folder at another endpoint; None if it is none of those."""
+def canonical_identity(url: Url, endpoint: Url) -> str | None:
+    """Return the URL at huggingface.co of a file or folder at another endpoint, or None if `url` is neither."""
     if url.origin != endpoint.origin or not url.path.startswith(f"{endpoint.path}/"):
         return None
     path = url.path[len(endpoint.path) :]
@@ -100,19 +101,19 @@ def canonical(url: Url, endpoint: Url) -> str | None:
 
 
 def at_commit(url: str, commit: str) -> str:
-    """Return a file's URL at another revision."""
+    """Return a file's URL at `commit` instead of its revision."""
     match = _FILE.fullmatch(url)
     return url if match is None else f"{match[1]}{commit}{match[3]}"
 
 
-def branch(url: str) -> str | None:
-    """Return what the URLs of all files of the same branch begin with; None if it is a commit's, or no such URL."""
+def branch_url(url: str) -> str | None:
+    """Return the prefix of the URLs of all files of the same branch, or None if `url` names a commit, or no branch."""
     match = _FILE.fullmatch(url)
     return None if match is None or _COMMIT.fullmatch(match[2]) else match[1] + match[2]
 
 
 def commit_of(headers: Mapping[str, str]) -> str | None:
-    """Return the commit that an answer is of, as far as the server says."""
+    """Return the commit that the headers of a response name, or None."""
     commit = headers.get("X-Repo-Commit", "").strip()
     return commit if _COMMIT.fullmatch(commit) else None
 
@@ -132,19 +133,20 @@ def _not_understood(text: str) -> ValueError:
 
 
 class Login:
-    """The token of this environment, which is for the endpoint's origin and no other.
+    """The token of an environment, for the origin of the Hugging Face endpoint and no other.
 
-    It is HF_TOKEN, else what ``hf auth login`` has written: HF_TOKEN_PATH, else ``token`` in HF_HOME, else in
-    ``huggingface`` in XDG_CACHE_HOME or ``~/.cache``. With HF_HUB_DISABLE_IMPLICIT_TOKEN there is none. All as
-    huggingface_hub does it; the file is read when a request is made to the endpoint, and not before.
+    It is HF_TOKEN, else what ``hf auth login`` has written: to HF_TOKEN_PATH, else to ``token`` in HF_HOME, else in
+    ``huggingface`` in XDG_CACHE_HOME or ``~/.cache``. With HF_HUB_DISABLE_IMPLICIT_TOKEN there is none. This follows
+    huggingface_hub. The file is read before the first request to the endpoint.
 
     Parameters
     ----------
     environ : mapping
+        The environment variables.
     """
 
     def __init__(self, environ: Mapping[str, str]) -> None:
-        # By their names: to go through all of a large environment takes longer than a small model.
+        # One by one: copying a large environment takes longer than loading a small model.
         self._environ = {name: value for name in _VARIABLES if (value := environ.get(name)) is not None}
 
     def token(self, origin: Origin) -> str | None:
@@ -153,7 +155,7 @@ class Login:
         Raises
         ------
         AuthError
-            There is one that cannot be sent, as it has other characters than a header may have.
+            The token has characters that a header must not have, or is too long.
         """
         if origin != self._origin:
             return None
@@ -162,7 +164,7 @@ class Login:
             raise AuthError(
                 f"the Hugging Face token in {where} cannot be sent: it has a space or a character that is not ASCII, "
                 f"or more than {_MAX_TOKEN:,} characters",
-                hint="Copy it anew from https://huggingface.co/settings/tokens, or unset it.",
+                hint="Copy it again from https://huggingface.co/settings/tokens, or unset it.",
             )
         return token or None
 
@@ -172,7 +174,7 @@ class Login:
 
     @functools.cached_property
     def _token(self) -> tuple[str, str]:
-        """The token, empty if there is none, and where it comes from."""
+        """Return the token, empty if there is none, and the place it comes from."""
         if self._environ.get("HF_HUB_DISABLE_IMPLICIT_TOKEN", "").upper() in ("1", "ON", "YES", "TRUE"):
             return "", ""
         if token := self._environ.get("HF_TOKEN", "").strip():
@@ -182,7 +184,7 @@ class Login:
 
 
 def token_path(environ: Mapping[str, str]) -> str:
-    """Return where ``hf auth login`` puts the token."""
+    """Return the path of the file that ``hf auth login`` writes."""
     caches = environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
     home = environ.get("HF_HOME") or os.path.join(caches, "huggingface")
     path = environ.get("HF_TOKEN_PATH") or os.path.join(home, "token")
@@ -190,11 +192,11 @@ def token_path(environ: Mapping[str, str]) -> str:
 
 
 def _read(path: str) -> str:
-    """The text of a small file; empty if there is none, or it is something else."""
+    """Return the text of a small file, or an empty string if it cannot be read or is not a file."""
     if path.startswith("~"):
-        return ""  # there is no home directory
+        return ""  # the home directory is unknown
     try:
-        # Without waiting for whoever writes to a pipe. It may be a link, as secrets mounted in a container are.
+        # Without waiting, as it may be a pipe. Links are followed, as secrets mounted into a container are links.
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
     except (OSError, ValueError):
         return ""

@@ -1,4 +1,4 @@
-"""What the user typed → where the model is.
+"""The location of a model, from the source that the user typed.
 
 ``https://host/model/``, ``https://host/model/tensor-cache-b16.json``     as it is
 ``hf://owner/name[@revision][/folder]``, the page's URL                  → ``…/resolve/revision/``
@@ -21,7 +21,7 @@ from urllib.request import url2pathname
 from ..errors import NotFoundError, redact
 from ..urls.queries import identifying_query, query_digest
 from ..urls.url import Url, UrlError, parse, quoted
-from .hub import canonical, hf_endpoint, page_url, repository_url
+from .hub import canonical_identity, hf_endpoint, page_url, repository_url
 
 __all__ = ["MANIFEST_NAMES", "Location", "locate", "locate_mirror", "remote_location"]
 
@@ -31,21 +31,21 @@ MANIFEST_NAMES = ("tensor-cache.json", "ndarray-cache.json")
 
 @dataclass(frozen=True)
 class Location:
-    """Where a model lies, and what its manifest may be called.
+    """The place of a model, and the names that its manifest may have.
 
     Attributes
     ----------
     base : str
         The URL of the model directory, ending in a slash; empty for a local one. May hold a password.
     query : str
-        The query of the URL given, sent with every request (signed URLs of a whole container).
+        The query of the given URL, sent with every request (signed URLs of a whole container).
     directory : pathlib.Path or None
         The local model directory.
     manifest_names : tuple of str
         File names to try, in this order.
     identities : tuple of str
-        What the cache knows the model by, without the query: that of huggingface.co for whatever endpoint, and then
-        what it was before.
+        URLs without query by which the cache knows the model: first the one at huggingface.co, for other endpoints as
+        well, then the one that earlier versions used.
     """
 
     base: str = field(repr=False)
@@ -56,31 +56,31 @@ class Location:
 
     @property
     def is_remote(self) -> bool:
-        """Whether it is on a server."""
+        """Return whether the model is on a server."""
         return self.directory is None
 
     def url(self, path: str) -> str:
-        """The full URL of a file of the model; `path` is a ``dataPath`` or the manifest's name."""
+        """Return the full URL of a file of the model; `path` is a ``dataPath`` or the manifest's name."""
         url = self.base + quoted(path)
         return f"{url}?{self.query}" if self.query else url
 
     def __str__(self) -> str:
-        """The location as it may be shown: no password, and of the query a digest, if it chooses the model."""
+        """Return a text without password, and with a digest of the query if that is part of the model's identity."""
         return self._shown(self.base) if self.is_remote else str(self.directory)
 
     @property
     def label(self) -> str:
-        """Return what the model is called in listings of the cache."""
+        """Return the model's name in listings of the cache."""
         return self._shown(self.identities[0]) if self.is_remote else str(self.directory)
 
     @property
     def cache_key(self) -> str:
-        """The name of its directory in the cache: readable, and unique by the digest at its end."""
+        """Return the name of the model's directory in the cache, readable, and unique by the digest at its end."""
         return self.cache_keys[0]
 
     @property
     def cache_keys(self) -> tuple[str, ...]:
-        """The same, and then what earlier versions called the directory."""
+        """Return the directory's name, followed by those that earlier versions gave it."""
         query = identifying_query(self.query)
         return tuple(_cache_key(identity, query) for identity in self.identities)
 
@@ -90,28 +90,28 @@ class Location:
 
 
 def _cache_key(identity: str, query: str) -> str:
-    # Without a query, it is the key that models have had since there are caches.
+    # Without a query, the key is the one that models had in the first version.
     digest = hashlib.sha256((f"{identity}?{query}" if query else identity).encode()).hexdigest()[:16]
     words = [w for w in re.split(r"[^A-Za-z0-9._-]+", identity.partition("://")[2]) if w.strip(".-")]
     return f"{'--'.join(words)[:100].strip('.-') or 'model'}--{digest}"
 
 
 def locate(source: str | os.PathLike[str], environ: Mapping[str, str] = os.environ) -> Location:
-    """Find out where `source` points; the file system is looked at, the network is not.
+    """Return the location of `source`, with a look at the file system and none at the network.
 
     Parameters
     ----------
     source : str or path-like
-        See the top of this file.
+        See the top of this module.
     environ : mapping
         For HF_ENDPOINT.
 
     Raises
     ------
     NotFoundError
-        A local path that does not exist.
+        `source` is a local path that does not exist.
     ValueError
-        A URL that cannot be understood, or not by everybody in the same way, or is of an unknown scheme.
+        `source` is a URL that cannot be read, can be read in more than one way, or has an unknown scheme.
     """
     if not isinstance(source, str):
         return _local(Path(source))
@@ -138,7 +138,13 @@ def locate(source: str | os.PathLike[str], environ: Mapping[str, str] = os.envir
 
 
 def locate_mirror(source: str) -> Location:
-    """Find out where a mirror is; raise ValueError if it is not on a server."""
+    """Return the location of a mirror.
+
+    Raises
+    ------
+    ValueError
+        The mirror is not on a server.
+    """
     location = locate(source)
     if not location.is_remote:
         raise ValueError(f"a mirror is an http(s) URL or hf://owner/name, not a local path: {location}")
@@ -162,20 +168,20 @@ def _http(text: str, endpoint: Url) -> Location:
 
 def remote_location(folder: Url, manifest_names: tuple[str, ...], endpoint: Url) -> Location:
     """Return the location of the model in a `folder` of a server."""
-    named = canonical(folder, endpoint)
+    named = canonical_identity(folder, endpoint)
     identities = (folder.identity,) if named in (None, folder.identity) else (named, folder.identity)
     return Location(folder.secret_root + folder.path, folder.query, None, manifest_names, identities)
 
 
 def _file_name(name: str) -> str:
-    """The manifest's name, which becomes a file name in the cache: decoded only if no harm can come of that."""
+    """Return a manifest's name as a file name for the cache, decoded only if that is harmless."""
     decoded = unquote(name)
     return decoded if re.fullmatch(r"[\w .~+@=,()-]+", decoded) else quote(name, safe="%")
 
 
 def _file_url(url: str) -> Location:
     parts = None
-    with contextlib.suppress(ValueError):  # which has a password in its text
+    with contextlib.suppress(ValueError):  # its message may hold a password
         parts = urlsplit(url)
     if parts is None:
         raise ValueError(f"this file:// URL cannot be read: {redact(url)}")
@@ -192,18 +198,18 @@ def _local(path: Path) -> Location:
             return Location("", "", path, MANIFEST_NAMES)
         if path.is_file():
             return Location("", "", path.parent, (path.name,))
-        hint = _meant(path)
+        hint = _suggestion(path)
     except (OSError, RuntimeError, ValueError) as error:
         # No such home directory, a name longer than any file's, no permission to look, a NUL.
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-    # Not from that error, which has the whole text, a password as well: it may have been meant as a URL.
+    # Not `from` that error: it holds the whole text, which may have been meant as a URL with a password.
     if reason is not None:
         raise NotFoundError(f"this is not a directory or file: {_shown(path)} ({reason})")
     raise NotFoundError(f"there is no such directory or file: {_shown(path)}", hint=hint)
 
 
-def _meant(path: Path) -> str | None:
-    """What the user may have meant by a local path that is not there."""
+def _suggestion(path: Path) -> str | None:
+    """Return a hint at what the user may have meant by a local path that does not exist."""
     text = path.as_posix()
     if match := re.match(r"(?i)(https?|hf)([:;.,]+/*|//+)", text):
         return f"A URL has a colon and two slashes: {match[1].lower()}://."

@@ -11,7 +11,7 @@ from ..http.rate_limits import OriginActivity, Permit, is_refusal, origin_of
 from ..http.response import Response
 from ..http.retry import Attempt, RetryPolicy, attempts
 from ..http.transport import RedirectTarget
-from ..location.hub import at_commit, branch
+from ..location.hub import at_commit, branch_url
 from ..workers.cancellation import Cancellation
 
 __all__ = ["Client"]
@@ -48,7 +48,7 @@ class Client:
 
         A branch stays at the commit that it had at the first request.
         """
-        context, name = self.context, branch(url)
+        context, name = self.context, branch_url(url)
         cancellation = cancellation or context.cancellation
         commit = self._commits.get(name) if name else None
         context.stats.count(requests=1)

@@ -1,1 +1,1 @@
-"""URLs: how they are read, which parts choose a file, and how they are shown."""
+"""URLs: parsing, the parts that identify a file, and texts without secrets."""

@@ -1,7 +1,7 @@
-"""Tell the parts of a URL's query that choose a file from those that only permit access to it.
+"""The parts of a URL's query that identify a file, as opposed to those that only permit access to it.
 
-Storages sign URLs by parameters that change with every link to one file. These, listed in docs/urls.rst, are no part of
-a model's identity; all others are, since ``?model=a`` and ``?model=b`` are two models.
+Storages sign URLs with parameters that change with every link to the same file. These parameters, listed in
+docs/urls.rst, are not part of a model's identity. All others are: ``?model=a`` and ``?model=b`` are two models.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 
 __all__ = ["identifying_query", "query_digest"]
 
-#: Names of signatures and credentials by themselves.
+#: Names that always belong to signatures and credentials.
 _SIGNATURE = re.compile(
     r"""
     x-amz-.* | awsaccesskeyid | x-id                                # Amazon S3, Cloudflare R2, MinIO and the like
@@ -29,7 +29,7 @@ _SIGNATURE = re.compile(
     re.VERBOSE,
 )
 
-#: Of short names: beside which parameter they belong to a signature.
+#: By the name of a parameter, shorter names that belong to a signature if they stand beside it.
 _BESIDE = {
     "sig": re.compile(  # Azure
         "s[vrtepis]|spr|sip|srt|sdd|ses|scid|saoid|suoid|skoid|sktid|skt|ske|sks|skv|skdutid|sduoid|rsc[cdelt]"
@@ -40,11 +40,11 @@ _BESIDE = {
 
 
 def identifying_query(query: str) -> str:
-    """Return what is part of a model's identity, in one order for all.
+    """Return the parameters that are part of a model's identity, sorted by name.
 
-    The order is that of the names: between parameters of different names, no server known gives it a meaning. Those of
-    one name keep theirs, which may be a list. Nothing is decoded: what is written in two ways at worst is kept twice,
-    while what is wrongly taken for the same would give another model's weights.
+    No known server gives a meaning to the order of parameters with different names. Parameters with the same name may
+    be a list, and keep their order. Nothing is decoded: at worst, a model whose query is written in two ways is cached
+    twice, while two queries that were wrongly taken for the same would give the weights of another model.
     """
     pairs = [(pair.partition("=")[0].lower(), pair) for pair in query.split("&") if pair]
     names = {name for name, _ in pairs}
@@ -54,6 +54,6 @@ def identifying_query(query: str) -> str:
 
 
 def query_digest(query: str) -> str:
-    """Return a digest of the `identifying_query`, to be shown and kept in its place; empty if there is none."""
+    """Return a digest of the `identifying_query`, which is shown and stored instead of it, or an empty string."""
     identity = identifying_query(query)
     return hashlib.sha256(identity.encode()).hexdigest()[:16] if identity else ""

@@ -1,4 +1,4 @@
-"""Make texts fit to be shown that may hold secrets, or that come from a server or a file name."""
+"""Texts that can be shown: without secrets, and without control characters from servers or file names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _UNREADABLE = "(unreadable URL)"
 
 
 def printable(text: str) -> str:
-    """`text` in one line, and without characters that do something to a terminal or turn the text around."""
+    """Return `text` in one line, without characters that control a terminal or reverse the text."""
     if text.isprintable():
         return text
     line = " ".join(text.splitlines())
@@ -21,9 +21,9 @@ def printable(text: str) -> str:
 
 
 def redact(text: str) -> str:
-    """A URL, or what was meant to be one, without what may be secret: user, password, query and fragment.
+    """Return a URL, or a text that was meant to be one, without user, password, query and fragment.
 
-    Of a text that cannot be read as a URL or a path, nothing is shown that may have been a password.
+    Nothing that may be a password is shown of a text that is neither a URL nor a path.
     """
     is_url = re.match(r"\s*https?://", text, re.IGNORECASE)
     return printable(_redact_url(text.strip()) if is_url else _redact_other(text))
@@ -36,14 +36,14 @@ def _redact_url(text: str) -> str:
     try:
         url = parse(text)
     except UrlError:
-        # Harmless is a host and a path, whatever is wrong with them; a number may be a port.
+        # A host and a path are harmless, whatever is wrong with them; a number may be a port.
         is_harmless = re.fullmatch(
             r"(\[[0-9A-Fa-f:.]*\]?|[\w.-]*)(:[0-9]{0,5})?(/[^:;@%\\]*)?", shown
         ) and not re.search("@|%40", text)
         return start + separator + shown if is_harmless else _UNREADABLE
     host, _, path = shown.partition("/")
     if not path and "@" in later:
-        return _UNREADABLE  # "user:1234#secret@host" has no user, and the port 1234; it was hardly meant so
+        return _UNREADABLE  # "user:1234#secret@host" has the port 1234 and no user, but was hardly meant so
     before, at, after = path.rpartition("@")
     if at and (url.port is not None or ":" in before):
         return f"{start}{separator}{host.partition(':')[0]}/…@{after}"  # nor was "user:1234/5@host"
@@ -51,7 +51,7 @@ def _redact_url(text: str) -> str:
 
 
 def _redact_other(text: str) -> str:
-    """A local path, hf://owner/name@revision, or a URL with a typing mistake: "http;//", "https:/", "user:pw@host"."""
+    """Redact a local path, hf://owner/name@revision, or a misspelled URL: "http;//", "https:/", "user:pw@host"."""
     if re.match(r"[A-Za-z]:[\\/]", text):
         return text.partition("?")[0]  # a drive
     match = re.match(r"\s*([A-Za-z][A-Za-z0-9+.-]*[:;]+)?[/\\]*", text)
@@ -77,7 +77,7 @@ def _before_query(text: str) -> tuple[str, str]:
 
 
 class _PrintableRecords(logging.Filter):
-    """Makes what ndcache logs printable: names and addresses in it come from servers and files."""
+    """Make the log records of ndcache printable, as their names and addresses come from servers and files."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         message = record.getMessage()

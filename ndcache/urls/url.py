@@ -1,8 +1,8 @@
-r"""One reading of URLs, so that the origin that is judged is the one that is connected to.
+r"""Strict parsing of URLs, so that the origin that is checked is the one that is connected to.
 
-urlsplit, urllib3 and requests read some texts differently: ``http://a\@b/`` is b to the first and a to the others.
-`parse` lets in only what means the same to all of them, and gives the text to send, which none of them changes to
-mean another host.
+urlsplit, urllib3 and requests read some texts differently: the host of ``http://a\@b/`` is b to the first and a to the
+others. `parse` accepts only texts that mean the same to all of them. It returns the text to send, which none of them
+reads as another host.
 """
 
 from __future__ import annotations
@@ -20,22 +20,24 @@ from .queries import query_digest
 __all__ = ["Origin", "Url", "UrlError", "parse", "parse_proxy", "quoted"]
 
 _DEFAULT_PORTS = {"http": 80, "https": 443}
-#: Read differently wherever they stand: urlsplit drops some, urllib3 ends the host at a backslash.
-_NEVER = re.compile(r"[\x00-\x1f\x7f-\x9f\\\ud800-\udfff]")
+#: Characters that are read differently wherever they stand: urlsplit drops some, urllib3 ends the host at a backslash.
+_AMBIGUOUS = re.compile(r"[\x00-\x1f\x7f-\x9f\\\ud800-\udfff]")
 _URL = re.compile(r"(https?)://([^/?#]*)([^?#]*)(?:\?([^#]*))?(?:#.*)?", re.IGNORECASE)
 _LABEL = r"[a-z0-9_-]{1,63}"
 _NAME = re.compile(rf"{_LABEL}(\.{_LABEL})*\.?")
-#: What browsers and the system's resolver take for an IPv4 address, in whatever notation.
+#: Hosts that browsers and the system's resolver take for an IPv4 address in some notation.
 _NUMBER_LAST = re.compile(r"(.*\.)?([0-9]+|0x[0-9a-f]*)\.?")
-_SAFE = "/%~!$&'()*+,:;=@[]"  # with letters, digits and "-._", what requests leaves as it is, but for "#" and "?"
+_SAFE = (
+    "/%~!$&'()*+,:;=@[]"  # together with letters, digits and "-._", all that requests does not quote but "#" and "?"
+)
 
 
 class UrlError(ValueError):
-    """Not an http(s) URL, or one that is read in more than one way. The message holds nothing of the URL."""
+    """A text is no http(s) URL, or can be read in more than one way. The message holds no part of it."""
 
 
 class Origin(NamedTuple):
-    """Whom a request goes to, and secrets are for."""
+    """The server that a request goes to, and that secrets belong to."""
 
     scheme: str
     host: str
@@ -44,7 +46,7 @@ class Origin(NamedTuple):
 
 @dataclass(frozen=True)
 class Url:
-    """An http(s) URL that everybody reads alike. As text, it is what may be sent: without user and password.
+    """An http(s) URL that every parser reads alike. Its ``str`` may be sent: it has no user and password.
 
     Attributes
     ----------
@@ -55,9 +57,9 @@ class Url:
     path, query : str
         Quoted; the path begins with a slash unless it is empty.
     user : str or None
-        The user and password as written, which is percent-encoded; None if there is no ``@``.
+        The user and password as written, percent-encoded; None if there is no ``@``.
     written_host : str
-        The host as written, in lower case: with brackets, and not only ASCII.
+        The host as written, in lower case: an IPv6 address with brackets, other hosts perhaps not ASCII.
     """
 
     scheme: str
@@ -70,47 +72,48 @@ class Url:
 
     @property
     def origin(self) -> Origin:
+        """Return the scheme, host and port, with the default port if none is written."""
         return Origin(self.scheme, self.host, self.port or _DEFAULT_PORTS[self.scheme])
 
     @property
     def root(self) -> str:
-        """Return what stands before the path."""
+        """Return the text before the path, without user and password."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{self.scheme}://{host}" + ("" if self.port is None else f":{self.port}")
 
     @property
     def secret_root(self) -> str:
-        """The same with the user and password."""
+        """Return the text before the path, with user and password."""
         scheme, _, rest = self.root.partition("://")
         return self.root if self.user is None else f"{scheme}://{self.user}@{rest}"
 
     @property
     def identity(self) -> str:
-        """Return what tells servers and their files apart, as caches have known them from the beginning."""
+        """Return the text by which caches have always told files apart: without default port and query."""
         port = "" if self.port in (None, _DEFAULT_PORTS[self.scheme]) else f":{self.port}"
         return f"{self.scheme}://{self.written_host}{port}{self.path}"
 
     @property
     def credentials(self) -> tuple[str, str] | None:
-        """The user and password, decoded; None if there are none."""
+        """Return the user and password, decoded, or None if there are none."""
         user, _, password = (self.user or "").partition(":")
         return (unquote(user), unquote(password)) if user or password else None
 
     @property
     def address(self) -> str:
-        """The URL without secrets, and yet another text for what may be another file: for notes on disk."""
+        """Return a text without secrets that differs for different files, for notes on disk."""
         digest = query_digest(self.query)
         return self.root + self.path + (f"?{digest}" if digest else "")
 
     def join(self, target: str) -> Url:
-        """Return where a server's `target`, absolute or relative, leads from here.
+        """Return the URL that an absolute or relative `target` of a redirect leads to from here.
 
         Raises
         ------
         UrlError
         """
         target = target.strip(" ")
-        if _NEVER.search(target):
+        if _AMBIGUOUS.search(target):
             raise UrlError("it has a backslash or a control character")
         if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", target):
             return parse(target)
@@ -118,28 +121,28 @@ class Url:
             return parse(f"{self.scheme}:{target}")
         there = parse(urljoin(str(self), target))
         if there.origin != self.origin:
-            raise UrlError("it is relative, and leads elsewhere")
+            raise UrlError("it is relative, and yet leads to another server")
         return there
 
     @property
     def with_user(self) -> str:
-        """The text with the user and password."""
+        """Return the whole text, with user and password."""
         return self.secret_root + str(self)[len(self.root) :]
 
     def __str__(self) -> str:
         return self.root + (self.path or "/") + (f"?{self.query}" if self.query else "")
 
 
-@functools.lru_cache(maxsize=256)  # each request asks several times
+@functools.lru_cache(maxsize=256)  # each request parses its URL several times
 def parse(text: str) -> Url:
     """Read an http(s) URL.
 
     Raises
     ------
     UrlError
-        It is none, or not everybody reads it alike.
+        It is none, or can be read in more than one way.
     """
-    if _NEVER.search(text):
+    if _AMBIGUOUS.search(text):
         raise UrlError("it has a backslash or a control character")
     match = _URL.fullmatch(text)
     if match is None:
@@ -161,9 +164,10 @@ def parse(text: str) -> Url:
 
 
 def parse_proxy(text: str) -> Url:
-    """Read the address of a proxy, whose scheme may be one of SOCKS, which is then given as http, or missing.
+    """Parse the address of a proxy.
 
-    An ``@`` in its password is common, and read alike.
+    A missing scheme, or one of SOCKS, becomes http in the result. An ``@`` in the password is allowed: it is common,
+    and every parser reads it alike.
 
     Raises
     ------
@@ -197,12 +201,12 @@ def _checked_port(port: str | None) -> int | None:
 
 
 def _checked_host(host: str) -> str:
-    """The host as it is looked up."""
+    """Return the host as it is looked up."""
     if not host:
         raise UrlError("it has no host")
     if host.startswith("["):
         try:
-            if "%" in host:  # a zone; urllib3 decodes it
+            if "%" in host:  # a zone, which urllib3 decodes
                 raise ValueError
             return str(ipaddress.IPv6Address(host[1:-1]))
         except ValueError:
@@ -219,10 +223,10 @@ def _checked_host(host: str) -> str:
 
 
 def _to_ascii(host: str) -> str:
-    import idna  # of requests; most hosts need none
+    import idna  # here, as most hosts do not need it; requests requires it
 
     name = host.lower()
-    # What normalising changes, full stops and digits of other scripts among it, is read as different hosts.
+    # Parsers disagree about characters that normalization changes, such as full stops and digits of other scripts.
     if name.isascii() or unicodedata.normalize("NFKC", name) != name:
         raise UrlError("its host has characters that stand for others")
     try:
@@ -232,5 +236,5 @@ def _to_ascii(host: str) -> str:
 
 
 def quoted(text: str, also_safe: str = "") -> str:
-    """`text` for a URL. A percent sign that encodes something is left alone, as in a browser's URL resolution."""
+    """Return `text` quoted for a URL; like a browser, leave a percent sign alone that encodes something."""
     return re.sub("%(?![0-9A-Fa-f]{2})", "%25", quote(text, safe=_SAFE + also_safe))

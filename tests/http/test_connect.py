@@ -18,7 +18,7 @@ import requests
 import ndcache
 from ndcache.http import connect
 from ndcache.http.connect import Address, Routes, connect_to_first, look_up
-from ndcache.http.sockets import _Watched
+from ndcache.http.sockets import _WatchedConnection
 from ndcache.http.transport import Transport
 from ndcache.workers.cancellation import Cancellation
 
@@ -254,7 +254,7 @@ def test_row_36_all_that_connect_are_woken(
 
 
 def test_the_source_address_and_the_options_are_kept(scripted: ScriptedServer) -> None:
-    connection = _Watched(
+    connection = _WatchedConnection(
         "127.0.0.1",
         scripted.port,
         timeout=60,

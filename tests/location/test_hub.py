@@ -12,7 +12,7 @@ import requests
 
 import ndcache
 from ndcache import tvm
-from ndcache.location.hub import Login, at_commit, branch, commit_of, hf_endpoint, token_path
+from ndcache.location.hub import Login, at_commit, branch_url, commit_of, hf_endpoint, token_path
 from ndcache.location.locate import locate
 from ndcache.urls.url import Origin
 
@@ -443,7 +443,7 @@ def test_row_43_a_transfer_goes_on_at_another_commit(
     ],
 )
 def test_urls_of_a_branch(url: str, name: str | None, moved: str) -> None:
-    assert branch(url) == name
+    assert branch_url(url) == name
     assert at_commit(url, A) == moved
 
 
