@@ -148,7 +148,7 @@ def test_row_42_a_mistyped_url_shows_no_password(
     assert SECRET not in log.text
 
 
-def test_row_42_nor_does_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_42_doctor_shows_no_password(monkeypatch: pytest.MonkeyPatch) -> None:
     for template in MISTYPED:
         for name in ("HTTP_PROXY", "all_proxy", "HF_ENDPOINT"):
             monkeypatch.setenv(name, template.replace("{}", SECRET))
@@ -156,14 +156,14 @@ def test_row_42_nor_does_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("text", [":", "/", "@", "a:", "[:", "a/", "%40", "://", ";", "?", "\x1b"])
-def test_row_42_no_text_takes_long(text: str) -> None:
+def test_row_42_long_texts_are_redacted_quickly(text: str) -> None:
     for start in ("", "http://", "http:", "hf://", "user:", "C:/"):
         redact(start + text * 20_000)
         redact(start + text * 20_000 + "!")
 
 
 @pytest.mark.parametrize("arguments", [["load"], ["--verbose", "load"], ["rm"], ["verify"]])
-def test_row_42_nor_does_the_command(arguments: list[str], tmp_path: Path) -> None:
+def test_row_42_the_command_line_shows_no_password(arguments: list[str], tmp_path: Path) -> None:
     templates = MISTYPED if arguments == ["rm"] else MISTYPED[::8]  # which takes many
     sources = [template.replace("{}", SECRET) for template in templates]
     for given in [sources] if arguments == ["rm"] else [[source] for source in sources]:
@@ -188,7 +188,7 @@ def test_row_42_nor_does_the_command(arguments: list[str], tmp_path: Path) -> No
         *("localhost:8000/model", "host/model", "~user/model", "./a@b", "C:\\models\\x", "a b/c", "", "https:///model"),
     ],
 )
-def test_what_is_no_secret_is_shown(text: str) -> None:
+def test_texts_without_secrets_are_shown(text: str) -> None:
     assert redact(text) == text
 
 
@@ -284,7 +284,7 @@ def test_row_42_control_characters_of_a_server_are_not_shown(
     assert all(is_clean(str(item.message)) for item in warned)
 
 
-def test_row_42_nor_by_the_commands(
+def test_row_42_the_command_line_shows_no_control_characters(
     tmp_path: Path, serve: Callable[[Path], FileServer], monkeypatch: pytest.MonkeyPatch, cache_dir: Path
 ) -> None:
     """Not of tensors' names, metadata, files in the cache and what is noted there; as JSON it is escaped."""
@@ -321,7 +321,7 @@ def test_row_42_nor_by_the_commands(
         assert is_clean(done.stdout + done.stderr), (call, ascii(done.stdout + done.stderr))
 
 
-def test_row_42_in_the_log() -> None:
+def test_row_42_control_characters_are_not_logged() -> None:
     stream = io.StringIO()
     handler, logger = logging.StreamHandler(stream), logging.getLogger("ndcache")
     logger.addHandler(handler)

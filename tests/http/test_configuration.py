@@ -103,7 +103,7 @@ BUNDLES = [
 
 @pytest.mark.parametrize("name", ["REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "session.verify"])
 @pytest.mark.parametrize(("make", "words"), BUNDLES, ids=lambda value: getattr(value, "__name__", ""))
-def test_row_48_a_bundle_of_authorities(
+def test_row_48_an_authority_bundle_that_cannot_be_used(
     secure: ScriptedServer,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -139,7 +139,9 @@ def test_row_48_http_needs_no_bundle(scripted: ScriptedServer, monkeypatch: pyte
     ],
     ids=str,
 )
-def test_row_48_the_certificate_of_the_client(secure: ScriptedServer, tmp_path: Path, cert: Any, words: str) -> None:
+def test_row_48_a_client_certificate_that_cannot_be_used(
+    secure: ScriptedServer, tmp_path: Path, cert: Any, words: str
+) -> None:
     with requests.Session() as session:
         session.verify = str(tmp_path / "ca.pem")
         paths = [str(tmp_path / name) for name in ([cert] if isinstance(cert, str) else cert)]
@@ -147,7 +149,9 @@ def test_row_48_the_certificate_of_the_client(secure: ScriptedServer, tmp_path: 
         fail(secure.url, ndcache.TLSError, "session.cert", words, session=session)
 
 
-def test_row_17_the_variable_that_is_not_read(secure: ScriptedServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_17_the_hint_tells_that_ssl_cert_file_is_not_read(
+    secure: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", "/ca.pem")
     fail(secure.url, ndcache.TLSError, "authority", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE is not read")
 
@@ -181,7 +185,9 @@ WRONG_PROXIES = [
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
 @pytest.mark.parametrize(("value", "words"), WRONG_PROXIES)
-def test_row_48_a_proxy_that_cannot_be(monkeypatch: pytest.MonkeyPatch, scheme: str, value: str, words: str) -> None:
+def test_row_48_a_proxy_address_that_cannot_be_used(
+    monkeypatch: pytest.MonkeyPatch, scheme: str, value: str, words: str
+) -> None:
     name = f"{scheme}_PROXY".upper()
     monkeypatch.setenv(name, value)
     error = fail(NOWHERE.replace("http", scheme), ndcache.ConnectError, name, words)
@@ -190,7 +196,7 @@ def test_row_48_a_proxy_that_cannot_be(monkeypatch: pytest.MonkeyPatch, scheme: 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
 @pytest.mark.parametrize("name", ["http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"])
-def test_row_48_the_variable_is_named(monkeypatch: pytest.MonkeyPatch, scheme: str, name: str) -> None:
+def test_row_48_the_variable_of_a_wrong_proxy_is_named(monkeypatch: pytest.MonkeyPatch, scheme: str, name: str) -> None:
     if name.lower() == "http_proxy":
         name = name.replace("http", scheme).replace("HTTP", scheme.upper())
     monkeypatch.setenv(name, "http://user:secret@127.0.0.1:9")
@@ -198,7 +204,7 @@ def test_row_48_the_variable_is_named(monkeypatch: pytest.MonkeyPatch, scheme: s
 
 
 @pytest.mark.parametrize("key", ["http", "http://models.example", "all", "all://models.example"])
-def test_row_48_a_proxy_of_the_session(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+def test_row_48_a_wrong_proxy_of_the_session_is_named(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
     with requests.Session() as session:
         session.trust_env = False
@@ -234,7 +240,7 @@ def test_row_48_a_proxy_that_wants_a_password(
 
 
 @pytest.mark.parametrize(("status", "tries"), [(403, 1), (405, 1), (502, 3), (503, 3)])
-def test_row_48_a_proxy_that_makes_no_connection(
+def test_row_48_a_proxy_that_refuses_to_connect_to_the_server(
     proxy: ScriptedServer, monkeypatch: pytest.MonkeyPatch, status: int, tries: int
 ) -> None:
     monkeypatch.setenv("HTTPS_PROXY", proxy.url)
@@ -257,12 +263,12 @@ def test_row_48_a_proxy_without_tls(proxy: ScriptedServer, monkeypatch: pytest.M
     assert proxy.connections == 1
 
 
-def test_row_48_the_certificate_of_a_proxy(secure: ScriptedServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_48_a_proxy_with_an_unknown_certificate(secure: ScriptedServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTPS_PROXY", secure.url)
     fail("https://models.example/", ndcache.TLSError, "the proxy", "HTTPS_PROXY", "authority")
 
 
-def test_row_17_the_certificate_of_a_server_behind_a_proxy(
+def test_row_17_a_server_with_an_unknown_certificate_behind_a_proxy(
     secure: ScriptedServer, proxy: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def step(connection: Connection, request: Request) -> None:
@@ -301,27 +307,31 @@ def test_row_48_a_token_that_cannot_be_sent(
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
-def test_row_48_a_password_in_the_url(secure: ScriptedServer, monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:
+def test_row_48_a_password_in_the_url_that_cannot_be_sent(
+    secure: ScriptedServer, monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
     url = secure.url.replace("https", scheme).replace("//", "//user:secret%E2%80%A6@")
     fail(url, ndcache.AuthError, "the user or password in the URL")
 
 
 @pytest.mark.parametrize("value", ["secret\n", "secret\r\nX: y", "secret\u2026", " secret"])
-def test_row_48_a_header_of_the_session(scripted: ScriptedServer, value: str) -> None:
+def test_row_48_a_header_of_the_session_that_cannot_be_sent(scripted: ScriptedServer, value: str) -> None:
     with requests.Session() as session:
         session.headers["X-Api-Key"] = value
         fail(scripted.url, ndcache.AuthError, "the session's header 'X-Api-Key'", session=session)
     assert not scripted.requests
 
 
-def test_row_48_the_password_of_the_session(scripted: ScriptedServer) -> None:
+def test_row_48_a_password_of_the_session_that_cannot_be_sent(scripted: ScriptedServer) -> None:
     with requests.Session() as session:
         session.auth = ("user", "secret\u2026")
         fail(scripted.url, ndcache.AuthError, "session.auth", session=session)
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
-def test_row_48_the_password_of_a_proxy(proxy: ScriptedServer, monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:
+def test_row_48_a_password_of_a_proxy_that_cannot_be_sent(
+    proxy: ScriptedServer, monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
     monkeypatch.setenv("ALL_PROXY", f"http://user:secret\u2026@127.0.0.1:{proxy.port}")
     fail(NOWHERE.replace("http", scheme), ndcache.AuthError, "the user or password of the proxy")
 
@@ -344,7 +354,7 @@ def test_row_48_netrc_that_is_damaged(
     fail(scripted.url, ndcache.AuthError, f"{tmp_path / 'netrc'} (line 2) cannot be read")
 
 
-def test_row_48_netrc_that_is_no_text(
+def test_row_48_netrc_that_is_not_text(
     scripted: ScriptedServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "netrc").write_bytes(b"machine 127.0.0.1 login user password \xff\xfe\x00\n")
@@ -406,7 +416,9 @@ def test_row_12_each_shard_of_a_dead_source_comes_from_the_mirror_without_waitin
     assert len(weights) == 3
 
 
-def test_nothing_is_looked_for_when_all_is_well(scripted: ScriptedServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_are_not_examined_while_requests_succeed(
+    scripted: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/missing.pem")
     scripted.script["/a"] = [reply(200, b"there")]
     transport = Transport()

@@ -102,7 +102,7 @@ def test_row_47_a_dead_address_is_waited_for_once(
     assert scripted.connections == 9
 
 
-def test_row_47_a_load_of_many_shards(
+def test_row_47_a_dead_address_does_not_slow_down_many_shards(
     tmp_path: Path,
     serve: Callable[..., FileServer],
     addresses: list[tuple[int, str]],
@@ -118,7 +118,7 @@ def test_row_47_a_load_of_many_shards(
     assert time.monotonic() - begun < 60  # the time to connect, of which not one was spent
 
 
-def test_row_47_through_a_proxy(
+def test_row_47_a_dead_address_of_a_proxy(
     scripted: ScriptedServer,
     addresses: list[tuple[int, str]],
     bury: Callable[[str, int], tuple[int, str]],
@@ -154,7 +154,7 @@ def test_row_47_an_address_that_stops_answering_is_forgotten(
     transport.close()
 
 
-def test_row_47_all_refuse_at_once(
+def test_row_47_a_host_whose_addresses_all_refuse_fails_at_once(
     addresses: list[tuple[int, str]], patient: Callable[[], None], unused_port: int
 ) -> None:
     patient()
@@ -226,7 +226,7 @@ def test_families_take_turns_and_nothing_is_tried_twice(addresses: list[tuple[in
     assert [address.where[0] for address in look_up(NAME, 80)] == ["::1", "127.0.0.1", "::2", "127.0.0.2", "::3"]
 
 
-def test_what_worked_comes_first_and_then_its_family(addresses: list[tuple[int, str]]) -> None:
+def test_the_address_that_worked_comes_first_and_then_its_family(addresses: list[tuple[int, str]]) -> None:
     six, four = socket.AF_INET6, socket.AF_INET
     addresses += [(six, "::1"), (six, "::2"), (four, "127.0.0.1"), (four, "127.0.0.2")]
     routes, found = Routes(), look_up(NAME, 80)
@@ -238,7 +238,7 @@ def test_what_worked_comes_first_and_then_its_family(addresses: list[tuple[int, 
     assert routes.order(NAME, 80, found) == found
 
 
-def test_row_36_all_that_connect_are_woken(
+def test_row_36_threads_that_connect_are_woken(
     addresses: list[tuple[int, str]], bury: Callable[[str, int], tuple[int, str]], unused_port: int
 ) -> None:
     addresses += [bury(f"127.0.0.{n}", unused_port) for n in (2, 3, 4)]
@@ -282,7 +282,7 @@ def test_a_session_of_the_callers_races_too(
         assert ask(transport, scripted.port) == b"there"
 
 
-def test_what_is_remembered_is_safe_between_threads() -> None:
+def test_routes_are_safe_between_threads() -> None:
     routes, found = Routes(), [Address(2, 1, 6, "", (f"127.0.0.{n}", 80)) for n in range(1, 5)]
     begin = threading.Barrier(4)
 

@@ -55,7 +55,7 @@ def response(**headers: str) -> Response:
 @example("bytes 5-9/10,bytes 5-9/10", 5, 10, 10)
 @example("bytes 5-9/10\n", 5, 10, 10)
 @example("bytes \u0665-9/10", 5, 10, 10)
-def test_row_7_a_range_is_believed_if_it_says_exactly_that(text: str, start: int, end: int, size: int) -> None:
+def test_row_7_only_the_exact_content_range_is_believed(text: str, start: int, end: int, size: int) -> None:
     believed = response(Content_Range=text).is_range(start, end, size)
     if believed:
         unit, _, numbers = text.strip().partition(" ")
@@ -141,7 +141,7 @@ def server() -> Iterator[ScriptedServer]:
 @example(b"HTTP/1.1 200 OK\r\nContent-Length: 18446744073709551616\r\n\r\nabc")
 @example(b"HTTP/1.1 302 Found\r\nLocation: http://[\r\n\r\n")
 @example(os.urandom(1 << 17))
-def test_row_4_whatever_a_server_sends(server: ScriptedServer, data: bytes) -> None:
+def test_row_4_any_bytes_of_a_server_give_a_response_or_our_error(server: ScriptedServer, data: bytes) -> None:
     """An answer that can be read to its end, or one of our errors; nothing else, and no waiting."""
     server.script = {"/": [then_close(data)]}
     with (

@@ -258,7 +258,7 @@ def test_origins(url: str, origin: str) -> None:
 # --- with threads -------------------------------------------------------------------------------------
 
 
-def test_row_49_who_waits_can_be_stopped() -> None:
+def test_row_49_threads_that_wait_for_a_limit_can_be_cancelled() -> None:
     limit, cancellation, errors = OriginLimit(), Cancellation(), list[BaseException]()
     permit = limit.acquire(cancellation)
     permit.answered(429, 200.0)
@@ -284,7 +284,7 @@ def test_row_49_who_waits_can_be_stopped() -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_row_37_a_fork_knows_no_lock_of_its_parents() -> None:
+def test_row_37_a_forked_child_does_not_wait_for_a_lock_of_its_parent() -> None:
     script = """
 import os
 from ndcache.http.rate_limits import RateLimits
@@ -339,7 +339,7 @@ def test_row_49_refusals_are_not_counted_while_others_are_served() -> None:
 
 
 @pytest.mark.parametrize("served", [0, 5, 50])
-def test_row_49_they_are_counted_once_nobody_is_served(served: int) -> None:
+def test_row_49_refusals_are_counted_once_nobody_is_served(served: int) -> None:
     calls = []
 
     def attempt() -> None:
@@ -351,7 +351,7 @@ def test_row_49_they_are_counted_once_nobody_is_served(served: int) -> None:
     assert len(calls) == served + 1 + QUICK.retries - (served > 0)
 
 
-def test_who_wants_no_retries_gets_none() -> None:
+def test_refusals_are_not_tried_again_without_retries() -> None:
     calls = []
 
     def attempt() -> None:
@@ -385,7 +385,9 @@ def test_row_49_a_limit_of_connections(
 
 
 @pytest.mark.parametrize("status", [429, 503])
-def test_row_49_a_server_that_gives_nothing_more(tmp_path: Path, scripted: ScriptedServer, status: int) -> None:
+def test_row_49_a_server_that_refuses_all_shards_is_given_up(
+    tmp_path: Path, scripted: ScriptedServer, status: int
+) -> None:
     """The shards do not use up their tries one after the other, at the pace that the refusals have brought about."""
     simple_model(tmp_path / "model", shards=40)
     for path in (tmp_path / "model").iterdir():
@@ -398,7 +400,7 @@ def test_row_49_a_server_that_gives_nothing_more(tmp_path: Path, scripted: Scrip
     assert len(scripted.requests) < 40  # 8 shards, each 10 times at a distance of up to 2.5 s, would be 80
 
 
-def test_what_all_waits_take_on_average() -> None:
+def test_typical_patience() -> None:
     assert RetryPolicy().typical_patience == pytest.approx(15.75)
     assert RetryPolicy(retries=0).typical_patience == 0
     assert RetryPolicy(retries=10**9, budget=20).typical_patience == 20
@@ -429,7 +431,7 @@ def test_row_49_pieces_of_a_large_shard(
     assert len(log()) == 1
 
 
-def test_row_49_what_is_refused_until_all_others_came(
+def test_row_49_a_shard_that_is_refused_until_all_others_came(
     tmp_path: Path, scripted: ScriptedServer, cache_dir: Path
 ) -> None:
     """One try more than `retries` for each of the other shards."""
@@ -464,7 +466,7 @@ def test_row_49_what_is_refused_until_all_others_came(
 
 
 @pytest.mark.parametrize("status", [429, 503])
-def test_row_49_what_is_refused_for_ever(
+def test_row_49_a_shard_that_is_refused_for_ever(
     tmp_path: Path, scripted: ScriptedServer, cache_dir: Path, status: int
 ) -> None:
     simple_model(tmp_path / "model", shards=8)
@@ -500,7 +502,7 @@ def test_row_49_retry_after_that_is_over_is_no_reason_to_hurry(
     assert_same(ndcache.load(scripted.url), arrays)
 
 
-def test_row_49_one_retry_after_holds_all_back(tmp_path: Path, scripted: ScriptedServer) -> None:
+def test_row_49_one_retry_after_delays_all_requests(tmp_path: Path, scripted: ScriptedServer) -> None:
     simple_model(tmp_path / "model", shards=12)
     told: list[float] = []
     came: list[float] = []
@@ -526,7 +528,7 @@ def test_row_49_one_retry_after_holds_all_back(tmp_path: Path, scripted: Scripte
     assert len(early) <= 1  # one may have been on its way
 
 
-def test_row_49_the_server_that_is_redirected_to(
+def test_row_49_only_the_server_that_is_redirected_to_is_limited(
     tmp_path: Path, serve: Serve, scripted: ScriptedServer, log: Callable[[], list[str]]
 ) -> None:
     """Hugging Face's storage, which limits us, is not the hub, which does not."""

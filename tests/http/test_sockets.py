@@ -65,7 +65,7 @@ def body(transport: Transport, url: str) -> bytes:
 
 @pytest.mark.parametrize("interim", INTERIM)
 @pytest.mark.parametrize("over", ["http", "https"])
-def test_row_46_interim_answers_are_skipped(
+def test_row_46_interim_responses_are_skipped(
     request: pytest.FixtureRequest, scripted: ScriptedServer, transport: Transport, interim: str, over: str
 ) -> None:
     server = request.getfixturevalue("secure") if over == "https" else scripted
@@ -75,7 +75,7 @@ def test_row_46_interim_answers_are_skipped(
     assert server.connections == 1
 
 
-def test_row_46_an_answer_may_be_long_in_coming(scripted: ScriptedServer, transport: Transport) -> None:
+def test_row_46_a_response_may_take_long_to_come(scripted: ScriptedServer, transport: Transport) -> None:
     come = threading.Event()
 
     def step(connection: Connection, request: Request) -> None:
@@ -88,7 +88,7 @@ def test_row_46_an_answer_may_be_long_in_coming(scripted: ScriptedServer, transp
 
 
 @pytest.mark.parametrize("session", [False, True], ids=["own session", "the caller's"])
-def test_row_46_through_a_proxy(
+def test_row_46_interim_responses_through_a_proxy(
     scripted: ScriptedServer, proxy: ScriptedServer, monkeypatch: pytest.MonkeyPatch, session: bool
 ) -> None:
     monkeypatch.setenv("HTTP_PROXY", proxy.url)
@@ -100,7 +100,7 @@ def test_row_46_through_a_proxy(
 
 
 @pytest.mark.parametrize("session", [False, True], ids=["own session", "the caller's"])
-def test_row_46_through_a_tunnel(
+def test_row_46_interim_responses_through_a_tunnel(
     secure: ScriptedServer, proxy: ScriptedServer, monkeypatch: pytest.MonkeyPatch, session: bool
 ) -> None:
     monkeypatch.setenv("HTTPS_PROXY", proxy.url)
@@ -123,7 +123,7 @@ def tunnel(port: int, before: bytes = b"") -> Step:
     return step
 
 
-def test_row_46_no_end_of_interim_answers(scripted: ScriptedServer, transport: Transport) -> None:
+def test_row_46_endless_interim_responses_fail(scripted: ScriptedServer, transport: Transport) -> None:
     def step(connection: Connection, request: Request) -> None:
         while True:
             connection.send(100 * PROCESSING)
@@ -133,7 +133,7 @@ def test_row_46_no_end_of_interim_answers(scripted: ScriptedServer, transport: T
         body(transport, scripted.url + "a")
 
 
-def test_row_46_another_protocol_is_not_spoken(scripted: ScriptedServer, transport: Transport) -> None:
+def test_row_46_a_change_of_the_protocol_fails(scripted: ScriptedServer, transport: Transport) -> None:
     scripted.script |= {
         "/a": [b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n"],
         "/b": [ANSWER],

@@ -106,7 +106,7 @@ HEAD = {
 
 @pytest.mark.parametrize("how", BREAKS)
 @pytest.mark.parametrize("framing", [*HEAD, "headers", "nothing"])
-def test_row_45_a_connection_that_breaks_goes_on(secure: ScriptedServer, framing: str, how: str) -> None:
+def test_row_45_a_body_whose_connection_breaks_is_resumed(secure: ScriptedServer, framing: str, how: str) -> None:
     def step(connection: Connection, request: Request) -> None:
         if framing == "headers":
             connection.send(HEAD["length"][:20])
@@ -122,7 +122,9 @@ def test_row_45_a_connection_that_breaks_goes_on(secure: ScriptedServer, framing
 
 
 @pytest.mark.parametrize("how", sorted(BREAKS.keys() - {"reset"}))  # which takes along what was not read
-def test_row_45_what_came_before_it_broke_is_handed_on(secure: ScriptedServer, transport: Transport, how: str) -> None:
+def test_row_45_bytes_that_came_before_the_connection_broke_are_returned(
+    secure: ScriptedServer, transport: Transport, how: str
+) -> None:
     broken = threading.Event()
 
     def step(connection: Connection, request: Request) -> None:
@@ -200,14 +202,14 @@ def front(server: ScriptedServer, answer: bytes | None, *, first: int = 1) -> It
 
 
 @pytest.mark.parametrize("how", [how for how, (_, words) in HELLOS.items() if words is None])
-def test_row_45_a_handshake_that_breaks_is_begun_anew(secure: ScriptedServer, how: str) -> None:
+def test_row_45_a_handshake_that_breaks_is_tried_again(secure: ScriptedServer, how: str) -> None:
     with front(secure, HELLOS[how][0]) as (url, hellos):
         assert_loads(url)
     assert len(hellos) >= 2
 
 
 @pytest.mark.parametrize("how", [how for how, (_, words) in HELLOS.items() if words is not None])
-def test_row_17_what_the_server_says_in_the_handshake_is_final(secure: ScriptedServer, how: str) -> None:
+def test_row_17_an_alert_in_the_handshake_is_final(secure: ScriptedServer, how: str) -> None:
     answer, words = HELLOS[how]
     with front(secure, answer, first=100) as (url, hellos):
         with pytest.raises(ndcache.TLSError, match=words) as caught:
@@ -217,7 +219,7 @@ def test_row_17_what_the_server_says_in_the_handshake_is_final(secure: ScriptedS
 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
-def test_row_17_a_certificate_that_the_server_wants(
+def test_row_17_a_server_that_wants_a_client_certificate(
     secure: ScriptedServer, authority: trustme.CA, version: ssl.TLSVersion
 ) -> None:
     """With TLS 1.3 the client learns of it only after the handshake."""
@@ -296,7 +298,7 @@ def chunk(data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("framing", ["length", "chunked", "neither"])
-def test_row_13_no_read_waits_for_more_than_what_has_come(
+def test_row_13_a_read_returns_as_soon_as_bytes_have_come(
     secure: ScriptedServer, transport: Transport, framing: str
 ) -> None:
     """After a fast start, each record is sent when the one before has been handed on."""

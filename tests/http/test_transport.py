@@ -135,7 +135,7 @@ LENGTH = "HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\nabc"
     ],
     ids=lambda value: value[:40] if isinstance(value, str) else value.__name__,
 )
-def test_an_answer_that_is_not_http(
+def test_a_response_that_is_not_http(
     transport: Transport, scripted: ScriptedServer, answer: str, error: type[ndcache.TransferError]
 ) -> None:
     scripted.script["/a"] = [then_close(answer.encode("latin-1"))]
@@ -156,7 +156,7 @@ def test_an_answer_that_is_not_http(
     ],
     ids=["cut", "chunked and cut", "reset"],
 )
-def test_a_body_that_does_not_come(
+def test_a_body_that_ends_early(
     transport: Transport, scripted: ScriptedServer, step: Any, error: type[ndcache.TransferError]
 ) -> None:
     scripted.script["/a"] = [step]
@@ -167,7 +167,7 @@ def test_a_body_that_does_not_come(
 
 
 @pytest.mark.parametrize("sent", [b"", b"HTTP/1.1 200 OK\r\nX:", reply(200, b"abc", length=10)])
-def test_row_13_silence_lasts_as_long_as_the_read_timeout(scripted: ScriptedServer, sent: bytes) -> None:
+def test_row_13_a_silent_server_fails_after_the_read_timeout(scripted: ScriptedServer, sent: bytes) -> None:
     scripted.script["/a"] = [then_stall(sent)]
     transport, begun = Transport(timeout=SHORT), time.monotonic()
     with pytest.raises(ndcache.StallError) as caught, get(transport, scripted.url + "a") as response:
@@ -204,7 +204,7 @@ def test_an_unknown_host(transport: Transport) -> None:
         get(transport, "http://nowhere.invalid/")
 
 
-def test_a_proxy_that_is_not_there(transport: Transport, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_proxy_that_does_not_exist(transport: Transport, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://user:secret@127.0.0.1:9")
     with pytest.raises(ndcache.ConnectError, match="proxy") as caught:
         get(transport, "http://host.example/")
@@ -372,7 +372,7 @@ def test_a_redirect_within_the_origin_keeps_what_the_caller_sends(scripted: Scri
 @pytest.mark.parametrize("differs", ["port", "host", "scheme"])
 @pytest.mark.parametrize("by", ["session", "token", "URL", "netrc"])
 @pytest.mark.parametrize("status", [302, 308])
-def test_row_19_another_origin_is_told_nothing(
+def test_row_19_another_origin_gets_no_secrets(
     scripted: ScriptedServer,
     other: ScriptedServer,
     authority: trustme.CA,
@@ -431,9 +431,7 @@ def test_row_19_cookies_that_a_server_sets(
     assert not any("cookie" in request.headers for request in scripted.requests + other.requests)
 
 
-def test_row_19_who_has_been_elsewhere_comes_back_as_a_stranger(
-    scripted: ScriptedServer, other: ScriptedServer
-) -> None:
+def test_row_19_a_redirect_back_from_elsewhere_gets_no_secrets(scripted: ScriptedServer, other: ScriptedServer) -> None:
     scripted.script |= {"/a": [redirect(other.url + "b")], "/c": [reply(200, b"back")]}
     other.script["/b"] = [redirect(scripted.url + "c")]
     transport = Transport(login=Login({"HF_ENDPOINT": scripted.url, "HF_TOKEN": "secret"}))
@@ -455,7 +453,7 @@ def test_a_location_in_utf_8(transport: Transport, scripted: ScriptedServer) -> 
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("kind", [KeyError, ValueError, OSError, KeyboardInterrupt])
-def test_the_answer_is_closed_when_a_hook_of_the_callers_raises(
+def test_the_response_is_closed_when_a_hook_of_the_callers_raises(
     scripted: ScriptedServer, kind: type[BaseException]
 ) -> None:
     seen: list[requests.Response] = []
@@ -537,7 +535,7 @@ def test_row_18_redirects_that_are_not_followed(scripted: ScriptedServer, target
     assert len(scripted.requests) == 1
 
 
-def test_row_18_a_circle_is_gone_round_once(transport: Transport, scripted: ScriptedServer) -> None:
+def test_row_18_a_circle_of_redirects_is_followed_once(transport: Transport, scripted: ScriptedServer) -> None:
     scripted.script |= {"/a": [redirect("/b")], "/b": [redirect("/c")], "/c": [redirect(scripted.url + "a")]}
     with pytest.raises(ndcache.RedirectError, match="circle"):
         get(transport, scripted.url + "a")
@@ -621,7 +619,9 @@ def test_row_18_an_endless_chain_of_redirects_ends(transport: Transport, scripte
     assert len(scripted.requests) < 20
 
 
-def test_row_18_no_way_back_from_https(secure: ScriptedServer, authority: trustme.CA, other: ScriptedServer) -> None:
+def test_row_18_no_redirect_from_https_to_http(
+    secure: ScriptedServer, authority: trustme.CA, other: ScriptedServer
+) -> None:
     secure.script["/a"] = [redirect(other.url + "b")]
     session = requests.Session()
     with authority.cert_pem.tempfile() as path:
@@ -655,7 +655,9 @@ def test_the_body_of_a_redirect_is_not_collected(transport: Transport, scripted:
         (email.utils.formatdate(0, usegmt=True), 0),
     ],
 )
-def test_row_14_retry_after(transport: Transport, scripted: ScriptedServer, value: str, expected: float | None) -> None:
+def test_row_14_retry_after_in_seconds(
+    transport: Transport, scripted: ScriptedServer, value: str, expected: float | None
+) -> None:
     scripted.script["/a"] = [reply(429, b"", {"Retry-After": value})]
     with pytest.raises(ndcache.RateLimitedError) as caught:
         get(transport, scripted.url + "a")
@@ -701,7 +703,7 @@ BEGUN = reply(200, b"abc", length=10)
     [(b"", False), (BEGUN, False), (BEGUN, True)],
     ids=["headers", "body", "body of a caller's session"],
 )
-def test_row_36_stop_wakes_a_thread_that_waits_for_the_server(
+def test_row_36_cancellation_wakes_a_thread_that_waits_for_the_server(
     scripted: ScriptedServer, sent: bytes, callers_session: bool
 ) -> None:
     reached = threading.Event()
@@ -734,7 +736,7 @@ def test_row_36_stop_wakes_a_thread_that_waits_for_the_server(
         session.close()
 
 
-def test_row_36_stop_wakes_sleepers_and_refuses_requests(transport: Transport) -> None:
+def test_row_36_cancellation_wakes_sleepers_and_refuses_requests(transport: Transport) -> None:
     cancellation = Cancellation()
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(cancellation.sleep, 1000)
@@ -791,7 +793,7 @@ def mute() -> Iterator[str]:
 
 
 @pytest.mark.parametrize("phase", ["deaf", "mute"])
-def test_row_36_connecting_and_shaking_hands_are_cut_short(request: pytest.FixtureRequest, phase: str) -> None:
+def test_row_36_connecting_and_tls_handshakes_are_cancelled(request: pytest.FixtureRequest, phase: str) -> None:
     url = f"https://{request.getfixturevalue(phase)}/"
     cancellation, transport = Cancellation(), Transport(timeout=(300.0, 300.0))
     with ThreadPoolExecutor(1) as pool:
@@ -804,7 +806,7 @@ def test_row_36_connecting_and_shaking_hands_are_cut_short(request: pytest.Fixtu
     transport.close()
 
 
-def test_row_12_the_time_to_connect_is_its_own(deaf: str) -> None:
+def test_row_12_connecting_has_a_timeout_of_its_own(deaf: str) -> None:
     """A server that is slow to answer at first is not one that sends next to nothing."""
     cancellation, transport = Cancellation(), Transport(timeout=(1.0, 0.1))
     with ThreadPoolExecutor(1) as pool:
@@ -817,7 +819,7 @@ def test_row_12_the_time_to_connect_is_its_own(deaf: str) -> None:
     transport.close()
 
 
-def test_row_13_a_handshake_that_does_not_come(mute: str) -> None:
+def test_row_13_a_server_that_is_silent_in_the_handshake(mute: str) -> None:
     transport = Transport(timeout=(30.0, 0.3))
     with pytest.raises(ndcache.StallError), ThreadPoolExecutor(1) as pool:
         cancellation = Cancellation()
@@ -845,7 +847,7 @@ def test_an_address_that_does_not_answer_is_not_the_last(
 
 
 @pytest.mark.parametrize("host", ["a" * 63, "no-such-host.invalid"])
-def test_row_12_a_host_that_is_not_known(transport: Transport, host: str) -> None:
+def test_row_12_an_unknown_host(transport: Transport, host: str) -> None:
     with pytest.raises(ndcache.ConnectError, match="is not known"):
         get(transport, f"http://{host}/")
 
@@ -862,7 +864,7 @@ def test_row_40_the_query_is_not_in_the_log_of_urllib3(
     assert "of=others" in caplog.text
 
 
-def test_row_36_a_session_of_the_callers_is_cut_short_before_the_headers(scripted: ScriptedServer) -> None:
+def test_row_36_a_request_of_the_callers_session_is_cancelled_before_the_headers(scripted: ScriptedServer) -> None:
     scripted.script |= {"/first": [reply(200)], "/a": [then_stall(b"HTTP/1.1 200")]}
     with requests.Session() as session:
         session.get(scripted.url + "first", timeout=30)  # a connection that it made itself

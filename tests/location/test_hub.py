@@ -131,7 +131,7 @@ NO_TOKENS: dict[str, Callable[[Path], Any]] = {
 
 @pytest.mark.parametrize("kind", NO_TOKENS)
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="files of POSIX")
-def test_row_43_what_is_no_token(kind: str, tmp_path: Path) -> None:
+def test_row_43_files_that_hold_no_token(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "token"
     NO_TOKENS[kind](path)
     assert Login({"HF_TOKEN_PATH": str(path)}).token(HOME) is None
@@ -206,7 +206,7 @@ def test_row_43_the_login_goes_along_to_no_redirect(
 
 
 @pytest.mark.parametrize("given", ["auth", "header", "URL"])
-def test_row_43_what_the_caller_gives_goes_before_the_login(
+def test_row_43_the_callers_credentials_go_before_the_login(
     gated: FileServer, monkeypatch: pytest.MonkeyPatch, given: str
 ) -> None:
     with requests.Session() as session:
@@ -264,7 +264,7 @@ def test_row_43_one_model_at_all_endpoints(tmp_path: Path, serve: Serve, monkeyp
     assert not directory.exists()
 
 
-def test_row_43_what_an_earlier_version_has_cached(
+def test_row_43_models_that_an_earlier_version_cached_are_found(
     tmp_path: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It had a directory for each endpoint."""
@@ -284,7 +284,7 @@ def test_row_43_what_an_earlier_version_has_cached(
 @pytest.mark.parametrize(
     "text", ["mirror.test", "ftp://mirror.test", "http://", "https://h/?x", "https://h/#x", "http://h\\@x"]
 )
-def test_row_43_an_endpoint_that_cannot_be(text: str) -> None:
+def test_row_43_an_endpoint_that_cannot_be_used(text: str) -> None:
     for source in ("hf://o/m", "https://host/x"):
         with pytest.raises(ValueError, match="HF_ENDPOINT"):
             locate(source, {"HF_ENDPOINT": text})
@@ -447,7 +447,7 @@ def test_urls_of_a_branch(url: str, name: str | None, moved: str) -> None:
     assert at_commit(url, A) == moved
 
 
-def test_what_a_commit_looks_like() -> None:
+def test_commits_in_headers() -> None:
     assert commit_of({"X-Repo-Commit": f" {A} "}) == A
     assert commit_of({}) is None
     assert hf_endpoint({}).origin == HOME

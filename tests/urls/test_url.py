@@ -49,7 +49,7 @@ from ..helpers.servers import ScriptedServer, reply
         ("http://host/100%?a=%zz", ("http", "host", 80), "http://host/100%25?a=%25zz"),
     ],
 )
-def test_row_41_what_is_read_alike(text: str, origin: tuple[str, str, int], sent: str | None) -> None:
+def test_row_41_urls_that_every_parser_reads_alike(text: str, origin: tuple[str, str, int], sent: str | None) -> None:
     url = parse(text)
     assert url.origin == origin
     assert str(url).isascii()
@@ -87,14 +87,16 @@ AMBIGUOUS = [
 
 
 @pytest.mark.parametrize("text", AMBIGUOUS)
-def test_row_41_what_is_refused(text: str) -> None:
+def test_row_41_ambiguous_urls_are_refused(text: str) -> None:
     with pytest.raises(UrlError) as caught:
         parse(text)
     assert "home" not in str(caught.value)
 
 
 @pytest.mark.parametrize("text", [text for text in AMBIGUOUS if text.startswith("http://") and text == text.strip()])
-def test_row_41_wherever_a_url_is_given(text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_row_41_ambiguous_urls_are_refused_wherever_they_are_given(
+    text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     asked: list[object] = []
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args: asked.append(args))
     with pytest.raises(ValueError, match=r"this URL cannot be used"):
@@ -317,7 +319,7 @@ def answer(transport: Transport, url: str) -> str:
         return response.read(1000).decode()
 
 
-def test_row_41_who_is_judged_is_who_answers(peers: Peers) -> None:
+def test_row_41_the_origin_that_is_checked_is_the_one_that_answers(peers: Peers) -> None:
     """Of 20,000 URLs, each that is let in goes to the host and port that were judged."""
     transport, reached = Transport(), 0
     for text in generated(20_000, seed=1):
@@ -390,7 +392,7 @@ def test_row_41_a_session_that_changes_the_url_is_stopped() -> None:
     transport.close()
 
 
-def test_row_41_a_proxy_is_told_the_origin_that_was_judged(
+def test_row_41_a_proxy_is_told_the_origin_that_was_checked(
     scripted: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scripted.script = {"http://home.test/a": [reply(200, b"there")]}
