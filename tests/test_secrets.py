@@ -1,4 +1,4 @@
-"""What is shown: no password of a mistyped URL, and no character of a server's that does something to a terminal."""
+"""Shown texts: no password of a mistyped URL, and no character from a server that controls a terminal."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ ATTEMPTS: dict[str, Attempt] = {
 
 
 def everything(error: BaseException) -> str:
-    """All that anybody could be shown of an error, its causes and whatever was there when it was raised."""
+    """Return all that could be shown of an error, its causes and its context."""
     found, waiting = ["".join(traceback.format_exception(error))], [error]
     while waiting:
         current = waiting.pop()
@@ -140,7 +140,7 @@ def test_row_42_a_mistyped_url_shows_no_password(
             warnings.simplefilter("always")
             error = failure_of(ATTEMPTS[way], text, monkeypatch)
         if error is None:
-            assert way in ("is_cached", "delete"), template  # which may find nothing
+            assert way in ("is_cached", "delete"), template  # these may find nothing
         else:
             assert isinstance(error, (ValueError, NdcacheError)), template
             assert SECRET not in everything(error), template
@@ -164,7 +164,7 @@ def test_row_42_long_texts_are_redacted_quickly(text: str) -> None:
 
 @pytest.mark.parametrize("arguments", [["load"], ["--verbose", "load"], ["rm"], ["verify"]])
 def test_row_42_the_command_line_shows_no_password(arguments: list[str], tmp_path: Path) -> None:
-    templates = MISTYPED if arguments == ["rm"] else MISTYPED[::8]  # which takes many
+    templates = MISTYPED if arguments == ["rm"] else MISTYPED[::8]  # rm takes many arguments
     sources = [template.replace("{}", SECRET) for template in templates]
     for given in [sources] if arguments == ["rm"] else [[source] for source in sources]:
         done = subprocess.run(
@@ -194,9 +194,9 @@ def test_texts_without_secrets_are_shown(text: str) -> None:
 
 # --- what a server sends ------------------------------------------------------------------------------
 
-#: Of the sets C0 and C1, DEL, escape sequences, what turns text around, hides it or ends a line.
+#: Characters of the sets C0 and C1, DEL, escape sequences, and characters that reverse or hide text, or end a line.
 RAW = "\x1b[31m\x07\x7f\x9b2J\u202e\u2066\u200b\u2028\x0c"
-#: The same as far as a header can have it.
+#: Those of them that a header can have.
 RAW_HEADER = "\x1b[31m\x07\x7f\x9b2J\x0c"
 SHARD = {"dataPath": "a.bin", "format": "raw-shard", "nbytes": 4}
 RECORD = {"name": "a", "shape": [1], "dtype": "float32", "format": "raw", "byteOffset": 0, "nbytes": 4}
@@ -207,7 +207,7 @@ def manifest(
     record: dict[str, Any] | None = None,
     others: dict[str, Any] | None = None,
 ) -> bytes:
-    """The answer with a manifest, some of whose values are odd."""
+    """Return a response with a manifest that has some odd values."""
     return reply(
         200,
         json.dumps(
@@ -287,7 +287,7 @@ def test_row_42_control_characters_of_a_server_are_not_shown(
 def test_row_42_the_command_line_shows_no_control_characters(
     tmp_path: Path, serve: Callable[[Path], FileServer], monkeypatch: pytest.MonkeyPatch, cache_dir: Path
 ) -> None:
-    """Not of tensors' names, metadata, files in the cache and what is noted there; as JSON it is escaped."""
+    """This holds for tensor names, metadata, cached files and their notes; in JSON output they are escaped."""
     simple_model(tmp_path / "www", shards=1, shard_bytes=16)
     file = tmp_path / "www" / "tensor-cache.json"
     content = json.loads(file.read_text())

@@ -1,4 +1,4 @@
-"""Real servers on loopback sockets: one that serves a directory, one that says what a test tells it to."""
+"""Real servers on loopback sockets: one serves a directory, one sends the bytes that a test gives it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from urllib.parse import unquote
 
 @dataclass(frozen=True)
 class Request:
-    """What a server was asked."""
+    """A request that a server received."""
 
     method: str
     target: str
@@ -34,16 +34,16 @@ class Request:
 
 
 class ConnectionLimit:
-    """So many bodies at once, as nginx's ``limit_conn``.
+    """A limit of the bodies sent at once, like nginx's ``limit_conn``.
 
     Attributes
     ----------
     status : int
-        Of the answers beyond it.
+        The status of responses beyond the limit.
     headers : dict of str to str
-        Of the same.
+        The headers of these responses.
     peak : int
-        The most bodies that were under way at once.
+        The most bodies that were in flight at once.
     refused : int
         Requests beyond the limit so far.
     """
@@ -57,7 +57,7 @@ class ConnectionLimit:
         self._lock = threading.Lock()
 
     def enter(self) -> bool:
-        """Whether a request is answered; `leave` it then."""
+        """Return whether a request may be answered; if so, call `leave` afterwards."""
         with self._lock:
             is_free = self._is_free()
             self.refused += not is_free
@@ -74,7 +74,7 @@ class ConnectionLimit:
 
 
 class RateLimit(ConnectionLimit):
-    """So many requests per second, after `burst` at once, as nginx's ``limit_req … nodelay``."""
+    """A limit of requests per second, after `burst` at once, like nginx's ``limit_req … nodelay``."""
 
     def __init__(
         self, rate: float, burst: int = 0, *, status: int = 429, headers: Mapping[str, str] | None = None
@@ -87,7 +87,7 @@ class RateLimit(ConnectionLimit):
         now = time.monotonic()
         excess = max(self._excess - self._rate * (now - self._last) + 1, 0.0)
         if excess > self._burst:
-            return False  # and what is refused does not count
+            return False  # refused requests do not count
         self._excess, self._last = excess, now
         return True
 
@@ -98,7 +98,7 @@ class _HTTPServer(ThreadingHTTPServer):
 
 
 class FileServer:
-    """Serves a directory as nginx would: ETag, If-None-Match, single ranges, keep-alive.
+    """Serve a directory as nginx does: ETag, If-None-Match, single ranges, keep-alive.
 
     Parameters
     ----------
@@ -106,20 +106,20 @@ class FileServer:
     rate : int, optional
         Bytes per second of each connection.
     limit : ConnectionLimit, optional
-        For all but JSON.
+        The limit for all files but JSON.
 
     Attributes
     ----------
     url : str
         Ends in a slash.
     requests : list of Request
-        All so far, each with the client's port as ``x-test-peer``.
+        All requests so far, each with the client's port as ``x-test-peer``.
     peak_bodies : int
-        The most shard bodies that were under way at once.
+        The most shard bodies that were in flight at once.
     stalled : set of str
-        Paths whose bodies never go on.
+        Paths whose bodies stop after their beginning.
     gate : threading.Event
-        While it is clear, no body goes on, but the manifest's unless `gated_manifest`.
+        While it is clear, all bodies wait; the manifest's does only if `gated_manifest` is set.
     """
 
     def __init__(self, directory: Path, *, rate: int | None = None, limit: ConnectionLimit | None = None) -> None:
@@ -154,7 +154,7 @@ class FileServer:
         self.url = f"http://127.0.0.1:{self._server.server_port}/"
 
     def shard_requests(self) -> list[Request]:
-        """The requests for anything but JSON."""
+        """Return the requests for all files but JSON."""
         return [request for request in self.requests if not request.path.endswith(".json")]
 
     def close(self) -> None:
@@ -262,14 +262,14 @@ class Connection:
         self.close()
 
     def stall(self) -> None:
-        """Say nothing until the client goes away or the server is closed."""
+        """Send nothing until the client disconnects or the server is closed."""
         with contextlib.suppress(OSError):
             self.sock.settimeout(None)
             while self.sock.recv(1 << 16):
                 pass
 
     def pass_on(self, port: int, first: bytes = b"") -> None:
-        """Be a tunnel to a port of this machine, until one of the two ends; `first` has been read already."""
+        """Tunnel to a port of this machine until one side ends; `first` has been read already."""
         with socket.create_connection(("127.0.0.1", port)) as behind:
             behind.sendall(first)
             back = threading.Thread(target=_pump, args=(behind, self.sock), daemon=True)
@@ -306,7 +306,7 @@ Step = Callable[[Connection, Request], None]
 
 @dataclass
 class ScriptedServer:
-    """Answers each request for a path with the next step of that path's script; the last one stays.
+    """Answer each request for a path with the next step of that path's script; the last step is repeated.
 
     A step is bytes to send, or a function of the connection and the request. Build bytes with `reply`.
     A connection is closed after a step unless it was an exact `reply`.
@@ -314,11 +314,11 @@ class ScriptedServer:
     Attributes
     ----------
     script : dict of str to list
-        By path, ``"/params_shard_0.bin"``.
+        The steps of each path, such as ``"/params_shard_0.bin"``.
     requests : list of Request
-        All so far.
+        All requests so far.
     connections : int
-        All that were accepted so far.
+        The number of connections accepted so far.
     """
 
     script: dict[str, list[bytes | Step]] = field(default_factory=dict)
@@ -349,7 +349,7 @@ class ScriptedServer:
         return [request for request in self.requests if request.path == path]
 
     def close(self) -> None:
-        # Closing does not wake a thread that accepts; shutting down does.
+        # Closing does not wake a thread that waits in accept; shutting down does.
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
@@ -413,7 +413,7 @@ def reply(
     *,
     length: int | str | EllipsisType | None = ...,
 ) -> bytes:
-    """A whole HTTP/1.1 answer. `length` is the Content-Length: the body's own, another one, or None for none."""
+    """Return a whole HTTP/1.1 response. `length` is its Content-Length: the body's, another one, or None for none."""
     lines = [f"HTTP/1.1 {status} Status"]
     length = len(body) if length is ... else length
     if length is not None:

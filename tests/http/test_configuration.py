@@ -1,4 +1,4 @@
-"""What the user has set wrongly ends a load at once, and the message names it; row 48 of docs/faults.rst."""
+"""Mistakes in the user's settings end a load at once, and the message names the setting; row 48 of docs/faults.rst."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from ndcache.workers.cancellation import Cancellation
 
 from ..helpers.servers import Connection, Request, ScriptedServer, reply, then_close
 
-#: Of which nothing is used.
+#: A policy whose retries must not be used.
 PATIENT = RetryPolicy(retries=3, backoff=0.01)
 NOWHERE = "http://models.example/m/"
 
 
 @pytest.fixture
 def secure(scripted: ScriptedServer, tmp_path: Path) -> ScriptedServer:
-    """A server with TLS; the certificate of its authority is in ``ca.pem``."""
+    """Serve with TLS; the certificate of the authority is in ``ca.pem``."""
     authority, context = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("127.0.0.1").configure_cert(context)
     authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
@@ -64,7 +64,7 @@ def fail(url: str, error: type[ndcache.NdcacheError], *words: str, **options: An
     return found
 
 
-# --- files of certificates -----------------------------------------------------------------------------
+# --- certificate files ---------------------------------------------------------------------------------
 
 
 def missing(path: Path) -> Path:
@@ -191,7 +191,7 @@ def test_row_48_a_proxy_address_that_cannot_be_used(
     name = f"{scheme}_PROXY".upper()
     monkeypatch.setenv(name, value)
     error = fail(NOWHERE.replace("http", scheme), ndcache.ConnectError, name, words)
-    assert "models.example" not in error.message  # it is not at fault
+    assert "models.example" not in error.message  # the server is not at fault
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
@@ -251,7 +251,7 @@ def test_row_48_a_proxy_that_refuses_to_connect_to_the_server(
 
 
 def test_row_48_a_proxy_without_tls(proxy: ScriptedServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It answers a hello in plain text."""
+    """The proxy answers a TLS hello in plain text."""
     monkeypatch.setenv("HTTPS_PROXY", f"https://user:secret@127.0.0.1:{proxy.port}")
 
     def read_request(connection: Connection) -> None:
@@ -293,7 +293,7 @@ def test_row_12_a_proxy_that_worked_is_waited_for(monkeypatch: pytest.MonkeyPatc
     assert caught.value.attempts == 4
 
 
-# --- what is sent along --------------------------------------------------------------------------------
+# --- credentials and headers ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("token", ["secret\u2026", "\u201csecret\u201d", "secret\nsecret", "\u5bc6"])
@@ -403,7 +403,7 @@ def test_row_12_a_name_server_out_of_reach_is_waited_for(monkeypatch: pytest.Mon
 def test_row_12_each_shard_of_a_dead_source_comes_from_the_mirror_without_waiting(
     scripted: ScriptedServer, tmp_path: Path
 ) -> None:
-    """What a source is tried for is remembered, though it is tried twice only."""
+    """The loader remembers that a source failed, although it tries it only twice."""
     ndcache.dump({f"{n}": np.full(100, n) for n in range(3)}, tmp_path / "model", shard_bytes=800)
     digest = hashlib.sha256((tmp_path / "model" / "tensor-cache.json").read_bytes()).digest()
     sri = "sha256-" + base64.b64encode(digest).decode()

@@ -1,4 +1,4 @@
-"""Which of a host's addresses is connected to (RFC 8305). Only names are looked up by the tests; sockets are real."""
+"""Choice among a host's addresses (RFC 8305). Only the look-up of names is simulated; sockets are real."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from ndcache.workers.cancellation import Cancellation
 from ..helpers.servers import Connection, FileServer, Request, ScriptedServer, reply
 
 NAME = "model.test"
-#: Loopback addresses of which nobody listens at any port.
+#: Loopback addresses without a listening port.
 NOBODY = ("127.0.0.7", "127.0.0.8", "127.0.0.9")
 
 
 @pytest.fixture
 def addresses(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
-    """The families and addresses of the host `NAME`: to be filled."""
+    """Return the list, to be filled, of the families and addresses of the host `NAME`."""
     found: list[tuple[int, str]] = []
     real = socket.getaddrinfo
 
@@ -49,7 +49,7 @@ def addresses(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
 
 @pytest.fixture
 def bury() -> Iterator[Callable[[str, int], tuple[int, str]]]:
-    """Make an address (of any family) and port take no connection and refuse none, as behind a bad firewall."""
+    """Let an address (of any family) and port neither accept nor refuse connections, as behind a bad firewall."""
     with contextlib.ExitStack() as stack:
 
         def make(address: str, port: int) -> tuple[int, str]:
@@ -69,7 +69,7 @@ def bury() -> Iterator[Callable[[str, int], tuple[int, str]]]:
 
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """From its call on, the next address is tried only when the one before has failed."""
+    """Give a function after whose call the next address is tried only when the one before has failed."""
     return lambda: monkeypatch.setattr(connect, "_ATTEMPT_DELAY", 3600.0)
 
 
@@ -115,7 +115,7 @@ def test_row_47_a_dead_address_does_not_slow_down_many_shards(
     begun = time.monotonic()
     weights = ndcache.load(f"http://{NAME}:{port}/", timeout=(60.0, 60.0))
     assert len(weights) == 12
-    assert time.monotonic() - begun < 60  # the time to connect, of which not one was spent
+    assert time.monotonic() - begun < 60  # far less than a single timeout for connecting
 
 
 def test_row_47_a_dead_address_of_a_proxy(

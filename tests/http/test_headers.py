@@ -1,4 +1,4 @@
-"""Header fields as hostile servers may send them: only what is exactly right is believed, only our errors come out."""
+"""Header fields of hostile servers: only valid ones are believed, and all errors are ours."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def server() -> Iterator[ScriptedServer]:
 @example(b"HTTP/1.1 302 Found\r\nLocation: http://[\r\n\r\n")
 @example(os.urandom(1 << 17))
 def test_row_4_any_bytes_of_a_server_give_a_response_or_our_error(server: ScriptedServer, data: bytes) -> None:
-    """An answer that can be read to its end, or one of our errors; nothing else, and no waiting."""
+    """The result is a response that can be read to its end, or one of our errors, and comes without waiting."""
     server.script = {"/": [then_close(data)]}
     with (
         contextlib.closing(Transport(timeout=(5.0, 5.0))) as transport,

@@ -39,7 +39,7 @@ PATH = "/params_shard_0.bin"
 
 @pytest.fixture
 def log(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
-    """Give the warnings so far."""
+    """Give a function that returns the warnings so far."""
     caplog.set_level(logging.DEBUG, "ndcache")
     return lambda: [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
@@ -51,11 +51,11 @@ def wait_until(condition: Callable[[], Any]) -> None:
         time.sleep(0.005)
 
 
-# --- without time: an origin's limit against servers that are simulated ----------------------------------
+# --- in simulated time: an origin's limit against simulated servers --------------------------------------
 
 
 class Connections:
-    """So many at once."""
+    """A server that limits the requests at once."""
 
     def __init__(self, most: int) -> None:
         self.most = most
@@ -65,7 +65,7 @@ class Connections:
 
 
 class Rate:
-    """So many per second, after a burst."""
+    """A server that limits the requests per second, after a burst."""
 
     def __init__(self, rate: float, burst: int = 0) -> None:
         self.rate, self.burst, self.excess, self.last = rate, burst, 0.0, -1e9
@@ -79,7 +79,7 @@ class Rate:
 
 
 class Window:
-    """So many in any so many seconds; if `counts_all`, what is refused counts, too."""
+    """A server that limits the requests in any period of some seconds; if `counts_all`, refused ones count, too."""
 
     def __init__(self, most: int, seconds: float, *, counts_all: bool = False) -> None:
         self.most, self.seconds, self.counts_all, self.times = most, seconds, counts_all, list[float]()
@@ -93,7 +93,7 @@ class Window:
 
 
 class Hiccup:
-    """One that refuses some requests, by their numbers, for no reason."""
+    """A server that refuses the requests with certain numbers, for no reason."""
 
     def __init__(self, *numbers: int) -> None:
         self.numbers, self.count = numbers, 0
@@ -104,14 +104,14 @@ class Hiccup:
 
 
 class Simulation:
-    """Shards of one model, loaded by workers from a server, in simulated time.
+    """A load of one model's shards by workers, in simulated time.
 
     Attributes
     ----------
     now : float
-        Seconds that it took.
+        Seconds that the load took.
     refused : int
-        Answers 429.
+        Refused requests.
     """
 
     def __init__(
@@ -226,7 +226,7 @@ def test_row_49_all_wait_for_as_long_as_the_server_asks() -> None:
     limit = OriginLimit()
     limit.refused(limit.start(100.0), 100.0, 7.0)
     assert limit.delay(100.0) == 7.0
-    limit.refused(limit.start(107.0), 107.0, 1e9)  # for which nobody waits: the load ends
+    limit.refused(limit.start(107.0), 107.0, 1e9)  # no request waits so long: the load ends
     assert limit.delay(107.0) < 1
 
 
@@ -290,7 +290,7 @@ import os
 from ndcache.http.rate_limits import RateLimits
 from ndcache.workers.cancellation import Cancellation
 shared = RateLimits()
-with shared.of("http://host/")._lock:  # as of a thread that makes a request just then
+with shared.of("http://host/")._lock:  # held as by a thread that makes a request at that moment
     if os.fork() == 0:
         shared.of("http://host/").acquire(Cancellation()).release()
         os._exit(0)
@@ -303,7 +303,7 @@ QUICK = RetryPolicy(retries=2, backoff=0.001)
 
 
 class ActiveFor(OriginActivity):
-    """As if others got something between each two of so many tries."""
+    """Activity of an origin that sends something to others between each two of so many tries."""
 
     def __init__(self, tries: int) -> None:
         super().__init__()
@@ -388,7 +388,7 @@ def test_row_49_a_limit_of_connections(
 def test_row_49_a_server_that_refuses_all_shards_is_given_up(
     tmp_path: Path, scripted: ScriptedServer, status: int
 ) -> None:
-    """The shards do not use up their tries one after the other, at the pace that the refusals have brought about."""
+    """The shards do not use up their tries one after the other, at the low rate that follows the refusals."""
     simple_model(tmp_path / "model", shards=40)
     for path in (tmp_path / "model").iterdir():
         is_given = path.name.endswith(("json", "_0.bin", "_1.bin"))
@@ -434,7 +434,7 @@ def test_row_49_pieces_of_a_large_shard(
 def test_row_49_a_shard_that_is_refused_until_all_others_came(
     tmp_path: Path, scripted: ScriptedServer, cache_dir: Path
 ) -> None:
-    """One try more than `retries` for each of the other shards."""
+    """It is refused once for each of the other shards, and so more often than `retries` allows."""
     arrays = simple_model(tmp_path / "model", shards=5)
     refusals = itertools.count()
 
@@ -486,7 +486,7 @@ def test_row_49_a_shard_that_is_refused_for_ever(
 def test_row_49_retry_after_that_is_over_is_no_reason_to_hurry(
     tmp_path: Path, scripted: ScriptedServer, status: int, value: str
 ) -> None:
-    """It is well again after a second; seven tries at once would not see that."""
+    """The server recovers after a second, which seven tries at once would not notice."""
     if value == "a minute ago":
         value = email.utils.formatdate(time.time() - 60, usegmt=True)
     arrays = simple_model(tmp_path / "model", shards=1)
@@ -531,7 +531,7 @@ def test_row_49_one_retry_after_delays_all_requests(tmp_path: Path, scripted: Sc
 def test_row_49_only_the_server_that_is_redirected_to_is_limited(
     tmp_path: Path, serve: Serve, scripted: ScriptedServer, log: Callable[[], list[str]]
 ) -> None:
-    """Hugging Face's storage, which limits us, is not the hub, which does not."""
+    """Hugging Face's storage limits requests, while its hub does not."""
     arrays = simple_model(tmp_path / "model", shards=12, shard_bytes=20_000)
     limit = ConnectionLimit(2)
     storage = serve(tmp_path / "model", rate=200_000, limit=limit)

@@ -1,4 +1,4 @@
-"""Interim answers (1xx), wherever they may come, row 46 of docs/faults.rst; which connections are kept."""
+"""Interim responses (1xx), row 46 of docs/faults.rst, and the choice among kept connections."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_row_46_interim_responses_through_a_tunnel(
 
 
 def tunnel(port: int, before: bytes = b"") -> Step:
-    """What a proxy does when it is asked for a CONNECT; `before` is sent before its answer."""
+    """Answer a CONNECT as a proxy does; `before` is sent before the response."""
 
     def step(connection: Connection, request: Request) -> None:
         assert request.method == "CONNECT"
@@ -152,7 +152,7 @@ def test_row_46_a_change_of_the_protocol_fails(scripted: ScriptedServer, transpo
 def test_row_49_an_open_connection_goes_before_a_new_one(
     request: pytest.FixtureRequest, scripted: ScriptedServer, over: str, whose: str
 ) -> None:
-    """Else a server that allows so many connections refuses one again and again, while one that is open lies idle."""
+    """Otherwise a server that limits connections refuses new ones again and again, while an open one lies idle."""
     server = request.getfixturevalue("secure") if over == "https" else scripted
     server.script["/a"] = [reply(200, b"there")]
     server.script["/limited"] = [reply(503, b"busy", {"Connection": "close"})]

@@ -1,4 +1,4 @@
-"""Connections with TLS: what breaks is tried again, what is wrong is final, and bytes are handed on as they come."""
+"""TLS connections: broken ones are tried again, wrong ones are final, and bytes are returned as they come."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def trusted(authority: trustme.CA, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 @pytest.fixture
 def secure(scripted: ScriptedServer, authority: trustme.CA, trusted: None) -> ScriptedServer:
-    """A server with a model of one shard, of which each test says how it comes at first."""
+    """Serve a model of one shard; each test sets how the shard is sent at first."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("127.0.0.1").configure_cert(context)
     scripted.wrap(context)
@@ -64,7 +64,7 @@ def manifest() -> bytes:
 
 
 def give(connection: Connection, request: Request) -> None:
-    """The shard, from the byte on that is asked for."""
+    """Send the shard from the first byte of the requested range on."""
     start = int(request.headers.get("range", "bytes=0-")[6:].partition("-")[0])
     headers = {**ETAG, "Content-Range": f"bytes {start}-{len(DATA) - 1}/{len(DATA)}"} if start else ETAG
     connection.send(reply(206 if start else 200, DATA[start:], headers))
@@ -74,7 +74,7 @@ def assert_loads(url: str) -> None:
     assert ndcache.load(url, retries=ndcache.RetryPolicy(backoff=0.01))["a"].tobytes() == DATA
 
 
-# --- what breaks -----------------------------------------------------------------------------------------
+# --- broken connections ----------------------------------------------------------------------------------
 
 
 def below_tls(data: bytes) -> Callable[[Connection], None]:
@@ -82,7 +82,7 @@ def below_tls(data: bytes) -> Callable[[Connection], None]:
 
 
 def say_goodbye(connection: Connection) -> None:
-    """The notice that TLS ends a connection with."""
+    """Return the notice with which TLS ends a connection."""
     connection.sock.settimeout(0.01)
     with contextlib.suppress(OSError):
         assert isinstance(connection.sock, ssl.SSLSocket)
@@ -117,11 +117,11 @@ def test_row_45_a_body_whose_connection_breaks_is_resumed(secure: ScriptedServer
     secure.script[SHARD] = [step, give]
     assert_loads(secure.url)
     _, second = secure.requests_for(SHARD)
-    if framing in HEAD and how != "reset":  # which takes along what the client has not read
+    if framing in HEAD and how != "reset":  # a reset discards bytes that the client has not read
         assert second.headers["range"] == f"bytes={len(DATA) // 2}-{len(DATA) - 1}"
 
 
-@pytest.mark.parametrize("how", sorted(BREAKS.keys() - {"reset"}))  # which takes along what was not read
+@pytest.mark.parametrize("how", sorted(BREAKS.keys() - {"reset"}))  # a reset discards bytes that were not read
 def test_row_45_bytes_that_came_before_the_connection_broke_are_returned(
     secure: ScriptedServer, transport: Transport, how: str
 ) -> None:
@@ -146,7 +146,7 @@ def test_row_45_bytes_that_came_before_the_connection_broke_are_returned(
 
 
 def alert(description: int) -> bytes:
-    """A fatal alert (RFC 8446, 6.2)."""
+    """Return a fatal alert (RFC 8446, 6.2)."""
     return bytes([21, 3, 3, 0, 2, 2, description])
 
 
@@ -172,7 +172,7 @@ HELLOS: dict[str, tuple[bytes | None, str | None]] = {
 
 @contextlib.contextmanager
 def front(server: ScriptedServer, answer: bytes | None, *, first: int = 1) -> Iterator[tuple[str, list[bytes]]]:
-    """A front end that answers the first hellos with `answer` (None: a reset), and passes the others on to `server`."""
+    """Answer the first hellos with `answer` (None: a reset), and pass the others on to `server`."""
     hellos: list[bytes] = []
 
     def serve(sock: socket.socket) -> None:
@@ -222,7 +222,7 @@ def test_row_17_an_alert_in_the_handshake_is_final(secure: ScriptedServer, how: 
 def test_row_17_a_server_that_wants_a_client_certificate(
     secure: ScriptedServer, authority: trustme.CA, version: ssl.TLSVersion
 ) -> None:
-    """With TLS 1.3 the client learns of it only after the handshake."""
+    """With TLS 1.3, the client learns this only after the handshake."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = context.maximum_version = version
     context.verify_mode = ssl.CERT_REQUIRED
@@ -231,7 +231,7 @@ def test_row_17_a_server_that_wants_a_client_certificate(
     secure.wrap(context)
     with pytest.raises(ndcache.NdcacheError) as caught:
         ndcache.load(secure.url, retries=ndcache.RetryPolicy(1, backoff=0.01))
-    # The alert may be overtaken by the reset of the connection, which is all that is seen then.
+    # The reset of the connection may overtake the alert, which is never seen then.
     assert isinstance(caught.value, ndcache.TLSError | ndcache.ConnectError)
     if isinstance(caught.value, ndcache.TLSError):
         assert "certificate from this machine" in str(caught.value)
@@ -257,7 +257,7 @@ def test_row_45_the_end_of_a_body_without_framing(secure: ScriptedServer, transp
 
 
 def test_row_45_a_whole_model_without_framing_or_notice_loads_at_once(secure: ScriptedServer) -> None:
-    """As servers of HTTP/1.0 send it: the manifest's brackets, and its sizes, tell what is whole."""
+    """Servers of HTTP/1.0 send it so; the manifest's brackets and sizes tell whether bodies are complete."""
     secure.script = {path: [unframed(data, BREAKS["no notice"])] for path, data in FILES.items()}
     assert_loads(secure.url)
     assert len(secure.requests) == 2
@@ -301,7 +301,7 @@ def chunk(data: bytes) -> bytes:
 def test_row_13_a_read_returns_as_soon_as_bytes_have_come(
     secure: ScriptedServer, transport: Transport, framing: str
 ) -> None:
-    """After a fast start, each record is sent when the one before has been handed on."""
+    """After a fast start, each record is sent when the one before has been returned."""
     taken = threading.Semaphore(0)
     pieces = [os.urandom(100 + 50 * number) for number in range(20)]
     total = len(DATA) + sum(map(len, pieces))

@@ -1,4 +1,4 @@
-"""What a server may answer, and what becomes of it; on real sockets but for the plain table of statuses."""
+"""Requests and responses, on real sockets but for the plain table of statuses."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_only_the_identity_encoding_is_asked_for(transport: Transport, scripted:
     assert scripted.requests[0].headers["user-agent"] == f"ndcache/{ndcache.__version__}"
 
 
-# --- bad answers --------------------------------------------------------------------------------------
+# --- bad responses ------------------------------------------------------------------------------------
 
 LENGTH = "HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\nabc"
 
@@ -175,7 +175,7 @@ def test_row_13_a_silent_server_fails_after_the_read_timeout(scripted: ScriptedS
     waited = time.monotonic() - begun
     transport.close()
     assert caught.value.retryable
-    assert SHORT[1] <= waited < SHORT[0]  # so it was not the time to connect, or another one
+    assert SHORT[1] <= waited < SHORT[0]  # so it was not the timeout for connecting, or another one
 
 
 def test_a_chunked_body_is_put_together(transport: Transport, scripted: ScriptedServer) -> None:
@@ -231,7 +231,7 @@ def authority() -> trustme.CA:
 
 @pytest.fixture
 def secure(scripted: ScriptedServer, authority: trustme.CA) -> ScriptedServer:
-    """The scripted server, speaking TLS with a certificate of `authority`."""
+    """Let the scripted server speak TLS with a certificate of `authority`."""
     scripted.wrap(with_name(authority, "127.0.0.1"))
     return scripted
 
@@ -543,7 +543,7 @@ def test_row_18_a_circle_of_redirects_is_followed_once(transport: Transport, scr
 
 
 def cookie_wall(target: str, cookie: str = "id=1") -> Any:
-    """Give a cookie to those that have none, and send them to `target`; answer the others."""
+    """Redirect requests without the cookie to `target`, with the cookie; answer the others."""
 
     def step(connection: Connection, request: Request) -> None:
         has_it = cookie in request.headers.get("cookie", "")
@@ -691,7 +691,7 @@ def test_row_14_retry_after_as_a_date(transport: Transport, scripted: ScriptedSe
     assert 900 < caught.value.retry_after <= 1000
 
 
-# --- stopping -----------------------------------------------------------------------------------------
+# --- cancellation -------------------------------------------------------------------------------------
 
 
 BEGUN = reply(200, b"abc", length=10)
@@ -699,7 +699,7 @@ BEGUN = reply(200, b"abc", length=10)
 
 @pytest.mark.parametrize(
     ("sent", "callers_session"),
-    # The connections of a caller's session can be reached from the headers on only.
+    # The connections of a caller's session can be shut only once the headers have come.
     [(b"", False), (BEGUN, False), (BEGUN, True)],
     ids=["headers", "body", "body of a caller's session"],
 )
@@ -775,7 +775,7 @@ def test_a_forked_child_makes_connections_of_its_own(transport: Transport, scrip
 
 @pytest.fixture
 def deaf() -> Iterator[str]:
-    """The address of a server whose queue is full: connecting to it takes for ever."""
+    """Give the address of a server whose queue is full, so that connecting to it takes for ever."""
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
         for _ in range(4):
@@ -787,7 +787,7 @@ def deaf() -> Iterator[str]:
 
 @pytest.fixture
 def mute() -> Iterator[str]:
-    """The address of a server that takes connections and says nothing."""
+    """Give the address of a server that accepts connections and sends nothing."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         yield f"127.0.0.1:{listener.getsockname()[1]}"
 
@@ -807,7 +807,7 @@ def test_row_36_connecting_and_tls_handshakes_are_cancelled(request: pytest.Fixt
 
 
 def test_row_12_connecting_has_a_timeout_of_its_own(deaf: str) -> None:
-    """A server that is slow to answer at first is not one that sends next to nothing."""
+    """A server that is slow to accept a connection has not stalled."""
     cancellation, transport = Cancellation(), Transport(timeout=(1.0, 0.1))
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(get, transport, f"http://{deaf}/", cancellation)
@@ -834,7 +834,7 @@ def test_row_13_a_server_that_is_silent_in_the_handshake(mute: str) -> None:
 def test_an_address_that_does_not_answer_is_not_the_last(
     transport: Transport, scripted: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As where a host has an IPv6 address and the network does not."""
+    """This happens where a host has an IPv6 address and the network does not."""
     look_up = socket.getaddrinfo
 
     def two_addresses(host: str, port: int, *args: Any) -> list[Any]:
@@ -909,4 +909,4 @@ def test_connections_are_closed_by_close_and_not_by_finalizers(transport: Transp
     pool = session.get_adapter(scripted.url).poolmanager.connection_from_url(scripted.url)  # type: ignore[attr-defined]
     transport.close()
     assert hung_up.wait(30)
-    assert pool.pool is not None  # a request that is about to be made with it still can be
+    assert pool.pool is not None  # a request that is about to use the pool still can

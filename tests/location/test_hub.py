@@ -39,7 +39,7 @@ HOME = Origin("https", "huggingface.co", 443)
         ("hf://o/n@refs/heads/main/sub", "refs%2Fheads%2Fmain", "sub/"),
         ("hf://o/n@refs/tags/v1", "refs%2Ftags%2Fv1", ""),
         ("hf://o/n@feature%2Fx/sub", "feature%2Fx", "sub/"),
-        # folders of a branch that is called refs, or of one that is not
+        # folders of a branch named refs, and of another one
         ("hf://o/n@refs", "refs", ""),
         ("hf://o/n@refs/pr", "refs", "pr/"),
         ("hf://o/n@refs/pr/x1", "refs", "pr/x1/"),
@@ -165,13 +165,13 @@ def test_row_43_a_token_that_cannot_be_sent(
         assert (value if name == "HF_TOKEN_PATH" else "HF_TOKEN") in str(caught.value)
         assert caught.value.attempts in (None, 1)
         assert value == str(tmp_path / "token") or value not in str(caught.value)
-        ndcache.load(tmp_path / "local")  # which it is nothing to
+        ndcache.load(tmp_path / "local")  # the token does not matter here
     assert not scripted.connections
 
 
 @pytest.fixture
 def gated(tmp_path: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> FileServer:
-    """An endpoint, and a login in a file."""
+    """Serve an endpoint that wants the token in a login file."""
     simple_model(tmp_path / "www" / "o" / "m" / "resolve" / "main")
     server = serve(tmp_path / "www")
     monkeypatch.setenv("HF_ENDPOINT", server.url)
@@ -222,7 +222,7 @@ def test_row_43_the_callers_credentials_go_before_the_login(
 
 
 def test_row_43_a_mirror_on_hugging_face_has_the_login(gated: FileServer, scripted: ScriptedServer) -> None:
-    """And nothing of the caller's session, which is for the source."""
+    """It gets nothing from the caller's session, which is for the source."""
     manifest = (gated.directory / "o/m/resolve/main/tensor-cache.json").read_bytes()
     scripted.script["/tensor-cache.json"] = [reply(200, manifest)]
     with requests.Session() as session:
@@ -250,7 +250,7 @@ def test_row_43_one_model_at_all_endpoints(tmp_path: Path, serve: Serve, monkeyp
         assert ndcache.is_cached(source), source
         assert_same(ndcache.load(source, offline=True), arrays)
         assert ndcache.verify(source).ok
-    assert not ndcache.is_cached(f"{first.url}o/m")  # which is no endpoint now
+    assert not ndcache.is_cached(f"{first.url}o/m")  # this is not the endpoint any more
     weights = ndcache.load("hf://o/m")
     assert weights.stats.network_bytes == 0
     assert [request.path for request in second.requests] == ["/sub/o/m/resolve/main/tensor-cache.json"]
@@ -267,7 +267,7 @@ def test_row_43_one_model_at_all_endpoints(tmp_path: Path, serve: Serve, monkeyp
 def test_row_43_models_that_an_earlier_version_cached_are_found(
     tmp_path: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It had a directory for each endpoint."""
+    """Earlier versions had a directory for each endpoint."""
     arrays = simple_model(tmp_path / "www" / "o" / "m" / "resolve" / "main")
     server = serve(tmp_path / "www")
     former = ndcache.fetch(f"{server.url}o/m/resolve/main/")
@@ -302,7 +302,7 @@ def test_an_endpoint_with_a_password(scripted: ScriptedServer, monkeypatch: pyte
 
 
 class Hub:
-    """A repository whose branch ``main`` is at a commit of `server`'s; each commit is a directory."""
+    """A repository whose branch ``main`` points to a commit of `server`; each commit is a directory."""
 
     def __init__(self, server: ScriptedServer, root: Path) -> None:
         self.server, self.root, self.main = server, root, A
@@ -347,7 +347,7 @@ def test_row_43_a_branch_that_moves_during_the_load(hub: Hub) -> None:
     hub.moves_to = B
     assert len(ndcache.load("hf://o/m", max_workers=1)) == 2
     assert hub.asked() == ["main/tensor-cache.json", *(f"{A}/{name}" for name in SHARDS[:2])]
-    assert len(ndcache.load("hf://o/m", max_workers=1)) == 3  # the next load finds the branch where it is now
+    assert len(ndcache.load("hf://o/m", max_workers=1)) == 3  # the next load follows the branch
     assert hub.asked() == ["main/tensor-cache.json", *(f"{B}/{name}" for name in SHARDS)]
     assert len(ndcache.load("hf://o/m")) == 3
     assert hub.asked() == ["main/tensor-cache.json"]
@@ -403,7 +403,7 @@ def test_row_43_only_the_endpoint_says_what_commit_it_is(hub: Hub, serve: Serve,
 def test_row_43_a_transfer_goes_on_at_another_commit(
     tmp_path: Path, scripted: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A commit that changes other files is no reason to begin anew: the ETag tells that this one is the same."""
+    """A commit that changes other files does not restart the transfer, as the ETag of this one is the same."""
     simple_model(tmp_path / "www", shards=1, shard_bytes=1 << 16)
     manifest, data = ((tmp_path / "www" / name).read_bytes() for name in ("tensor-cache.json", SHARDS[0]))
     monkeypatch.setenv("HF_ENDPOINT", scripted.url)

@@ -1,4 +1,4 @@
-"""What the user typed → where the model is."""
+"""Locations of models, from the sources that users type."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_endpoint(endpoint: str) -> None:
     assert str(hf_endpoint({"HF_ENDPOINT": endpoint})).rstrip("/") == bare
     assert remote("hf://owner/name@v1", HF_ENDPOINT=endpoint).base == f"{bare}/owner/name/resolve/v1/"
     assert remote(f"{bare}/owner/name/tree/v1", HF_ENDPOINT=endpoint).base == f"{bare}/owner/name/resolve/v1/"
-    # A page's own host stays what it is.
+    # The host of a page stays as it is.
     assert remote("https://huggingface.co/owner/name", HF_ENDPOINT=endpoint).base == f"{HF}/main/"
 
 
@@ -303,7 +303,7 @@ def test_url_of_a_file(path: str, quoted: str) -> None:
     parts = urlsplit(url)
     assert (parts.hostname, parts.port, parts.query, parts.fragment) == ("host", 8443, "", "")
     assert urljoin(url, "") == url
-    # What `requests` makes of it is the same: quoting what is quoted changes nothing.
+    # `requests` leaves it as it is: quoting a quoted text changes nothing.
     assert remote(url + "/").base == url + "/"
 
 

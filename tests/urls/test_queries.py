@@ -1,4 +1,4 @@
-"""Queries that choose the model, and those that only sign a request for it."""
+"""Queries that identify a model, and those that only sign a request for it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ SIGNED = [
 
 @pytest.mark.parametrize("query", SIGNED)
 def test_row_44_a_signature_is_no_part_of_the_model(query: str) -> None:
-    """Not by itself, and not beside what is, wherever it stands."""
+    """A signature identifies nothing, alone or beside parameters that do, wherever it stands."""
     assert identifying_query(query) == ""
     assert query_digest(query) == ""
     for mixed in (f"model=a&{query}", f"{query}&model=a", f"{query.replace('&', '&model=a&', 1)}"):
@@ -53,7 +53,7 @@ def test_row_44_a_signature_is_no_part_of_the_model(query: str) -> None:
     plain, signed = locate("https://host/m/"), locate(f"https://host/m/?{query}")
     assert signed.cache_keys == plain.cache_keys
     assert str(signed) == str(plain)
-    assert signed.query  # is sent all the same
+    assert signed.query  # is sent nevertheless
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_row_44_all_else_is(query: str) -> None:
 
 
 def test_row_44_two_orders_are_one_model() -> None:
-    """Parameters of different names have no order, those of one name have theirs."""
+    """Parameters with different names have no order; those with the same name keep theirs."""
     assert identifying_query("b=2&a=1") == identifying_query("a=1&b=2&") == identifying_query("&a=1&&b=2")
     assert identifying_query("a=2&b=3&a=1") == "a=2&a=1&b=3" != identifying_query("a=1&b=3&a=2")
     keys = {locate(f"https://host/m/?{query}").cache_keys for query in ("b=2&a=1", "a=1&b=2", "a=1&sig=x&b=2")}
@@ -78,7 +78,7 @@ def test_row_44_two_orders_are_one_model() -> None:
 
 
 def test_row_44_the_documented_list() -> None:
-    """What docs/urls.rst names as parameters of signatures is taken for that."""
+    """All parameters that docs/urls.rst lists count as signatures."""
     text = (Path(__file__).parents[2] / "docs" / "urls.rst").read_text("utf-8")
     rows = re.findall(r"^   \* - .+\n     - (.+(?:\n       .+)*)", text.partition("Signatures")[2], re.MULTILINE)
     assert len(rows) > 8
@@ -89,7 +89,7 @@ def test_row_44_the_documented_list() -> None:
 
 @pytest.fixture
 def by_query(tmp_path: Path, scripted: ScriptedServer) -> ScriptedServer:
-    """A server whose query ``model`` says which model it gives; all else in a query means nothing to it."""
+    """Serve the model that the query's ``model`` names; all other parameters mean nothing."""
 
     def answer(connection: Connection, request: Request) -> None:
         chosen = dict(parse_qsl(urlsplit(request.target).query)).get("model", "a")
@@ -132,7 +132,7 @@ def test_row_44_two_models_of_one_address(by_query: ScriptedServer, tmp_path: Pa
 
 
 def test_row_44_mirrors_of_one_path(by_query: ScriptedServer, tmp_path: Path) -> None:
-    """What has come of one is never gone on with from the other, whatever ETags they have."""
+    """A partial file of one is never completed from the other, whatever ETags they have."""
     shard = (tmp_path / "b" / "params_shard_0.bin").read_bytes()
     right = by_query.script["/params_shard_0.bin"][0]
 

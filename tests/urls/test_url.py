@@ -1,4 +1,4 @@
-"""The origin that is judged is the one that is connected to; what several readers read differently is refused."""
+"""The origin that is checked is the one that is connected to; ambiguous URLs are refused."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from ndcache.workers.stall import StallWatch
 
 from ..helpers.servers import ScriptedServer, reply
 
-# --- what is read, and how ----------------------------------------------------------------------------
+# --- parsing ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_row_41_where_a_redirect_leads(target: str, leads_to: str | None) -> Non
         assert str(here.join(target)) == leads_to
 
 
-# --- 20,000 URLs, and who is connected to -------------------------------------------------------------
+# --- 20,000 URLs, and the hosts that are connected to -------------------------------------------------
 
 NASTY = [
     *("\\", "\t", "\n", "\r", " ", "%2e", "%40", "%00", "%5c", "%", "@", ":", "#", "?", "/", ";", ",", "..", ".", "["),
@@ -232,16 +232,16 @@ def generated(number: int, seed: int) -> Iterator[str]:
 
 @dataclass
 class Peers:
-    """Gives each host and port that is looked up an address and a server of its own, which says who it is.
+    """Servers that tell their host and port: each host and port that is looked up gets one, at an address of its own.
 
     Attributes
     ----------
     connected : list
-        The hosts and ports that were connected to, each time.
+        The host and port of each connection.
     seen : dict
-        By host and port, the heads of the requests that came there.
+        By host and port, the heads of the requests received there.
     redirects : dict of bytes to bytes
-        By the path that is asked for, the Location of the answer.
+        By the requested path, the Location of the response.
     """
 
     connected: list[tuple[str, int]] = field(default_factory=list)
@@ -257,7 +257,7 @@ class Peers:
         self._thread.start()
 
     def look_up(self, host: str, port: int, *_: Any) -> list[Any]:
-        """In place of `socket.getaddrinfo`."""
+        """Replace `socket.getaddrinfo`."""
         who = (host, port)
         if who not in self._listeners:
             number = len(self._listeners)
@@ -320,7 +320,7 @@ def answer(transport: Transport, url: str) -> str:
 
 
 def test_row_41_the_origin_that_is_checked_is_the_one_that_answers(peers: Peers) -> None:
-    """Of 20,000 URLs, each that is let in goes to the host and port that were judged."""
+    """Each of 20,000 URLs that is accepted goes to the host and port that were checked."""
     transport, reached = Transport(), 0
     for text in generated(20_000, seed=1):
         try:
@@ -342,7 +342,7 @@ def test_row_41_the_origin_that_is_checked_is_the_one_that_answers(peers: Peers)
 
 
 def test_row_41_a_redirect_takes_no_secret_elsewhere(peers: Peers) -> None:
-    """The home origin redirects to 5,000 addresses; none but itself ever sees what is for it."""
+    """The home origin redirects to 5,000 addresses, and is the only one that ever sees its secrets."""
     session = requests.Session()
     session.headers["X-Api-Key"] = "secret"
     session.cookies.set("id", "secret")
@@ -380,7 +380,7 @@ def test_row_41_a_redirect_takes_no_secret_elsewhere(peers: Peers) -> None:
 
 
 def test_row_41_a_session_that_changes_the_url_is_stopped() -> None:
-    """Should any part above the sockets read a URL otherwise than it was judged, nothing is sent."""
+    """Nothing is sent if a library above the sockets reads another origin than the one that was checked."""
     transport = Transport()
     session = transport._sessions.get(with_secrets=True)
     for url in ("http://127.0.0.1:9/", "https://localhost/", "http://localhost:80/"):
