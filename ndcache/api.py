@@ -1,29 +1,108 @@
-"""The verbs as functions, each with a `Loader` of its own. Everything here is exported from `ndcache`."""
+"""The functions `load` and `stream`, which use a `Loader` of their own."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, TypeVar, overload
 
-from .format.manifest import Manifest, NameFilter
-from .loader import Loader, Source
-from .pipeline import VerifyReport
+import requests
+
+from .context import VerifyMode
+from .devices.cpu import Array
+from .devices.gpu.tensor import GPUTensor
+from .format.manifest import NameFilter
+from .http.retry import RetryPolicy
+from .loader import Loader
+from .options import OPTION_NAMES, GPUDeviceLike, GPUName, Source, check_keywords, hide_keywords
 from .progress import Progress
 from .weights import Weights
 
-if TYPE_CHECKING:
-    import wgpu
-
-__all__ = ["delete", "fetch", "is_cached", "load", "read_manifest", "stream", "verify"]
+__all__ = ["load", "stream"]
 
 T = TypeVar("T")
 
 
+@overload
 def load(
     source: Source,
-    device: str | wgpu.GPUDevice = "cpu",
+    device: Literal["cpu"] = "cpu",
+    *,
+    names: NameFilter = None,
+    decode: bool = True,
+    copy: bool = False,
+    progress: Progress = None,
+    trace: str | os.PathLike[str] | None = None,
+    max_workers: int = 8,
+    cache_dir: str | os.PathLike[str] | None = None,
+    scope: str = "default",
+    timeout: float | tuple[float, float] = (10.0, 30.0),
+    retries: int | RetryPolicy = 6,
+    verify: VerifyMode = "download",
+    offline: bool = False,
+    session: requests.Session | None = None,
+    mirrors: Sequence[str] = (),
+    integrity: Mapping[str, str] | None = None,
+    memory_limit: int = 512 << 20,
+    cancel: threading.Event | None = None,
+) -> Weights[Array]: ...
+
+
+@overload
+def load(
+    source: Source,
+    device: GPUName | GPUDeviceLike,
+    *,
+    names: NameFilter = None,
+    decode: bool = True,
+    copy: bool = False,
+    progress: Progress = None,
+    trace: str | os.PathLike[str] | None = None,
+    max_workers: int = 8,
+    cache_dir: str | os.PathLike[str] | None = None,
+    scope: str = "default",
+    timeout: float | tuple[float, float] = (10.0, 30.0),
+    retries: int | RetryPolicy = 6,
+    verify: VerifyMode = "download",
+    offline: bool = False,
+    session: requests.Session | None = None,
+    mirrors: Sequence[str] = (),
+    integrity: Mapping[str, str] | None = None,
+    memory_limit: int = 512 << 20,
+    cancel: threading.Event | None = None,
+) -> Weights[GPUTensor]: ...
+
+
+@overload
+def load(
+    source: Source,
+    device: str | GPUDeviceLike,
+    *,
+    names: NameFilter = None,
+    decode: bool = True,
+    copy: bool = False,
+    progress: Progress = None,
+    trace: str | os.PathLike[str] | None = None,
+    max_workers: int = 8,
+    cache_dir: str | os.PathLike[str] | None = None,
+    scope: str = "default",
+    timeout: float | tuple[float, float] = (10.0, 30.0),
+    retries: int | RetryPolicy = 6,
+    verify: VerifyMode = "download",
+    offline: bool = False,
+    session: requests.Session | None = None,
+    mirrors: Sequence[str] = (),
+    integrity: Mapping[str, str] | None = None,
+    memory_limit: int = 512 << 20,
+    cancel: threading.Event | None = None,
+) -> Weights[Array | GPUTensor]: ...
+
+
+@hide_keywords
+def load(
+    source: Source,
+    device: Any = "cpu",
     *,
     names: NameFilter = None,
     decode: bool = True,
@@ -31,67 +110,144 @@ def load(
     progress: Progress = None,
     trace: str | os.PathLike[str] | None = None,
     **options: Any,
-) -> Weights:
+) -> Weights[Any]:
     """Load a model's weights, downloading what is not cached.
 
     Parameters
     ----------
     source : str or path-like
-        The http(s) URL of a model directory or of its manifest, ``hf://owner/name[@revision][/folder]``, a Hugging Face
-        repository's page, ``file://`` or a local path. A local directory is read in place: its files must not be
-        overwritten or cut while arrays of a load are in use, only replaced by renaming others over them.
-    device : {"cpu", "gpu", "gpu:N", "auto"} or wgpu.GPUDevice
-        ``"gpu:1"`` is the second adapter that ``ndcache doctor`` lists; ``"auto"`` is the first adapter that is real
+        The http(s) URL of a model directory or of its manifest, ``hf://owner/name[@revision][/folder]``, the page of a
+        Hugging Face repository, ``file://`` or a local path. A local directory is read in place. While arrays of a load
+        are in use, do not overwrite or truncate its files; replace them by renaming others over them.
+    device : {"cpu", "gpu", "gpu:N", "auto"} or wgpu.GPUDevice, default "cpu"
+        ``"gpu:1"`` is the second adapter that ``ndcache doctor`` lists. ``"auto"`` is the first adapter that is real
         hardware, else the CPU; `Weights.device` tells which.
     names : str, iterable of str, or callable, optional
-        Names, glob patterns (``"model.layers.0.*"``), or a predicate that is given each name. Only shards that hold a
-        match are fetched, and of one that holds few, only the bytes of these: they are compared with no digest, which
-        `LoadStats.integrity` shows, until something asks for the rest. Shards with a digest in `integrity`, or in a
-        manifest with one, come whole, and so does everything with ``verify="always"``.
-    decode : bool
-        Expand float32 that is stored as bfloat16 (the default). If False, such tensors are bfloat16.
-    copy : bool
-        Give each array memory of its own, which can be written and lets go of the file. By default, arrays that are
-        stored as they are used are read-only views of the mapped shard. GPU tensors always have their own.
+        Tensors to load: names, glob patterns (``"model.layers.0.*"``), or a predicate that is called with each name.
+        Only shards that hold a match are fetched. If a shard holds few matches, only their bytes are fetched, and not
+        compared with a digest (`LoadStats.integrity` counts such shards) until something asks for the rest. Shards come
+        whole if they or their manifest have a digest in `integrity`, or with ``verify="always"``.
+    decode : bool, default True
+        Expand float32 that is stored as bfloat16. If False, such tensors are bfloat16.
+    copy : bool, default False
+        Copy each array into writable memory, so that the shard file can be closed. By default, arrays whose stored
+        bytes are their values are read-only views of the mapped shard. GPU tensors always have memory of their own.
     progress : True, callable, or iterable of callables, optional
-        True draws a bar on standard error. A callable is given each `ProgressReport`, on this thread.
+        True draws a bar on standard error. A callable is called with each `ProgressReport`, on this thread.
     trace : path-like, optional
-        Write to this file what was done when, and on which thread, however the call ends: in the Trace Event Format,
+        Write a timeline of the call, by thread, to this file, however the call ends. It is in the Trace Event Format,
         which https://ui.perfetto.dev shows.
-    **options
-        Of `Loader`.
+    {options}
 
     Returns
     -------
     Weights
+        A mapping from names to `numpy.ndarray`, or to `GPUTensor` if the tensors are on a GPU.
 
     Warns
     -----
     RuntimeWarning
-        The server gave no valid manifest, for whatever reason, and the cached one is used. Or the cache cannot be
-        written, and what comes from the server stays in memory.
+        The server gave no valid manifest, and the cached one is used. Or the cache cannot be written, and what comes
+        from the server stays in memory.
 
     Raises
     ------
     NdcacheError
-        See `ndcache.errors` for the tree. What had been fetched stays in the cache.
+        See `ndcache.errors` for the tree. What has been fetched stays in the cache.
     KeyError
         A name or pattern matches no tensor.
     ValueError, TypeError
-        An argument is none of the above.
+        An argument is unknown, or has a type or a value that it must not have.
 
     Examples
     --------
     >>> weights = ndcache.load("https://host/model/", device="gpu", progress=True)
     >>> weights["model.embed_tokens.q_weight"].buffer
     """
+    check_keywords(load, options.keys() - OPTION_NAMES)
     with Loader(**options) as loader:
         return loader.load(source, device, names=names, decode=decode, copy=copy, progress=progress, trace=trace)
 
 
+@overload
 def stream(
     source: Source,
-    device: str | wgpu.GPUDevice = "cpu",
+    device: Literal["cpu"] = "cpu",
+    *,
+    names: NameFilter = None,
+    decode: bool = True,
+    copy: bool = False,
+    progress: Progress = None,
+    trace: str | os.PathLike[str] | None = None,
+    max_workers: int = 8,
+    cache_dir: str | os.PathLike[str] | None = None,
+    scope: str = "default",
+    timeout: float | tuple[float, float] = (10.0, 30.0),
+    retries: int | RetryPolicy = 6,
+    verify: VerifyMode = "download",
+    offline: bool = False,
+    session: requests.Session | None = None,
+    mirrors: Sequence[str] = (),
+    integrity: Mapping[str, str] | None = None,
+    memory_limit: int = 512 << 20,
+    cancel: threading.Event | None = None,
+) -> Iterator[tuple[str, Array]]: ...
+
+
+@overload
+def stream(
+    source: Source,
+    device: GPUName | GPUDeviceLike,
+    *,
+    names: NameFilter = None,
+    decode: bool = True,
+    copy: bool = False,
+    progress: Progress = None,
+    trace: str | os.PathLike[str] | None = None,
+    max_workers: int = 8,
+    cache_dir: str | os.PathLike[str] | None = None,
+    scope: str = "default",
+    timeout: float | tuple[float, float] = (10.0, 30.0),
+    retries: int | RetryPolicy = 6,
+    verify: VerifyMode = "download",
+    offline: bool = False,
+    session: requests.Session | None = None,
+    mirrors: Sequence[str] = (),
+    integrity: Mapping[str, str] | None = None,
+    memory_limit: int = 512 << 20,
+    cancel: threading.Event | None = None,
+) -> Iterator[tuple[str, GPUTensor]]: ...
+
+
+@overload
+def stream(
+    source: Source,
+    device: str | GPUDeviceLike,
+    *,
+    names: NameFilter = None,
+    decode: bool = True,
+    copy: bool = False,
+    progress: Progress = None,
+    trace: str | os.PathLike[str] | None = None,
+    max_workers: int = 8,
+    cache_dir: str | os.PathLike[str] | None = None,
+    scope: str = "default",
+    timeout: float | tuple[float, float] = (10.0, 30.0),
+    retries: int | RetryPolicy = 6,
+    verify: VerifyMode = "download",
+    offline: bool = False,
+    session: requests.Session | None = None,
+    mirrors: Sequence[str] = (),
+    integrity: Mapping[str, str] | None = None,
+    memory_limit: int = 512 << 20,
+    cancel: threading.Event | None = None,
+) -> Iterator[tuple[str, Array | GPUTensor]]: ...
+
+
+@hide_keywords
+def stream(
+    source: Source,
+    device: Any = "cpu",
     *,
     names: NameFilter = None,
     decode: bool = True,
@@ -100,10 +256,16 @@ def stream(
     trace: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> Iterator[tuple[str, Any]]:
-    """Like `load`, but give each tensor as soon as it is there, in manifest order.
+    """Load a model, and yield each tensor as soon as it is there, in manifest order.
 
-    Nothing is kept of a tensor that was given, so a model larger than memory can pass through. To stop early, close the
+    Tensors that were yielded are not kept, so a model larger than memory can pass through. To stop early, close the
     iterator or drop it.
+
+    Parameters
+    ----------
+    source, device, names, decode, copy, progress, trace
+        See `load`.
+    {options}
 
     Yields
     ------
@@ -113,10 +275,16 @@ def stream(
     Raises
     ------
     NdcacheError
-        As `load`: what concerns the manifest and the device at once, the rest on the way.
+        See `load`. Errors of the manifest and the device are raised by the call, all others while iterating.
     KeyError, ValueError, TypeError
-        As `load`, at once.
+        See `load`. They are raised by the call.
+
+    Examples
+    --------
+    >>> for name, array in ndcache.stream("https://host/model/"):
+    ...     print(name, array.shape)
     """
+    check_keywords(stream, options.keys() - OPTION_NAMES)
     loader = Loader(**options)
     try:
         tensors = loader.stream(source, device, names=names, decode=decode, copy=copy, progress=progress, trace=trace)
@@ -124,77 +292,6 @@ def stream(
         loader.close()
         raise
     return _closing_after(tensors, loader)
-
-
-def fetch(
-    source: Source,
-    *,
-    names: NameFilter = None,
-    progress: Progress = None,
-    trace: str | os.PathLike[str] | None = None,
-    **options: Any,
-) -> Path:
-    """Bring a model into the cache without decoding it.
-
-    Parameters, errors
-        As `load`; and `CacheUnavailableError` if the cache cannot be written.
-
-    Returns
-    -------
-    pathlib.Path
-        A model directory that ndcache, TVM and mlc_llm can read: the one in the cache, or the local source itself.
-        Shards of which only some bytes were asked for are known to ndcache alone.
-    """
-    with Loader(**options) as loader:
-        return loader.fetch(source, names=names, progress=progress, trace=trace)
-
-
-def read_manifest(source: Source, **options: Any) -> Manifest:
-    """The model's manifest, parsed and checked; it is kept in the cache if that can be, shards are not asked for.
-
-    Raises
-    ------
-    ManifestError, TransferError, OfflineError
-    """
-    with Loader(**options) as loader:
-        return loader.read_manifest(source)
-
-
-def is_cached(source: Source, **options: Any) -> bool:
-    """Whether the manifest and every shard of the right size are on disk. Makes no request."""
-    with Loader(**options) as loader:
-        return loader.is_cached(source)
-
-
-def verify(source: Source, **options: Any) -> VerifyReport:
-    """Compute the digests of what is cached. Bad shards are set aside, so that the next load fetches them anew.
-
-    A local source is only looked at. Makes no request.
-
-    Raises
-    ------
-    NotFoundError
-        Nothing of the model is cached.
-    """
-    with Loader(**options) as loader:
-        return loader.verify(source)
-
-
-def delete(source: Source, **options: Any) -> int:
-    """Remove a model from the cache.
-
-    Returns
-    -------
-    int
-        Bytes freed; 0 if it was not there.
-
-    Raises
-    ------
-    UnsafeCacheError
-        `source` is a local directory outside the cache, or not one that ndcache made.
-    """
-    with Loader(**options) as loader:
-        return loader.delete(source)
 
 
 def _closing_after(tensors: Iterator[T], loader: Loader) -> Iterator[T]:

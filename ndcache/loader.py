@@ -5,43 +5,41 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Literal, TypeVar, overload
 
 import requests
 
-from .context import LoadContext, VerifyMode
-from .devices import open_device
+from .context import VerifyMode
 from .devices.base import Device
+from .devices.cpu import Array
+from .devices.gpu.tensor import GPUTensor
 from .errors import CacheUnavailableError, ManifestError, NotFoundError, OfflineError, redact
-from .files.descriptors import budget
-from .format.integrity import parse_sri
 from .format.manifest import Manifest, NameFilter
-from .http.rate_limits import RateLimits
 from .http.retry import RetryPolicy
-from .http.transport import Transport
-from .location.hub import Login
-from .location.locate import Location, locate, locate_mirror
-from .options import LoaderOptions, with_options
+from .location.locate import locate
+from .options import (
+    GPUDeviceLike,
+    GPUName,
+    LoaderOptions,
+    Source,
+    check_keywords,
+    document_options,
+    hide_keywords,
+    suggest_keywords,
+)
 from .pipeline import VerifyReport, check_shards, fetch_shards, place_tensors, tracing
 from .progress import Progress
-from .sources import open_model
+from .resources import LoaderResources
 from .sources.client import Client
 from .sources.download import Downloader
-from .sources.file_url import file_url, possible_models
-from .sources.model import Flaw, Model
-from .store.inventory import cache_scope
-from .trace import Trace
+from .sources.file_url import choose_model, delete_file, file_url, find_file
+from .sources.model import Flaw
 from .weights import Weights
-from .workers.cancellation import Cancellation
-from .workers.pool import WorkerPool
-from .workers.stop_iteration import WrappedStopIteration, unwrap_stop_iteration, wrap_stop_iteration
+from .workers.stop_iteration import WrappedStopIteration, unwrap_stop_iteration
 
-if TYPE_CHECKING:
-    import wgpu
-
-__all__ = ["Loader", "Source"]
+__all__ = ["Loader"]
 
 #: How often a model is verified that is being updated meanwhile.
 _VERIFY_TRIES = 4
@@ -51,10 +49,10 @@ _FILES_PER_WORKER = 12
 #: The limit of a single file, whose size no manifest gives; it keeps an endless body from filling the disk.
 _MAX_FILE_BYTES = 64 << 30
 
-Source = str | os.PathLike[str]
 Tensor = TypeVar("Tensor")
 
 
+@document_options
 class Loader:
     """Load models with the same options, and reuse connections. Also a context manager.
 
@@ -76,7 +74,7 @@ class Loader:
     ...         weights = loader.load(source)
     """
 
-    @with_options
+    @suggest_keywords
     def __init__(
         self,
         *,
@@ -107,38 +105,69 @@ class Loader:
             memory_limit=memory_limit,
             cancel=cancel,
         )
-        environ = os.environ
-        self._cache = cache_scope(cache_dir, scope, environ)
-        self._policy = retries if isinstance(retries, RetryPolicy) else RetryPolicy(retries)
-        self._limits = RateLimits(self._policy.backoff / 4, self._policy.budget)
-        self._is_offline = offline or any(_is_set(environ.get(name)) for name in ("NDCACHE_OFFLINE", "HF_HUB_OFFLINE"))
-        self._integrity = {name: parse_sri(text) for name, text in (integrity or {}).items()}
-        self._transport = Transport(
-            session=session,
-            timeout=timeout if isinstance(timeout, tuple) else (timeout, timeout),
-            max_connections=max_workers,
-            login=Login(environ),
-        )
+        self._resources = LoaderResources(self._options, os.environ)
 
     # --- the verbs
 
+    @overload
     def load(
         self,
         source: Source,
-        device: str | wgpu.GPUDevice = "cpu",
+        device: Literal["cpu"] = "cpu",
         *,
         names: NameFilter = None,
         decode: bool = True,
         copy: bool = False,
         progress: Progress = None,
         trace: str | os.PathLike[str] | None = None,
-    ) -> Weights:
+    ) -> Weights[Array]: ...
+
+    @overload
+    def load(
+        self,
+        source: Source,
+        device: GPUName | GPUDeviceLike,
+        *,
+        names: NameFilter = None,
+        decode: bool = True,
+        copy: bool = False,
+        progress: Progress = None,
+        trace: str | os.PathLike[str] | None = None,
+    ) -> Weights[GPUTensor]: ...
+
+    @overload
+    def load(
+        self,
+        source: Source,
+        device: str | GPUDeviceLike,
+        *,
+        names: NameFilter = None,
+        decode: bool = True,
+        copy: bool = False,
+        progress: Progress = None,
+        trace: str | os.PathLike[str] | None = None,
+    ) -> Weights[Array | GPUTensor]: ...
+
+    @hide_keywords
+    def load(
+        self,
+        source: Source,
+        device: Any = "cpu",
+        *,
+        names: NameFilter = None,
+        decode: bool = True,
+        copy: bool = False,
+        progress: Progress = None,
+        trace: str | os.PathLike[str] | None = None,
+        **unknown: Any,
+    ) -> Weights[Any]:
         """Load a model's weights, downloading what is not cached: see `ndcache.load`."""
+        check_keywords(Loader.load, unknown)
         with (
             tracing(trace) as events,
             unwrap_stop_iteration(),
-            _collected(target := self._open_device(device)) as tensors,
-            self._open(source, device=target, trace=events) as (model, context),
+            _collected(target := self._resources.open_device(device)) as tensors,
+            self._resources.open_model(source, device=target, trace=events) as (model, context),
         ):
             shards = model.manifest.select(names)
             target.check_limits(shards, decode=decode)
@@ -151,18 +180,60 @@ class Loader:
                     tensors[name] = tensor
         return Weights(tensors, manifest=model.manifest, device=target, stats=context.stats)
 
+    @overload
     def stream(
         self,
         source: Source,
-        device: str | wgpu.GPUDevice = "cpu",
+        device: Literal["cpu"] = "cpu",
         *,
         names: NameFilter = None,
         decode: bool = True,
         copy: bool = False,
         progress: Progress = None,
         trace: str | os.PathLike[str] | None = None,
+    ) -> Iterator[tuple[str, Array]]: ...
+
+    @overload
+    def stream(
+        self,
+        source: Source,
+        device: GPUName | GPUDeviceLike,
+        *,
+        names: NameFilter = None,
+        decode: bool = True,
+        copy: bool = False,
+        progress: Progress = None,
+        trace: str | os.PathLike[str] | None = None,
+    ) -> Iterator[tuple[str, GPUTensor]]: ...
+
+    @overload
+    def stream(
+        self,
+        source: Source,
+        device: str | GPUDeviceLike,
+        *,
+        names: NameFilter = None,
+        decode: bool = True,
+        copy: bool = False,
+        progress: Progress = None,
+        trace: str | os.PathLike[str] | None = None,
+    ) -> Iterator[tuple[str, Array | GPUTensor]]: ...
+
+    @hide_keywords
+    def stream(
+        self,
+        source: Source,
+        device: Any = "cpu",
+        *,
+        names: NameFilter = None,
+        decode: bool = True,
+        copy: bool = False,
+        progress: Progress = None,
+        trace: str | os.PathLike[str] | None = None,
+        **unknown: Any,
     ) -> Iterator[tuple[str, Any]]:
         """Load a model, and yield each tensor as soon as it is there: see `ndcache.stream`."""
+        check_keywords(Loader.stream, unknown)
         arriving = self._stream(source, device, names, decode, copy, progress, trace)
         with unwrap_stop_iteration():
             next(arriving)  # raises here what is wrong with the model or the arguments
@@ -171,7 +242,7 @@ class Loader:
     def _stream(
         self,
         source: Source,
-        device: str | wgpu.GPUDevice,
+        device: str | GPUDeviceLike,
         names: NameFilter,
         decode: bool,
         copy: bool,
@@ -180,10 +251,10 @@ class Loader:
     ) -> Generator[tuple[str, Any], None, None]:
         """Yield once when the model is open, so that closing the generator closes it; then yield the tensors."""
         with tracing(trace) as events:
-            target = self._open_device(device)
+            target = self._resources.open_device(device)
             is_open = False
             try:
-                with self._open(source, device=target, trace=events) as (
+                with self._resources.open_model(source, device=target, trace=events) as (
                     model,
                     context,
                 ):
@@ -203,6 +274,7 @@ class Loader:
                     raise error.error from None
                 raise
 
+    @suggest_keywords
     def fetch(
         self,
         source: Source,
@@ -215,20 +287,20 @@ class Loader:
         with (
             tracing(trace) as events,
             unwrap_stop_iteration(),
-            self._open(source, trace=events, must_keep=True) as (model, context),
+            self._resources.open_model(source, trace=events, must_keep=True) as (model, context),
         ):
             fetch_shards(model, context, model.manifest.shards_with(names), progress)
             return model.directory
 
     def read_manifest(self, source: Source) -> Manifest:
         """Return a model's manifest, parsed and checked: see `ndcache.read_manifest`."""
-        with unwrap_stop_iteration(), self._open(source, threads=1) as (model, _):
+        with unwrap_stop_iteration(), self._resources.open_model(source, threads=1) as (model, _):
             return model.manifest
 
     def is_cached(self, source: Source) -> bool:
         """Return whether the manifest and all shards are on disk: see `ndcache.is_cached`."""
         try:
-            with unwrap_stop_iteration(), self._open(source, threads=1, offline=True) as (model, _):
+            with unwrap_stop_iteration(), self._resources.open_model(source, threads=1, offline=True) as (model, _):
                 return all(model.has(shard) for shard in model.manifest.shards)
         except (OfflineError, NotFoundError, ManifestError, CacheUnavailableError):
             return False
@@ -239,7 +311,7 @@ class Loader:
         found: dict[str, str | Flaw] = {}
         for _ in range(_VERIFY_TRIES):
             try:
-                with unwrap_stop_iteration(), self._open(source, offline=True) as (model, context):
+                with unwrap_stop_iteration(), self._resources.open_model(source, offline=True) as (model, context):
                     if model.manifest != manifest:
                         manifest, found = model.manifest, check_shards(model, context)
             except OfflineError as error:
@@ -253,7 +325,7 @@ class Loader:
 
     def delete(self, source: Source) -> int:
         """Remove a model from the cache, and return the bytes freed: see `ndcache.delete`."""
-        return self._cache.delete(locate(source))
+        return self._resources.cache.delete(locate(source))
 
     def find_file(self, url: str) -> Path | None:
         """Return the path of a single file in the cache, or None if it is not there. Makes no request.
@@ -264,11 +336,7 @@ class Loader:
         UnsafePathError, ValueError
             `url` does not name a file on a server.
         """
-        for location, name in possible_models(url):
-            cache = self._cache.open(location)
-            if cache.size(name) is not None:
-                return cache.path(name)
-        return None
+        return find_file(self._resources.cache, url)
 
     def fetch_file(self, url: str) -> Path:
         """Download a single file, such as a tokenizer, into the cache unless it is there.
@@ -288,14 +356,13 @@ class Loader:
         """
         if (found := self.find_file(url)) is not None:
             return found
-        places = list(possible_models(url))
-        location, name = next((place for place in places if self._cache.open(place[0]).exists()), places[0])
-        if self._is_offline:
+        location, name = choose_model(self._resources.cache, url)
+        if self._resources.is_offline:
             error = OfflineError(f"offline, and not in the cache: {redact(url)}")
             error.missing = (name,)
             raise error
-        with self._context(location, threads=1) as context:
-            downloader = Downloader(Client(context), self._cache.open(location))
+        with self._resources.context(location, threads=1) as context:
+            downloader = Downloader(Client(context), context.cache.open(location))
             return context.pool.run(
                 lambda: downloader.download_file(name, file_url(url), _MAX_FILE_BYTES), tasks_to_come=0
             )
@@ -309,87 +376,17 @@ class Loader:
         UnsafePathError, ValueError
             `url` does not name a file on a server.
         """
-        for location, name in possible_models(url):
-            cache = self._cache.open(location)
-            if cache.size(name) is not None:
-                cache.remove(name)
+        delete_file(self._resources.cache, url)
 
     def close(self) -> None:
         """Close the kept connections. The loader can still be used; it opens new ones."""
-        self._transport.close()
+        self._resources.close()
 
     def __enter__(self) -> Loader:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    # --- what the verbs share
-
-    def _open_device(self, device: str | wgpu.GPUDevice) -> Device[Any]:
-        cancel = self._options.cancel
-        return open_device(device, None if cancel is None else Cancellation(cancel).poll)
-
-    @contextmanager
-    def _open(
-        self,
-        source: Source,
-        *,
-        threads: int | None = None,
-        device: Device[Any] | None = None,
-        offline: bool = False,
-        must_keep: bool = False,
-        trace: Trace | None = None,
-    ) -> Iterator[tuple[Model, LoadContext]]:
-        """Open a model with threads of its own, which end with the block; see `_context`."""
-        location = locate(source)
-        with self._context(location, threads=threads, device=device, offline=offline, must_keep=must_keep) as context:
-            context.stats.record_to(trace)
-            with context.stats.timed("manifest"), wrap_stop_iteration():
-                model = open_model(location, context)
-            yield model, context
-
-    @contextmanager
-    def _context(
-        self,
-        location: Location,
-        *,
-        threads: int | None = None,
-        device: Device[Any] | None = None,
-        offline: bool = False,
-        must_keep: bool = False,
-    ) -> Iterator[LoadContext]:
-        """Prepare the threads of one call, and end them with the block.
-
-        Parameters
-        ----------
-        location : Location
-        threads : int, optional
-            How many threads there may be; by default `max_workers`, or fewer where file descriptors are scarce.
-        device : Device, optional
-            The device to load onto, which may need one more.
-        offline : bool
-            Make no request, whatever the options say.
-        must_keep : bool
-            See `LoadContext`.
-        """
-        options, needs_serial = self._options, device is not None and device.needs_serial_thread
-        with (
-            budget(options.max_workers, _FILES_PER_WORKER) if threads is None else nullcontext(threads) as count,
-            WorkerPool(count, Cancellation(options.cancel), has_serial_thread=needs_serial) as pool,
-        ):
-            yield LoadContext(
-                transport=self._transport,
-                policy=self._policy,
-                limits=self._limits,
-                pool=pool,
-                cache=self._cache,
-                verify=options.verify,
-                offline=self._is_offline or offline,
-                integrity=self._integrity,
-                mirrors=tuple(map(locate_mirror, options.mirrors)) if location.is_remote else (),
-                must_keep=must_keep,
-            )
 
 
 @contextmanager
@@ -401,7 +398,3 @@ def _collected(device: Device[Tensor]) -> Iterator[dict[str, Tensor]]:
     except BaseException:
         device.discard(tensors)
         raise
-
-
-def _is_set(value: str | None) -> bool:
-    return value is not None and value.strip().lower() not in ("", "0", "false", "no", "off")

@@ -1,7 +1,7 @@
 """The options of a loader: the default, the meaning and the check of each, in one place.
 
 The functions of `ndcache.api` and `Loader` repeat the options in their signatures, for readers, editors and type
-checkers. A test compares each signature with `LoaderOptions`, and `with_options` puts the meanings into the docstrings.
+checkers. A test compares each signature with `LoaderOptions`; `document_options` puts the meanings into docstrings.
 """
 
 from __future__ import annotations
@@ -15,18 +15,43 @@ import os
 import textwrap
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, Protocol, TypeAlias, TypeVar
 
 import requests
 
 from .context import VerifyMode
 from .http.retry import RetryPolicy
 
-__all__ = ["LoaderOptions", "hides_options", "reject_unknown_options", "with_options"]
+__all__ = [
+    "OPTION_NAMES",
+    "GPUDeviceLike",
+    "GPUName",
+    "LoaderOptions",
+    "Source",
+    "check_keywords",
+    "document_options",
+    "hide_keywords",
+    "suggest_keywords",
+]
 
 P = ParamSpec("P")
 R = TypeVar("R")
 F = TypeVar("F", bound=Callable[..., Any])
+
+#: What the verbs take as the source of a model.
+Source: TypeAlias = str | os.PathLike[str]
+#: Devices that type checkers know to be GPUs; every other string may also be the CPU.
+GPUName: TypeAlias = Literal["gpu", "gpu:0", "gpu:1", "gpu:2", "gpu:3", "gpu:4", "gpu:5", "gpu:6", "gpu:7"]
+
+
+class GPUDeviceLike(Protocol):
+    """A `wgpu.GPUDevice`, in types that need no wgpu, which has none of its own."""
+
+    @property
+    def create_buffer(self) -> Callable[..., Any]:
+        """Return the method that makes a buffer."""
+        ...
+
 
 _NoneType = type(None)
 
@@ -210,52 +235,54 @@ class LoaderOptions:
                 raise ValueError(f"{option.name} must be {must_be}, not {value!r}")
 
 
-#: Where a docstring says this, `with_options` puts the options.
+#: The names of the options, in their order.
+OPTION_NAMES = tuple(option.name for option in dataclasses.fields(LoaderOptions))
+#: Where a docstring says this, `document_options` puts the options.
 _PLACE = "    {options}"
 
 
-def with_options(function: Callable[P, R]) -> Callable[P, R]:
-    """Document the options in a function's docstring, and name unknown arguments with a suggestion.
+def document_options(target: F) -> F:
+    """Put the meanings of all options into the docstring of a function or class."""
+    if target.__doc__ is not None:  # as with python -OO
+        target.__doc__ = target.__doc__.replace(_PLACE, _options_as_text())
+    return target
 
-    Python itself names an unknown keyword argument too, but suggests the right one only from 3.13 on.
+
+def hide_keywords(function: F) -> F:
+    """Give a function that ends in ``**options`` or ``**unknown`` the signature that its overloads have.
+
+    Type checkers see the overloads only; this is for `help` and `inspect.signature`. The function must pass the
+    keywords to `check_keywords`. A decorator that wraps it would add a frame to every traceback.
+    """
+    signature = inspect.signature(function)
+    shown = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
+    if "options" in signature.parameters:
+        shown += inspect.signature(LoaderOptions).parameters.values()
+    function.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
+    return document_options(function)
+
+
+def suggest_keywords(function: Callable[P, R]) -> Callable[P, R]:
+    """Have unknown keyword arguments of a function raise a TypeError that suggests the right name.
+
+    Python itself suggests one only from 3.13 on.
     """
     known = inspect.signature(function).parameters.keys()
 
     @functools.wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
-        if not kwargs.keys() <= known:
-            reject_unknown_options(checked, kwargs.keys() - known)
+        check_keywords(function, kwargs.keys() - known)
         return function(*args, **kwargs)
 
-    _document_options(checked)
     return checked
 
 
-def hides_options(function: F) -> F:
-    """Give a function that takes ``**options`` the signature that its overloads show to type checkers.
-
-    No frame is added to its calls. The function passes unknown arguments to `reject_unknown_options`.
-    """
-    signature = inspect.signature(function)
-    own = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
-    if any(each.name == "options" for each in signature.parameters.values()):
-        own += inspect.signature(LoaderOptions).parameters.values()
-    function.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
-    _document_options(function)
-    return function
-
-
-def reject_unknown_options(function: Callable[..., Any], names: Iterable[str]) -> None:
-    """Raise a TypeError that names the first of the unknown arguments, if there are any."""
-    for name in sorted(names):
+def check_keywords(function: Callable[..., Any], unknown: Iterable[str]) -> None:
+    """Raise a TypeError that names the first unknown keyword argument of a function, if there is one."""
+    for name in sorted(unknown):
         close = difflib.get_close_matches(name, inspect.signature(function).parameters, n=1)
-        suggestion = f"; did you mean {close[0]!r}?" if close else ""
+        suggestion = f". Did you mean {close[0]!r}?" if close else ""
         raise TypeError(f"{function.__qualname__}() got an unexpected keyword argument {name!r}{suggestion}")
-
-
-def _document_options(function: Callable[..., Any]) -> None:
-    if function.__doc__ is not None:  # as with python -OO
-        function.__doc__ = function.__doc__.replace(_PLACE, _options_as_text())
 
 
 @functools.cache

@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any
 
 from .api import load
 from .errors import CacheUnavailableError, NotFoundError
-from .loader import Loader, Source
+from .loader import Loader
+from .options import Source
 from .progress import ProgressCallback
 from .store.layout import TranslateErrors
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from .devices.base import Device
 from .format.manifest import Manifest
@@ -12,8 +12,10 @@ from .stats import LoadStats
 
 __all__ = ["Weights"]
 
+Tensor = TypeVar("Tensor", covariant=True)
 
-class Weights(Mapping[str, Any]):
+
+class Weights(Mapping[str, Tensor]):
     """A read-only mapping from tensor names to tensors, in manifest order. Also a context manager.
 
     On the CPU the values are `numpy.ndarray`: a read-only view of the mapped shard file where the bytes are the value,
@@ -34,22 +36,23 @@ class Weights(Mapping[str, Any]):
 
     def __init__(
         self,
-        tensors: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
         *,
         manifest: Manifest,
-        device: Device[Any],
+        device: Device[Tensor],
         stats: LoadStats,
     ) -> None:
-        self._tensors: dict[str, Any] | None = dict(tensors)
+        self._tensors: dict[str, Tensor] | None = dict(tensors)
         self._discard = device.discard
         self._where = device.name
         self.manifest = manifest
         self.metadata = manifest.metadata
         self.device: Any = device.handle
         self.stats = stats
-        self.nbytes: int = sum(tensor.nbytes for tensor in self._tensors.values())
+        values: Iterable[Any] = self._tensors.values()
+        self.nbytes: int = sum(tensor.nbytes for tensor in values)
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: str) -> Tensor:
         return self._open()[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -67,7 +70,7 @@ class Weights(Mapping[str, Any]):
             tensors, self._tensors = self._tensors, None
             self._discard(tensors)
 
-    def __enter__(self) -> Weights:
+    def __enter__(self) -> Weights[Tensor]:
         return self
 
     def __exit__(
@@ -91,7 +94,7 @@ class Weights(Mapping[str, Any]):
     def __reduce__(self) -> NoReturn:
         raise TypeError("weights are not pickled: load them in each process, which reads the cached files in place")
 
-    def _open(self) -> dict[str, Any]:
+    def _open(self) -> dict[str, Tensor]:
         if self._tensors is None:
             raise ValueError("these weights are closed")
         return self._tensors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import json
@@ -9,13 +10,14 @@ import pkgutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
 import ndcache
-from ndcache import api, dump, errors, tvm
+from ndcache import api, cached, dump, errors, tvm
 
 API = [
     *("load", "stream", "fetch", "read_manifest", "is_cached", "verify", "delete", "dump", "Loader"),
@@ -31,15 +33,30 @@ MODULES = sorted(
 
 def test_all_is_complete() -> None:
     assert set(ndcache.__all__) == {*API, *errors.__all__}
-    assert set(api.__all__) <= set(ndcache.__all__)
+    assert set(api.__all__) | set(cached.__all__) <= set(ndcache.__all__)
     public = {name for name, value in vars(ndcache).items() if not name.startswith("_")}
     others = {name for name in public if not isinstance(getattr(ndcache, name), ModuleType)} - set(ndcache.__all__)
     assert others <= {"annotations"}
 
 
 def test_all_is_sorted_and_without_repetition() -> None:
-    assert ndcache.__all__ == sorted(ndcache.__all__)
-    assert len(set(ndcache.__all__)) == len(ndcache.__all__)
+    assert ndcache.__all__ == sorted(set(ndcache.__all__), key=_as_ruff_sorts)
+
+
+def test_all_and_the_imports_can_be_read_without_running_anything() -> None:
+    """Editors and type checkers see what `import ndcache` gives."""
+    tree = ast.parse(Path(ndcache.__file__).read_text(encoding="utf-8"))
+    assigned = {
+        target.id: node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    assert ast.literal_eval(assigned["__all__"]) == ndcache.__all__
+    imported = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1]
+    names = {alias.asname for node in imported for alias in node.names if alias.asname == alias.name}
+    assert names == {*ndcache.__all__, "errors", "tvm"}
 
 
 @pytest.mark.parametrize("name", ndcache.__all__)
@@ -48,11 +65,16 @@ def test_every_name_is_there(name: str) -> None:
 
 
 def test_dump_is_the_function() -> None:
-    # No submodule has the name of something public, which importing it would hide.
-    names = {name.removeprefix("ndcache.") for name in MODULES}
-    assert names & set(ndcache.__all__) == set()
     assert callable(dump)
     assert dump is ndcache.dump
+
+
+def test_no_module_has_the_name_of_a_public_function() -> None:
+    """Importing ``ndcache.fetch`` would turn the function into a module."""
+    public = {name for name in ndcache.__all__ if inspect.isfunction(getattr(ndcache, name))}
+    assert {"load", "stream", "fetch", "dump", "verify", "delete", "read_manifest", "is_cached"} <= public
+    words = {word for name in MODULES for word in name.split(".")[1:]}
+    assert words & {*public, *ndcache.__all__, "convert", "utils", "helpers"} == set()
 
 
 def test_import_is_light() -> None:
@@ -133,7 +155,7 @@ def test_every_module_says_what_it_is(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_all_of_every_module(name: str) -> None:
-    if name in ("ndcache._version", "ndcache.public"):
+    if name == "ndcache._version":
         return
     module = importlib.import_module(name)
     if hasattr(module, "__path__") and not hasattr(module, "__all__"):

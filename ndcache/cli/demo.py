@@ -218,7 +218,7 @@ def _as_loaded(array: Array) -> Array:
     return rounded
 
 
-def _differences(weights: Weights, expected: Mapping[str, Array]) -> tuple[str, ...]:
+def _differences(weights: Weights[Any], expected: Mapping[str, Array]) -> tuple[str, ...]:
     """Return the names of the tensors whose bits differ."""
     wrong = [name for name in weights if name not in expected]
     for name, values in expected.items():

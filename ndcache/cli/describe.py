@@ -70,7 +70,7 @@ def adapter_words(adapter: wgpu.GPUAdapter) -> str:
 # --- a load -------------------------------------------------------------------------------------------
 
 
-def load_facts(source: str, device: str, weights: Weights) -> Iterator[tuple[str, str]]:
+def load_facts(source: str, device: str, weights: Weights[Any]) -> Iterator[tuple[str, str]]:
     """Yield labels and values that say what was loaded from `source`, where to, and what it took."""
     stats, where, location = weights.stats, device_words(weights.device), locate(source)
     yield "source", str(location)

@@ -1,4 +1,4 @@
-"""URLs of single files: the URL to request, and the models that the file may belong to."""
+"""Single files: the URL to request, the models that a file may belong to, and its place in the cache."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from urllib.parse import unquote
 
 from ..errors import UnsafePathError, redact
 from ..format.paths import check_path
 from ..location.hub import hf_endpoint
 from ..location.locate import Location, locate, remote_location
+from ..store.inventory import CacheScope
 from ..urls.url import parse
 
-__all__ = ["file_url", "possible_models"]
+__all__ = ["choose_model", "delete_file", "file_url", "find_file", "possible_models"]
 
 
 def file_url(url: str) -> str:
@@ -61,3 +63,29 @@ def possible_models(url: str) -> Iterator[tuple[Location, str]]:
             check_path(unquote(name))
         except UnsafePathError:
             return  # no model has a file with this path, or with a longer one that ends in it
+
+
+def find_file(cache: CacheScope, url: str) -> Path | None:
+    """Return the path of a single file in the cache, or None if it is not there."""
+    for location, name in possible_models(url):
+        directory = cache.open(location)
+        if directory.size(name) is not None:
+            return directory.path(name)
+    return None
+
+
+def choose_model(cache: CacheScope, url: str) -> tuple[Location, str]:
+    """Return the model that a new file is stored with, and the file's path in it.
+
+    It is the nearest model with a directory in the cache, or else one at the URL of the file's own folder.
+    """
+    places = list(possible_models(url))
+    return next((place for place in places if cache.open(place[0]).exists()), places[0])
+
+
+def delete_file(cache: CacheScope, url: str) -> None:
+    """Remove a single file from the cache, wherever it lies there."""
+    for location, name in possible_models(url):
+        directory = cache.open(location)
+        if directory.size(name) is not None:
+            directory.remove(name)

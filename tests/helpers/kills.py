@@ -38,9 +38,10 @@ from typing import Any
 
 import urllib3.connection
 
-import ndcache.public  # all of it, before anything is forked
+import ndcache.api  # all of it, before anything is forked
 import ndcache.sources.download
 import ndcache.store.partial
+import ndcache.tvm
 from ndcache.location.locate import locate
 
 from . import models
