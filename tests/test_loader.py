@@ -1470,54 +1470,6 @@ def test_row_40_no_secret_is_shown_or_kept(
     assert not any(form in seen for form in FORMS)
 
 
-# --- options ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"max_workers": 0}, "max_workers"),
-        ({"memory_limit": 0}, "memory_limit"),
-        ({"verify": "sometimes"}, "verify"),
-        ({"scope": ""}, "scope"),
-        ({"scope": "../x"}, "scope"),
-        ({"timeout": 0}, "timeout"),
-        ({"timeout": (1, 2, 3)}, "timeout"),
-        ({"timeout": (1, "2")}, "timeout"),
-        ({"timeout": float("inf")}, "timeout"),
-        ({"retries": -1}, "retries"),
-        ({"cache_dir": ""}, "cache_dir"),
-    ],
-)
-def test_options_have_values_that_make_sense(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        ndcache.Loader(**options)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"max_workers": "3"},
-        {"max_workers": True},
-        {"memory_limit": "1G"},
-        {"verify": None},
-        {"scope": 3},
-        {"timeout": "3"},
-        {"timeout": None},
-        {"retries": "3"},
-        {"retries": 1.5},
-        {"offline": "no"},
-        {"session": "x"},
-        {"cancel": True},
-        {"cache_dir": 3},
-    ],
-    ids=str,
-)
-def test_options_have_types(options: dict[str, Any]) -> None:
-    with pytest.raises((TypeError, ValueError), match=next(iter(options))):
-        ndcache.Loader(**options)
-
-
 def test_a_mirror_is_a_server(model: Path, serve: Serve) -> None:
     models.simple_model(model)
     with pytest.raises(ValueError, match="mirror"):
@@ -1549,11 +1501,6 @@ def test_warnings_name_the_callers_line(model: Path, serve: Serve) -> None:
         with pytest.warns(RuntimeWarning) as caught:
             load(server.url)
         assert [warning.filename for warning in caught] == [__file__]
-
-
-def test_an_unknown_option_is_a_type_error() -> None:
-    with pytest.raises(TypeError, match="max_worker"):
-        ndcache.load("http://host/", max_worker=3)  # type: ignore[call-arg]
 
 
 def test_scopes_are_apart(model: Path, serve: Serve, cache_dir: Path) -> None:

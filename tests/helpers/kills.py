@@ -38,7 +38,8 @@ from typing import Any
 
 import urllib3.connection
 
-import ndcache.api  # all of it, before anything is forked
+import ndcache.api  # with all the rest, before anything is forked
+import ndcache.cached
 import ndcache.sources.download
 import ndcache.store.partial
 import ndcache.tvm

@@ -539,7 +539,8 @@ def test_row_49_only_the_server_that_is_redirected_to_is_limited(
         scripted.script[f"/{path.name}"] = [reply(302, headers={"Location": f"{storage.url}{path.name}"})]
     with Loader(retries=RetryPolicy(retries=2)) as loader:
         assert_same(loader.load(scripted.url), arrays)
-        assert loader._limits.of(storage.url).max_in_flight < math.inf == loader._limits.of(scripted.url).max_in_flight
+        limits = loader._resources.limits
+        assert limits.of(storage.url).max_in_flight < math.inf == limits.of(scripted.url).max_in_flight
     assert limit.peak == 2
     assert [storage.url[:-1] in message for message in log()] == [True]
 

@@ -336,7 +336,7 @@ def left_with_holes(loader: Loader, url: str, ranges: list[tuple[int, int]]) -> 
     """As a process that was killed leaves it."""
     from ndcache.location.locate import locate
 
-    cache = loader._cache.open(locate(url))
+    cache = loader._resources.cache.open(locate(url))
     with cache.partials.create(PATH[1:]) as part:
         part.set_source(f"{url}{PATH[1:]}", f'"{hashlib.md5(DATA).hexdigest()}"', hashlib.md5(DATA).hexdigest(), None)
         for start, end in ranges:

@@ -122,7 +122,7 @@ def test_row_60_a_shard_that_was_published_with_nothing_known_of_it_yet(server: 
     """Its validator comes a moment after it: until then, only the manifest tells that there is another version."""
     directory = ndcache.fetch(server.url)
     before = ndcache.read_manifest(server.url)
-    with ndcache.Loader(offline=True) as loader, loader._open(server.url, threads=1) as (opened, _):
+    with ndcache.Loader(offline=True) as loader, loader._resources.open_model(server.url, threads=1) as (opened, _):
         update(source)
         ndcache.fetch(server.url)
         for path in (directory / ".ndcache" / "validators").glob("params*"):
