@@ -453,7 +453,7 @@ def test_gpu_drivers_print_nothing(monkeypatch: pytest.MonkeyPatch, gpu: Any) ->
         (["load", "ftp://host/"], "error: sources of the kind ftp://"),
         (["load", "http://host:x/"], "error: this URL cannot be used"),
         (["fetch", "http://host/", "--mirror", "."], "error: a mirror is an http(s) URL"),
-        (["fetch", "http://host/", "--timeout", "inf"], "error: timeout is seconds"),
+        (["fetch", "http://host/", "--timeout", "inf"], "error: timeout must be seconds"),
         (
             ["inspect", "http://host/", "--integrity", f"x.json={DIGEST}", "--offline"],
             "error: integrity is given for x.json",
