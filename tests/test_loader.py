@@ -619,7 +619,7 @@ def test_an_update_while_many_load(model: Path, serve: Serve) -> None:
         models.write_model(model, [{name: array} for name, array in arrays.items()], metadata={"version": version})
         start = threading.Barrier(4)
 
-        def load(start: threading.Barrier = start) -> ndcache.Weights:
+        def load(start: threading.Barrier = start) -> ndcache.Weights[Any]:
             start.wait(30)
             return ndcache.load(server.url)
 

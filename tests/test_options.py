@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
@@ -119,7 +120,7 @@ def test_an_unknown_option_of_a_loader_is_named_with_a_suggestion() -> None:
 def test_unknown_arguments_of_methods_are_named_with_a_suggestion(name: str) -> None:
     for owner in (ndcache, ndcache.Loader()):
         verb = getattr(owner, name)
-        assert "Did you mean 'progress'?" in unknown_keyword(lambda verb=verb: verb("http://host/", progres=True))
+        assert "Did you mean 'progress'?" in unknown_keyword(functools.partial(verb, "http://host/", progres=True))
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from ..devices import is_device_name
 from ..format.integrity import manifest_names_to_try, parse_sri
 from ..loader import Loader
 from ..location.locate import locate, locate_mirror
+from ..options import LoaderOptions
 from .group import VERBOSE, argument_errors
 
 __all__ = [
@@ -101,12 +102,19 @@ cache_dir_option = click.option(
     "--cache-dir", metavar="DIR", help="The cache directory. [default: NDCACHE_HOME, or the system's]"
 )
 
+_DEFAULTS = LoaderOptions()
+
 #: The options of `Loader`, by their names there.
 _LOADER_OPTIONS: dict[str, Callable[[Any], Any]] = {
     "cache_dir": cache_dir_option,
-    "scope": click.option("--scope", metavar="NAME", help="A separate part of the cache. [default: default]"),
+    "scope": click.option(
+        "--scope", metavar="NAME", help=f"A separate part of the cache. [default: {_DEFAULTS.scope}]"
+    ),
     "max_workers": click.option(
-        "--max-workers", type=click.IntRange(1), metavar="N", help="Shards to fetch at once. [default: 8]"
+        "--max-workers",
+        type=click.IntRange(1),
+        metavar="N",
+        help=f"Shards to fetch at once. [default: {_DEFAULTS.max_workers}]",
     ),
     "timeout": click.option(
         "--timeout",
@@ -115,12 +123,15 @@ _LOADER_OPTIONS: dict[str, Callable[[Any], Any]] = {
         help="Limit for connecting, and for each wait for more bytes. [default: 10, 30]",
     ),
     "retries": click.option(
-        "--retries", type=click.IntRange(0), metavar="N", help="Retries of a failed request. [default: 6]"
+        "--retries",
+        type=click.IntRange(0),
+        metavar="N",
+        help=f"Retries of a failed request. [default: {_DEFAULTS.retries}]",
     ),
     "verify": click.option(
         "--verify",
         type=click.Choice(["download", "always", "never"]),
-        help="When to compare digests. [default: download]",
+        help=f"When to compare digests. [default: {_DEFAULTS.verify}]",
     ),
     "offline": click.option("--offline", is_flag=True, help="Use only the cache; make no request."),
     "mirrors": click.option(
@@ -139,7 +150,7 @@ _LOADER_OPTIONS: dict[str, Callable[[Any], Any]] = {
         type=click.IntRange(1),
         metavar="MIB",
         callback=_bytes_of_mib,
-        help="Memory for shards in progress. [default: 512]",
+        help=f"Memory for shards in progress. [default: {_DEFAULTS.memory_limit >> 20}]",
     ),
 }
 CACHE_OPTIONS = ("cache_dir", "scope")

@@ -71,7 +71,7 @@ def place(*names: str) -> list[tuple[int, int]]:
     return [(NAMES.index(name) * SIZE, (NAMES.index(name) + 1) * SIZE) for name in names]
 
 
-def check(weights: ndcache.Weights, *names: str, data: bytes = DATA) -> ndcache.LoadStats:
+def check(weights: ndcache.Weights[Any], *names: str, data: bytes = DATA) -> ndcache.LoadStats:
     assert list(weights) == list(names)
     assert {name: bytes(weights[name]) for name in names} == {name: bytes_of(name, data) for name in names}
     weights.close()
