@@ -1,4 +1,4 @@
-"""One shard from a server into the cache: what is published, what is not, and how often is asked."""
+"""Downloads of one shard into the cache: what is published, what is refused, and how often the server is asked."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def fetched(downloader: Downloader, urls: list[str], shard: ndcache.Shard = SHAR
 
 
 def files(directory: Path) -> list[str]:
-    """Everything that a reader of the directory could take for a shard, and every part."""
+    """Return everything that a reader of the directory could take for a shard, and every partial file."""
     found = [path for path in directory.rglob("*") if path.is_file()]
     return sorted(
         str(path.relative_to(directory))
@@ -93,7 +93,7 @@ def test_the_right_bytes_are_published(downloader: Downloader, scripted: Scripte
     assert (stats.network_bytes, stats.requests, stats.retries) == (100_000, 1, 0)
 
 
-def test_without_a_length_the_bytes_are_counted(downloader: Downloader, scripted: ScriptedServer) -> None:
+def test_a_body_without_a_length_is_counted(downloader: Downloader, scripted: ScriptedServer) -> None:
     scripted.script[PATH] = [then_close(reply(200, DATA, length=None))]
     assert fetched(downloader, [scripted.url + "params_shard_0.bin"]) == DATA
 
@@ -130,7 +130,7 @@ OTHER = bytes(reversed(DATA))
         (reply(403), ndcache.AuthError, 1),
     ],
 )
-def test_what_is_not_published(
+def test_a_wrong_response_is_not_published(
     downloader: Downloader, scripted: ScriptedServer, answer: Any, error: type[ndcache.NdcacheError], tries: int
 ) -> None:
     scripted.script[PATH] = [answer]
@@ -153,7 +153,7 @@ def test_what_is_not_published(
         ({}, b"x", "different versions"),
     ],
 )
-def test_row_3_the_message_says_what_came_instead(
+def test_row_3_the_error_guesses_what_the_server_sent_instead(
     downloader: Downloader, scripted: ScriptedServer, headers: dict[str, str], body: bytes, hint: str
 ) -> None:
     scripted.script[PATH] = [reply(200, body, headers)]
@@ -171,14 +171,14 @@ def test_row_2_an_endless_body_is_cut_off(downloader: Downloader, scripted: Scri
     scripted.script[PATH] = [endless]
     with pytest.raises(ndcache.SizeMismatchError, match="more bytes than expected"):
         fetched(downloader, [scripted.url + "params_shard_0.bin"])
-    # Of each of the two tries, at most one byte more than expected was taken.
+    # Each of the two attempts received at most one byte more than expected.
     assert downloader.client.context.stats.network_bytes <= 2 * (SHARD.nbytes + 1)
 
 
 @pytest.mark.parametrize(
     "first", [reply(500), then_close(reply(200, DATA[:9], length=len(DATA))), then_reset(b""), reply(200, OTHER)]
 )
-def test_a_second_try_may_succeed(downloader: Downloader, scripted: ScriptedServer, first: Any) -> None:
+def test_a_second_attempt_may_succeed(downloader: Downloader, scripted: ScriptedServer, first: Any) -> None:
     scripted.script[PATH] = [first, reply(200, DATA)]
     assert fetched(downloader, [scripted.url + "params_shard_0.bin"]) == DATA
     assert downloader.client.context.stats.retries == 1
@@ -196,7 +196,7 @@ def test_mirrors_are_tried_in_turn(downloader: Downloader, scripted: ScriptedSer
     assert [type(error) for error in caught.value.others] == [ndcache.ChecksumError]
 
 
-def test_the_digest_in_the_message(downloader: Downloader, scripted: ScriptedServer) -> None:
+def test_a_checksum_error_has_both_digests(downloader: Downloader, scripted: ScriptedServer) -> None:
     scripted.script[PATH] = [reply(200, OTHER)]
     with pytest.raises(ndcache.ChecksumError) as caught:
         fetched(downloader, [scripted.url + "params_shard_0.bin"])
@@ -206,7 +206,7 @@ def test_the_digest_in_the_message(downloader: Downloader, scripted: ScriptedSer
     assert str(SHARD.md5sum) in str(caught.value)
 
 
-def test_every_digest_that_is_known_is_compared(downloader: Downloader, scripted: ScriptedServer) -> None:
+def test_every_known_digest_is_compared(downloader: Downloader, scripted: ScriptedServer) -> None:
     scripted.script[PATH] = [reply(200, DATA)]
     shard = replace(SHARD, sha256sum=hashlib.sha256(DATA).hexdigest())
     assert fetched(downloader, [scripted.url + "params_shard_0.bin"], shard) == DATA
@@ -216,7 +216,7 @@ def test_every_digest_that_is_known_is_compared(downloader: Downloader, scripted
         fetched(downloader, [scripted.url + "params_shard_0.bin"], replace(shard, sha256sum="0" * 64))
 
 
-def test_without_digests_sizes_are_checked(downloader: Downloader, scripted: ScriptedServer) -> None:
+def test_without_digests_only_sizes_are_compared(downloader: Downloader, scripted: ScriptedServer) -> None:
     scripted.script[PATH] = [reply(200, OTHER), reply(200, b"short")]
     downloader = changed(downloader, verify="never")
     assert fetched(downloader, [scripted.url + "params_shard_0.bin"]) == OTHER
@@ -224,19 +224,19 @@ def test_without_digests_sizes_are_checked(downloader: Downloader, scripted: Scr
         fetched(downloader, [scripted.url + "params_shard_0.bin"])
 
 
-# --- going on where a transfer broke off --------------------------------------------------------------
+# --- resuming a transfer ------------------------------------------------------------------------------
 
 ETAG = {"ETag": '"1"'}
 
 
 def rest_of(data: bytes, start: int, etag: str = '"1"', **headers: str) -> bytes:
-    """What a server sends that is asked for everything from `start` on."""
+    """Return the response to a request for everything from `start` on."""
     content_range = f"bytes {start}-{len(data) - 1}/{len(data)}"
     return reply(206, data[start:], {"ETag": etag, "Content-Range": content_range, **headers})
 
 
 def broken_off(nbytes: int = 60_000, data: bytes = DATA, etag: str | None = '"1"') -> Any:
-    """A body that ends after `nbytes`."""
+    """Return a response whose body ends after `nbytes`."""
     headers = {} if etag is None else {"ETag": etag}
     return then_close(reply(200, data[:nbytes], headers, length=len(data)))
 
@@ -259,9 +259,7 @@ WHOLE, REST = None, "bytes=60000-99999"
         pytest.param(then_close(reply(200, DATA[:60_000], ETAG, length=None)), id="short body without a length"),
     ],
 )
-def test_row_1_a_short_body_is_kept_and_gone_on_with(
-    downloader: Downloader, scripted: ScriptedServer, first: Any
-) -> None:
+def test_row_1_a_truncated_body_is_resumed(downloader: Downloader, scripted: ScriptedServer, first: Any) -> None:
     scripted.script[PATH] = [first, rest_of(DATA, 60_000)]
     assert fetched(downloader, [scripted.url + "params_shard_0.bin"]) == DATA
     assert ranges(scripted) == [WHOLE, REST]
@@ -269,14 +267,14 @@ def test_row_1_a_short_body_is_kept_and_gone_on_with(
     assert (downloader.client.context.stats.network_bytes, downloader.client.context.stats.retries) == (100_000, 1)
 
 
-def test_row_1_in_the_end_it_is_truncated_and_the_part_is_kept(
+def test_row_1_the_partial_file_of_a_failed_download_is_kept(
     downloader: Downloader, scripted: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scripted.script[PATH] = [broken_off(), then_close(rest_of(DATA, 60_000)[:-40_000])]
     with pytest.raises(ndcache.TruncatedError, match="60,000 of 100,000") as caught:
         fetched(downloader, [scripted.url + "params_shard_0.bin"])
     assert caught.value.attempts == 4
-    # Another call, as of another process, goes on from there.
+    # Another call, as if by another process, resumes it.
     scripted.script[PATH] = [rest_of(DATA, 60_000)]
     before = len(scripted.requests)
     assert fetched(downloader, [scripted.url + "params_shard_0.bin"]) == DATA
@@ -287,7 +285,7 @@ def test_row_1_in_the_end_it_is_truncated_and_the_part_is_kept(
 
 
 @pytest.mark.parametrize("etag", [None, 'W/"1"', "1", '"' + "x" * 300 + '"', '"a b"'])
-def test_without_a_strong_etag_it_starts_over(
+def test_without_a_strong_etag_a_transfer_starts_over(
     downloader: Downloader, scripted: ScriptedServer, etag: str | None
 ) -> None:
     scripted.script[PATH] = [broken_off(etag=etag), reply(200, DATA)]
@@ -295,7 +293,9 @@ def test_without_a_strong_etag_it_starts_over(
     assert ranges(scripted) == [None, None]
 
 
-def test_row_3_a_length_that_is_not_the_manifests_is_not_read(downloader: Downloader, scripted: ScriptedServer) -> None:
+def test_row_3_a_body_of_another_length_than_the_manifests_is_not_read(
+    downloader: Downloader, scripted: ScriptedServer
+) -> None:
     scripted.script[PATH] = [reply(200, DATA + b"x", ETAG)]
     with pytest.raises(ndcache.SizeMismatchError, match="100,001 bytes where the manifest says 100,000"):
         fetched(downloader, [scripted.url + "params_shard_0.bin"])
@@ -315,7 +315,9 @@ def test_row_3_a_length_that_is_not_the_manifests_is_not_read(downloader: Downlo
         pytest.param(then_close(b"HTTP/1.1 200 OK\r\n" + b"X: x\r\n" * 200 + b"\r\n"), id="many headers"),
     ],
 )
-def test_row_4_what_is_not_http(downloader: Downloader, scripted: ScriptedServer, answer: Any) -> None:
+def test_row_4_a_response_that_is_not_http_is_an_error(
+    downloader: Downloader, scripted: ScriptedServer, answer: Any
+) -> None:
     scripted.script[PATH] = [answer]
     with pytest.raises(ndcache.ProtocolError) as caught:
         fetched(downloader, [scripted.url + "params_shard_0.bin"])
@@ -323,7 +325,7 @@ def test_row_4_what_is_not_http(downloader: Downloader, scripted: ScriptedServer
     assert files(downloader.cache.directory) == []
 
 
-def test_row_5_a_bomb_is_not_decoded(downloader: Downloader, scripted: ScriptedServer) -> None:
+def test_row_5_a_compressed_bomb_is_not_decoded(downloader: Downloader, scripted: ScriptedServer) -> None:
     bomb = gzip.compress(bytes(50 << 20))
     scripted.script[PATH] = [reply(200, bomb, {"Content-Encoding": "gzip"})]
     tracemalloc.start()
@@ -336,7 +338,9 @@ def test_row_5_a_bomb_is_not_decoded(downloader: Downloader, scripted: ScriptedS
     assert [request.headers["accept-encoding"] for request in scripted.requests] == ["identity"] * 2
 
 
-def test_row_6_a_server_that_ignores_ranges(downloader: Downloader, scripted: ScriptedServer) -> None:
+def test_row_6_a_server_that_ignores_ranges_sends_the_whole_file(
+    downloader: Downloader, scripted: ScriptedServer
+) -> None:
     scripted.script[PATH] = [broken_off(), broken_off(80_000), reply(200, DATA, ETAG)]
     assert fetched(downloader, [scripted.url + "params_shard_0.bin"]) == DATA
     assert ranges(scripted) == [WHOLE, REST, WHOLE]  # it is not asked for a range again
@@ -359,7 +363,7 @@ def test_row_6_a_server_that_ignores_ranges(downloader: Downloader, scripted: Sc
         ),
     ],
 )
-def test_row_7_another_range_than_the_one_asked_for(
+def test_row_7_another_range_than_the_requested_one_is_not_used(
     downloader: Downloader, scripted: ScriptedServer, answer: bytes
 ) -> None:
     url = scripted.url + "params_shard_0.bin"
@@ -374,50 +378,50 @@ def test_row_7_another_range_than_the_one_asked_for(
     assert ranges(scripted) == [WHOLE, REST, WHOLE, WHOLE]
 
 
-def test_row_8_no_such_range(downloader: Downloader, scripted: ScriptedServer) -> None:
+def test_row_8_a_transfer_starts_over_after_status_416(downloader: Downloader, scripted: ScriptedServer) -> None:
     scripted.script[PATH] = [broken_off(), reply(416, headers={"Content-Range": "bytes */5"}), reply(200, DATA, ETAG)]
     assert fetched(downloader, [scripted.url + "params_shard_0.bin"]) == DATA
     assert ranges(scripted) == [WHOLE, REST, WHOLE]
 
 
-def leave_part(cache: ModelDirectory, url: str, data: bytes, etag: str = '"1"', content_id: str = "claim") -> None:
-    """As a process that was killed leaves it."""
-    with cache.partials.create("params_shard_0.bin") as part:
-        part.set_source(url, etag, content_id, None)
-        part.write(data)
+def leave_partial(cache: ModelDirectory, url: str, data: bytes, etag: str = '"1"', content_id: str = "claim") -> None:
+    """Leave a partial file behind, as a killed process does."""
+    with cache.partials.create("params_shard_0.bin") as partial:
+        partial.set_source(url, etag, content_id, None)
+        partial.write(data)
 
 
-def test_row_8_a_part_that_was_complete_is_checked_and_published(
+def test_row_8_a_complete_partial_file_is_checked_and_published(
     downloader: Downloader, scripted: ScriptedServer
 ) -> None:
     scripted.script[PATH] = [reply(416)]
-    leave_part(downloader.cache, scripted.url + "params_shard_0.bin", DATA)
+    leave_partial(downloader.cache, scripted.url + "params_shard_0.bin", DATA)
     assert fetched(downloader, [scripted.url + "params_shard_0.bin"]) == DATA
     assert scripted.requests == []
     assert files(downloader.cache.directory) == ["params_shard_0.bin"]
 
 
 @pytest.mark.parametrize("data", [OTHER, OTHER[:60_000], DATA + b"x"])
-def test_row_8_a_part_that_turns_out_wrong_is_thrown_away(
+def test_row_8_a_partial_file_with_wrong_bytes_is_deleted(
     downloader: Downloader, scripted: ScriptedServer, data: bytes
 ) -> None:
-    """Bits that flipped on the disk, say."""
+    """Bits may flip on the disk, for example."""
     scripted.script[PATH] = (
         [reply(200, DATA, ETAG)] if len(data) >= len(DATA) else [rest_of(DATA, 60_000), reply(200, DATA, ETAG)]
     )
-    leave_part(downloader.cache, scripted.url + "params_shard_0.bin", data)
-    downloader = changed(downloader, policy=RetryPolicy(retries=0))  # it is not the server's fault
+    leave_partial(downloader.cache, scripted.url + "params_shard_0.bin", data)
+    downloader = changed(downloader, policy=RetryPolicy(retries=0))  # the server is not at fault
     assert fetched(downloader, [scripted.url + "params_shard_0.bin"]) == DATA
     assert files(downloader.cache.directory) == ["params_shard_0.bin"]
 
 
 @pytest.mark.parametrize("digests", [True, False])
-def test_row_25_a_part_from_before_a_power_loss_is_used_if_a_digest_will_show_what_is_torn(
+def test_row_25_a_partial_file_from_before_a_power_loss_needs_a_digest(
     downloader: Downloader, scripted: ScriptedServer, monkeypatch: pytest.MonkeyPatch, digests: bool
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr("ndcache.store.partial_note._boot", lambda: "another start of the system")
-        leave_part(downloader.cache, scripted.url + "params_shard_0.bin", bytes(60_000))
+        leave_partial(downloader.cache, scripted.url + "params_shard_0.bin", bytes(60_000))
     scripted.script[PATH] = [rest_of(DATA, 60_000), reply(200, DATA, ETAG)] if digests else [reply(200, DATA, ETAG)]
     downloader = changed(downloader, verify="download" if digests else "never")
     assert fetched(downloader, [scripted.url + "params_shard_0.bin"]) == DATA
@@ -425,14 +429,14 @@ def test_row_25_a_part_from_before_a_power_loss_is_used_if_a_digest_will_show_wh
 
 
 @pytest.mark.parametrize("kept", ["claim", "etag", "url", "note", "boot"])
-def test_parts_that_are_of_something_else_are_not_used(
+def test_partial_files_of_other_content_are_not_used(
     downloader: Downloader, scripted: ScriptedServer, kept: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = scripted.url + "params_shard_0.bin"
     old, shard = bytes(60_000), replace(SHARD, md5sum=None)  # nothing but the rules would notice what is wrong
     if kept == "boot":
         monkeypatch.setattr("ndcache.store.partial_note._boot", lambda: "another start of the system")
-    leave_part(
+    leave_partial(
         downloader.cache,
         url + "x" if kept == "url" else url,
         old,
@@ -445,7 +449,7 @@ def test_parts_that_are_of_something_else_are_not_used(
             path.write_bytes(b"{")
 
     def answer(connection: Connection, request: Request) -> None:
-        """As a server does that goes by the rules, and has the version "1"."""
+        """Respond as a server that follows the rules and has the version "1"."""
         asked = "range" in request.headers and request.headers.get("if-range") == '"1"'
         connection.send(rest_of(DATA, 60_000) if asked else reply(200, DATA, ETAG))
 
@@ -453,14 +457,14 @@ def test_parts_that_are_of_something_else_are_not_used(
     assert fetched(downloader, [url], shard) == DATA
 
 
-def test_row_9_a_file_that_changes_is_begun_anew(downloader: Downloader, scripted: ScriptedServer) -> None:
+def test_row_9_a_file_that_changes_starts_over(downloader: Downloader, scripted: ScriptedServer) -> None:
     scripted.script[PATH] = [broken_off(data=OTHER), reply(200, DATA, {"ETag": '"2"'})]
     assert fetched(downloader, [scripted.url + "params_shard_0.bin"], replace(SHARD, md5sum=None)) == DATA
     assert ranges(scripted) == [WHOLE, REST]
 
 
 @pytest.mark.parametrize("ignores_if_range", [False, True])
-def test_row_9_what_keeps_changing_is_an_error(
+def test_row_9_a_file_that_keeps_changing_is_an_error(
     downloader: Downloader, scripted: ScriptedServer, ignores_if_range: bool
 ) -> None:
     def changing(connection: Connection, request: Request) -> None:
@@ -479,21 +483,25 @@ def test_row_9_what_keeps_changing_is_an_error(
 
 
 @pytest.mark.parametrize("answer", [reply(200, DATA, {"ETag": '"2"'}), reply(416), reply(206, DATA, ETAG)])
-def test_a_part_that_is_of_no_use_costs_no_try(downloader: Downloader, scripted: ScriptedServer, answer: bytes) -> None:
-    """It was left by another process: with no retries allowed, it must not make this one fail."""
-    leave_part(downloader.cache, scripted.url + "params_shard_0.bin", OTHER[:60_000])
+def test_a_useless_partial_file_costs_no_attempt(
+    downloader: Downloader, scripted: ScriptedServer, answer: bytes
+) -> None:
+    """Another process left it: it must not make a download without retries fail."""
+    leave_partial(downloader.cache, scripted.url + "params_shard_0.bin", OTHER[:60_000])
     scripted.script[PATH] = [answer, reply(200, DATA, {"ETag": '"2"'})]
     downloader = changed(downloader, policy=RetryPolicy(retries=0))
     assert fetched(downloader, [scripted.url + "params_shard_0.bin"]) == DATA
 
 
-def test_row_9_another_version_under_the_old_etag_of_a_range(downloader: Downloader, scripted: ScriptedServer) -> None:
-    """A server that ignores If-Range: the 206 says by its ETag that it is of another version."""
+def test_row_9_a_range_of_another_version_is_not_used(downloader: Downloader, scripted: ScriptedServer) -> None:
+    """The server ignores If-Range, and the ETag of its 206 is that of another version."""
     scripted.script[PATH] = [broken_off(data=OTHER), rest_of(DATA, 60_000, '"2"'), reply(200, DATA, {"ETag": '"2"'})]
     assert fetched(downloader, [scripted.url + "params_shard_0.bin"], replace(SHARD, md5sum=None)) == DATA
 
 
-def test_row_10_content_that_changes_under_one_etag(downloader: Downloader, scripted: ScriptedServer) -> None:
+def test_row_10_content_that_changes_under_one_etag_is_a_checksum_error(
+    downloader: Downloader, scripted: ScriptedServer
+) -> None:
     mixed = OTHER[:60_000] + DATA[60_000:]
     scripted.script[PATH] = [broken_off(data=OTHER), rest_of(DATA, 60_000), reply(200, DATA, ETAG)]
     assert fetched(downloader, [scripted.url + "params_shard_0.bin"]) == DATA
@@ -507,10 +515,10 @@ def test_row_10_content_that_changes_under_one_etag(downloader: Downloader, scri
 
 
 @pytest.mark.parametrize("first", [then_reset, then_close, then_stall])
-def test_row_12_a_broken_connection_costs_nothing_twice(
+def test_row_12_a_broken_connection_loses_no_received_bytes(
     downloader: Downloader, scripted: ScriptedServer, first: Any
 ) -> None:
-    """The client may lose what the reset overtook, and asks for the rest of what it has."""
+    """The client may lose bytes that the reset overtook, and asks for all that it does not have."""
     data = os.urandom(9 << 20)
     shard = replace(SHARD, nbytes=len(data), md5sum=hashlib.md5(data).hexdigest())
 
@@ -525,8 +533,8 @@ def test_row_12_a_broken_connection_costs_nothing_twice(
     assert downloader.client.context.stats.network_bytes == len(data)
 
 
-def test_row_12_each_mebibyte_of_progress_renews_the_tries(downloader: Downloader, scripted: ScriptedServer) -> None:
-    """Nine breaks with three retries allowed, and a mebibyte between each two of them."""
+def test_row_12_each_mebibyte_of_progress_renews_the_retries(downloader: Downloader, scripted: ScriptedServer) -> None:
+    """The connection breaks nine times, after a mebibyte each, with three retries allowed."""
     data = os.urandom(10 << 20)
     shard = replace(SHARD, nbytes=len(data), md5sum=hashlib.md5(data).hexdigest())
 
@@ -540,10 +548,8 @@ def test_row_12_each_mebibyte_of_progress_renews_the_tries(downloader: Downloade
     assert (len(scripted.requests), downloader.client.context.stats.network_bytes) == (10, len(data))
 
 
-def test_row_12_a_server_that_always_starts_over_makes_no_progress(
-    downloader: Downloader, scripted: ScriptedServer
-) -> None:
-    """Two mebibytes each time, but the same ones."""
+def test_row_12_the_same_bytes_again_are_no_progress(downloader: Downloader, scripted: ScriptedServer) -> None:
+    """The server sends two mebibytes each time, always the same ones."""
     data = os.urandom(3 << 20)
     scripted.script[PATH] = [then_close(reply(200, data[: 2 << 20], length=len(data)))]
     with pytest.raises(ndcache.TruncatedError):
@@ -551,9 +557,7 @@ def test_row_12_a_server_that_always_starts_over_makes_no_progress(
     assert len(scripted.requests) == 4
 
 
-def test_row_12_a_server_that_refuses_from_now_on_is_tried_again(
-    downloader: Downloader, scripted: ScriptedServer
-) -> None:
+def test_row_12_a_server_that_stops_listening_is_tried_again(downloader: Downloader, scripted: ScriptedServer) -> None:
     url = scripted.url + "params_shard_0.bin"
     with pytest.raises(ndcache.NotFoundError):
         fetched(downloader, [url])
@@ -563,20 +567,20 @@ def test_row_12_a_server_that_refuses_from_now_on_is_tried_again(
     assert caught.value.attempts == 4
 
 
-# --- other processes' parts ---------------------------------------------------------------------------
+# --- partial files of other processes -----------------------------------------------------------------
 
 
-def test_of_several_parts_the_longest_is_used(downloader: Downloader, scripted: ScriptedServer) -> None:
+def test_the_longest_of_several_partial_files_is_used(downloader: Downloader, scripted: ScriptedServer) -> None:
     url = scripted.url + "params_shard_0.bin"
     for nbytes in (10, 60_000, 500):
-        leave_part(downloader.cache, url, DATA[:nbytes])
+        leave_partial(downloader.cache, url, DATA[:nbytes])
     scripted.script[PATH] = [rest_of(DATA, 60_000)]
     assert fetched(downloader, [url]) == DATA
     assert files(downloader.cache.directory) == ["params_shard_0.bin"]
 
 
 @pytest.mark.parametrize("is_exclusive", [False, True])
-def test_a_part_that_somebody_may_still_write_is_copied_and_left(
+def test_a_partial_file_with_a_writer_is_copied_and_kept(
     downloader: Downloader, scripted: ScriptedServer, is_exclusive: bool
 ) -> None:
     url = scripted.url + "params_shard_0.bin"
@@ -598,28 +602,28 @@ def test_a_part_that_somebody_may_still_write_is_copied_and_left(
 
 
 @pytest.mark.parametrize("kind", ["symlink", "directory", "fifo"])
-def test_row_30_what_is_planted_among_the_parts_is_not_read(
+def test_row_30_a_planted_partial_file_is_not_read(
     downloader: Downloader, scripted: ScriptedServer, tmp_path: Path, kind: str
 ) -> None:
     url = scripted.url + "params_shard_0.bin"
-    leave_part(downloader.cache, url, DATA[:60_000])
-    (part,) = (p for p in (downloader.cache.directory / ".ndcache" / "parts").iterdir() if p.suffix != ".json")
-    part.unlink()
+    leave_partial(downloader.cache, url, DATA[:60_000])
+    (partial,) = (p for p in (downloader.cache.directory / ".ndcache" / "parts").iterdir() if p.suffix != ".json")
+    partial.unlink()
     victim = tmp_path / "victim"
     victim.write_bytes(OTHER[:60_000])
     if kind == "symlink":
-        part.symlink_to(victim)
+        partial.symlink_to(victim)
     elif kind == "directory":
-        part.mkdir()
+        partial.mkdir()
     else:
-        os.mkfifo(part)
+        os.mkfifo(partial)
     scripted.script[PATH] = [reply(200, DATA, ETAG)]
     assert fetched(downloader, [url], replace(SHARD, md5sum=None)) == DATA
     assert ranges(scripted) == [WHOLE]
     assert victim.read_bytes() == OTHER[:60_000]
 
 
-# --- what the server says of the content --------------------------------------------------------------
+# --- the server's own digests -------------------------------------------------------------------------
 
 
 def test_hugging_faces_sha256_is_compared(downloader: Downloader, scripted: ScriptedServer) -> None:
@@ -638,9 +642,7 @@ def test_hugging_faces_sha256_is_compared(downloader: Downloader, scripted: Scri
         fetched(downloader, [scripted.url + "params_shard_0.bin"], shard)
 
 
-def test_hugging_faces_sha256_is_compared_whatever_the_storage_says(
-    downloader: Downloader, scripted: ScriptedServer
-) -> None:
+def test_hugging_faces_sha256_is_compared_without_an_etag_too(downloader: Downloader, scripted: ScriptedServer) -> None:
     etag = f'"{hashlib.sha256(DATA).hexdigest()}"'
     scripted.script["/storage/shard"] = [reply(200, OTHER)]  # without an ETag nobody goes on from there
     scripted.script[PATH] = [reply(302, headers={"Location": "/storage/shard", "X-Linked-Etag": etag})]
@@ -648,7 +650,7 @@ def test_hugging_faces_sha256_is_compared_whatever_the_storage_says(
         fetched(downloader, [scripted.url + "params_shard_0.bin"], replace(SHARD, md5sum=None))
 
 
-def test_a_digest_from_where_it_redirects_is_not_one(downloader: Downloader, scripted: ScriptedServer) -> None:
+def test_a_digest_from_a_redirect_target_is_ignored(downloader: Downloader, scripted: ScriptedServer) -> None:
     other = ScriptedServer()
     try:
         other.script["/shard"] = [reply(200, DATA, {"X-Linked-Etag": f'"{"0" * 64}"'})]
@@ -658,7 +660,7 @@ def test_a_digest_from_where_it_redirects_is_not_one(downloader: Downloader, scr
         other.close()
 
 
-def test_a_pin_is_compared_beside_the_manifests_digest(downloader: Downloader, scripted: ScriptedServer) -> None:
+def test_a_required_digest_is_compared_beside_the_manifests(downloader: Downloader, scripted: ScriptedServer) -> None:
     scripted.script[PATH] = [reply(200, DATA)]
     pin = ("sha512", hashlib.sha512(DATA).hexdigest())
     assert fetched(downloader, [scripted.url + "params_shard_0.bin"], replace(SHARD, required_digest=pin)) == DATA
@@ -668,8 +670,8 @@ def test_a_pin_is_compared_beside_the_manifests_digest(downloader: Downloader, s
         fetched(downloader, [scripted.url + "params_shard_0.bin"], replace(SHARD, required_digest=pin, md5sum="0" * 32))
 
 
-def test_a_mirror_that_failed_is_not_asked_first_again(downloader: Downloader, scripted: ScriptedServer) -> None:
-    """The source fails all tries for the first shard; for the next ones the mirror goes first."""
+def test_a_url_that_failed_is_not_tried_first_again(downloader: Downloader, scripted: ScriptedServer) -> None:
+    """The source fails at the first shard; the next ones are requested from the mirror first."""
     scripted.script["/bad/params_shard_0.bin"] = [reply(503)]
     scripted.script["/good/params_shard_0.bin"] = [reply(200, DATA)]
     urls = [f"{scripted.url}{where}/params_shard_0.bin" for where in ("bad", "good")]
@@ -678,7 +680,7 @@ def test_a_mirror_that_failed_is_not_asked_first_again(downloader: Downloader, s
     assert [request.path.split("/")[1] for request in scripted.requests] == [*["bad"] * 4, *["good"] * 3]
 
 
-def test_a_mirror_does_not_go_on_with_the_sources_bytes(downloader: Downloader, scripted: ScriptedServer) -> None:
+def test_a_mirror_does_not_resume_the_sources_transfer(downloader: Downloader, scripted: ScriptedServer) -> None:
     scripted.script["/bad/params_shard_0.bin"] = [broken_off(data=OTHER), reply(404)]
     scripted.script["/good/params_shard_0.bin"] = [reply(200, DATA, ETAG)]
     urls = [f"{scripted.url}{where}/params_shard_0.bin" for where in ("bad", "good")]
@@ -689,7 +691,7 @@ def test_a_mirror_does_not_go_on_with_the_sources_bytes(downloader: Downloader, 
 # --- the disk -----------------------------------------------------------------------------------------
 
 
-def test_row_29_a_disk_that_fills_up_takes_a_part_first(
+def test_row_29_a_disk_that_fills_up_may_write_less_than_asked(
     downloader: Downloader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     room = 10
@@ -702,18 +704,18 @@ def test_row_29_a_disk_that_fills_up_takes_a_part_first(
     monkeypatch.setattr(os, "pwrite", write)
     with (
         pytest.raises(ndcache.DiskFullError, match="no room") as caught,
-        downloader.cache.partials.create("params_shard_0.bin") as part,
+        downloader.cache.partials.create("params_shard_0.bin") as partial,
     ):
-        part.write(b"12345678901")
+        partial.write(b"12345678901")
     assert caught.value.errno == errno.ENOSPC
     assert files(downloader.cache.directory) == []
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
-def test_row_29_what_could_not_be_synced_is_not_gone_on_with(
+def test_row_29_a_file_that_could_not_be_synced_is_not_resumed(
     downloader: Downloader, scripted: ScriptedServer, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    """After a failed fsync the system may forget what it could not write."""
+    """After a failed fsync, the system may discard what it could not write."""
 
     def fail(handle: int) -> None:
         raise OSError(number, "lost")
@@ -725,10 +727,10 @@ def test_row_29_what_could_not_be_synced_is_not_gone_on_with(
     assert files(downloader.cache.directory) == []
 
 
-def test_row_6_a_web_page_in_place_of_the_rest_leaves_the_part_alone(
+def test_row_6_a_web_page_in_place_of_the_rest_keeps_the_partial_file(
     downloader: Downloader, scripted: ScriptedServer
 ) -> None:
-    """As of a hotel's network."""
+    """A hotel's network may answer with its login page."""
     page = reply(200, b"<html>Welcome!</html>", {"Content-Type": "text/html"})
     scripted.script[PATH] = [broken_off(), page]
     with pytest.raises(ndcache.SizeMismatchError, match="web page"):
@@ -738,7 +740,7 @@ def test_row_6_a_web_page_in_place_of_the_rest_leaves_the_part_alone(
     assert ranges(scripted)[-1] == REST
 
 
-def test_a_mirrors_name_for_a_version_is_not_remembered(downloader: Downloader, scripted: ScriptedServer) -> None:
+def test_a_mirrors_etag_is_not_noted(downloader: Downloader, scripted: ScriptedServer) -> None:
     scripted.script["/bad/params_shard_0.bin"] = [reply(404)]
     scripted.script["/good/params_shard_0.bin"] = [reply(200, DATA, ETAG)]
     urls = [f"{scripted.url}{where}/params_shard_0.bin" for where in ("bad", "good")]

@@ -1,4 +1,4 @@
-"""The manifest of a model on a server: under which name, in which form, and what becomes of the cached one."""
+"""Manifests on servers: their names and encodings, and the cached manifest."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ GZIP = {"Content-Encoding": "gzip"}
 
 
 def scripted_model(scripted: ScriptedServer, model: Path, name: str, seed: int = 0) -> dict[str, Any]:
-    """Have the server give a model whose manifest has this name; what it has no script for is answered with 404."""
+    """Let the server have a model whose manifest has this name; it answers 404 where it has no script."""
     arrays = {"w": models.random_array((1000,), seed=seed)}
     models.write_model(model, [arrays], manifest_name=name.lstrip("/"))
     scripted.script = {f"/{path.name}": [reply(200, path.read_bytes())] for path in model.iterdir()}
@@ -44,7 +44,7 @@ def manifests_asked_for(scripted: ScriptedServer) -> list[str]:
 
 
 def cached_manifests(cache_dir: Path) -> list[str]:
-    """The names of all manifests that were kept."""
+    """Return the names of all cached manifests."""
     return sorted(path.name for path in cache_dir.rglob("*.json") if ".ndcache" not in path.parts)
 
 
@@ -54,13 +54,13 @@ def model(tmp_path: Path) -> Path:
 
 
 def sri(data: bytes) -> str:
-    """What the ``integrity`` option takes."""
+    """Return a digest as the ``integrity`` option takes it."""
     return "sha256-" + base64.b64encode(hashlib.sha256(data).digest()).decode()
 
 
-# --- row 50: the first name is not there -------------------------------------------------------------
+# --- row 50: there is no manifest of the first name ---------------------------------------------------
 
-#: What a server answers for a file that it does not have → the error, if it has none under the other name either.
+#: How a server may answer for a missing file → the error, if it has no manifest of the other name either.
 NOT_THERE: dict[str, tuple[bytes, type[ndcache.NdcacheError], str]] = {
     "404": (reply(404, b"gone"), ndcache.NotFoundError, "there is no tensor-cache.json or ndarray-cache.json at"),
     "410": (reply(410), ndcache.NotFoundError, "there is no tensor-cache.json or ndarray-cache.json at"),
@@ -104,7 +104,7 @@ NOT_THERE: dict[str, tuple[bytes, type[ndcache.NdcacheError], str]] = {
 
 
 @pytest.mark.parametrize("case", NOT_THERE)
-def test_row_50_the_other_name_is_asked_for_once(model: Path, scripted: ScriptedServer, case: str) -> None:
+def test_row_50_the_other_name_is_requested_once(model: Path, scripted: ScriptedServer, case: str) -> None:
     arrays = scripted_model(scripted, model, OLD)
     scripted.script |= {NEW: [NOT_THERE[case][0]], "/login": [reply(200, HTML, HTML_TYPE)]}
     assert_same(ndcache.load(scripted.url, retries=QUICK), arrays)
@@ -150,7 +150,7 @@ FINAL: dict[str, tuple[bytes | Step, type[ndcache.NdcacheError], int]] = {
 
 
 @pytest.mark.parametrize("case", FINAL)
-def test_row_50_what_says_nothing_of_the_name_is_final(
+def test_row_50_a_failure_that_is_not_about_the_name_is_final(
     model: Path, scripted: ScriptedServer, cache_dir: Path, case: str
 ) -> None:
     scripted_model(scripted, model, OLD)
@@ -171,7 +171,7 @@ def test_row_50_a_failure_at_the_other_name_is_raised(scripted: ScriptedServer, 
 
 
 @pytest.mark.parametrize("case", ["404", "403, a bucket", "400", "a web page"])
-def test_row_50_a_manifest_named_in_the_url_is_the_only_one(scripted: ScriptedServer, case: str) -> None:
+def test_row_50_only_the_manifest_in_the_url_is_requested(scripted: ScriptedServer, case: str) -> None:
     answer, error, _ = NOT_THERE[case]
     scripted.script = {NEW: [answer]}
     with pytest.raises(error, match=r"tensor-cache\.json"):
@@ -181,7 +181,7 @@ def test_row_50_a_manifest_named_in_the_url_is_the_only_one(scripted: ScriptedSe
 
 @pytest.mark.parametrize("case", NOT_THERE)
 @pytest.mark.parametrize("names", [(OLD, NEW), (NEW, OLD)], ids=["to the newer", "to the older"])
-def test_row_50_a_cached_model_whose_manifest_was_renamed(
+def test_row_50_a_renamed_manifest_of_a_cached_model_is_found(
     model: Path, scripted: ScriptedServer, cache_dir: Path, case: str, names: tuple[str, str]
 ) -> None:
     before, after = names
@@ -198,7 +198,7 @@ def test_row_50_a_cached_model_whose_manifest_was_renamed(
 
 
 @pytest.mark.parametrize("case", NOT_THERE)
-def test_row_50_the_cached_manifest_serves_if_no_name_works(model: Path, scripted: ScriptedServer, case: str) -> None:
+def test_row_50_the_cached_manifest_is_used_if_no_name_works(model: Path, scripted: ScriptedServer, case: str) -> None:
     arrays = scripted_model(scripted, model, NEW)
     ndcache.fetch(scripted.url)
     scripted.requests.clear()
@@ -209,7 +209,9 @@ def test_row_50_the_cached_manifest_serves_if_no_name_works(model: Path, scripte
 
 
 @pytest.mark.parametrize("case", ["404", "403, a bucket", "400", "a web page"])
-def test_row_50_a_pinned_manifest_may_come_from_a_mirror(model: Path, scripted: ScriptedServer, case: str) -> None:
+def test_row_50_a_manifest_with_a_required_digest_may_come_from_a_mirror(
+    model: Path, scripted: ScriptedServer, case: str
+) -> None:
     arrays = scripted_model(scripted, model, OLD)
     manifest = (model / OLD.lstrip("/")).read_bytes()
     scripted.script = {f"/mirror{path}": steps for path, steps in scripted.script.items()}
@@ -217,17 +219,17 @@ def test_row_50_a_pinned_manifest_may_come_from_a_mirror(model: Path, scripted: 
     integrity = {OLD.lstrip("/"): sri(manifest)}
     weights = ndcache.load(scripted.url + "home/", mirrors=[scripted.url + "mirror/"], integrity=integrity)
     assert_same(weights, arrays)
-    assert manifests_asked_for(scripted) == ["/home" + OLD, "/mirror" + OLD]  # only the name that is pinned
+    assert manifests_asked_for(scripted) == ["/home" + OLD, "/mirror" + OLD]  # only the name with the digest
 
 
-def test_row_50_a_web_page_in_place_of_a_pinned_manifest_is_called_one(scripted: ScriptedServer) -> None:
+def test_row_50_a_web_page_is_not_called_a_checksum_error(scripted: ScriptedServer) -> None:
     scripted.script[NEW] = [reply(200, HTML)]
     with pytest.raises(ndcache.ManifestSyntaxError, match="sent a web page"):
         ndcache.load(scripted.url, integrity={"tensor-cache.json": sri(b"")}, retries=QUICK)
     assert manifests_asked_for(scripted) == [NEW]
 
 
-# --- row 51: other forms -----------------------------------------------------------------------------
+# --- row 51: encodings --------------------------------------------------------------------------------
 
 
 def bare_deflate(data: bytes) -> bytes:
@@ -288,7 +290,7 @@ def test_row_51_an_encoded_manifest_is_decoded(model: Path, scripted: ScriptedSe
         pytest.param("aws-chunked\x1b[2J", lambda data: data, ndcache.ProtocolError, 2, id="control characters"),
     ],
 )
-def test_row_51_a_damaged_or_unknown_encoding(
+def test_row_51_a_damaged_or_unknown_encoding_is_an_error(
     model: Path, scripted: ScriptedServer, encoding: str, encode: Any, error: type[ndcache.NdcacheError], tries: int
 ) -> None:
     arrays = scripted_model(scripted, model, NEW)
@@ -300,11 +302,11 @@ def test_row_51_a_damaged_or_unknown_encoding(
     assert type(caught.value) is error
     assert str(caught.value).isprintable()
     assert manifests_asked_for(scripted) == [NEW] * tries
-    scripted.script[NEW] = [*[bad] * (tries + 1), *good]  # and what is asked for again may be right
+    scripted.script[NEW] = [*[bad] * (tries + 1), *good]  # another attempt may succeed
     assert_same(ndcache.load(scripted.url, retries=QUICK), arrays)
 
 
-def test_row_51_a_bomb(scripted: ScriptedServer) -> None:
+def test_row_51_a_compressed_bomb_is_refused(scripted: ScriptedServer) -> None:
     bomb = gzip.compress(bytes(1 << 30))
     scripted.script[NEW] = [reply(200, bomb, GZIP)]
     tracemalloc.start()
@@ -317,7 +319,7 @@ def test_row_51_a_bomb(scripted: ScriptedServer) -> None:
     assert manifests_asked_for(scripted) == [NEW]
 
 
-def test_row_51_the_largest_manifest_comes_with_gzip(scripted: ScriptedServer) -> None:
+def test_row_51_the_largest_manifest_may_be_compressed(scripted: ScriptedServer) -> None:
     body = b'{"records": []}'
     scripted.script[NEW] = [reply(200, gzip.compress(body + b" " * ((64 << 20) - len(body))), GZIP)]
     assert len(ndcache.load(scripted.url)) == 0
@@ -342,7 +344,7 @@ def test_row_51_a_byte_order_mark_is_skipped(model: Path, scripted: ScriptedServ
     integrity = {"tensor-cache.json": sri(manifest)}
     assert_same(ndcache.load(source, integrity=integrity), arrays)
     if where == "server":
-        assert_same(ndcache.load(source, offline=True), arrays)  # of the cache
+        assert_same(ndcache.load(source, offline=True), arrays)  # from the cache
 
 
 @pytest.mark.parametrize(
@@ -355,14 +357,14 @@ def test_row_51_a_byte_order_mark_is_skipped(model: Path, scripted: ScriptedServ
         (lambda text: b"\x28\xb5\x2f\xfd" + text.encode(), "compressed with zstd"),
     ],
 )
-def test_row_51_a_file_in_another_form_is_told_apart(model: Path, encode: Any, words: str) -> None:
+def test_row_51_a_file_of_another_kind_is_named_in_the_error(model: Path, encode: Any, words: str) -> None:
     text = json.dumps(models.write_model(model, []))
     (model / "tensor-cache.json").write_bytes(encode(text))
     with pytest.raises(ndcache.ManifestSyntaxError, match=words):
         ndcache.load(model)
 
 
-# --- row 53: what cannot be sent back ----------------------------------------------------------------
+# --- row 53: ETags and dates that cannot be sent back -------------------------------------------------
 
 UNSENDABLE = {
     "folded": b'ETag: "abc\r\n def"\r\n',
@@ -384,7 +386,7 @@ UNSENDABLE = {
 
 
 def versions(scripted: ScriptedServer, model: Path, first: bytes) -> dict[str, Any]:
-    """Load a first version, whose manifest comes with these header lines, and have the server give a second one."""
+    """Load a first version, whose manifest has these header lines, and let the server have a second one."""
     scripted_model(scripted, model, NEW)
     body = (model / "tensor-cache.json").read_bytes()
     scripted.script[NEW] = [b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n%s\r\n%s" % (len(body), first, body)]
@@ -394,7 +396,7 @@ def versions(scripted: ScriptedServer, model: Path, first: bytes) -> dict[str, A
 
 
 def _note(directory: Path, name: str) -> Path:
-    """Where it is noted what is known of a cached file."""
+    """Return the path of the note about a cached file."""
     (note,) = (path for path in (directory / ".ndcache" / "validators").iterdir() if name in path.name)
     return note
 
@@ -408,7 +410,9 @@ def no_warning() -> Any:
 
 @pytest.mark.usefixtures("no_warning")
 @pytest.mark.parametrize("case", UNSENDABLE)
-def test_row_53_what_cannot_be_sent_back_is_forgotten(model: Path, scripted: ScriptedServer, case: str) -> None:
+def test_row_53_an_etag_or_date_that_cannot_be_sent_is_dropped(
+    model: Path, scripted: ScriptedServer, case: str
+) -> None:
     arrays = versions(scripted, model, UNSENDABLE[case])
     assert_same(ndcache.load(scripted.url, retries=0), arrays)
     (request,) = scripted.requests_for(NEW)
@@ -428,9 +432,7 @@ def test_row_53_what_cannot_be_sent_back_is_forgotten(model: Path, scripted: Scr
         {"etag": None, "last_modified": "Fri, 01 Jan 2100 00:00:00 GMT"},
     ],
 )
-def test_row_53_a_note_of_an_older_version_is_not_believed(
-    model: Path, scripted: ScriptedServer, bad: dict[str, Any]
-) -> None:
+def test_row_53_an_etag_in_an_old_note_is_checked(model: Path, scripted: ScriptedServer, bad: dict[str, Any]) -> None:
     arrays = versions(scripted, model, b'ETag: "good"\r\n')
     note = _note(Path(ndcache.fetch(scripted.url, offline=True)), "tensor-cache.json")
     note.write_text(json.dumps(json.loads(note.read_text()) | bad))
@@ -440,10 +442,12 @@ def test_row_53_a_note_of_an_older_version_is_not_believed(
 
 @pytest.mark.usefixtures("no_warning")
 @pytest.mark.parametrize("status", [400, 405, 412, 416, 417, 428, 431])
-def test_row_53_a_condition_that_is_refused_is_left_out(model: Path, scripted: ScriptedServer, status: int) -> None:
+def test_row_53_a_condition_that_the_server_refuses_is_dropped(
+    model: Path, scripted: ScriptedServer, status: int
+) -> None:
     arrays = versions(scripted, model, b'ETag: "1"\r\n')
     good = scripted.script[NEW]
-    scripted.script[NEW] = [*good, reply(status), *good]  # the first one has been asked for
+    scripted.script[NEW] = [*good, reply(status), *good]
     assert_same(ndcache.load(scripted.url, retries=0), arrays)
     conditions = [request.headers.get("if-none-match") for request in scripted.requests_for(NEW)]
     assert conditions == ['"1"', None]
@@ -458,21 +462,25 @@ def test_row_53_a_condition_that_is_refused_is_left_out(model: Path, scripted: S
         pytest.param(b"", {}, id="not asked for, and of nothing"),
     ],
 )
-def test_row_53_a_304_that_is_not_about_what_is_cached(
+def test_row_53_a_304_about_another_version_is_ignored(
     model: Path, scripted: ScriptedServer, first: bytes, answer: dict[str, str]
 ) -> None:
     arrays = versions(scripted, model, first)
     good = scripted.script[NEW]
-    scripted.script[NEW] = [*good, reply(304, headers=answer, length=None), *good]  # the first one has been asked for
+    scripted.script[NEW] = [
+        *good,
+        reply(304, headers=answer, length=None),
+        *good,
+    ]
     assert_same(ndcache.load(scripted.url, retries=0), arrays)
     assert [request.headers.get("cache-control") for request in scripted.requests_for(NEW)] == [None, "no-cache"]
 
 
 @pytest.mark.parametrize("answer", [reply(500), reply(501), reply(403), then_close(reply(200, b"{", length=9))])
-def test_row_53_after_a_failure_the_next_load_asks_without_a_condition(
+def test_row_53_the_load_after_a_failure_sends_no_condition(
     model: Path, scripted: ScriptedServer, answer: bytes | Step
 ) -> None:
-    """A server that fails at each condition cannot keep the cached manifest for ever."""
+    """Or a server that fails at each condition would keep the cached manifest in use for ever."""
     arrays = versions(scripted, model, b'ETag: "1"\r\n')
     good = scripted.script[NEW][0]
 
@@ -499,7 +507,7 @@ def test_row_53_after_a_failure_the_next_load_asks_without_a_condition(
     ],
 )
 @pytest.mark.usefixtures("no_warning")
-def test_an_etag_that_can_be_sent_back_is(model: Path, scripted: ScriptedServer, etag: str, answer: str | None) -> None:
+def test_an_etag_that_can_be_sent_is_sent(model: Path, scripted: ScriptedServer, etag: str, answer: str | None) -> None:
     arrays = scripted_model(scripted, model, NEW)
     body = (model / "tensor-cache.json").read_bytes()
     headers = {} if answer is None else {"ETag": answer}
@@ -510,10 +518,10 @@ def test_an_etag_that_can_be_sent_back_is(model: Path, scripted: ScriptedServer,
 
 
 @pytest.mark.parametrize(("age", "is_sent"), [(3600, True), (1, True), (0, False), (-1, False), (-3600, False)])
-def test_row_53_a_date_is_sent_back_if_the_file_cannot_have_changed_since(
+def test_row_53_a_date_is_sent_if_the_file_cannot_change_in_that_second(
     model: Path, scripted: ScriptedServer, age: int, is_sent: bool
 ) -> None:
-    """What changes twice in one second has the same date twice."""
+    """A file that changes twice in one second has the same date twice."""
     arrays = scripted_model(scripted, model, NEW)
     now = time.time()
     headers = {"Date": formatdate(now, usegmt=True), "Last-Modified": formatdate(now - age, usegmt=True)}
@@ -524,11 +532,11 @@ def test_row_53_a_date_is_sent_back_if_the_file_cannot_have_changed_since(
     assert sent == [None, headers["Last-Modified"] if is_sent else None]
 
 
-# --- row 36: parsing ends at once --------------------------------------------------------------------
+# --- row 36: cancellation while parsing ---------------------------------------------------------------
 
 
-def test_row_36_cancel_while_a_manifest_is_parsed(scripted: ScriptedServer) -> None:
-    """It is set when the whole manifest has been sent: what is left to do is to parse it."""
+def test_row_36_cancelling_ends_the_parsing_of_a_manifest(scripted: ScriptedServer) -> None:
+    """The event is set when the whole manifest has been sent, so that only parsing is left."""
     cancel = threading.Event()
     records = b",".join(
         b'{"name":"%d","shape":[1],"dtype":"int8","format":"raw","byteOffset":%d,"nbytes":1}' % (i, i)

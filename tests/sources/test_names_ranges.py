@@ -1,4 +1,4 @@
-"""Of a shard that holds few of the tensors asked for, only their bytes are fetched, and they count later."""
+"""Only some ranges of a shard are fetched if it holds few of the requested tensors, and they are used again later."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def asked(requests: list[Request]) -> ByteRanges:
-    """What was asked for of the shard; each byte once."""
+    """Return the ranges of the shard that were requested, each byte once."""
     ranges = []
     for request in requests:
         if request.path == PATH:
@@ -79,7 +79,7 @@ def check(weights: ndcache.Weights[Any], *names: str, data: bytes = DATA) -> ndc
 
 
 @pytest.mark.parametrize("workers", [1, 4])
-def test_only_the_bytes_asked_for_come(serve: Callable[..., FileServer], model: Path, workers: int) -> None:
+def test_only_the_requested_tensors_are_fetched(serve: Callable[..., FileServer], model: Path, workers: int) -> None:
     server = serve(model)
     names = ["w03", "w20", "w40"]
     stats = check(ndcache.load(server.url, names=names, max_workers=workers), *names)
@@ -90,13 +90,13 @@ def test_only_the_bytes_asked_for_come(serve: Callable[..., FileServer], model: 
     assert stats.peak_bytes_in_flight == 3 * SIZE
 
 
-def test_tensors_near_each_other_come_in_one_request(serve: Callable[..., FileServer], model: Path) -> None:
+def test_tensors_near_each_other_are_one_request(serve: Callable[..., FileServer], model: Path) -> None:
     server = serve(model)
     check(ndcache.load(server.url, names=["w10", "w12", "w15"]), "w10", "w12", "w15")
     assert list(asked(server.requests)) == [(10 * SIZE, 13 * SIZE), (15 * SIZE, 16 * SIZE)]
 
 
-def test_the_second_time_nothing_is_asked_for(serve: Callable[..., FileServer], model: Path) -> None:
+def test_the_second_load_requests_nothing(serve: Callable[..., FileServer], model: Path) -> None:
     server = serve(model)
     directory = ndcache.fetch(server.url, names=["w03", "w20"])
     before = set((directory / ".ndcache" / "parts").iterdir())
@@ -118,14 +118,14 @@ def test_the_second_time_nothing_is_asked_for(serve: Callable[..., FileServer], 
         ndcache.load(server.url, names="w04", offline=True)
 
 
-def test_what_came_counts_when_more_is_asked_for(serve: Callable[..., FileServer], model: Path) -> None:
+def test_fetched_ranges_are_used_when_more_is_requested(serve: Callable[..., FileServer], model: Path) -> None:
     server = serve(model)
     ndcache.fetch(server.url, names=["w00", "w20"])
     stats = check(ndcache.load(server.url, names=["w20", "w30"]), "w20", "w30")
     assert (stats.network_bytes, stats.resumed_bytes) == (SIZE, SIZE)
     directory = ndcache.fetch(server.url, names="w00")
-    parts = [path for path in (directory / ".ndcache" / "parts").iterdir() if path.suffix != ".json"]
-    assert len(parts) == 1  # which has all three
+    partials = [path for path in (directory / ".ndcache" / "parts").iterdir() if path.suffix != ".json"]
+    assert len(partials) == 1  # which has all three
     assert ndcache.fetch(server.url) == directory
     assert list(asked(server.requests)) == [(0, len(DATA))]
     assert (directory / PATH[1:]).read_bytes() == DATA
@@ -134,7 +134,7 @@ def test_what_came_counts_when_more_is_asked_for(serve: Callable[..., FileServer
     assert check(ndcache.load(server.url, names="w20"), "w20").integrity == {"md5": 1}
 
 
-def test_a_part_is_no_shard(serve: Callable[..., FileServer], model: Path) -> None:
+def test_a_file_with_holes_is_not_a_cached_shard(serve: Callable[..., FileServer], model: Path) -> None:
     server = serve(model)
     directory = ndcache.fetch(server.url, names="w03")
     assert not ndcache.is_cached(server.url)
@@ -146,7 +146,7 @@ def test_a_part_is_no_shard(serve: Callable[..., FileServer], model: Path) -> No
 
 
 @pytest.mark.parametrize("names", [lambda name: name < "w40", lambda name: name != "w40"])
-def test_a_shard_of_which_much_is_wanted_comes_whole(
+def test_a_shard_of_which_much_is_wanted_is_fetched_whole(
     serve: Callable[..., FileServer], model: Path, names: Callable[[str], bool]
 ) -> None:
     server = serve(model)
@@ -163,7 +163,7 @@ def test_an_empty_tensor_costs_next_to_nothing(serve: Callable[..., FileServer],
 
 
 @pytest.mark.parametrize("pinned", ["tensor-cache.json", PATH[1:]])
-def test_what_the_caller_demands_a_digest_of_comes_whole(
+def test_a_shard_with_a_required_digest_is_fetched_whole(
     serve: Callable[..., FileServer], model: Path, pinned: str
 ) -> None:
     server = serve(model)
@@ -175,12 +175,12 @@ def test_what_the_caller_demands_a_digest_of_comes_whole(
         assert weights.stats.network_bytes + weights.stats.resumed_bytes == len(DATA)
 
 
-def test_verify_always_wants_digests(serve: Callable[..., FileServer], model: Path) -> None:
+def test_verify_always_fetches_whole_shards(serve: Callable[..., FileServer], model: Path) -> None:
     server = serve(model)
     assert check(ndcache.load(server.url, names="w03", verify="always"), "w03").integrity == {"md5": 1}
 
 
-def test_a_mirror_is_asked_for_what_can_be_checked(serve: Callable[..., FileServer], model: Path) -> None:
+def test_a_mirror_must_send_a_whole_shard_that_can_be_checked(serve: Callable[..., FileServer], model: Path) -> None:
     source, mirror = serve(model), serve(model)
     source.status[PATH] = 404
     stats = check(ndcache.load(source.url, names="w03", mirrors=[mirror.url]), "w03")
@@ -212,7 +212,7 @@ def test_a_server_without_ranges_sends_the_whole_file(scripted: ScriptedServer, 
         assert bytes(weights["w63"]) == bytes_of("w63")
 
 
-def test_a_version_without_a_strong_etag_comes_whole(scripted: ScriptedServer) -> None:
+def test_a_shard_without_a_strong_etag_is_fetched_whole(scripted: ScriptedServer) -> None:
     def respond(number: int, request: Request) -> bytes:
         return part_of(DATA, 'W/"1"', request) if "range" in request.headers else reply(200, DATA, {"ETag": 'W/"1"'})
 
@@ -239,7 +239,7 @@ def test_a_file_that_changes_between_ranges_is_never_mixed(scripted: ScriptedSer
     check(ndcache.load(scripted.url, names=names, max_workers=1), *names, data=OTHER)
 
 
-def test_bytes_of_a_former_version_are_not_used(serve: Callable[..., FileServer], model: Path) -> None:
+def test_ranges_of_a_former_version_are_not_used(serve: Callable[..., FileServer], model: Path) -> None:
     server = serve(model)
     ndcache.fetch(server.url, names="w03")
     (model / PATH[1:]).write_bytes(OTHER)
@@ -249,13 +249,11 @@ def test_bytes_of_a_former_version_are_not_used(serve: Callable[..., FileServer]
     assert stats.resumed_bytes == 0
 
 
-def test_what_turns_out_to_be_bad_when_the_rest_comes_is_fetched_again(
-    serve: Callable[..., FileServer], model: Path
-) -> None:
+def test_wrong_bytes_in_cached_ranges_are_fetched_again(serve: Callable[..., FileServer], model: Path) -> None:
     server = serve(model)
     directory = ndcache.fetch(server.url, names="w03")
-    (part,) = (path for path in (directory / ".ndcache" / "parts").iterdir() if path.suffix != ".json")
-    with open(part, "r+b") as file:
+    (partial,) = (path for path in (directory / ".ndcache" / "parts").iterdir() if path.suffix != ".json")
+    with open(partial, "r+b") as file:
         file.seek(3 * SIZE)
         file.write(b"bad")
     with ndcache.load(server.url) as weights:
@@ -264,7 +262,7 @@ def test_what_turns_out_to_be_bad_when_the_rest_comes_is_fetched_again(
         assert weights.stats.retries == 0
 
 
-def test_a_part_that_is_no_longer_there_is_fetched_again(
+def test_ranges_that_vanish_are_fetched_again(
     serve: Callable[..., FileServer], model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = serve(model)
@@ -281,7 +279,7 @@ def test_a_part_that_is_no_longer_there_is_fetched_again(
     assert check(ndcache.load(server.url, names="w03"), "w03").network_bytes == SIZE
 
 
-def test_a_part_is_held_from_the_start_of_a_load(serve: Callable[..., FileServer], model: Path) -> None:
+def test_cached_ranges_are_held_from_the_start_of_a_load(serve: Callable[..., FileServer], model: Path) -> None:
     server = serve(model)
     directory = ndcache.fetch(server.url, names="w03")
     arriving = ndcache.stream(server.url, names="w03", offline=True, progress=lambda report: remove(directory))
@@ -293,14 +291,14 @@ def remove(directory: Path) -> None:
         path.unlink()
 
 
-def test_progress_goes_by_what_is_wanted(serve: Callable[..., FileServer], model: Path) -> None:
+def test_progress_counts_the_wanted_bytes(serve: Callable[..., FileServer], model: Path) -> None:
     server = serve(model)
     reports: list[ndcache.ProgressReport] = []
     ndcache.load(server.url, names=["w03", "w20"], progress=reports.append).close()
     assert reports[-1].bytes_done == reports[-1].bytes_total == 2 * SIZE
 
 
-def test_the_bytes_outlive_a_restart_of_the_system(
+def test_cached_ranges_survive_a_reboot(
     serve: Callable[..., FileServer], model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = serve(model)
@@ -309,7 +307,7 @@ def test_the_bytes_outlive_a_restart_of_the_system(
     assert check(ndcache.load(server.url, names="w03", offline=True), "w03").cache_bytes == SIZE
 
 
-def test_bytes_that_were_not_synced_are_not_believed_without_a_digest(
+def test_ranges_that_were_not_synced_need_a_digest_after_a_reboot(
     serve: Callable[..., FileServer], model: Path
 ) -> None:
     server = serve(model)

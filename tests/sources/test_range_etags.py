@@ -1,4 +1,4 @@
-"""Servers whose ranges do not say which version they are of: the file comes as one stream, and no bytes are mixed."""
+"""Servers whose ranges do not tell their version: the file comes as one stream, and no versions are mixed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ETAGS = {"none": None, "weak": 'W/"1"', "another": '"1-range"', "unreadable": '"
 
 
 class Server:
-    """Gives one shard: whole bodies with a strong ETag, some of them broken off; ranges with the ETag `of_ranges`."""
+    """Serve one shard: whole bodies with a strong ETag, the first ones truncated; ranges with the ETag `of_ranges`."""
 
     def __init__(self, scripted: ScriptedServer, data: bytes, of_ranges: str | None, breaks: int) -> None:
         self.data, self.of_ranges, self.breaks = data, of_ranges, breaks
@@ -44,7 +44,7 @@ class Server:
 
     @property
     def whole(self) -> int:
-        """How often the whole file was asked for."""
+        """Return how often the whole file was requested."""
         return sum("range" not in request.headers for request in self.scripted.requests_for("/a.bin"))
 
 
@@ -62,7 +62,7 @@ def manifest(data: bytes, tensors: int = 1, *, md5: bool = True) -> bytes:
 
 @pytest.mark.parametrize("breaks", [1, 3])
 @pytest.mark.parametrize("case", ETAGS)
-def test_row_52_a_transfer_that_breaks_off(scripted: ScriptedServer, case: str, breaks: int) -> None:
+def test_row_52_a_truncated_transfer_starts_over(scripted: ScriptedServer, case: str, breaks: int) -> None:
     data = os.urandom(SIZE)
     server = Server(scripted, data, ETAGS[case], breaks)
     scripted.script["/tensor-cache.json"] = [reply(200, manifest(data, md5=False))]
@@ -74,7 +74,7 @@ def test_row_52_a_transfer_that_breaks_off(scripted: ScriptedServer, case: str, 
 
 @pytest.mark.parametrize("case", ["none", "weak", "unreadable"])
 @pytest.mark.parametrize("breaks", [0, 2])
-def test_row_52_a_large_shard_in_pieces(
+def test_row_52_a_large_shard_comes_as_one_stream(
     monkeypatch: pytest.MonkeyPatch, scripted: ScriptedServer, case: str, breaks: int
 ) -> None:
     monkeypatch.setattr(download, "RANGE_THRESHOLD", SIZE // 2)
@@ -90,7 +90,7 @@ def test_row_52_a_large_shard_in_pieces(
 
 @pytest.mark.parametrize("case", ["none", "weak", "unreadable"])
 @pytest.mark.parametrize("breaks", [0, 2])
-def test_row_52_a_few_tensors_of_a_shard(scripted: ScriptedServer, case: str, breaks: int) -> None:
+def test_row_52_a_shard_comes_whole_for_a_few_tensors(scripted: ScriptedServer, case: str, breaks: int) -> None:
     data = os.urandom(8 * SIZE)
     server = Server(scripted, data, ETAGS[case], breaks)
     scripted.script["/tensor-cache.json"] = [reply(200, manifest(data, 64))]
@@ -100,8 +100,8 @@ def test_row_52_a_few_tensors_of_a_shard(scripted: ScriptedServer, case: str, br
     assert server.whole == breaks + 1
 
 
-def test_row_52_servers_that_do_not_agree_on_the_etag(scripted: ScriptedServer) -> None:
-    """Behind one name, each with a tag of its own for the same file: a change is one only if the tag is a new one."""
+def test_row_52_servers_behind_one_name_may_disagree_on_the_etag(scripted: ScriptedServer) -> None:
+    """Each has an ETag of its own for the same file: only a new ETag counts as a change."""
     data = os.urandom(SIZE)
     answers = 0
 
@@ -117,11 +117,11 @@ def test_row_52_servers_that_do_not_agree_on_the_etag(scripted: ScriptedServer) 
 
 
 @pytest.mark.parametrize("breaks", [0, 2])
-@pytest.mark.parametrize("tensors", [["t4", "t60"], None], ids=["a few tensors", "in pieces"])
-def test_row_52_each_range_has_an_etag_of_its_own(
+@pytest.mark.parametrize("tensors", [["t4", "t60"], None], ids=["a few tensors", "in ranges"])
+def test_row_52_each_range_may_have_an_etag_of_its_own(
     monkeypatch: pytest.MonkeyPatch, scripted: ScriptedServer, tensors: list[str] | None, breaks: int
 ) -> None:
-    """Begun anew, the first range has the ETag that it had before: what changes are the ranges, and not the file."""
+    """When the transfer starts over, the first range has its old ETag: the file has not changed."""
     monkeypatch.setattr(download, "RANGE_THRESHOLD", SIZE // 2)
     data = os.urandom(8 * SIZE)
     server = Server(scripted, data, ETAGS["of each range"], breaks)
@@ -135,10 +135,10 @@ def test_row_52_each_range_has_an_etag_of_its_own(
 
 
 @pytest.mark.parametrize("answer", [reply(412), reply(431), reply(304, headers={"ETag": '"2"'}, length=None)])
-def test_row_53_a_condition_that_a_server_fails_at_is_left_out_for_shards(
+def test_row_53_a_shards_condition_is_dropped_if_the_server_fails_at_it(
     scripted: ScriptedServer, answer: bytes
 ) -> None:
-    """Without a digest the server is asked whether a shard changed when the manifest did."""
+    """When a manifest without digests changes, the server is asked whether its shards have."""
     data = os.urandom(1000)
     whole = reply(200, data, {"ETag": '"1"'})
     scripted.script = {

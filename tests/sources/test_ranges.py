@@ -1,4 +1,4 @@
-"""Large shards come in pieces, several at once: who asks for what, and what is believed."""
+"""Large shards are received in several ranges at once: who requests which, and which responses are used."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ from ..helpers.servers import Connection, FileServer, Request, ScriptedServer, r
 
 DATA = os.urandom(1 << 20)
 OTHER = os.urandom(1 << 20)
-PIECE = 1 << 16
+RANGE = 1 << 16
 PATH = "/params_shard_0.bin"
 WORKERS = 4
 
 
 @pytest.fixture(autouse=True)
-def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ndcache.sources.download.RANGE_THRESHOLD", PIECE)
-    monkeypatch.setattr("ndcache.sources.download.RANGE_BYTES", (PIECE, 2 * PIECE))
+def _small_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ndcache.sources.download.RANGE_THRESHOLD", RANGE)
+    monkeypatch.setattr("ndcache.sources.download.RANGE_BYTES", (RANGE, 2 * RANGE))
 
 
 def manifest(digest: bool = True) -> bytes:
@@ -74,7 +74,7 @@ def loaded(url: str, **options: Any) -> tuple[bytes, ndcache.LoadStats]:
 
 
 def answer(data: bytes, etag: str | None, request: Request) -> bytes:
-    """As a server does that goes by the rules."""
+    """Return the response of a server that follows the rules."""
     headers = {} if etag is None else {"ETag": etag}
     asked = request.headers.get("range")
     if asked is None or request.headers.get("if-range", etag) != etag:
@@ -84,7 +84,7 @@ def answer(data: bytes, etag: str | None, request: Request) -> bytes:
 
 
 def script(server: ScriptedServer, respond: Callable[[int, Request], bytes], digest: bool = True) -> None:
-    """`respond` is given the number of the request for the shard, from 0."""
+    """Answer each request for the shard with `respond`, which gets its number, from 0."""
     numbers, lock = iter(range(10_000)), threading.Lock()
 
     def step(connection: Connection, request: Request) -> None:
@@ -96,12 +96,12 @@ def script(server: ScriptedServer, respond: Callable[[int, Request], bytes], dig
     server.script[PATH] = [step]
 
 
-def test_all_workers_bring_pieces_of_one_shard(serve: Callable[..., FileServer], model: Path) -> None:
+def test_all_workers_receive_ranges_of_one_shard(serve: Callable[..., FileServer], model: Path) -> None:
     server = serve(model)
     data, stats = loaded(server.url)
     assert data == DATA
     first, *rest = server.shard_requests()
-    assert first.headers["range"] == f"bytes=0-{2 * PIECE - 1}"
+    assert first.headers["range"] == f"bytes=0-{2 * RANGE - 1}"
     assert "if-range" not in first.headers
     assert rest
     assert all("range" in request.headers and "if-range" in request.headers for request in rest)
@@ -111,8 +111,8 @@ def test_all_workers_bring_pieces_of_one_shard(serve: Callable[..., FileServer],
     assert len({request.headers["x-test-peer"] for request in server.shard_requests()}) > 1
 
 
-def test_helpers_are_at_work_while_the_owner_waits(scripted: ScriptedServer) -> None:
-    """The first body does not end before somebody else has asked for another piece."""
+def test_helpers_work_while_the_owner_receives(scripted: ScriptedServer) -> None:
+    """The first body does not end before another worker has requested another range."""
     others = threading.Event()
 
     def step(connection: Connection, request: Request) -> None:
@@ -131,8 +131,8 @@ def test_helpers_are_at_work_while_the_owner_waits(scripted: ScriptedServer) -> 
     assert others.is_set()
 
 
-def test_an_owner_that_begins_again_leaves_its_helpers_alone(scripted: ScriptedServer) -> None:
-    """Its first piece breaks off before a byte has come, while others are under way."""
+def test_an_owner_that_requests_again_keeps_its_helpers(scripted: ScriptedServer) -> None:
+    """Its first range breaks off before a byte has arrived, while helpers wait for theirs."""
     helper_asks, owner_asks_again = threading.Event(), threading.Event()
 
     def step(connection: Connection, request: Request) -> None:
@@ -155,7 +155,7 @@ def test_an_owner_that_begins_again_leaves_its_helpers_alone(scripted: ScriptedS
     assert (stats.retries, stats.network_bytes) == (1, len(DATA))
 
 
-def test_one_worker_has_nobody_to_share_with(serve: Callable[..., FileServer], model: Path) -> None:
+def test_a_single_worker_requests_the_whole_file(serve: Callable[..., FileServer], model: Path) -> None:
     server = serve(model)
     with ndcache.load(server.url, max_workers=1) as weights:
         assert bytes(weights["w"]) == DATA
@@ -169,15 +169,15 @@ def test_a_server_without_ranges_sends_the_whole_file(scripted: ScriptedServer) 
 
 
 @pytest.mark.parametrize("etag", [None, 'W/"1"'])
-def test_without_a_strong_etag_there_are_no_pieces(scripted: ScriptedServer, etag: str | None) -> None:
+def test_without_a_strong_etag_the_file_comes_as_one_stream(scripted: ScriptedServer, etag: str | None) -> None:
     script(scripted, lambda number, request: answer(DATA, etag, request))
     assert loaded(scripted.url)[0] == DATA
     assert asked(scripted.requests)[1:] == [None]
 
 
 @pytest.mark.parametrize("status", [403, 416, 429, 500, 503])
-def test_what_helpers_are_refused_the_owner_brings(scripted: ScriptedServer, status: int) -> None:
-    """As of a server that allows one connection at a time."""
+def test_the_owner_receives_ranges_that_helpers_are_refused(scripted: ScriptedServer, status: int) -> None:
+    """The server allows one connection at a time."""
     busy = threading.Lock()
 
     def step(connection: Connection, request: Request) -> None:
@@ -199,7 +199,7 @@ def test_what_helpers_are_refused_the_owner_brings(scripted: ScriptedServer, sta
 
 
 @pytest.mark.parametrize("change_at", [1, 2, 5, 9])
-def test_a_file_that_changes_between_pieces_is_never_mixed(scripted: ScriptedServer, change_at: int) -> None:
+def test_a_file_that_changes_between_ranges_is_never_mixed(scripted: ScriptedServer, change_at: int) -> None:
     def respond(number: int, request: Request) -> bytes:
         return answer(*((OTHER, '"1"') if number < change_at else (DATA, '"2"')), request)
 
@@ -207,8 +207,8 @@ def test_a_file_that_changes_between_pieces_is_never_mixed(scripted: ScriptedSer
     assert loaded(scripted.url, retries=ndcache.RetryPolicy(backoff=0.001))[0] == DATA
 
 
-def test_a_piece_under_another_etag_is_not_taken(scripted: ScriptedServer) -> None:
-    """From a server that takes no notice of If-Range."""
+def test_a_range_under_another_etag_is_not_used(scripted: ScriptedServer) -> None:
+    """The server ignores If-Range."""
 
     def respond(number: int, request: Request) -> bytes:
         data, etag = (OTHER, '"1"') if number == 0 else (DATA, '"2"')
@@ -219,7 +219,7 @@ def test_a_piece_under_another_etag_is_not_taken(scripted: ScriptedServer) -> No
     assert loaded(scripted.url, retries=ndcache.RetryPolicy(backoff=0.001))[0] == DATA
 
 
-def test_broken_connections_cost_only_what_was_lost(scripted: ScriptedServer) -> None:
+def test_broken_connections_cost_only_the_lost_bytes(scripted: ScriptedServer) -> None:
     def respond(number: int, request: Request) -> bytes:
         whole = answer(DATA, '"1"', request)
         return whole[: len(whole) - 30_000] if number % 3 == 1 else whole
@@ -230,10 +230,10 @@ def test_broken_connections_cost_only_what_was_lost(scripted: ScriptedServer) ->
     assert stats.network_bytes == len(DATA)
 
 
-def test_an_interrupted_load_goes_on_with_all_its_pieces(
+def test_an_interrupted_load_resumes_with_all_its_ranges(
     serve: Callable[..., FileServer], scripted: ScriptedServer, cache_dir: Path
 ) -> None:
-    """The owner's piece never comes; those of the helpers are used by the next load."""
+    """The owner's range never arrives; the next load uses those of the helpers."""
     begun, enough = threading.Event(), threading.Event()
 
     def step(connection: Connection, request: Request) -> None:
@@ -257,7 +257,7 @@ def test_an_interrupted_load_goes_on_with_all_its_pieces(
     thread = threading.Thread(target=load)
     thread.start()
     assert begun.wait(60)
-    while len(asked(scripted.requests)) < 2 + (len(DATA) - 2 * PIECE) // (2 * PIECE):
+    while len(asked(scripted.requests)) < 2 + (len(DATA) - 2 * RANGE) // (2 * RANGE):
         threading.Event().wait(0.005)
     cancel.set()
     thread.join()
@@ -267,7 +267,7 @@ def test_an_interrupted_load_goes_on_with_all_its_pieces(
     data, stats = loaded(scripted.url, cache_dir=cache_dir)
     assert data == DATA
     assert stats.resumed_bytes + stats.network_bytes == len(DATA)
-    assert stats.resumed_bytes > 2 * PIECE  # more than the first piece ever was
+    assert stats.resumed_bytes > 2 * RANGE  # more than the first range ever was
     later = [request for request in scripted.requests[before:] if request.path == PATH]
     assert all(request.headers["if-range"] == '"1"' for request in later)
 
@@ -280,7 +280,7 @@ def redirect(target: str) -> bytes:
 def test_a_redirect_of_a_shard_is_followed_once(
     scripted: ScriptedServer, serve: Callable[..., FileServer], model: Path, workers: int
 ) -> None:
-    """Then all pieces are asked for where it led to, as nobody."""
+    """All ranges are then requested from its target, without credentials."""
     storage = serve(model)
     script(scripted, lambda number, request: redirect(f"{storage.url}{PATH[1:]}"))
     session = requests.Session()
@@ -294,8 +294,8 @@ def test_a_redirect_of_a_shard_is_followed_once(
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 410])
-def test_an_address_that_expires_is_asked_for_again(scripted: ScriptedServer, status: int) -> None:
-    """Each address is good for two requests, and the server gives a new one each time."""
+def test_a_redirect_target_that_expires_is_requested_again(scripted: ScriptedServer, status: int) -> None:
+    """Each target serves two requests, and the server redirects to a new one each time."""
     asked: Counter[str] = Counter()
     lock = threading.Lock()
 
@@ -314,8 +314,8 @@ def test_an_address_that_expires_is_asked_for_again(scripted: ScriptedServer, st
     assert 1 < len(scripted.requests_for(PATH)) < asked.total()
 
 
-def test_where_a_redirect_leads_is_forgotten_after_a_failure(scripted: ScriptedServer) -> None:
-    """A place that breaks off is not asked again: the server may know a better one."""
+def test_a_redirect_target_is_forgotten_after_a_failure(scripted: ScriptedServer) -> None:
+    """A target that breaks off is not asked again, as the server may know a better one."""
 
     def broken(connection: Connection, request: Request) -> None:
         connection.send(answer(DATA, '"1"', request)[:-100])
@@ -333,18 +333,20 @@ def test_where_a_redirect_leads_is_forgotten_after_a_failure(scripted: ScriptedS
 
 
 def left_with_holes(loader: Loader, url: str, ranges: list[tuple[int, int]]) -> Path:
-    """As a process that was killed leaves it."""
+    """Leave a partial file with holes behind, as a killed process does; return its path."""
     from ndcache.location.locate import locate
 
     cache = loader._resources.cache.open(locate(url))
-    with cache.partials.create(PATH[1:]) as part:
-        part.set_source(f"{url}{PATH[1:]}", f'"{hashlib.md5(DATA).hexdigest()}"', hashlib.md5(DATA).hexdigest(), None)
+    with cache.partials.create(PATH[1:]) as partial:
+        partial.set_source(
+            f"{url}{PATH[1:]}", f'"{hashlib.md5(DATA).hexdigest()}"', hashlib.md5(DATA).hexdigest(), None
+        )
         for start, end in ranges:
-            part.write_at(DATA[start:end], start)
-    return part.path
+            partial.write_at(DATA[start:end], start)
+    return partial.path
 
 
-def test_of_a_part_with_holes_only_the_holes_are_asked_for(serve: Callable[..., FileServer], model: Path) -> None:
+def test_only_the_holes_of_a_partial_file_are_requested(serve: Callable[..., FileServer], model: Path) -> None:
     server = serve(model)
     with Loader(max_workers=WORKERS) as loader:
         left_with_holes(loader, server.url, [(300_000, 400_000), (100_000, 200_000), (900_000, 1_000_000)])
@@ -359,9 +361,7 @@ def test_of_a_part_with_holes_only_the_holes_are_asked_for(serve: Callable[..., 
 @pytest.mark.parametrize(
     "ranges", [[[0, 2_000_000]], [[-5, 10]], [[5, 1]], [["0", "9"]], [[0, 1, 2]], "x", 7, [[0.0, 9.0]], [[0, 1 << 70]]]
 )
-def test_a_note_that_cannot_be_true_is_not_believed(
-    serve: Callable[..., FileServer], model: Path, ranges: object
-) -> None:
+def test_an_impossible_note_is_ignored(serve: Callable[..., FileServer], model: Path, ranges: object) -> None:
     server = serve(model)
     with Loader(max_workers=WORKERS) as loader:
         path = left_with_holes(loader, server.url, [(300_000, 400_000)])
@@ -372,36 +372,36 @@ def test_a_note_that_cannot_be_true_is_not_believed(
             assert weights.stats.resumed_bytes == 0
 
 
-def test_a_part_is_never_taken_for_more_than_it_has(tmp_path: Path) -> None:
-    """At any moment, what the note says is there."""
+def test_a_note_never_claims_bytes_that_are_not_there(tmp_path: Path) -> None:
+    """Another load may read the note at any moment."""
     partials, shard = PartialFiles(Layout(Folder(tmp_path))), ndcache.Shard("x", 100, None, None, "raw-shard", ())
 
     def copy_to(partial: PartialFile) -> None:
         partials.copy_longest(partial, shard, "c", lambda: None, is_checked=True, is_exclusive=False)
 
-    with partials.create("x") as part:
-        part.set_source("u", '"1"', "c", None)
-        part.write_at(b"b" * 10, 90)
+    with partials.create("x") as partial:
+        partial.set_source("u", '"1"', "c", None)
+        partial.write_at(b"b" * 10, 90)
         with partials.create("x") as other:
             copy_to(other)
             assert other.nbytes == 0
             assert not other.ranges
-        part.write_at(b"a" * 10, 0)
+        partial.write_at(b"a" * 10, 0)
     with partials.create("x") as other:
         copy_to(other)
         assert list(other.ranges) == [(0, 10), (90, 100)]
 
 
-SPANS = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60)).map(lambda pair: (min(pair), max(pair))))
+RANGES = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60)).map(lambda pair: (min(pair), max(pair))))
 
 
-@given(SPANS, SPANS)
-def test_spans_are_sets_of_bytes(some: list[tuple[int, int]], others: list[tuple[int, int]]) -> None:
+@given(RANGES, RANGES)
+def test_byte_ranges_are_sets_of_bytes(some: list[tuple[int, int]], others: list[tuple[int, int]]) -> None:
     def numbers(ranges: Any) -> set[int]:
         return {number for start, end in ranges for number in range(start, end)}
 
     ranges, added = ByteRanges(some), ByteRanges()
-    functools.reduce(lambda _, span: added.add(*span), some, None)
+    functools.reduce(lambda _, added_range: added.add(*added_range), some, None)
     assert numbers(ranges) == numbers(some)
     assert list(added) == list(ranges)
     assert all(end < start for (_, end), (start, _) in zip(list(ranges), list(ranges)[1:], strict=False))
@@ -412,17 +412,17 @@ def test_spans_are_sets_of_bytes(some: list[tuple[int, int]], others: list[tuple
 
 
 @given(st.integers(1, 5000), st.integers(0, 9))
-def test_pieces_cover_everything_once(nbytes: int, helpers: int) -> None:
-    pieces, seen = RangeQueue(ByteRanges([(0, nbytes)]), Cancellation(), (10, 200), helpers), []
-    while (piece := pieces.next()) is not None:
-        assert piece.end - piece.start <= 200
-        seen.append(piece.missing)
+def test_tasks_cover_everything_once(nbytes: int, helpers: int) -> None:
+    queue, seen = RangeQueue(ByteRanges([(0, nbytes)]), Cancellation(), (10, 200), helpers), []
+    while (task := queue.next()) is not None:
+        assert task.end - task.start <= 200
+        seen.append(task.missing)
     assert list(ByteRanges(seen)) == [(0, nbytes)]
     assert sum(end - start for start, end in seen) == nbytes
 
 
-def test_a_helper_that_breaks_is_not_hidden() -> None:
-    pieces = RangeQueue(ByteRanges([(0, 100)]), Cancellation(), (10, 10), 3)
-    pieces.helper_done(ZeroDivisionError("in a helper"))
+def test_the_owner_raises_a_helpers_unexpected_error() -> None:
+    queue = RangeQueue(ByteRanges([(0, 100)]), Cancellation(), (10, 10), 3)
+    queue.helper_done(ZeroDivisionError("in a helper"))
     with pytest.raises(ZeroDivisionError, match="in a helper"):
-        pieces.next()
+        queue.next()

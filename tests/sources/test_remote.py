@@ -1,4 +1,4 @@
-"""A model on a server and its cache: updates, mirrors, what is reclaimed, what is held."""
+"""Models on servers, and their cache: mirrors, updates, files that are held, and files that are removed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def write(model: Path, arrays: Arrays, **options: Any) -> None:
-    """One shard for each array."""
+    """Write a model with one shard for each array."""
     models.write_model(model, [{name: array} for name, array in arrays.items()], **options)
 
 
@@ -41,7 +41,7 @@ def asked(server: FileServer) -> list[str]:
 
 
 def state(directory: Path) -> list[str]:
-    """What lies in ndcache's own folder, but for the source's name."""
+    """Return the files in ndcache's own folder, without the note of the source."""
     found = [path for path in (directory / ".ndcache").rglob("*") if path.is_file() and path.name != "source.json"]
     return sorted(str(path.relative_to(directory / ".ndcache")) for path in found)
 
@@ -64,10 +64,10 @@ def test_row_11_without_digests_the_server_says_what_changed(model: Path, serve:
     assert (weights.stats.network_bytes, weights.stats.cache_bytes) == (1 << 16, 3 << 16)
     server.requests.clear()
     models.assert_same(ndcache.load(server.url), arrays)
-    assert asked(server) == []  # and that is remembered
+    assert asked(server) == []  # and that was noted
 
 
-def test_a_shard_that_is_still_the_same_may_vanish_meanwhile(
+def test_an_unchanged_shard_may_vanish_before_it_is_opened(
     model: Path, serve: Serve, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arrays = models.simple_model(model, shards=1)
@@ -94,7 +94,7 @@ def test_a_shard_that_is_still_the_same_may_vanish_meanwhile(
 # --- mirrors ------------------------------------------------------------------------------------------
 
 
-def test_a_mirror_is_held_to_the_manifest_of_the_first(model: Path, tmp_path: Path, serve: Serve) -> None:
+def test_a_mirrors_shards_must_match_the_sources_manifest(model: Path, tmp_path: Path, serve: Serve) -> None:
     arrays = models.simple_model(model)
     shutil.copytree(model, tmp_path / "mirror")
     shutil.copytree(model, tmp_path / "bad")
@@ -110,17 +110,17 @@ def test_a_mirror_is_held_to_the_manifest_of_the_first(model: Path, tmp_path: Pa
     assert [request.path for request in [*bad.requests, *good.requests] if request.path.endswith(".json")] == []
 
 
-def test_an_origin_that_keeps_failing_is_left_for_the_mirror(model: Path, tmp_path: Path, serve: Serve) -> None:
+def test_a_source_that_keeps_failing_is_tried_after_the_mirror(model: Path, tmp_path: Path, serve: Serve) -> None:
     arrays = models.simple_model(model, shards=12)
     shutil.copytree(model, tmp_path / "mirror")
     server, mirror = serve(model), serve(tmp_path / "mirror")
     server.status.update({f"/params_shard_{index}.bin": 503 for index in range(12)})
     models.assert_same(ndcache.load(server.url, mirrors=mirror.url, retries=QUICK, max_workers=2), arrays)
     assert len(asked(mirror)) == 12
-    assert len(asked(server)) <= 6  # not two tries for each shard
+    assert len(asked(server)) <= 6  # less than two attempts for each shard
 
 
-def test_all_that_failed_is_in_the_error(model: Path, tmp_path: Path, serve: Serve) -> None:
+def test_the_error_has_those_of_the_mirrors(model: Path, tmp_path: Path, serve: Serve) -> None:
     models.simple_model(model, shards=1)
     shutil.copytree(model, tmp_path / "mirror")
     server, mirror = serve(model), serve(tmp_path / "mirror")
@@ -145,7 +145,7 @@ def sri(data: bytes, algorithm: str = "sha256") -> str:
     return f"{algorithm}-{base64.b64encode(hashlib.new(algorithm, data).digest()).decode()}"
 
 
-def test_a_pinned_manifest_may_come_from_a_mirror(model: Path, tmp_path: Path, serve: Serve) -> None:
+def test_a_manifest_with_a_required_digest_may_come_from_a_mirror(model: Path, tmp_path: Path, serve: Serve) -> None:
     arrays = models.simple_model(model)
     server, mirror, other = serve(tmp_path / "nothing"), serve(model), serve(tmp_path / "other")
     write(tmp_path / "other", {"evil": np.zeros(4)})
@@ -156,7 +156,7 @@ def test_a_pinned_manifest_may_come_from_a_mirror(model: Path, tmp_path: Path, s
     models.assert_same(ndcache.load(server.url, mirrors=mirrors, integrity=integrity, retries=QUICK), arrays)
 
 
-# --- what an earlier load left, and what no one needs any more ----------------------------------------
+# --- files that nobody needs any more -----------------------------------------------------------------
 
 
 def test_shards_of_former_versions_are_removed(model: Path, serve: Serve) -> None:
@@ -183,8 +183,8 @@ def test_a_load_that_fails_removes_nothing(model: Path, serve: Serve) -> None:
     assert len(list(directory.glob("*.bin"))) == 4
 
 
-def test_what_another_manifest_needs_is_kept(model: Path, serve: Serve) -> None:
-    """Two manifests of one directory, with some shards in common."""
+def test_shards_of_another_manifest_are_kept(model: Path, serve: Serve) -> None:
+    """Two manifests lie in one directory and share some shards."""
     arrays = models.simple_model(model, shards=4)
     server = serve(model)
     directory = ndcache.fetch(server.url)
@@ -211,17 +211,17 @@ def test_files_that_were_added_are_kept(model: Path, serve: Serve) -> None:
 
 
 @pytest.mark.parametrize("idle", [False, True])
-def test_row_25_leftovers_are_cleared_away(model: Path, serve: Serve, idle: bool) -> None:
-    """Of shards that are there at once; what may still be somebody's, when it has been idle."""
+def test_row_25_files_of_interrupted_loads_are_removed(model: Path, serve: Serve, idle: bool) -> None:
+    """Those of complete shards are removed at once; others, which may have a writer, when they have been idle."""
     models.simple_model(model)
     server = serve(model)
     directory = ndcache.fetch(server.url)
     before = state(directory)
     content_id = hashlib.md5((model / "params_shard_0.bin").read_bytes()).hexdigest()
     note = f'{{"url": "", "etag": "", "claim": "{content_id}", "sha256": null, "boot": ""}}'
-    parts, locks = directory / ".ndcache" / "parts", directory / ".ndcache" / "locks"
-    mine = [parts / "params_shard_0.bin.0123456789abcdef", parts / "params_shard_0.bin.0123456789abcdef.json"]
-    others = [parts / "params_shard_9.bin.0123456789abcdef", parts / "params_shard_1.bin.0123456789abcdef"]
+    partials, locks = directory / ".ndcache" / "parts", directory / ".ndcache" / "locks"
+    mine = [partials / "params_shard_0.bin.0123456789abcdef", partials / "params_shard_0.bin.0123456789abcdef.json"]
+    others = [partials / "params_shard_9.bin.0123456789abcdef", partials / "params_shard_1.bin.0123456789abcdef"]
     for path in [*mine, *others, locks / "params_shard_0.bin"]:
         path.write_text(note if path.suffix == ".json" else "leftover")
     if idle:
@@ -231,10 +231,10 @@ def test_row_25_leftovers_are_cleared_away(model: Path, serve: Serve, idle: bool
     assert set(state(directory)) - set(before) == (set() if idle else {f"parts/{path.name}" for path in others})
 
 
-# --- what is there when a load begins is there until it ends ------------------------------------------
+# --- files that are there when a load begins ----------------------------------------------------------
 
 
-def test_row_32_what_was_there_at_the_start_is_there_until_the_end(model: Path, serve: Serve) -> None:
+def test_row_32_a_load_keeps_the_cached_files_of_a_deleted_model(model: Path, serve: Serve) -> None:
     arrays = models.simple_model(model, shards=6)
     server = serve(model)
     ndcache.fetch(server.url)
@@ -245,7 +245,7 @@ def test_row_32_what_was_there_at_the_start_is_there_until_the_end(model: Path, 
     models.assert_same(loaded, arrays)
 
 
-def test_row_32_an_update_leaves_a_load_of_the_old_version_alone(model: Path, serve: Serve) -> None:
+def test_row_32_an_update_does_not_disturb_a_load_of_the_old_version(model: Path, serve: Serve) -> None:
     old = models.simple_model(model, shards=6)
     server = serve(model)
     ndcache.fetch(server.url)
@@ -277,10 +277,10 @@ def test_nothing_is_held_after_a_load(model: Path, serve: Serve, monkeypatch: py
     assert cached_files._all_held == set()
 
 
-# --- what a resumed load says -------------------------------------------------------------------------
+# --- resumed loads ------------------------------------------------------------------------------------
 
 
-def test_a_resumed_load_says_how_much_was_there(model: Path, scripted: ScriptedServer) -> None:
+def test_a_resumed_load_counts_the_bytes_that_were_there(model: Path, scripted: ScriptedServer) -> None:
     arrays = models.simple_model(model, shards=1, shard_bytes=1 << 20)
     data = (model / "params_shard_0.bin").read_bytes()
 
@@ -304,10 +304,10 @@ def test_a_resumed_load_says_how_much_was_there(model: Path, scripted: ScriptedS
 
 
 @pytest.mark.parametrize("verb", ["load", "verify"])
-def test_row_26_a_shard_that_was_published_just_now_is_not_taken_for_a_bad_one(
+def test_row_26_a_shard_published_between_two_looks_is_not_quarantined(
     model: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch, verb: str
 ) -> None:
-    """Between the look that did not find it and the next one."""
+    """The first look does not find it, and the second one does."""
     arrays = models.simple_model(model, shards=1)
     server = serve(model)
     directory = ndcache.fetch(server.url, names=[] if verb == "load" else None)
@@ -332,11 +332,11 @@ def test_row_26_a_shard_that_was_published_just_now_is_not_taken_for_a_bad_one(
     assert not (directory / ".ndcache" / "aside").exists()
 
 
-# --- shards without digests, of which only the manifest that they came with tells what they are --------
+# --- shards without digests, which are known by the manifest that they came with ----------------------
 
 
 def two_versions(model: Path, manifest_name: str = "tensor-cache.json") -> tuple[Arrays, Arrays]:
-    """The first one is written."""
+    """Write the first of two versions, without digests, and return both."""
     old = models.simple_model(model, shards=4)
     for path in model.glob("*.json"):
         path.unlink()
@@ -344,7 +344,7 @@ def two_versions(model: Path, manifest_name: str = "tensor-cache.json") -> tuple
     return old, {name: array + 1 for name, array in old.items()}
 
 
-def test_row_11_an_interrupted_update_is_not_taken_for_the_new_version(model: Path, serve: Serve) -> None:
+def test_row_11_shards_of_an_interrupted_update_are_not_mixed(model: Path, serve: Serve) -> None:
     _, new = two_versions(model)
     server = serve(model)
     ndcache.fetch(server.url)
@@ -360,7 +360,7 @@ def test_row_11_an_interrupted_update_is_not_taken_for_the_new_version(model: Pa
 
 
 @pytest.mark.parametrize("second", ["tensor-cache.json", "tensor-cache-b16.json"])
-def test_row_11_shards_of_another_manifest_are_asked_for(model: Path, serve: Serve, second: str) -> None:
+def test_row_11_shards_of_another_manifest_are_requested(model: Path, serve: Serve, second: str) -> None:
     old, new = two_versions(model, "ndarray-cache.json")
     server = serve(model)
     models.assert_same(ndcache.load(server.url), old)
@@ -369,7 +369,7 @@ def test_row_11_shards_of_another_manifest_are_asked_for(model: Path, serve: Ser
     models.assert_same(ndcache.load(server.url + second), new)
 
 
-def test_two_manifests_of_the_same_shards_do_not_displace_each_other(model: Path, serve: Serve) -> None:
+def test_two_manifests_can_share_cached_shards(model: Path, serve: Serve) -> None:
     old, _ = two_versions(model)
     write(model, old, md5=False, manifest_name="tensor-cache-b16.json", metadata={"version": "b16"})
     server = serve(model)
@@ -383,8 +383,8 @@ def test_two_manifests_of_the_same_shards_do_not_displace_each_other(model: Path
 
 
 @pytest.mark.parametrize("damage", ["touched", "forgotten"])
-def test_row_11_shards_of_unknown_origin_are_not_taken_for_an_update(model: Path, serve: Serve, damage: str) -> None:
-    """A copy of the cache without its times, or one that lost its notes in a crash."""
+def test_row_11_shards_of_an_unknown_version_are_not_mixed(model: Path, serve: Serve, damage: str) -> None:
+    """The cache was copied without its times, or lost its notes in a crash."""
     old, new = two_versions(model)
     server = serve(model)
     directory = ndcache.fetch(server.url)
@@ -409,8 +409,8 @@ def test_a_touched_shard_of_the_same_manifest_is_used(model: Path, serve: Serve)
     assert asked(server) == []
 
 
-def test_a_file_that_lost_its_name_says_nothing_of_the_one_that_has_it(model: Path, serve: Serve) -> None:
-    """A load of the first version goes on while the second one comes; then the third one must not be mixed with it."""
+def test_a_file_that_was_replaced_is_not_noted_as_the_new_one(model: Path, serve: Serve) -> None:
+    """A load of the first version continues during an update to the second one; then there is a third one."""
     old, new = two_versions(model)
     server = serve(model)
     ndcache.fetch(server.url)
@@ -425,7 +425,7 @@ def test_a_file_that_lost_its_name_says_nothing_of_the_one_that_has_it(model: Pa
     models.assert_same(ndcache.load(server.url), newest)
 
 
-def test_row_32_the_end_of_an_old_load_leaves_a_new_version_alone(model: Path, serve: Serve) -> None:
+def test_row_32_an_old_load_does_not_remove_files_of_a_new_version(model: Path, serve: Serve) -> None:
     old = models.simple_model(model, shards=2)
     server = serve(model)
     ndcache.fetch(server.url)
@@ -439,10 +439,10 @@ def test_row_32_the_end_of_an_old_load_leaves_a_new_version_alone(model: Path, s
     assert ndcache.is_cached(server.url)
 
 
-# --- what else may go wrong with files ----------------------------------------------------------------
+# --- faults of files ----------------------------------------------------------------------------------
 
 
-def test_row_25_what_a_killed_load_left_makes_room_for_the_next(
+def test_row_25_partial_files_are_removed_if_the_next_load_needs_room(
     model: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arrays = models.simple_model(model, shards=1, shard_bytes=1 << 20)
@@ -469,10 +469,12 @@ def test_row_30_a_note_with_a_crafted_name_removes_nothing(model: Path, tmp_path
     models.simple_model(model, shards=3)
     ndcache.load(server.url)
     assert victim.read_text() == "precious"
-    assert not (directory / "params_shard_3.bin").exists()  # the rest is tidied all the same
+    assert not (directory / "params_shard_3.bin").exists()  # the cache is pruned all the same
 
 
-def test_a_cached_shard_that_cannot_be_read(model: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cached_shard_that_cannot_be_read_is_an_error(
+    model: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from ndcache.sources import verifier
 
     models.simple_model(model)
@@ -488,15 +490,15 @@ def test_a_cached_shard_that_cannot_be_read(model: Path, serve: Serve, monkeypat
 
 
 @pytest.mark.parametrize("md5", [True, False])
-def test_row_26_who_waited_for_another_version_takes_turns_again(model: Path, serve: Serve, md5: bool) -> None:
-    """One still downloads the old version when the others come with the new manifest."""
+def test_row_26_loads_that_waited_for_another_version_download_once(model: Path, serve: Serve, md5: bool) -> None:
+    """One load still downloads the old version when the others begin with the new manifest."""
     old = models.simple_model(model, shards=1)
     write(model, old, md5=md5)
     server = serve(model)
     server.gate.clear()
     with ThreadPoolExecutor(6) as pool:
         first = pool.submit(ndcache.load, server.url)
-        while not server.peak_bodies:  # it has read the file that it will send
+        while not server.peak_bodies:  # the server has read the file that it will send
             time.sleep(0.01)
         new = {name: array + 1 for name, array in old.items()}
         write(model, new, md5=md5, metadata={"version": 2})

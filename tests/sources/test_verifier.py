@@ -1,4 +1,4 @@
-"""`verify` while others change the cache, where it cannot be written, and where files cannot be read."""
+"""`verify` while other processes change the cache, in a read-only cache, and with files that cannot be read."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def server(source: Path, serve: Serve) -> FileServer:
 
 
 def update(source: Path, *, longer: int = 0) -> None:
-    """Another version of the model: of the same size, or with longer shards."""
+    """Write another version of the model: of the same size, or with longer shards."""
     arrays = [{f"layer.{i}": models.random_array(((1 << 14) + longer,), seed=100 + i)} for i in range(SHARDS)]
     models.write_model(source, arrays)
 
 
 def at_each_check(monkeypatch: pytest.MonkeyPatch, happens: Callable[[int, Any], None]) -> None:
-    """Have something happen before each time that a cached file is read; it gets how often that was before."""
+    """Call `happens` before each cached file is read, with the number of files read before, and the file."""
     find_mismatch, lock, calls = integrity.find_mismatch, threading.Lock(), iter(range(10**6))
 
     def spy(file: Any, expected: Any, check: Any) -> Any:
@@ -60,7 +60,7 @@ def at_each_check(monkeypatch: pytest.MonkeyPatch, happens: Callable[[int, Any],
 
 
 def read_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Root may write anywhere, so the system calls themselves must refuse."""
+    """Make the system calls refuse to write, as root may write anywhere."""
     real = os.open
 
     def refuse(*_: Any, **__: Any) -> Any:
@@ -74,11 +74,11 @@ def read_only(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(os, call, refuse)
 
 
-# --- others at work
+# --- other processes at work
 
 
 @pytest.mark.parametrize("in_place", [False, True])
-def test_row_60_shards_that_are_deleted_meanwhile_are_missing(
+def test_row_60_shards_deleted_during_verify_are_missing(
     server: FileServer, monkeypatch: pytest.MonkeyPatch, in_place: bool
 ) -> None:
     directory = ndcache.fetch(server.url)
@@ -97,7 +97,7 @@ def test_row_60_shards_that_are_deleted_meanwhile_are_missing(
 
 @pytest.mark.parametrize("longer", [0, 100])
 @pytest.mark.parametrize("when", [0, 2, SHARDS - 1])
-def test_row_60_a_model_that_is_updated_meanwhile_is_looked_at_again(
+def test_row_60_a_model_updated_during_verify_is_verified_again(
     server: FileServer, source: Path, monkeypatch: pytest.MonkeyPatch, when: int, longer: int
 ) -> None:
     directory = ndcache.fetch(server.url)
@@ -118,8 +118,8 @@ def test_row_60_a_model_that_is_updated_meanwhile_is_looked_at_again(
     assert len(ndcache.verify(server.url).checked) == SHARDS
 
 
-def test_row_60_a_shard_that_was_published_with_nothing_known_of_it_yet(server: FileServer, source: Path) -> None:
-    """Its validator comes a moment after it: until then, only the manifest tells that there is another version."""
+def test_row_60_a_shard_published_without_metadata_yet_is_not_bad(server: FileServer, source: Path) -> None:
+    """Its metadata come a moment later: until then, only the manifest tells that there is another version."""
     directory = ndcache.fetch(server.url)
     before = ndcache.read_manifest(server.url)
     with ndcache.Loader(offline=True) as loader, loader._resources.open_model(server.url, threads=1) as (opened, _):
@@ -132,7 +132,7 @@ def test_row_60_a_shard_that_was_published_with_nothing_known_of_it_yet(server: 
     assert len(ndcache.verify(server.url).checked) == SHARDS
 
 
-def test_row_60_a_bad_file_that_is_replaced_while_it_is_read_is_looked_at_again(
+def test_row_60_a_bad_file_replaced_during_verify_is_read_again(
     server: FileServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = ndcache.fetch(server.url)
@@ -148,10 +148,10 @@ def test_row_60_a_bad_file_that_is_replaced_while_it_is_read_is_looked_at_again(
     assert (report.bad, len(report.checked)) == ((), SHARDS)
 
 
-# --- what cannot be written, or read
+# --- files that cannot be written or read
 
 
-def test_row_60_a_read_only_cache(
+def test_row_60_bad_shards_in_a_read_only_cache_are_kept(
     server: FileServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     directory = ndcache.fetch(server.url)
@@ -188,7 +188,7 @@ def test_row_60_a_shard_that_cannot_be_read_is_bad_and_the_others_are_checked(
     assert caught.value.shard == name(1)
 
 
-def test_row_60_a_shortage_of_descriptors_says_nothing_of_a_shard(
+def test_row_60_a_shortage_of_descriptors_is_no_fault_of_a_shard(
     server: FileServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ndcache.fetch(server.url)
@@ -202,7 +202,7 @@ def test_row_60_a_shortage_of_descriptors_says_nothing_of_a_shard(
     assert caught.value.shard == name(0)
 
 
-def test_row_60_a_local_directory(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_60_shards_in_a_local_directory_are_missing_or_bad(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (source / name(0)).unlink()
     (source / name(1)).unlink()
     (source / name(1)).mkdir()
@@ -212,7 +212,7 @@ def test_row_60_a_local_directory(source: Path, monkeypatch: pytest.MonkeyPatch)
     assert (report.bad, report.missing, list(report.checked)) == ((name(1), name(2)), (name(0),), [name(3)])
 
 
-def test_row_60_rm_of_several_sources_goes_on(server: FileServer, tmp_path: Path) -> None:
+def test_row_60_rm_continues_after_a_source_that_fails(server: FileServer, tmp_path: Path) -> None:
     directory = ndcache.fetch(server.url)
     sources = ["hf://a", str(tmp_path / "elsewhere"), "http://[", server.url]
     result = CliRunner().invoke(cli.main, ["rm", *sources])
