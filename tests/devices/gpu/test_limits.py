@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import ndcache
-from ndcache import loader as loader_module
+from ndcache import devices
 from ndcache.devices.gpu.device import GpuDevice
 
 from ...helpers import models
@@ -38,7 +38,7 @@ def test_row_62_a_tensor_that_cannot_be_bound_is_a_warning_on_the_callers_line(
 ) -> None:
     write(tmp_path)
     server = serve(tmp_path)
-    monkeypatch.setattr(loader_module, "open_device", lambda *_: GpuDevice(limited, is_ours=True))
+    monkeypatch.setattr(devices, "open_gpu", lambda *_: GpuDevice(limited, is_ours=True))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         weights = ndcache.load(server.url, "gpu")
@@ -56,7 +56,7 @@ def test_row_62_the_warning_comes_before_anything_is_fetched(
 ) -> None:
     write(tmp_path)
     server = serve(tmp_path)
-    monkeypatch.setattr(loader_module, "open_device", lambda *_: GpuDevice(limited, is_ours=True))
+    monkeypatch.setattr(devices, "open_gpu", lambda *_: GpuDevice(limited, is_ours=True))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(RuntimeWarning, match="'large'"):
