@@ -1,4 +1,4 @@
-"""File descriptors, of which a process may have few: how many a load may use, and the error when none is left."""
+"""File descriptors, which can be scarce: how many a load may use, and the error when none is left."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def affordable(wanted: int, each: int) -> int:
-    """Return how many of `wanted` things that open `each` files this process can afford now; 0 if not even one."""
+    """Return how many of `wanted` workers, which open `each` files, this process can afford now; 0 if none."""
     free = _free()
     if free is None:
         return wanted
@@ -95,4 +95,4 @@ def _free() -> int | None:
     try:
         return max(0, limit - len(os.listdir("/dev/fd")))
     except OSError as error:
-        return 0 if error.errno in _SHORTAGES else limit // 2  # without /dev, nobody knows
+        return 0 if error.errno in _SHORTAGES else limit // 2  # without /dev, this cannot be counted

@@ -209,7 +209,7 @@ class Folder:
             if _HAS_DIR_FD:
                 with self._opened(makes=True):
                     return
-        except NotADirectoryError as error:  # does not mean that somebody has just removed it
+        except NotADirectoryError as error:  # or it would count as removed just now
             raise FileExistsError(errno.EEXIST, "a file lies where a directory should") from error
         for count, _ in enumerate(self.names, 1):
             with contextlib.suppress(FileExistsError):
@@ -357,7 +357,7 @@ def _sync_folder(handle: int | None) -> None:
     if handle is None:
         return  # on Windows, a directory cannot be synced
     flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)
-    # This takes permission to list the folder, which may be missing where names can be looked up and written.
+    # Opening a folder takes permission to read it, which may be missing where files can be created.
     with contextlib.suppress(PermissionError), _Handle(os.open(".", flags, dir_fd=handle)) as readable:
         assert readable is not None
         sync(readable)

@@ -1,4 +1,4 @@
-"""Make room in the cache: remove what is of no use, check how much is free, delete a model."""
+"""Make room in the cache: remove files that are no longer used, check free space, delete a model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = ["check_free_space", "delete_model", "disk_bytes", "evict_partials", "
 _IDLE_SECONDS = 300
 
 
-# --- what is of no use any more
+# --- files that are no longer used
 
 
 def prune(directory: ModelDirectory, manifest: Manifest, others: Callable[[], Iterable[Manifest]]) -> None:
@@ -53,7 +53,7 @@ def prune(directory: ModelDirectory, manifest: Manifest, others: Callable[[], It
         in_use = {shard.data_path for shard in shards.values()}
         for flat in published - shards.keys():
             if unflatten(flat) not in in_use:
-                with contextlib.suppress(UnsafePathError, UnsafeCacheError):  # a note with a crafted name
+                with contextlib.suppress(UnsafePathError, UnsafeCacheError):  # the name was crafted
                     _remove_if_shard(directory, unflatten(flat))
         for flat in under_way:
             _prune_partials(directory, flat, shards.get(flat))
@@ -74,7 +74,7 @@ def _prune_partials(directory: ModelDirectory, flat: str, shard: Shard | None) -
 
 
 def _remove_if_shard(directory: ModelDirectory, name: str) -> None:
-    check_path(name)  # no shard's name leads out of here
+    check_path(name)  # a crafted name may lead out of the directory
     metadata, layout = directory.metadata(name), directory.layout
     if metadata is not None and metadata.content_ids:  # not a manifest, or some other file
         _unlink(*layout.place(name))

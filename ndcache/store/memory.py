@@ -150,7 +150,7 @@ class _FallbackPartialFiles(PartialFiles):
             super().copy_longest(partial, shard, content_id, check, is_checked=is_checked, is_exclusive=is_exclusive)
         except CacheUnavailableError:
             if not isinstance(partial, MemoryPartialFile):
-                raise  # for one in memory, files that others left and that may not be read are no loss
+                raise  # a partial file in memory can do without those of others
 
     def open_covering(self, shard: Shard, content_id: str, wanted: ByteRanges) -> BinaryIO | None:
         try:
@@ -212,5 +212,5 @@ def _anonymous_file() -> BinaryIO:
     try:
         return cast(BinaryIO, tempfile.TemporaryFile(buffering=0))
     except FileNotFoundError:
-        check_exhausted()  # then the error is "no usable temporary directory", too
+        check_exhausted()  # without descriptors, Python also reports that no temporary directory is usable
         raise

@@ -77,7 +77,7 @@ class PartialFile:
 
     @property
     def path(self) -> Path:
-        """Return where it lies."""
+        """Return its path."""
         return self.folder.path / self.file_name
 
     @property
@@ -143,7 +143,7 @@ class PartialFile:
         self.file.close()
 
     def delete(self) -> None:
-        """Close and remove it."""
+        """Close and remove the file and its note."""
         self.file.close()
         remove_partial(self.folder, self.file_name)
 

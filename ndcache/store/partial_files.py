@@ -53,7 +53,7 @@ class PartialFiles:
                 yield partial
             except OSError as error:
                 if not isinstance(error, TransferError):
-                    partial.source = None  # room may be needed more; and what a failing disk has may not be right
+                    partial.source = None  # free the room; and a failing disk may not have the right bytes
                 raise
             finally:
                 partial.close()
@@ -121,7 +121,7 @@ class PartialFiles:
                         file.close()
         return None
 
-    # --- those of anybody
+    # --- those of any process
 
     def find(self, flat: str) -> list[str]:
         """Return the names of the partial files of a file."""
@@ -206,7 +206,7 @@ class PartialFiles:
                     at += len(data)
 
     def _open(self, file_name: str) -> BinaryIO | None:
-        """Open a partial file; None if it is gone, or another account keeps it for itself."""
+        """Open a partial file; return None if it is gone, or belongs to another account that does not share it."""
         try:
             return self.folder.open(file_name)
         except PermissionError:

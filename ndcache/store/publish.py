@@ -70,7 +70,7 @@ def _rename(partial: PartialFile, folder: Folder, name: str) -> None:
 
 
 def _copy_over(partial: PartialFile, folder: Folder, name: str) -> None:
-    """Publish by way of a copy in the target folder, where nothing can be renamed into that from outside."""
+    """Publish by way of a copy made in the target folder, for folders into which nothing can be renamed."""
     fresh = f"{STATE_DIRECTORY}.{secrets.token_hex(8)}"
     source = partial.folder.open(partial.file_name)
     if source is None:
@@ -105,7 +105,7 @@ def quarantine(folder: Folder, name: str, target: Folder, new_name: str) -> None
     if status is None:
         return
     if stat.S_ISDIR(status.st_mode):
-        folder.replace(name, target, f"{new_name}.{secrets.token_hex(8)}")  # it could not replace a file
+        folder.replace(name, target, f"{new_name}.{secrets.token_hex(8)}")  # a folder cannot replace a file
         return
     try:
         folder.replace(name, target, new_name)

@@ -178,15 +178,16 @@ def test_row_57_a_link_that_alternates_with_the_real_folder_is_not_followed(
     (victim / ".ndcache" / "validators").mkdir()
     before, done = tree(victim), threading.Event()
 
+    steps: list[Callable[[], None]] = [
+        lambda: os.symlink(victim, link),
+        lambda: os.rename(directory, away),
+        lambda: os.rename(link, directory),
+        lambda: os.unlink(directory),
+        lambda: os.rename(away, directory),
+    ]
+
     def flip() -> None:
         while not done.is_set():
-            steps: list[Callable[[], None]] = [
-                lambda: os.symlink(victim, link),
-                lambda: os.rename(directory, away),
-                lambda: os.rename(link, directory),
-                lambda: os.unlink(directory),
-                lambda: os.rename(away, directory),
-            ]
             for step in steps:
                 with contextlib.suppress(OSError):  # a fetch has made the folder again in between
                     step()

@@ -205,6 +205,14 @@ def test_row_28_when_a_fork_of_a_dead_holder_keeps_the_lock_the_waiter_goes_on(
     assert_fetched(directory, one_shard)
 
 
+def has_written(directory: Path, nbytes: int) -> bool:
+    return partial_bytes(directory) == nbytes
+
+
+def has_bytes(path: Path, nbytes: int) -> bool:
+    return path.stat().st_size >= nbytes
+
+
 def test_row_28_a_waiter_that_sees_progress_waits_as_long_as_it_takes(
     one_shard: CountingServer, zygote: Zygote, cache_dir: Path, tmp_path: Path
 ) -> None:
@@ -219,10 +227,10 @@ def test_row_28_a_waiter_that_sees_progress_waits_as_long_as_it_takes(
     waiter = start_waiter(one_shard, zygote, cache_dir, 30.0, clock)
     for seconds, step in enumerate(steps[1:], 1):
         one_shard.go.release()
-        wait_until(functools.partial(lambda step: partial_bytes(directory) == step, step))
+        wait_until(functools.partial(has_written, directory, step))
         # The second look at the clock from now on comes after a look at the partial file as it is now.
         enough = looks.stat().st_size + 2
-        wait_until(functools.partial(lambda enough: looks.stat().st_size >= enough, enough))
+        wait_until(functools.partial(has_bytes, looks, enough))
         clock.with_suffix(".new").write_text(str(20.0 * seconds))
         clock.with_suffix(".new").replace(clock)
     assert waiter.is_running

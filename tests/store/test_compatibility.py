@@ -59,14 +59,14 @@ def manifest(*, digests: bool) -> bytes:
         return {"name": name, "nbytes": nbytes, "byteOffset": offset, **kind}
 
     first, second = [record("a", LARGE, 0), record("b", SMALL, LARGE)], [record("c", SMALL, 0)]
-    records: list[dict[str, Any]] = [
-        {"dataPath": name, "format": "raw-shard", "nbytes": len(SHARDS[name]), "records": tensors}
-        for name, tensors in ((FIRST, first), (SECOND, second))
+    shards: list[dict[str, Any]] = [
+        {"dataPath": name, "format": "raw-shard", "nbytes": len(SHARDS[name]), "records": records}
+        for name, records in ((FIRST, first), (SECOND, second))
     ]
     if digests:
-        for shard in records:
+        for shard in shards:
             shard["md5sum"] = md5(SHARDS[shard["dataPath"]])
-    return json.dumps({"metadata": {}, "records": records}).encode()
+    return json.dumps({"metadata": {}, "records": shards}).encode()
 
 
 @pytest.fixture(params=[True, False], ids=["with digests", "without digests"])

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 import ndcache
-from ndcache.format import integrity
+from ndcache.format.integrity import find_mismatch
 from ndcache.format.paths import flatten, unflatten
 from ndcache.sources import verifier
 from ndcache.store.cleanup import disk_bytes
@@ -50,7 +50,6 @@ def server(model: Path, serve: Serve) -> FileServer:
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return a list to which each file of the cache is added whose digests are computed."""
     found: list[str] = []
-    find_mismatch = integrity.find_mismatch
 
     def spy(file: Any, expected: Any, check: Any) -> Any:
         found.append(os.path.basename(file.name))

@@ -197,11 +197,11 @@ def test_of_many_threads_one_at_a_time_holds_the_lock_and_all_get_it(path: Path)
     inside, most, counter = [0], [0], itertools.count()
     guard, pause = threading.Lock(), threading.Event()
 
-    def wait(seconds: float) -> None:
+    def sleep(seconds: float) -> None:
         pause.wait(seconds / 10)
 
     def work() -> None:
-        with acquire_or_wait(path, is_there=never, progress=lambda: next(counter), sleep=wait) as mine:
+        with acquire_or_wait(path, is_there=never, progress=lambda: next(counter), sleep=sleep) as mine:
             assert mine == DownloadLock(is_exclusive=True)
             with guard:
                 inside[0] += 1
