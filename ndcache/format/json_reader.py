@@ -182,7 +182,7 @@ class JsonReader:
         """Decode the window that begins at byte `start`."""
         self._check()
         if size is None:
-            # The first value inside a large one would be scanned again as far as the large one was.
+            # The first value inside a large one begins near it, and would be scanned as far once more at each level.
             size = max(_WINDOW_BYTES >> max(self._depth - 3, 0), _LEAST_WINDOW_BYTES)
         data, end = self._data, start + size
         self._is_last = end >= len(data)

@@ -1,4 +1,4 @@
-"""Threads that survive Ctrl-C and the end of the main thread."""
+"""Start and join threads in spite of Ctrl-C and the end of the main thread."""
 
 from __future__ import annotations
 
