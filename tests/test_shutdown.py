@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 
 import ndcache
-from ndcache.workers.serial import SerialQueue
 
 from .helpers import models
 from .helpers.servers import FileServer
 
-#: What all scripts begin with. Of the thread that calls it, `until_the_end` waits for the main thread's end.
+#: The beginning of all scripts. `until_the_end` waits until the main thread has ended.
 PROLOGUE = """
 import atexit, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
@@ -54,7 +53,7 @@ SCRIPTS = {
     "begun.wait()",
     "streamed": "threading.Thread(target=say, args=[lambda: ndcache.stream(url, cache_dir=cache, session=Session())])"
     ".start(); begun.wait()",
-    "a pool of the caller's": "pool = ThreadPoolExecutor(1)\npool.submit(say, lambda: load(session=Session()))\n"
+    "in a pool of the caller's": "pool = ThreadPoolExecutor(1)\npool.submit(say, lambda: load(session=Session()))\n"
     "pool.submit(say, load); begun.wait()",
     "began afterwards": "threading.Thread(target=lambda: (until_the_end(), say(load))).start()",
     "began afterwards, local": "threading.Thread(target=lambda: (until_the_end(), say(lambda: load(local)))).start()",
@@ -63,7 +62,7 @@ SCRIPTS = {
     "atexit, streamed": "atexit.register(say, lambda: ndcache.stream(url, cache_dir=cache))",
     "closed in atexit": "stream = ndcache.stream(url, cache_dir=cache); next(stream)\n"
     "atexit.register(lambda: (stream.close(), say(lambda: 'four')))",
-    # What nobody takes any more does not hold up the end.
+    # Results that nobody will take do not delay the end of Python.
     "left by a thread": "stream = ndcache.stream(url, cache_dir=cache)\n"
     "thread = threading.Thread(target=lambda: (next(stream), say(lambda: 'four'))); thread.start(); thread.join()",
     "left by a thread that ends later": "stream = ndcache.stream(url, cache_dir=cache)\n"
@@ -73,7 +72,7 @@ SCRIPTS = {
 
 
 @pytest.mark.parametrize("what", SCRIPTS)
-def test_row_63_while_python_is_shutting_down(tmp_path: Path, what: str) -> None:
+def test_row_63_loads_finish_while_python_is_shutting_down(tmp_path: Path, what: str) -> None:
     models.simple_model(tmp_path / "www", shards=4)
     server = FileServer(tmp_path / "www")
     try:
@@ -89,13 +88,3 @@ def test_row_63_while_python_is_shutting_down(tmp_path: Path, what: str) -> None
         server.close()
     count = str(4 if "four" in SCRIPTS[what] else len(ndcache.load(tmp_path / "www")))
     assert (child.returncode, set(child.stdout.split("\n"))) == (0, {count, ""}), child.stderr
-
-
-def test_row_63_what_is_submitted_to_a_closed_serial_is_done_at_once() -> None:
-    serial = SerialQueue(has_thread=True)
-    first = serial.submit(lambda: 1)
-    serial.close()
-    assert serial.submit(lambda: 2).result(0) == 2
-    assert first.result(0) == 1
-    serial.cancel()
-    assert SerialQueue(has_thread=False).submit(lambda: 3).result(0) == 3
