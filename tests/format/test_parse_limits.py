@@ -127,7 +127,7 @@ def test_row_22_too_many_records_are_refused(
 @pytest.mark.once
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 @pytest.mark.parametrize("form", LARGEST)
-def test_row_22_row_36_the_largest_manifests_leave_memory_and_let_ctrl_c_through(form: str) -> None:
+def test_row_22_the_largest_manifests_leave_memory_and_let_ctrl_c_through(form: str) -> None:
     """Parsing takes at most 450 MiB besides the file, and Ctrl-C comes through."""
     command = [sys.executable, "-c", f"from {__name__} import print_costs; print_costs({form!r})"]
     child = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)

@@ -121,7 +121,9 @@ def test_row_48_an_authority_bundle_that_cannot_be_used(
     assert secure.connections <= 1
 
 
-def test_row_48_http_needs_no_bundle(scripted: ScriptedServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_48_a_missing_authority_bundle_does_not_matter_for_http(
+    scripted: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/missing.pem")
     with pytest.raises(ndcache.NotFoundError):
         ndcache.load(scripted.url)
@@ -383,7 +385,7 @@ def test_row_12_a_server_that_has_answered_is_waited_for(scripted: ScriptedServe
     assert caught.value.attempts == 5
 
 
-def test_row_12_where_a_server_redirects_to_is_no_mistake_of_the_user(scripted: ScriptedServer) -> None:
+def test_row_12_a_redirect_to_a_dead_server_is_retried(scripted: ScriptedServer) -> None:
     scripted.script["/tensor-cache.json"] = [reply(302, b"", {"Location": "http://127.0.0.1:9/"})]
     with pytest.raises(ndcache.ConnectError) as caught:
         ndcache.load(scripted.url, retries=RetryPolicy(4, backoff=0.01))

@@ -187,7 +187,7 @@ NO_FAMILY = (9999, "127.0.0.1")
     ],
     ids=lambda value: " ".join(value) or "none" if isinstance(value, list) else "",
 )
-def test_row_47_the_most_telling_failure_is_raised(
+def test_row_47_if_every_address_fails_the_most_telling_failure_is_raised(
     addresses: list[tuple[int, str]],
     bury: Callable[[str, int], tuple[int, str]],
     unused_port: int,
@@ -211,7 +211,7 @@ def open_socket(address: Address) -> socket.socket:
     return sock
 
 
-def test_row_47_each_address_gets_its_chance_however_short_the_time(
+def test_row_47_the_last_of_many_dead_addresses_is_reached_in_a_short_time(
     scripted: ScriptedServer, addresses: list[tuple[int, str]], bury: Callable[[str, int], tuple[int, str]]
 ) -> None:
     addresses += [bury(f"127.0.0.{n}", scripted.port) for n in range(2, 12)] + [(socket.AF_INET, "127.0.0.1")]

@@ -67,7 +67,7 @@ def test_row_7_only_the_exact_content_range_is_believed(text: str, start: int, e
 
 @given(TEXTS | NUMBERS)
 @example("100, 100")
-def test_row_4_a_length_is_a_number_or_an_error(text: str) -> None:
+def test_row_4_any_content_length_is_a_number_or_an_error(text: str) -> None:
     if text.isascii() and text.isdigit() and len(text) < 20:
         assert response(Content_Length=text).content_length == int(text)
     else:
@@ -84,7 +84,7 @@ def test_an_etag_can_be_sent_back(text: str) -> None:
 @given(st.integers(100, 999), st.dictionaries(st.sampled_from(["Retry-After", "Content-Encoding"]), TEXTS | NUMBERS))
 @example(503, {"Retry-After": "Fri, 31 Dec 9999 23:59:59 -9999"})
 @example(429, {"Retry-After": "Fri, 99 Foo 2020 99:99:99 GMT"})
-def test_row_14_a_status_is_good_or_one_of_our_errors(status: int, headers: dict[str, str]) -> None:
+def test_row_14_any_status_and_headers_give_a_response_or_our_error(status: int, headers: dict[str, str]) -> None:
     fields = requests.structures.CaseInsensitiveDict(headers)
     encoding = headers.get("Content-Encoding", "").replace(",", " ").lower().split()
     if status in (304, 416) or (status in (200, 206) and set(encoding) <= {"identity"}):

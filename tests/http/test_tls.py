@@ -249,7 +249,9 @@ def unframed(data: bytes, ending: Callable[[Connection], None]) -> Step:
 
 
 @pytest.mark.parametrize("how", ["no notice", "notice"])
-def test_row_45_the_end_of_a_body_without_framing(secure: ScriptedServer, transport: Transport, how: str) -> None:
+def test_row_45_a_body_without_framing_that_ends_without_notice_may_be_cut(
+    secure: ScriptedServer, transport: Transport, how: str
+) -> None:
     secure.script["/a"] = [unframed(b"abc", BREAKS[how])]
     with transport.get(secure.url + "a", {}, Cancellation()) as response:
         assert response.read(100) == b"abc"

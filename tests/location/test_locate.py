@@ -415,7 +415,7 @@ def test_keys_stay_what_they_are() -> None:
 
 
 @pytest.mark.parametrize("source", ["https://user:secret@host/model?sig=secret", "https://secret@host/x.json#secret"])
-def test_row_40_secrets(source: str) -> None:
+def test_row_40_a_location_shows_no_secrets(source: str) -> None:
     location = remote(source)
     assert "secret" in location.base + location.query
     for shown in (str(location), repr(location), f"{location}", location.cache_key):

@@ -244,7 +244,9 @@ def test_row_59_a_partial_file_of_another_account_is_copied_if_it_may_be_read(
 
 
 @several_accounts
-def test_row_59_an_account_that_may_only_read(zygote: Zygote, counting: CountingServer, public: Path) -> None:
+def test_row_59_an_account_that_may_only_read_can_load_and_not_delete(
+    zygote: Zygote, counting: CountingServer, public: Path
+) -> None:
     root = shared(public, 0o755)
 
     def act(uid: int, what: str, **options: Any) -> Any:

@@ -65,11 +65,11 @@ def test_row_44_a_signature_is_no_part_of_the_model(query: str) -> None:
         *("x-oss-process=image", "tokens=1", "tokenizer=a", "model_token=a", "expires_in=1", "download=true", "amz=1"),
     ],
 )
-def test_row_44_all_else_is(query: str) -> None:
+def test_row_44_a_query_that_is_no_signature_is_part_of_the_model(query: str) -> None:
     assert identifying_query(query) == query
 
 
-def test_row_44_two_orders_are_one_model() -> None:
+def test_row_44_the_order_of_parameters_does_not_matter() -> None:
     """Parameters with different names have no order; those with the same name keep theirs."""
     assert identifying_query("b=2&a=1") == identifying_query("a=1&b=2&") == identifying_query("&a=1&&b=2")
     assert identifying_query("a=2&b=3&a=1") == "a=2&a=1&b=3" != identifying_query("a=1&b=3&a=2")
@@ -77,7 +77,7 @@ def test_row_44_two_orders_are_one_model() -> None:
     assert len(keys) == 1
 
 
-def test_row_44_the_documented_list() -> None:
+def test_row_44_the_documented_parameters_are_signatures() -> None:
     """All parameters that docs/urls.rst lists count as signatures."""
     text = (Path(__file__).parents[2] / "docs" / "urls.rst").read_text("utf-8")
     rows = re.findall(r"^   \* - .+\n     - (.+(?:\n       .+)*)", text.partition("Signatures")[2], re.MULTILINE)
@@ -107,7 +107,7 @@ def by_query(tmp_path: Path, scripted: ScriptedServer) -> ScriptedServer:
     return scripted
 
 
-def test_row_44_two_models_of_one_address(by_query: ScriptedServer, tmp_path: Path) -> None:
+def test_row_44_two_queries_of_one_address_are_two_models(by_query: ScriptedServer, tmp_path: Path) -> None:
     a, b = (f"{by_query.url}?model={name}" for name in "ab")
     arrays = {name: dict(ndcache.load(tmp_path / name)) for name in "ab"}
     assert_same(ndcache.load(a), arrays["a"])
@@ -131,7 +131,9 @@ def test_row_44_two_models_of_one_address(by_query: ScriptedServer, tmp_path: Pa
     assert not ndcache.is_cached(by_query.url)
 
 
-def test_row_44_mirrors_of_one_path(by_query: ScriptedServer, tmp_path: Path) -> None:
+def test_row_44_a_mirror_that_differs_in_its_query_does_not_resume_the_other(
+    by_query: ScriptedServer, tmp_path: Path
+) -> None:
     """A partial file of one is never completed from the other, whatever ETags they have."""
     shard = (tmp_path / "b" / "params_shard_0.bin").read_bytes()
     right = by_query.script["/params_shard_0.bin"][0]
@@ -151,7 +153,7 @@ def test_row_44_mirrors_of_one_path(by_query: ScriptedServer, tmp_path: Path) ->
     assert isinstance(other, ndcache.ChecksumError)
 
 
-def test_row_44_listings_tell_them_apart(by_query: ScriptedServer, cache_dir: Path) -> None:
+def test_row_44_listings_tell_models_with_different_queries_apart(by_query: ScriptedServer, cache_dir: Path) -> None:
     for query in ("model=a", "model=b", "model=b&token=secret", ""):
         ndcache.fetch(f"{by_query.url}?{query}")
     notes = [json.loads(path.read_text())["source"] for path in sorted(cache_dir.rglob("source.json"))]
@@ -160,7 +162,7 @@ def test_row_44_listings_tell_them_apart(by_query: ScriptedServer, cache_dir: Pa
     assert not any("model" in note or "secret" in note for note in notes)
 
 
-def test_row_44_single_files(by_query: ScriptedServer) -> None:
+def test_row_44_single_files_with_different_queries_are_different(by_query: ScriptedServer) -> None:
     with tvm.ArtifactCache() as cache:
         for name in "aba":
             assert cache.fetch_with_cache(f"{by_query.url}config.json?model={name}", "json") == name

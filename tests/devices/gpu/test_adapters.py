@@ -52,7 +52,9 @@ def test_the_adapters_of_this_machine_are_listed_once_hardware_first(gpu: Any) -
     assert software == sorted(software)
 
 
-def test_row_38_a_machine_without_adapters(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_row_38_a_machine_without_adapters_is_a_no_adapter_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     import wgpu
 
     monkeypatch.setattr(adapters_module, "_known", [])
@@ -72,7 +74,9 @@ def test_row_38_an_adapter_index_that_is_too_high_is_refused(gpu: Any, tmp_path:
         ndcache.load(tmp_path, "gpu:99")
 
 
-def test_row_38_a_wgpu_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_row_38_a_wgpu_that_cannot_be_imported_is_a_no_adapter_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     models.simple_model(tmp_path)
     monkeypatch.setitem(sys.modules, "wgpu", None)
     with pytest.raises(ndcache.NoAdapterError, match="wgpu cannot be loaded"):

@@ -132,7 +132,7 @@ def test_row_38_a_failed_call_of_wgpu_frees_all_buffers(
 
 
 @pytest.mark.parametrize("call", ["create_buffer", "create_compute_pipeline"])
-def test_row_38_no_memory_for_a_later_tensor_or_the_shader(
+def test_row_38_a_gpu_without_memory_for_a_later_tensor_or_the_shader_is_an_error(
     gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
     import wgpu
