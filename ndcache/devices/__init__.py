@@ -23,7 +23,7 @@ def is_device_name(text: str) -> bool:
     return re.fullmatch(r"cpu|auto|gpu(:[0-9]{1,4})?", text) is not None
 
 
-def open_device(device: Any, poll: Callable[[], None] | None = None) -> Device[Any]:
+def open_device(device: object, poll: Callable[[], None] | None = None) -> Device[Any]:
     """Open the device that the ``device`` option names.
 
     Parameters
