@@ -1,0 +1,78 @@
+"""What several tests of loads look at: published files, partial files, threads, a scripted model."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import ndcache
+
+from . import models
+from .servers import FileServer, ScriptedServer, reply
+
+Serve = Callable[..., FileServer]
+
+QUICK = ndcache.RetryPolicy(retries=1, backoff=0.001)
+
+
+def assert_same(weights: Mapping[str, Any], arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
+    assert list(weights) == list(arrays)
+    for name, array in arrays.items():
+        loaded = np.asarray(weights[name])
+        assert loaded.dtype == array.dtype, name
+        assert loaded.shape == array.shape, name
+        assert loaded.tobytes() == array.tobytes(), name
+
+
+def published(cache_dir: Path) -> list[str]:
+    """The files in the cache that have a real name."""
+    return sorted(path.name for path in cache_dir.rglob("*") if path.is_file() and ".ndcache" not in path.parts)
+
+
+def parts(cache_dir: Path) -> list[Path]:
+    return list(cache_dir.rglob(".ndcache/parts/*"))
+
+
+def loading_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("ndcache")]
+
+
+def flip(path: Path) -> None:
+    """Change a bit behind the back of whoever looks at size and time only."""
+    status = path.stat()
+    data = bytearray(path.read_bytes())
+    data[100] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, 100)
+
+
+def scripted_model(scripted: ScriptedServer, model: Path, shards: int = 1) -> dict[str, np.ndarray[Any, Any]]:
+    """Have the server give every file of a model; some will get another script."""
+    arrays = models.simple_model(model, shards=shards)
+    scripted.script = {
+        f"/{path.name}": [reply(200, path.read_bytes(), {"ETag": f'"{path.name}"'})] for path in model.iterdir()
+    }
+    return arrays
+
+
+WHERE = ["/tensor-cache.json", "/params_shard_0.bin"]
+
+HALF = 1 << 15
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    """Wait for something that another thread or process does."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.01)
