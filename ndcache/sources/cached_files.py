@@ -1,4 +1,4 @@
-"""Open files of the cache, and files that are held open until their turn comes."""
+"""Open shards in the cache, and hold them open until their turn comes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["CachedFile", "HeldFiles", "open_cached", "unreadable"]
 
 #: The most files that all loads of this process hold: descriptors are scarce.
 _MAX_HELD = 128
-#: A quarter of the descriptors that are left may be used for them.
+#: How many free descriptors there must be for each of them, so that they use a quarter at most.
 _FILES_PER_HELD = 4
 #: The files that all loads of this process hold.
 _all_held: set[BinaryIO] = set()
@@ -33,7 +33,7 @@ class CachedFile:
     ----------
     file : binary file
     metadata : FileMetadata or None
-        What was noted of it when it was opened.
+        The metadata at the time when it was opened.
     is_whole : bool
         Whether it is complete. If not, it has the wanted ranges, and holes.
     """
@@ -58,7 +58,7 @@ class CachedFile:
 class HeldFiles:
     """Cached files that one load holds open until their turn comes, so that deleting the model does not remove them.
 
-    There are only so many for all loads of the process.
+    All loads of the process together hold a limited number of files.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The requests of one load: counted, at the pace that servers accept, and of one commit."""
+"""The requests of one load: they are counted, keep to the servers' limits, and stay at one commit."""
 
 from __future__ import annotations
 
@@ -84,11 +84,11 @@ class Client:
         return attempts(policy or context.policy, context.cancellation, context.stats, self._activity, progress)
 
     def count_received(self, origin: str, nbytes: int) -> None:
-        """Count bytes of a body, which also tell that the server serves this load."""
+        """Count bytes of a body, and note that its server is active."""
         self.context.stats.count(network_bytes=nbytes)
         self._activity.record(origin)
 
     def note_refusal(self, error: NdcacheError) -> None:
-        """Log that a server limits requests, if this is what a request without another attempt failed with."""
+        """Log that a server limits requests, if `error` says so; for a request that is not attempted again."""
         if is_refusal(error):
             self._activity.warn_of_limit(error)

@@ -26,13 +26,14 @@ from .transfer import Action, Transfer
 
 __all__ = ["DownloadResult", "Downloader"]
 
-#: The most that is read at once: little enough to be in the CPU's cache when it is hashed and written. A cold fetch
-#: with 256 KiB takes 1.07 times as long in /dev/shm and 1.04 times to a disk (benchmarks/fetch.py, 15 pairs each).
+#: The most bytes that are read at once: few enough to stay in the CPU's cache until they are hashed and written. With
+#: 256 KiB, a cold fetch takes 1.07 times as long to /dev/shm, and 1.04 times as long to a disk (benchmarks/fetch.py,
+#: 15 pairs each).
 _READ_BYTES = 1 << 20
 #: Bytes of a file of which several ranges are received at once.
 RANGE_THRESHOLD = 64 << 20
-#: The least and the most bytes of such a range: each costs a round trip, and what comes before the bytes in front of
-#: it is read back later to be hashed.
+#: The least and the most bytes of such a range. Each range costs a round trip. Bytes that arrive before those in front
+#: of them are read back from the file later, to be hashed.
 RANGE_BYTES = (16 << 20, 64 << 20)
 
 logger = logging.getLogger("ndcache")
@@ -45,15 +46,13 @@ class DownloadResult:
     Attributes
     ----------
     file : binary file or None
-        Open for reading; None if the cached file is still right.
-    is_whole : bool
-        Whether the file is complete and checked. If not, it has the wanted ranges, and holes.
+        Open for reading: the complete shard, or a file with the wanted ranges and holes. None if the cached file is
+        still right.
     checked : tuple of str
         The algorithms of the digests that were compared.
     """
 
     file: BinaryIO | None
-    is_whole: bool
     checked: tuple[str, ...] = ()
 
 
@@ -82,8 +81,7 @@ class Downloader:
     def download_shard(self, plan: DownloadPlan, *, is_exclusive: bool = False) -> DownloadResult:
         """Download a shard from the first URL that gives the right bytes.
 
-        A file of more than 64 MiB, or some ranges of any, is received by several workers if they have nothing else to
-        do.
+        Workers that have nothing else to do help to receive a file of more than 64 MiB, or single ranges of any file.
 
         Parameters
         ----------
@@ -120,7 +118,7 @@ class Downloader:
                         case Action.KEEP_RANGES:
                             return self._keep_ranges(transfer)
                         case Action.USE_CACHED:
-                            return DownloadResult(None, is_whole=True)
+                            return DownloadResult(None)
         raise AssertionError("the last attempt of the last URL returns or raises")
 
     def download_file(self, name: str, url: str, limit: int) -> Path:
@@ -148,7 +146,7 @@ class Downloader:
 
     @contextmanager
     def _begin(self, plan: DownloadPlan, *, is_exclusive: bool) -> Iterator[Transfer]:
-        """Yield a new transfer, which begins with what an earlier one left of the shard."""
+        """Yield a new transfer, which begins with the bytes that an interrupted one left."""
         context, shard, pool = self._context, plan.shard, self._context.pool
         with self.cache.partials.create(shard.data_path) as partial:
             digests = shard.digests if context.compares_digests and plan.ranges is None else {}
@@ -190,7 +188,7 @@ class Downloader:
             error = errors[index]
             error.shard = transfer.plan.shard.data_path
             if error.retryable and type(error).max_retries is None:
-                self._failing.add(index)  # it failed again and again: the next shards need not wait for that
+                self._failing.add(index)  # it failed at every attempt: other shards try it last
         first, *others = (errors[index] for index in range(count))
         first.others = tuple(others)
         raise first
@@ -235,7 +233,7 @@ class Downloader:
                     queue.helper_done(error)
                     raise
                 if not is_good:
-                    queue.helper_done()  # the owner, which takes the range next, sees what is wrong
+                    queue.helper_done()  # the owner requests the range next, and handles what is wrong
 
     def _check(self, transfer: Transfer) -> None:
         self._compute(transfer.partial, transfer.expected_digests)
@@ -247,12 +245,12 @@ class Downloader:
         self._context.pool.release_slot()
         with self._context.stats.timed("publish", file=name):
             file = self.cache.publish(transfer.partial, name, etag=transfer.source_etag, content_id=content_id)
-        return DownloadResult(file, is_whole=True, checked=tuple(transfer.expected_digests))
+        return DownloadResult(file, checked=tuple(transfer.expected_digests))
 
     def _keep_ranges(self, transfer: Transfer) -> DownloadResult:
         shard = transfer.plan.shard
         with self._context.stats.timed("publish", file=shard.data_path):
-            return DownloadResult(transfer.partial.keep_with_holes(shard.nbytes), is_whole=False)
+            return DownloadResult(transfer.partial.keep_with_holes(shard.nbytes))
 
     def _compute(self, partial: PartialFile, algorithms: Iterable[str]) -> None:
         with self._context.stats.timed("hash", file=partial.name):

@@ -1,4 +1,4 @@
-"""A model on a server, whose files are in the cache or are downloaded into it."""
+"""A model on a server: its shards are read from the cache, or downloaded into it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from .verifier import ShardVerifier
 
 __all__ = ["RemoteModel", "open_remote_model"]
 
-#: How often a shard is obtained before it is an error that other processes keep taking it away.
+#: How many attempts to make at a shard that other processes keep deleting or replacing.
 _TRIES = 5
 
 logger = logging.getLogger("ndcache")
@@ -123,7 +123,7 @@ class RemoteModel(Model):
         if self._context.offline:
             return
         try:
-            if self._verifier.is_current():  # else an update has come meanwhile, which knows better what is needed
+            if self._verifier.is_current():  # otherwise there was an update, whose load knows which files are needed
                 prune(self._cache, self.manifest, self._other_manifests)
         except (OSError, ManifestError) as error:
             logger.debug("the cache was not pruned: %s", error)  # the next load will do it
@@ -139,7 +139,7 @@ class RemoteModel(Model):
             warn_caller(f"what is fetched of {self._locations[0]} stays in memory and is not kept: {why}")
 
     def _find_cached(self, shard: Shard) -> ShardFile | None:
-        """Return the cached file if it can be used: a complete one that is right, or one with the wanted ranges."""
+        """Return a cached file that can be used: a complete one with the right bytes, or one with the wanted ranges."""
         cached = self._held.take(shard.data_path) or open_cached(self._cache, shard)
         if cached is None:
             if not self._context.offline:
@@ -164,7 +164,7 @@ class RemoteModel(Model):
         return None if file is None else CachedFile(file, is_whole=False)
 
     def _wanted_ranges(self, shard: Shard) -> ByteRanges | None:
-        """Return the ranges to fetch; None is the whole shard, as it must be where a digest is demanded."""
+        """Return the ranges to fetch; None is the whole shard, which is fetched where a digest must be compared."""
         is_manifest_demanded = self.manifest.name in self._context.integrity
         is_digest_demanded = shard.required_digest is not None or (is_manifest_demanded and bool(shard.digests))
         has_all_records = len(shard.records) == self._record_counts[shard.data_path]
@@ -262,7 +262,7 @@ class _Attempt:
 
     def is_published(self) -> bool:
         """Return whether another process has published a file since the attempt began."""
-        # A file system may tell another time of the same file at each look: the last one is for the lock alone.
+        # Some file systems give the same file another time at each look: the last attempt waits for the lock alone.
         return self._looks <= _TRIES and self._cache.version(self.name) not in (None, self._version)
 
     def begin(self) -> None:

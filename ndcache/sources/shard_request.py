@@ -14,8 +14,8 @@ from .range_queue import RangeTask
 
 __all__ = ["DownloadPlan", "Request", "check_length", "plan_ranges", "unexpected_status"]
 
-#: Bytes between two wanted tensors that are fetched with them rather than left out, as another request costs about as
-#: much; and so the least that must be saved by fetching less than the whole shard.
+#: A gap of so many bytes between two wanted tensors is fetched with them, as another request would cost about as much.
+#: For the same reason, fetching less than the whole shard must save at least so many bytes.
 _GAP = 1 << 20
 
 
@@ -51,7 +51,7 @@ class Request:
     ----------
     headers : dict of str to str
     task : RangeTask or None
-        The range that is asked for; None is the whole file.
+        The requested range; None is the whole file.
     continues : bool
         Whether the range must be of the version that has begun.
     """
@@ -62,7 +62,7 @@ class Request:
 
     @property
     def range(self) -> ByteRange | None:
-        """Return the range that is asked for, or None for the whole file."""
+        """Return the requested range, or None for the whole file."""
         return None if self.task is None else self.task.missing
 
     @property

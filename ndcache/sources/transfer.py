@@ -49,7 +49,7 @@ class _Versions:
     changes : int
         How often the file has changed.
     are_told_by_ranges : bool
-        Whether the ETags of ranges tell which version they are of.
+        Whether the ETag of a range tells which version it is of.
     """
 
     etags: set[str]
@@ -71,8 +71,8 @@ class _Versions:
             The file changed for the second time.
         """
         if not self.are_told_by_ranges or etag is None or etag in self.etags:
-            # The server leaves the ETag out of ranges, or gives them one of their own; or there are several servers,
-            # which do not agree.
+            # The server leaves the ETag out of ranges, or gives them ETags of their own; or there are several servers
+            # with different ETags.
             self.are_told_by_ranges = False
             return
         self.changes += 1
@@ -87,7 +87,7 @@ class _Versions:
 
 @dataclass(eq=False)
 class Transfer:
-    """One shard's transfer. Its `next_action` says what to do; nobody else changes its state.
+    """One shard's transfer: `next_action` says what to do, and only methods change the state.
 
     Attributes
     ----------
@@ -102,7 +102,7 @@ class Transfer:
     max_helpers : int
         How many other workers may receive ranges.
     url : str
-        The URL to ask now.
+        The URL to request from now.
     wanted : ByteRanges
         The ranges that must be received.
     request : Request
@@ -163,12 +163,12 @@ class Transfer:
 
     @property
     def source_etag(self) -> str | None:
-        """Return the ETag of the bytes received, if the source gave it: a mirror's says nothing to the source."""
+        """Return the ETag of the bytes received if the source gave it; a mirror's would mean nothing to the source."""
         source = self.partial.source
         return source.etag if source is not None and source.url == parse(self.plan.urls[0]).address else None
 
     def use_url(self, index: int) -> None:
-        """Ask another of the plan's URLs from now on. A mirror must give the whole shard if that can be checked."""
+        """Request from another of the plan's URLs; a mirror must send the whole shard if its digest can be checked."""
         self.end_queue()
         self.url = self.plan.urls[index]
         self._accepts_ranges = True
@@ -195,14 +195,15 @@ class Transfer:
 
     @contextmanager
     def fetching(self) -> Iterator[Request]:
-        """Yield `request`, which is sent and answered in the block; handle a failure.
+        """Yield `request`, which the block sends; handle the errors of the block.
 
-        An error is suppressed if the server may have failed at the request's condition: the next request has none.
+        If the server may have failed at the request's condition, the error is suppressed, and the next request has no
+        condition.
 
         Raises
         ------
         TruncatedError
-            Not everything that was asked for has been received.
+            The body of the accepted response ended early.
         """
         request, queue, self._body = self.request, self.queue, None
         try:
@@ -229,8 +230,8 @@ class Transfer:
         Returns
         -------
         RangeTask or None
-            The range to receive from the body. None if the next action must be found anew: the cached file has not
-            changed, or the response is not of the version that has begun.
+            The range to receive from the body. None if there is nothing to receive, and `next_action` tells how to go
+            on: the cached file has not changed, or the response is not of the version that has begun.
 
         Raises
         ------
@@ -272,7 +273,7 @@ class Transfer:
         return RangeTask(0, size)
 
     def accept_for_helper(self, task: RangeTask, response: Response) -> bool:
-        """Return whether a response is what a helper asked for, of the version that has begun."""
+        """Return whether a response has the range that a helper requested, of the version that has begun."""
         is_range = response.status == 206 and response.is_range(*task.missing, self.plan.shard.nbytes)
         return is_range and self._is_same_version(response)
 
@@ -316,7 +317,7 @@ class Transfer:
             self.queue = None
 
     def _next_task(self) -> RangeTask | None:
-        """Return the next range to ask for; None is the whole file, or nothing if there is a queue."""
+        """Return the next range to request; None is the whole file, or nothing if there is a queue."""
         if self.queue is None:
             has_begun = self._has_begun_here()
             if not (self._accepts_ranges and self._versions.are_told_by_ranges):

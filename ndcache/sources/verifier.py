@@ -21,7 +21,7 @@ from .model import Flaw, is_shortage
 
 __all__ = ["ShardVerifier"]
 
-#: How often a shard is looked at that other processes replace meanwhile.
+#: How often to look at a shard that other processes keep replacing.
 _LOOKS = 5
 #: The algorithms that a shard can have been checked by, the strongest first.
 _ALGORITHMS = ("sha512", "sha384", "sha256", "md5")
@@ -63,7 +63,7 @@ class ShardVerifier:
         return next((algorithm for algorithm in _ALGORITHMS if algorithm in digests), "size")
 
     def is_current(self) -> bool:
-        """Return whether the cache still has the load's manifest, and no update has come."""
+        """Return whether the cache still has the load's manifest, and not that of an update."""
         return self._cache.has_sha256(self._opened.manifest.name, self._opened.digest, MAX_MANIFEST_BYTES)
 
     def accepts(self, shard: Shard, cached: CachedFile) -> bool:
@@ -112,7 +112,7 @@ class ShardVerifier:
         return self._quarantine(shard.data_path) if is_bad and has_wrong_size() else None
 
     def _look(self, shard: Shard) -> str | Flaw | None:
-        """Return what is found; None if the file was replaced or removed while it was read."""
+        """Return what `check` finds; None if the file was replaced or removed while it was read."""
         cached = open_cached(self._cache, shard)
         if cached is not None:
             with cached.file:
@@ -127,7 +127,7 @@ class ShardVerifier:
         return self.quarantine_if_truncated(shard) or Flaw.OF_ANOTHER_VERSION
 
     def _has_right_bytes(self, shard: Shard, cached: CachedFile) -> bool:
-        """Compute the digests of a file; note that they are right, where this was not known."""
+        """Compute and compare the digests of a file; note in the cache that they are right, if that was not known."""
         name, content_id = shard.data_path, self.content_id(shard)
         # For a shard without a digest, the server's digest may have been noted when it was fetched.
         expected = dict(shard.digests)
@@ -173,7 +173,7 @@ class ShardVerifier:
         return Flaw.BAD
 
     def _is_of_another_version(self, shard: Shard) -> bool:
-        """Return whether the file is as it was published, and yet not what the manifest says."""
+        """Return whether the file is unchanged since it was published, and yet not what the manifest says."""
         name = shard.data_path
         if not self._cache.is_intact(name):
             return False
