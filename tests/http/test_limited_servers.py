@@ -46,7 +46,7 @@ def log(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
 
 @pytest.mark.parametrize("status", [429, 503])
 @pytest.mark.parametrize("most", [1, 2, 5])
-def test_row_49_a_limit_of_connections(
+def test_row_49_a_server_that_limits_connections_slows_the_load_down(
     tmp_path: Path, serve: Serve, log: Callable[[], list[str]], most: int, status: int
 ) -> None:
     arrays = simple_model(tmp_path / "model", shards=20, shard_bytes=20_000)
@@ -85,7 +85,7 @@ def test_typical_patience() -> None:
 
 
 @pytest.mark.parametrize("burst", [0, 5])
-def test_row_49_a_limit_of_requests_per_second(
+def test_row_49_a_server_that_limits_requests_per_second_slows_the_load_down(
     tmp_path: Path, serve: Serve, log: Callable[[], list[str]], burst: int
 ) -> None:
     arrays = simple_model(tmp_path / "model", shards=60, shard_bytes=1000)
@@ -96,7 +96,7 @@ def test_row_49_a_limit_of_requests_per_second(
     assert len(log()) == 1
 
 
-def test_row_49_pieces_of_a_large_shard(
+def test_row_49_byte_ranges_of_a_large_shard_respect_a_limit_of_connections(
     tmp_path: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch, log: Callable[[], list[str]]
 ) -> None:
     monkeypatch.setattr("ndcache.sources.download.RANGE_THRESHOLD", 1 << 16)
@@ -234,7 +234,7 @@ def test_row_49_a_mirror_does_not_wait_for_the_source(tmp_path: Path, serve: Ser
     assert len(mirror.shard_requests()) == 6
 
 
-def test_row_49_a_manifest_waits_too(tmp_path: Path, scripted: ScriptedServer) -> None:
+def test_row_49_a_manifest_that_is_refused_is_asked_for_again(tmp_path: Path, scripted: ScriptedServer) -> None:
     arrays = simple_model(tmp_path / "model", shards=1)
     for path in (tmp_path / "model").iterdir():
         scripted.script[f"/{path.name}"] = [reply(200, path.read_bytes())]
@@ -337,7 +337,9 @@ def nginx(prefix: Path, root: Path, limit: str) -> Iterator[str]:
         ("limit_req zone=requests; limit_conn connections 4; limit_rate 100k;", 48, 51_200, 12.0),
     ],
 )
-def test_row_49_nginx(tmp_path: Path, limit: str, shards: int, shard_bytes: int, needed: float) -> None:
+def test_row_49_the_limits_of_nginx_slow_the_load_down(
+    tmp_path: Path, limit: str, shards: int, shard_bytes: int, needed: float
+) -> None:
     arrays = simple_model(tmp_path / "model", shards, shard_bytes)
     with nginx(tmp_path / "nginx", tmp_path / "model", limit) as url:
         assert_same(ndcache.load(url), arrays)

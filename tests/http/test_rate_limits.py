@@ -165,7 +165,7 @@ class Simulation:
         (Window, (30, 10), 120, 0.002, 30.0),
     ],
 )
-def test_row_49_a_limit_is_met_closely(
+def test_row_49_a_load_takes_little_longer_than_the_limit_demands(
     server: Any, options: tuple[float, ...], shards: int, seconds: float, needed: float, workers: int
 ) -> None:
     needed = max(needed, shards * (seconds + 0.002) / workers)
@@ -175,7 +175,7 @@ def test_row_49_a_limit_is_met_closely(
 
 
 @pytest.mark.parametrize("counts_all", [False, True])
-def test_row_49_a_server_that_counts_all_requests_and_says_when(counts_all: bool) -> None:
+def test_row_49_a_server_that_counts_refused_requests_and_says_when_to_retry(counts_all: bool) -> None:
     simulation = Simulation(Window(30, 10, counts_all=counts_all), 120, 0.002, retry_after=10)
     assert simulation.now <= 1.5 * 30
     assert simulation.refused <= 60
@@ -183,7 +183,7 @@ def test_row_49_a_server_that_counts_all_requests_and_says_when(counts_all: bool
 
 @pytest.mark.parametrize("seconds", [0.01, 0.5])
 @pytest.mark.parametrize("at", [1, 20, 199])
-def test_row_49_one_refusal_is_soon_forgotten(seconds: float, at: int) -> None:
+def test_row_49_one_refusal_slows_the_load_down_only_briefly(seconds: float, at: int) -> None:
     calm, disturbed = Simulation(Hiccup(), 200, seconds), Simulation(Hiccup(at), 200, seconds)
     assert disturbed.refused == 1
     assert disturbed.now - calm.now < 2

@@ -94,7 +94,7 @@ def test_row_19_another_origin_gets_no_secrets(
     assert "secret" not in str(last)
 
 
-def test_row_19_cookies_that_a_server_sets(
+def test_row_19_cookies_that_a_server_sets_are_not_kept(
     transport: Transport, scripted: ScriptedServer, other: ScriptedServer
 ) -> None:
     """Cookies do not tell ports apart (RFC 6265, 8.5), so none is kept."""
@@ -150,7 +150,7 @@ def test_row_19_netrc_is_not_used_for_another_origin(
         "data:,x",
     ],
 )
-def test_row_18_redirects_that_are_not_followed(scripted: ScriptedServer, target: str) -> None:
+def test_row_18_a_redirect_to_something_other_than_http_is_refused(scripted: ScriptedServer, target: str) -> None:
     scripted.script["/tensor-cache.json"] = [redirect(target)]
     with pytest.raises(ndcache.RedirectError) as caught:
         ndcache.load(scripted.url, retries=5)
@@ -178,7 +178,9 @@ def cookie_wall(target: str, cookie: str = "id=1") -> Any:
 
 
 @pytest.mark.parametrize("absolute", [False, True])
-def test_row_46_back_to_the_same_address_with_a_cookie(scripted: ScriptedServer, absolute: bool) -> None:
+def test_row_46_a_redirect_to_the_same_address_with_a_cookie_is_followed(
+    scripted: ScriptedServer, absolute: bool
+) -> None:
     scripted.script["/a"] = [cookie_wall(scripted.url + "a" if absolute else "/a")]
     with requests.Session() as session:
         transport = Transport(session=session)
@@ -187,7 +189,7 @@ def test_row_46_back_to_the_same_address_with_a_cookie(scripted: ScriptedServer,
     assert len(scripted.requests) == 3
 
 
-def test_row_46_a_cookie_from_another_path(scripted: ScriptedServer) -> None:
+def test_row_46_a_redirect_through_a_page_that_sets_a_cookie_is_followed(scripted: ScriptedServer) -> None:
     def page(connection: Connection, request: Request) -> None:
         has_it = "ok=1" in request.headers.get("cookie", "")
         connection.send(reply(200, b"there") if has_it else reply(307, b"", {"Location": "/consent"}))
@@ -199,7 +201,9 @@ def test_row_46_a_cookie_from_another_path(scripted: ScriptedServer) -> None:
     assert [request.path for request in scripted.requests] == ["/a", "/consent", "/a"]
 
 
-def test_row_46_without_a_session_of_the_callers_it_is_a_circle(transport: Transport, scripted: ScriptedServer) -> None:
+def test_row_46_a_redirect_to_the_same_address_without_the_callers_session_is_a_circle(
+    transport: Transport, scripted: ScriptedServer
+) -> None:
     scripted.script["/a"] = [cookie_wall("/a")]
     with pytest.raises(ndcache.RedirectError, match="circle"):
         get(transport, scripted.url + "a")
@@ -214,7 +218,7 @@ def test_row_46_the_same_cookie_again_is_a_circle(scripted: ScriptedServer, cook
     assert len(scripted.requests) == most
 
 
-def test_row_46_a_load_behind_a_cookie_wall(scripted: ScriptedServer, tmp_path: Path) -> None:
+def test_row_46_a_model_behind_redirects_that_set_cookies_is_loaded(scripted: ScriptedServer, tmp_path: Path) -> None:
     ndcache.dump({"a": np.arange(9)}, tmp_path / "model")
     manifest, shard = ((tmp_path / "model" / name).read_bytes() for name in ("tensor-cache.json", "params_shard_0.bin"))
 

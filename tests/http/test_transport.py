@@ -224,7 +224,7 @@ def only_unknown_ciphers(authority: trustme.CA) -> ssl.SSLContext:
     ],
     ids=["unknown authority", "another host", "expired", "no cipher in common"],
 )
-def test_row_17_one_connection_and_no_downgrade(
+def test_row_17_a_certificate_or_cipher_that_is_refused_ends_the_load(
     scripted: ScriptedServer,
     authority: trustme.CA,
     monkeypatch: pytest.MonkeyPatch,
@@ -276,7 +276,7 @@ def test_large_bodies_over_tls(secure: ScriptedServer, authority: trustme.CA, en
     assert max(map(len, received)) > 1 << 16  # more than a record of TLS at once
 
 
-def test_row_17_plain_http_on_a_tls_port() -> None:
+def test_row_17_a_server_that_answers_tls_with_plain_http_is_named() -> None:
     received: list[bytes] = []
     with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
 
@@ -378,7 +378,7 @@ def test_row_14_retry_after_in_seconds(
     assert caught.value.retry_after == expected
 
 
-def test_row_14_a_date_in_the_oldest_form_is_utc(
+def test_row_14_a_date_of_retry_after_in_the_form_of_asctime_is_utc(
     transport: Transport, scripted: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """RFC 9110, 5.6.7."""

@@ -85,13 +85,13 @@ def test_row_43_a_manifest_that_has_not_changed_tells_the_commit_too(hub: Hub) -
 @pytest.mark.parametrize(
     "commit", ["", "main", "a" * 39, "A" * 40, "a" * 41, "../" + "a" * 37, "a" * 39 + "/", "\x1b" * 40, "٣" * 40]
 )
-def test_row_43_a_commit_that_is_none_is_left_alone(hub: Hub, commit: str) -> None:
+def test_row_43_a_malformed_commit_is_ignored(hub: Hub, commit: str) -> None:
     hub.says = lambda _: {"X-Repo-Commit": commit.encode().decode("latin-1")}
     ndcache.load("hf://o/m", max_workers=1)
     assert hub.asked() == ["main/tensor-cache.json", *(f"main/{name}" for name in SHARDS[:2])]
 
 
-def test_row_43_a_commit_that_was_asked_for(hub: Hub) -> None:
+def test_row_43_a_revision_that_is_a_commit_is_kept(hub: Hub) -> None:
     hub.says = lambda _: {"X-Repo-Commit": B}
     ndcache.load(f"hf://o/m@{A}", max_workers=1)
     assert hub.asked() == [f"{A}/tensor-cache.json", *(f"{A}/{name}" for name in SHARDS[:2])]
@@ -118,7 +118,7 @@ def test_row_43_only_the_endpoint_says_what_commit_it_is(hub: Hub, serve: Serve,
     assert hub.asked() == ["main/tensor-cache.json", *(f"{A}/{name}" for name in SHARDS[:2])]
 
 
-def test_row_43_a_transfer_goes_on_at_another_commit(
+def test_row_43_an_interrupted_transfer_is_resumed_at_another_commit(
     tmp_path: Path, scripted: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A commit that changes other files does not restart the transfer, as the ETag of this one is the same."""

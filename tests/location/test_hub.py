@@ -54,7 +54,7 @@ HOME = Origin("https", "huggingface.co", 443)
         ("https://www.huggingface.co/o/n/tree/main/refs/pr/1", "main", "refs/pr/1/"),
     ],
 )
-def test_row_43_revisions_and_folders(source: str, revision: str, folder: str) -> None:
+def test_row_43_a_revision_with_slashes_and_a_folder_are_told_apart(source: str, revision: str, folder: str) -> None:
     location = locate(source, {})
     assert location.base == f"https://huggingface.co/o/n/resolve/{revision}/{folder}"
     assert not location.query
@@ -83,7 +83,9 @@ def test_row_43_a_pull_request_is_loaded(tmp_path: Path, serve: Serve, monkeypat
         ({"HF_HOME": "$SOMEWHERE/c"}, "/there/c/token"),
     ],
 )
-def test_row_43_where_the_token_is(environ: dict[str, str], path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_43_the_file_with_the_login_is_found_as_the_variables_say(
+    environ: dict[str, str], path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", "/home")
     monkeypatch.setenv("USERPROFILE", "/home")
     monkeypatch.setenv("SOMEWHERE", "/there")
@@ -105,7 +107,9 @@ def test_row_43_where_the_token_is(environ: dict[str, str], path: str, monkeypat
         ("hf_file", {"HF_HUB_DISABLE_IMPLICIT_TOKEN": "0"}, "hf_file"),
     ],
 )
-def test_row_43_which_token(content: str, environ: dict[str, str], token: str | None, tmp_path: Path) -> None:
+def test_row_43_the_login_is_read_and_given_to_the_endpoint_only(
+    content: str, environ: dict[str, str], token: str | None, tmp_path: Path
+) -> None:
     (tmp_path / "token").write_text(content)
     login = Login({"HF_HOME": str(tmp_path), **environ})
     assert login.token(HOME) == token
@@ -234,7 +238,9 @@ def test_row_43_a_mirror_on_hugging_face_has_the_login(gated: FileServer, script
 # --- endpoints ----------------------------------------------------------------------------------------
 
 
-def test_row_43_one_model_at_all_endpoints(tmp_path: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_43_another_endpoint_serves_the_same_model(
+    tmp_path: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
     arrays = simple_model(tmp_path / "www" / "sub" / "o" / "m" / "resolve" / "main")
     first, second = serve(tmp_path / "www" / "sub"), serve(tmp_path / "www")
     monkeypatch.setenv("HF_ENDPOINT", first.url)

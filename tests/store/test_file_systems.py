@@ -323,7 +323,7 @@ def test_row_58_times_in_coarse_units_cost_no_check(server: FileServer, hashed: 
         (1_500_000_001, 1, False),
     ],
 )
-def test_row_58_which_time_counts_as_the_same(tmp_path: Path, noted: int, now: int, is_same: bool) -> None:
+def test_row_58_a_truncated_time_counts_as_the_same(tmp_path: Path, noted: int, now: int, is_same: bool) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"abc")
     os.utime(path, ns=(now, now))
@@ -331,7 +331,7 @@ def test_row_58_which_time_counts_as_the_same(tmp_path: Path, noted: int, now: i
     assert not FileMetadata(4, noted).is_unchanged(path.stat())
 
 
-def test_row_58_other_times_cost_one_check(server: FileServer, hashed: list[str]) -> None:
+def test_row_58_files_whose_times_were_changed_cost_one_check(server: FileServer, hashed: list[str]) -> None:
     """In some images all files have the same time."""
     arrays, directory = load(server.url), ndcache.fetch(server.url)
     for path in directory.rglob("*"):

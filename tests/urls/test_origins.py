@@ -302,7 +302,9 @@ def test_row_41_a_proxy_is_told_the_origin_that_was_checked(
         "http//user:secret@127.0.0.1:9",
     ],
 )
-def test_row_41_a_proxy_that_can_be_misread(proxy: str, given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_41_the_address_of_a_proxy_that_can_be_misread_is_refused(
+    proxy: str, given: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[object] = []
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args: asked.append(args))
     with requests.Session() as session:

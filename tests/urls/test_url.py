@@ -115,7 +115,7 @@ def test_row_41_ambiguous_urls_are_refused_wherever_they_are_given(
         ("\x01http://evil/", None),
     ],
 )
-def test_row_41_where_a_redirect_leads(target: str, leads_to: str | None) -> None:
+def test_row_41_a_redirect_that_can_be_misread_is_refused(target: str, leads_to: str | None) -> None:
     here = parse("http://user:pw@home:81/a/x")
     if leads_to is None:
         with pytest.raises(UrlError):
