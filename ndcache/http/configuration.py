@@ -19,7 +19,7 @@ import urllib3
 
 from ..errors import AuthError, TLSError
 
-__all__ = ["certificate_mistake", "check_certificates", "credential_mistake", "damaged_netrc"]
+__all__ = ["certificate_error", "check_certificates", "credential_error", "damaged_netrc"]
 
 _FILE_ERRORS = {errno.EACCES, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EPERM}
 
@@ -31,7 +31,7 @@ def check_certificates(session: requests.Session, url: str) -> None:
         raise _authorities_error(session, verify, "is a pipe", url)
 
 
-def certificate_mistake(session: requests.Session, url: str, chain: list[BaseException]) -> TLSError | None:
+def certificate_error(session: requests.Session, url: str, chain: list[BaseException]) -> TLSError | None:
     """Return the error for a certificate file that `session` cannot use, or None if that is not why it failed."""
     if not any(_may_be_of_a_file(error) for error in chain):
         return None
@@ -91,7 +91,7 @@ def _wrong_client_certificate(cert: Any) -> str | None:
     return None
 
 
-def credential_mistake(
+def credential_error(
     session: requests.Session, url: str, token: str | None, proxy: str | None, chain: list[BaseException]
 ) -> AuthError | None:
     """Return the error for a password or header that cannot be sent, or None if that is not why a request failed.

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from urllib3.exceptions import LocationParseError
 from urllib3.util.connection import allowed_gai_family
 
-__all__ = ["Address", "Routes", "connect_to_first", "look_up"]
+__all__ = ["Address", "Routes", "connect_to_first", "resolve"]
 
 #: Seconds after which the next address is tried as well (RFC 8305, section 5: "connection attempt delay").
 _ATTEMPT_DELAY = 0.25
@@ -35,10 +35,10 @@ class Address(NamedTuple):
     """One result of `socket.getaddrinfo`."""
 
     family: int
-    kind: int
-    protocol: int
-    name: str
-    where: tuple[str | int, ...]
+    type: int
+    proto: int
+    canonname: str
+    sockaddr: tuple[str | int, ...]
 
 
 class Routes:
@@ -63,7 +63,7 @@ class Routes:
             self._known[host, port] = winner
 
 
-def look_up(host: str, port: int) -> list[Address]:
+def resolve(host: str, port: int) -> list[Address]:
     """Return the addresses of a host, alternating between IPv6 and IPv4.
 
     Raises
@@ -168,7 +168,7 @@ class _Race:
         sock = None
         try:
             sock = self._open_socket(address)
-            status = sock.connect_ex(address.where)
+            status = sock.connect_ex(address.sockaddr)
             if status not in _HAS_BEGUN:
                 raise OSError(status, os.strerror(status))
             self._selector.register(sock, selectors.EVENT_WRITE, address)

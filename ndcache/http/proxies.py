@@ -18,7 +18,7 @@ from ..errors import AuthError, ConnectError, TransferError, redact
 from ..urls.url import UrlError, parse_proxy
 from .tls import tls_error
 
-__all__ = ["Proxy", "proxy_error", "proxy_for", "proxy_mistake", "proxy_wants_password"]
+__all__ = ["Proxy", "proxy_address_error", "proxy_auth_error", "proxy_error", "proxy_for"]
 
 _SOCKS = ("socks4", "socks4a", "socks5", "socks5h")
 _FAILURES = (
@@ -71,7 +71,7 @@ def proxy_for(session: requests.Session, url: str) -> Proxy | None:
     return Proxy(f"session.proxies[{key!r}]" if key in session.proxies else "the system's settings", value)
 
 
-def proxy_wants_password(proxy: Proxy | None, url: str) -> AuthError:
+def proxy_auth_error(proxy: Proxy | None, url: str) -> AuthError:
     """Return the error for a response with status 407."""
     hint = None
     if proxy is not None:
@@ -99,8 +99,8 @@ def proxy_error(proxy: Proxy | None, chain: list[BaseException], url: str, *, is
     if proxy is None:
         return None
     hint = _hint(proxy)
-    if (mistaken := proxy_mistake(proxy, url, chain)) is not None:
-        return mistaken
+    if (error := proxy_address_error(proxy, url, chain)) is not None:
+        return error
     if not any(isinstance(error, _FAILURES) for error in chain):
         return None
     if any("wrong version number" in str(error).lower() for error in chain) and proxy.address.startswith("https:"):
@@ -120,12 +120,12 @@ def proxy_error(proxy: Proxy | None, chain: list[BaseException], url: str, *, is
     return ConnectError(f"{proxy} cannot be used", url=url, hint=hint)
 
 
-def proxy_mistake(proxy: Proxy, url: str, chain: Sequence[BaseException] = ()) -> ConnectError | None:
+def proxy_address_error(proxy: Proxy, url: str, chain: Sequence[BaseException] = ()) -> ConnectError | None:
     """Return the error for a proxy's address that cannot be used, or None; `chain` is the failure, if there was one."""
-    mistake = _mistake(proxy, chain)
-    if mistake is None:
+    problem = _address_problem(proxy, chain)
+    if problem is None:
         return None
-    return _final(ConnectError(f"{_shown(proxy)} {mistake[0]}", url=url, hint=mistake[1] or _hint(proxy)))
+    return _final(ConnectError(f"{_shown(proxy)} {problem[0]}", url=url, hint=problem[1] or _hint(proxy)))
 
 
 def _hint(proxy: Proxy) -> str:
@@ -146,7 +146,7 @@ def _shown(proxy: Proxy) -> str:
     return proxy.setting if "@" in proxy.value or shown.startswith("(") else f"{proxy.setting} ({shown})"
 
 
-def _mistake(proxy: Proxy, chain: Sequence[BaseException]) -> tuple[str, str | None] | None:
+def _address_problem(proxy: Proxy, chain: Sequence[BaseException]) -> tuple[str, str | None] | None:
     """Return what is wrong with the address and a hint, or None if nothing is wrong."""
     no_address = ("is not the address of a proxy", f"Write {proxy.setting} as http://host:port.")
     try:
@@ -182,7 +182,7 @@ def _tunnel_status(chain: list[BaseException]) -> int | None:
 
 def _tunnel_error(proxy: Proxy | None, status: int, url: str) -> TransferError:
     if status == 407:
-        return proxy_wants_password(proxy, url)
+        return proxy_auth_error(proxy, url)
     error = ConnectError(
         f"{proxy or 'the proxy'} does not connect to the server (status {status})", url=url, status=status
     )

@@ -13,7 +13,7 @@ from .._version import __version__
 from ..location.hub import Login
 from ..urls.url import Origin, Url
 from .configuration import check_certificates
-from .proxies import proxy_for, proxy_mistake
+from .proxies import proxy_address_error, proxy_for
 from .sockets import WatchedAdapter, watch_adapter
 
 __all__ = ["Auth", "BearerAuth", "Sessions", "cookie_header", "no_auth"]
@@ -88,8 +88,8 @@ class Sessions:
         if key in self._checked:
             return
         proxy = proxy_for(session, str(url))
-        if proxy is not None and (mistake := proxy_mistake(proxy, str(url))) is not None:
-            raise mistake
+        if proxy is not None and (error := proxy_address_error(proxy, str(url))) is not None:
+            raise error
         if url.scheme == "https":
             check_certificates(session, str(url))
         if session is self._given:

@@ -25,7 +25,7 @@ from urllib3.util import parse_url
 from ..urls.redact import printable
 from ..urls.url import Origin
 from ..workers.stall import StallWatch
-from .connect import Address, Routes, connect_to_first, look_up
+from .connect import Address, Routes, connect_to_first, resolve
 from .raw_response import RawResponse
 
 __all__ = ["WatchedAdapter", "WrongOriginError", "waker", "watch_adapter", "watching"]
@@ -128,7 +128,7 @@ class _WatchedConnection(HTTPConnection):
         routes: Routes = getattr(_current, "routes", None) or Routes()
 
         def open_socket(address: Address) -> socket.socket:
-            sock = socket.socket(address.family, address.kind, address.protocol)
+            sock = socket.socket(address.family, address.type, address.proto)
             try:
                 for option in self.socket_options or ():
                     sock.setsockopt(*option)
@@ -142,7 +142,7 @@ class _WatchedConnection(HTTPConnection):
                 watch.add_waker(functools.partial(_shut, sock))
             return sock
 
-        addresses = routes.order(host, port, look_up(host, port))
+        addresses = routes.order(host, port, resolve(host, port))
         try:
             sock, winner = connect_to_first(
                 addresses, self.timeout, open_socket, lambda: watch is not None and watch.is_woken

@@ -29,9 +29,9 @@ from ..errors import (
     TruncatedError,
 )
 from ..files.descriptors import check_shortages
-from .configuration import certificate_mistake, credential_mistake, damaged_netrc
+from .configuration import certificate_error, credential_error, damaged_netrc
 from .content_coding import encoding_of
-from .proxies import proxy_error, proxy_for, proxy_wants_password
+from .proxies import proxy_auth_error, proxy_error, proxy_for
 from .tls import has_tls_ended, tls_error
 
 __all__ = [
@@ -85,7 +85,7 @@ def raise_for_status(status: int, headers: Mapping[str, str], url: str, *, may_b
         note = f" {damaged} cannot be read, and was not used." if damaged else ""
         raise AuthError(f"the server refuses access (status {status})", url=url, status=status, hint=_login(url) + note)
     if status == 407:
-        raise proxy_wants_password(None, url)
+        raise proxy_auth_error(None, url)
     if status in (404, 410):
         raise NotFoundError(f"the server has no such file (status {status})", url=url, status=status)
     if status == 408 or status >= 500:
@@ -171,7 +171,7 @@ def raise_transfer_error(error: Exception, request: FailedRequest) -> NoReturn:
             raise_for_status(item.response.status_code, item.response.headers, request.url)
     # Messages of libraries may hold the whole URL, or a header with a token; those of the system's errors do not.
     cause = next((e for e in reversed(chain) if _shows_no_secrets(e)), None)
-    found = _mistake(chain, request) or _transfer_error(chain, request.url, request.phase)
+    found = _settings_error(chain, request) or _transfer_error(chain, request.url, request.phase)
     if request.is_first and _is_nobody_there(chain) and found.retryable:
         found.max_retries = 1  # a mistake in the address is more likely than a server that restarts
     try:
@@ -180,15 +180,15 @@ def raise_transfer_error(error: Exception, request: FailedRequest) -> NoReturn:
         found.__context__ = None  # `from` only hides it from tracebacks, and it may hold secrets
 
 
-def _mistake(chain: list[BaseException], request: FailedRequest) -> TransferError | None:
+def _settings_error(chain: list[BaseException], request: FailedRequest) -> TransferError | None:
     """Return the error for a mistake in the user's settings, or None if the request failed for another reason."""
     session, url = request.session, request.url
     if session is None or request.phase == "body":
         return None
     proxy = proxy_for(session, url)
     return (
-        credential_mistake(session, url, request.token, None if proxy is None else proxy.address, chain)
-        or certificate_mistake(session, url, chain)
+        credential_error(session, url, request.token, None if proxy is None else proxy.address, chain)
+        or certificate_error(session, url, chain)
         or proxy_error(proxy, chain, url, is_first=request.is_first)
     )
 

@@ -23,7 +23,7 @@ from ..urls.url import Origin, Url, parse
 from ..workers.cancellation import Cancellation
 from ..workers.stall import StallWatch
 from .connect import Routes
-from .proxies import proxy_for, proxy_wants_password
+from .proxies import proxy_auth_error, proxy_for
 from .rate_limits import Permit
 from .response import Response, check_not_woken
 from .sessions import Auth, BearerAuth, Sessions, cookie_header, no_auth
@@ -261,7 +261,7 @@ class Transport:
         if raw.status_code == 407:
             raw.close()
             get.cancellation.remove(watch)
-            raise proxy_wants_password(proxy_for(session, str(url)), str(url))
+            raise proxy_auth_error(proxy_for(session, str(url)), str(url))
         return Response(raw, get.cancellation, watch, hooks.location)
 
 

@@ -17,7 +17,7 @@ import requests
 
 import ndcache
 from ndcache.http import connect
-from ndcache.http.connect import Address, Routes, connect_to_first, look_up
+from ndcache.http.connect import Address, Routes, connect_to_first, resolve
 from ndcache.http.sockets import _WatchedConnection
 from ndcache.http.transport import Transport
 from ndcache.workers.cancellation import Cancellation
@@ -201,12 +201,12 @@ def test_row_47_if_every_address_fails_the_most_telling_failure_is_raised(
     }
     addresses += [made[kind]() for kind in kinds]
     with pytest.raises(error) as caught:
-        connect_to_first(look_up(NAME, unused_port), 0.6, open_socket, lambda: False)
+        connect_to_first(resolve(NAME, unused_port), 0.6, open_socket, lambda: False)
     assert caught.value.__class__ is error or error is OSError
 
 
 def open_socket(address: Address) -> socket.socket:
-    sock = socket.socket(address.family, address.kind, address.protocol)
+    sock = socket.socket(address.family, address.type, address.proto)
     sock.setblocking(False)
     return sock
 
@@ -215,24 +215,24 @@ def test_row_47_the_last_of_many_dead_addresses_is_reached_in_a_short_time(
     scripted: ScriptedServer, addresses: list[tuple[int, str]], bury: Callable[[str, int], tuple[int, str]]
 ) -> None:
     addresses += [bury(f"127.0.0.{n}", scripted.port) for n in range(2, 12)] + [(socket.AF_INET, "127.0.0.1")]
-    sock, winner = connect_to_first(look_up(NAME, scripted.port), 2.0, open_socket, lambda: False)
+    sock, winner = connect_to_first(resolve(NAME, scripted.port), 2.0, open_socket, lambda: False)
     sock.close()
-    assert winner.where[0] == "127.0.0.1"
+    assert winner.sockaddr[0] == "127.0.0.1"
 
 
 def test_families_take_turns_and_nothing_is_tried_twice(addresses: list[tuple[int, str]]) -> None:
     six, four = socket.AF_INET6, socket.AF_INET
     addresses += [(six, "::1"), (six, "::2"), (six, "::1"), (six, "::3"), (four, "127.0.0.1"), (four, "127.0.0.2")]
-    assert [address.where[0] for address in look_up(NAME, 80)] == ["::1", "127.0.0.1", "::2", "127.0.0.2", "::3"]
+    assert [address.sockaddr[0] for address in resolve(NAME, 80)] == ["::1", "127.0.0.1", "::2", "127.0.0.2", "::3"]
 
 
 def test_the_address_that_worked_comes_first_and_then_its_family(addresses: list[tuple[int, str]]) -> None:
     six, four = socket.AF_INET6, socket.AF_INET
     addresses += [(six, "::1"), (six, "::2"), (four, "127.0.0.1"), (four, "127.0.0.2")]
-    routes, found = Routes(), look_up(NAME, 80)
+    routes, found = Routes(), resolve(NAME, 80)
     assert routes.order(NAME, 80, found) == found
     routes.remember(NAME, 80, found[3])
-    assert [a.where[0] for a in routes.order(NAME, 80, found)] == ["127.0.0.2", "127.0.0.1", "::1", "::2"]
+    assert [a.sockaddr[0] for a in routes.order(NAME, 80, found)] == ["127.0.0.2", "127.0.0.1", "::1", "::2"]
     assert routes.order(NAME, 81, found) == found
     routes.remember(NAME, 80, None)
     assert routes.order(NAME, 80, found) == found
