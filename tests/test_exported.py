@@ -1,4 +1,4 @@
-"""What `import ndcache` gives, and what it does not cost."""
+"""The public names of ndcache: complete, documented, and imported only when used."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_imports_without(name: str) -> None:
 
 
 def documented(value: Any, where: str) -> Iterator[tuple[str, str | None]]:
-    """The docstrings of a class or function, and of the public members that a class defines itself."""
+    """Yield the docstrings of a class or function, and of the public members that a class defines itself."""
     yield where, value.__doc__
     if not inspect.isclass(value):
         return
@@ -166,7 +166,7 @@ def test_all_of_every_module(name: str) -> None:
 
 
 def _as_ruff_sorts(name: str) -> tuple[int, str]:
-    """Constants, then classes, then the rest."""
+    """Sort constants first, then classes, then the rest."""
     return (0 if name.isupper() else 1 if name[0].isupper() else 2), name
 
 

@@ -1,4 +1,4 @@
-"""What several tests of loads look at: published files, partial files, threads, a scripted model."""
+"""Helpers of tests of loads: comparing tensors, listing files of the cache, damaging them, scripting a model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def assert_same(weights: Mapping[str, Any], arrays: Mapping[str, np.ndarray[Any,
 
 
 def published(cache_dir: Path) -> list[str]:
-    """The files in the cache that have a real name."""
+    """Return the names of the published files in the cache."""
     return sorted(path.name for path in cache_dir.rglob("*") if path.is_file() and ".ndcache" not in path.parts)
 
 
@@ -44,7 +44,7 @@ def loading_threads() -> list[threading.Thread]:
 
 
 def flip(path: Path) -> None:
-    """Change a bit behind the back of whoever looks at size and time only."""
+    """Change a bit, and keep the size and time of the file."""
     status = path.stat()
     data = bytearray(path.read_bytes())
     data[100] ^= 1
@@ -57,7 +57,7 @@ def truncate(path: Path) -> None:
 
 
 def scripted_model(scripted: ScriptedServer, model: Path, shards: int = 1) -> dict[str, np.ndarray[Any, Any]]:
-    """Have the server give every file of a model; some will get another script."""
+    """Let the server serve every file of a model; tests script some of them anew."""
     arrays = models.simple_model(model, shards=shards)
     scripted.script = {
         f"/{path.name}": [reply(200, path.read_bytes(), {"ETag": f'"{path.name}"'})] for path in model.iterdir()
@@ -71,7 +71,7 @@ HALF = 1 << 15
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
-    """Wait for something that another thread or process does."""
+    """Wait until another thread or process has done something."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it never happened"

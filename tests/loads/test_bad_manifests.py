@@ -54,7 +54,9 @@ def test_row_23_a_bad_manifest_is_not_kept_and_no_shard_asked_for(
     ],
     ids=ascii,
 )
-def test_row_20_no_shard_is_asked_for(model: Path, scripted: ScriptedServer, cache_dir: Path, path: str) -> None:
+def test_row_20_an_unsafe_path_is_refused_before_any_shard_is_requested(
+    model: Path, scripted: ScriptedServer, cache_dir: Path, path: str
+) -> None:
     array = models.random_array((8,))
     manifest = models.write_model(model, [{"good": array}, {"bad": array}])
     manifest["records"][1]["dataPath"] = path
@@ -82,7 +84,7 @@ def peak_memory(call: Callable[[], Any]) -> int:
 
 
 @pytest.mark.parametrize("length", [None, 1 << 40])
-def test_row_22_an_endless_manifest(scripted: ScriptedServer, length: int | None) -> None:
+def test_row_22_an_endless_manifest_is_refused(scripted: ScriptedServer, length: int | None) -> None:
     sent = 0
 
     def endless(connection: Connection, request: Request) -> None:
@@ -101,7 +103,7 @@ def test_row_22_an_endless_manifest(scripted: ScriptedServer, length: int | None
     assert sent < 2 * LIMIT  # what the sockets hold is no more than some MiB
 
 
-def test_row_22_an_endless_local_manifest(model: Path) -> None:
+def test_row_22_an_endless_local_manifest_is_refused(model: Path) -> None:
     models.simple_model(model)
     os.truncate(model / "tensor-cache.json", 1 << 36)  # a sparse file
 
@@ -125,7 +127,7 @@ def test_a_manifest_cut_short_is_asked_for_again(model: Path, scripted: Scripted
     ("field", "value", "error"),
     [("dtype", "int3", ndcache.UnsupportedDtypeError), ("format", "zstd", ndcache.UnsupportedFormatError)],
 )
-def test_row_24_what_is_unknown_matters_when_it_is_asked_for(
+def test_row_24_an_unknown_dtype_or_format_matters_when_its_tensor_is_requested(
     model: Path, serve: Serve, field: str, value: str, error: type[ndcache.DecodeError]
 ) -> None:
     array = models.random_array((8,))

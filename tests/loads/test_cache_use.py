@@ -1,4 +1,4 @@
-"""Loads with a cache: what is trusted, what is set aside, what is fetched again."""
+"""Loads with a cache: which files are trusted, set aside, or fetched again."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def notices_by_verify(url: str) -> None:
     ],
     ids=lambda value: value.__name__,
 )
-def test_row_31_damage_is_noticed_set_aside_and_fetched_again(
+def test_row_31_a_damaged_shard_is_set_aside_and_fetched_again(
     model: Path, serve: Serve, damage: Callable[[Path], None], look: Callable[[str], Any]
 ) -> None:
     arrays = models.simple_model(model)
@@ -90,7 +90,7 @@ def test_row_31_flipped_bits(model: Path, serve: Serve) -> None:
     assert [request.path for request in server.shard_requests()] == ["/params_shard_3.bin"]
 
 
-def test_a_cache_whose_validators_are_lost_is_checked_once_and_used(model: Path, serve: Serve) -> None:
+def test_a_cache_whose_metadata_is_lost_is_checked_once_and_used(model: Path, serve: Serve) -> None:
     arrays = models.simple_model(model)
     server = serve(model)
     directory = ndcache.fetch(server.url)

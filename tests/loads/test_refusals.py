@@ -32,7 +32,7 @@ def test_a_missing_model_names_what_was_looked_for(scripted: ScriptedServer) -> 
         (410, ndcache.NotFoundError),
     ],
 )
-def test_row_16_one_request_and_no_more(
+def test_row_16_a_refusal_is_not_retried(
     model: Path, scripted: ScriptedServer, where: str, status: int, error: type[ndcache.TransferError]
 ) -> None:
     scripted_model(scripted, model)
@@ -56,7 +56,7 @@ def test_row_15_a_server_that_fails_is_asked_again(
 
 
 @pytest.mark.parametrize("where", WHERE)
-def test_row_14_so_is_one_that_has_too_much_to_do(model: Path, scripted: ScriptedServer, where: str) -> None:
+def test_row_14_a_busy_server_is_asked_again(model: Path, scripted: ScriptedServer, where: str) -> None:
     assert_is_asked_again(model, scripted, where, 503)
 
 
@@ -81,7 +81,7 @@ def assert_is_asked_again(model: Path, scripted: ScriptedServer, where: str, sta
 
 @pytest.fixture
 def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """For how many seconds was slept between tries; it takes no time, but the servers' limits know of it."""
+    """Return the seconds slept between tries. The sleep takes no time, but the clock of the rate limits moves."""
     seconds: list[float] = []
     monkeypatch.setattr(Cancellation, "sleep", lambda self, wanted: seconds.append(wanted))
     monkeypatch.setattr("ndcache.http.rate_limits.monotonic", lambda: time.monotonic() + sum(seconds))
@@ -91,7 +91,7 @@ def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 @pytest.mark.parametrize("where", WHERE)
 @pytest.mark.parametrize("status", [429, 503])
 @pytest.mark.parametrize("kind", ["seconds", "date"])
-def test_row_14_retry_after_is_waited_for(
+def test_row_14_retry_after_sets_the_wait(
     model: Path, scripted: ScriptedServer, slept: list[float], where: str, status: int, kind: str
 ) -> None:
     arrays = scripted_model(scripted, model)
@@ -107,7 +107,7 @@ def test_row_14_retry_after_is_waited_for(
     assert len(scripted.requests_for(where)) == 2
 
 
-def test_row_14_it_is_really_waited_for(model: Path, scripted: ScriptedServer) -> None:
+def test_row_14_retry_after_delays_the_next_request(model: Path, scripted: ScriptedServer) -> None:
     scripted_model(scripted, model)
     asked: list[float] = []
     good = scripted.script["/params_shard_0.bin"][0]
@@ -129,7 +129,7 @@ def test_row_14_it_is_really_waited_for(model: Path, scripted: ScriptedServer) -
     "value",
     ["301", "99999999999", "9" * 400, email.utils.formatdate(4e9, usegmt=True), "Fri, 31 Dec 9999 23:59:59 GMT"],
 )
-def test_row_14_beyond_the_budget_it_is_given_up_at_once(
+def test_row_14_a_retry_after_beyond_the_budget_is_an_error_at_once(
     model: Path, scripted: ScriptedServer, slept: list[float], where: str, status: int, value: str
 ) -> None:
     scripted_model(scripted, model)
@@ -145,7 +145,7 @@ def test_row_14_beyond_the_budget_it_is_given_up_at_once(
 @pytest.mark.parametrize(
     "value", ["", "soon", "-5", "1e9", "inf", "0x10", "9" * 5000, "Fri, 99 Foo 2026 99:99:99 GMT", "\u0664\u0662"]
 )
-def test_row_14_garbage_is_no_more_than_the_usual_wait(
+def test_row_14_an_unreadable_retry_after_means_the_usual_wait(
     model: Path, scripted: ScriptedServer, slept: list[float], value: str
 ) -> None:
     arrays = scripted_model(scripted, model)

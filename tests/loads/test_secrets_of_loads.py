@@ -56,7 +56,7 @@ FORMS = (SECRET.encode(), base64.b64encode(f"user:{SECRET}".encode()))
 
 
 def everything_in(error: BaseException) -> bytes:
-    """All that can be seen of an error: its text, traceback, causes, fields, pickle, and the errors attached."""
+    """Return all that an error shows: text, traceback, causes, fields, pickle, and attached errors."""
     seen = [str(error), repr(error), str(vars(error)), *traceback.format_exception(error)]
     texts = "".join(seen).encode() + pickle.dumps(error)
     others = getattr(error, "others", ())

@@ -69,7 +69,7 @@ def test_row_35_one_shard_that_fails_stops_the_rest(model: Path, serve: Serve, c
 
 
 @pytest.mark.parametrize(("status", "error"), [(404, ndcache.NotFoundError), (500, ndcache.ServerError)])
-def test_row_35_what_is_under_way_is_cancelled(
+def test_row_35_a_failure_cancels_the_other_requests(
     model: Path, scripted: ScriptedServer, status: int, error: type[ndcache.TransferError]
 ) -> None:
     scripted_model(scripted, model, shards=20)
@@ -121,7 +121,9 @@ HEADERS = b"HTTP/1.1 200 OK\r\n"
 
 @pytest.mark.parametrize("where", ["/tensor-cache.json", "/params_shard_0.bin"])
 @pytest.mark.parametrize("begun", [b"", HEADERS, reply(200, length=1 << 16)], ids=["status", "headers", "body"])
-def test_row_13_a_server_that_drips(model: Path, scripted: ScriptedServer, where: str, begun: bytes) -> None:
+def test_row_13_a_server_that_drips_is_given_up(
+    model: Path, scripted: ScriptedServer, where: str, begun: bytes
+) -> None:
     arrays = scripted_model(scripted, model)
     good = scripted.script[where]
 
@@ -142,7 +144,7 @@ def test_row_13_a_server_that_drips(model: Path, scripted: ScriptedServer, where
 
 @pytest.fixture
 def stop_when(monkeypatch: pytest.MonkeyPatch) -> Callable[..., BaseException | None]:
-    """Have a load stopped while the caller's thread waits for its workers; what it raised."""
+    """Stop a load while the caller's thread waits for its workers, and return what it raised."""
     looked, look = threading.Event(), Cancellation.poll
 
     def tell(self: Cancellation) -> None:
@@ -185,7 +187,7 @@ STOPS = {"cancel": ndcache.CancelledError, "Ctrl-C": KeyboardInterrupt}
 
 @pytest.fixture
 def asleep(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Set when a worker begins to sleep."""
+    """Return an event that is set when a worker begins to sleep."""
     event, sleep = threading.Event(), Cancellation.sleep
 
     def tell(self: Cancellation, seconds: float) -> None:
@@ -203,7 +205,7 @@ def asleep(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     "phase",
     ["the manifest's headers", "the manifest's body", "a shard's headers", "a shard's body", "a retry", "a lock"],
 )
-def test_row_36_while_it_waits(
+def test_row_36_a_load_stops_while_it_waits(
     model: Path,
     scripted: ScriptedServer,
     cache_dir: Path,
@@ -253,7 +255,7 @@ def test_row_36_while_it_waits(
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("how", STOPS)
 @pytest.mark.parametrize("verb", [ndcache.load, ndcache.verify])
-def test_row_36_while_a_cached_file_is_hashed(
+def test_row_36_a_load_stops_while_a_cached_file_is_hashed(
     model: Path,
     serve: Serve,
     cache_dir: Path,
@@ -285,7 +287,7 @@ def test_row_36_while_a_cached_file_is_hashed(
 
 
 @pytest.mark.parametrize("verb", [ndcache.load, ndcache.fetch, ndcache.read_manifest])
-def test_row_36_cancelled_before_it_begins(model: Path, serve: Serve, verb: Any) -> None:
+def test_row_36_a_load_cancelled_before_it_begins_makes_no_request(model: Path, serve: Serve, verb: Any) -> None:
     models.simple_model(model)
     server = serve(model)
     cancel = threading.Event()

@@ -85,7 +85,7 @@ VERBS: dict[str, Callable[..., Any]] = {
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_row_34_everything_cached(model: Path, serve: Serve, verb: str) -> None:
+def test_row_34_without_the_server_a_cached_model_is_used(model: Path, serve: Serve, verb: str) -> None:
     models.simple_model(model)
     server = serve(model)
     ndcache.fetch(server.url)
@@ -132,7 +132,9 @@ def test_row_34_one_request_that_fails_and_the_cache_serves(
 
 @pytest.mark.parametrize("how", ["option", "NDCACHE_OFFLINE", "HF_HUB_OFFLINE"])
 @pytest.mark.parametrize("verb", VERBS)
-def test_row_33_offline(model: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch, how: str, verb: str) -> None:
+def test_row_33_offline_nothing_is_requested(
+    model: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch, how: str, verb: str
+) -> None:
     models.simple_model(model)
     server = serve(model)
     directory = ndcache.fetch(server.url)
