@@ -161,8 +161,11 @@ def load(
 
     Examples
     --------
-    >>> weights = ndcache.load("https://host/model/", device="gpu", progress=True)
-    >>> weights["model.embed_tokens.q_weight"].buffer
+    >>> weights = ndcache.load("https://host/model/", progress=True)
+    >>> weights["layer.0"].shape
+    (16384,)
+
+    With ``device="gpu"``, the tensors are in GPU buffers: ``weights["layer.0"].buffer``.
     """
     check_keywords(load, options.keys() - OPTION_NAMES)
     with Loader(**options) as loader:

@@ -126,7 +126,7 @@ def read_manifest(
     Examples
     --------
     >>> manifest = ndcache.read_manifest("https://host/model/")
-    >>> [record.name for record in manifest]
+    >>> [manifest[name].shape for name in manifest]
     """
     raise NotImplementedError
 

@@ -18,8 +18,9 @@ Tensor = TypeVar("Tensor", covariant=True)
 class Weights(Mapping[str, Tensor]):
     """A read-only mapping from tensor names to tensors, in manifest order. Also a context manager.
 
-    On the CPU the values are `numpy.ndarray`: a read-only view of the mapped shard file where the bytes are the value,
-    an array with memory of its own where float32 was stored as bfloat16. On a GPU they are `GPUTensor`.
+    On the CPU the tensors are `numpy.ndarray`: read-only views of the mapped shard file where the stored bytes are the
+    values, and arrays with memory of their own where float32 was stored as bfloat16. On a GPU they are `GPUTensor`.
+    Type checkers know which: ``Weights[numpy.ndarray]`` or ``Weights[GPUTensor]``.
 
     Attributes
     ----------
@@ -29,9 +30,21 @@ class Weights(Mapping[str, Tensor]):
     device : "cpu" or wgpu.GPUDevice
         Where the tensors are.
     nbytes : int
-        Bytes of all tensors as they are now (expanded, if they were).
+        Bytes of all tensors as they are in memory now.
     stats : LoadStats
         What the load cost.
+
+    Raises
+    ------
+    KeyError
+        There is no tensor of this name.
+    ValueError
+        The weights were closed.
+
+    Examples
+    --------
+    >>> with ndcache.load("https://host/model/") as weights:
+    ...     total = sum(array.size for array in weights.values())
     """
 
     def __init__(
@@ -62,9 +75,9 @@ class Weights(Mapping[str, Tensor]):
         return len(self._open())
 
     def close(self) -> None:
-        """Let go of the tensors. On a GPU, their buffers are destroyed, and the device unless it was given.
+        """Release the tensors. On a GPU, destroy their buffers, and the device unless the caller opened it.
 
-        Arrays of a CPU load that are still referred to stay valid. A second call does nothing.
+        Arrays on the CPU stay valid as long as something refers to them. A second call does nothing.
         """
         if self._tensors is not None:
             tensors, self._tensors = self._tensors, None
