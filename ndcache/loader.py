@@ -107,7 +107,7 @@ class Loader:
         )
         self._resources = LoaderResources(self._options, os.environ)
 
-    # --- the verbs
+    # --- the functions of ndcache as methods
 
     @overload
     def load(

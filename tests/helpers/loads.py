@@ -35,7 +35,7 @@ def published(cache_dir: Path) -> list[str]:
     return sorted(path.name for path in cache_dir.rglob("*") if path.is_file() and ".ndcache" not in path.parts)
 
 
-def parts(cache_dir: Path) -> list[Path]:
+def partial_files(cache_dir: Path) -> list[Path]:
     return list(cache_dir.rglob(".ndcache/parts/*"))
 
 

@@ -15,7 +15,7 @@ import requests
 import ndcache
 
 from ..helpers import models
-from ..helpers.loads import HALF, QUICK, Serve, assert_same, parts
+from ..helpers.loads import HALF, QUICK, Serve, assert_same, partial_files
 from ..helpers.servers import ScriptedServer, reply, then_close, then_stall
 
 
@@ -126,7 +126,7 @@ def test_row_40_no_secret_is_shown_or_kept(
     options = {"retries": QUICK, "timeout": timeout, "session": session if way == "session" else None}
     seen, ended_with = b"", list[type[BaseException]]()
     with caplog.at_level(logging.DEBUG, "ndcache"), ndcache.Loader(**options) as loader:  # type: ignore[arg-type]
-        for _ in range(2):  # the second time from the cache, and from parts
+        for _ in range(2):  # the second time from the cache, and from partial files
             try:
                 weights = loader.load(source, progress=[True, reports.append])
             except ndcache.NdcacheError as raised:
@@ -145,7 +145,7 @@ def test_row_40_no_secret_is_shown_or_kept(
     assert any(form in str(scripted.requests).encode() for form in FORMS)  # the server was told
     assert bool(caplog.records) == (error is None or bool(error.retryable))
     if error is ndcache.StallError:
-        assert parts(cache_dir)
+        assert partial_files(cache_dir)
     shown = capsys.readouterr()
     seen += f"{caplog.text} {[vars(record) for record in caplog.records]} {shown.out} {shown.err}".encode()
     seen += f"{reports}".encode() + pickle.dumps(reports)

@@ -31,7 +31,7 @@ from ..helpers.loads import (
     Serve,
     assert_same,
     loading_threads,
-    parts,
+    partial_files,
     published,
     scripted_model,
     wait_until,
@@ -55,7 +55,7 @@ def test_row_35_one_shard_that_fails_stops_the_rest(model: Path, serve: Serve, c
     assert caught.value.shard == "params_shard_5.bin"
     assert len(server.shard_requests()) < 20
     # Nothing of the shard that failed, and of one that was stopped only what a load can go on from.
-    kept_parts = {path.name for path in parts(cache_dir)}
+    kept_parts = {path.name for path in partial_files(cache_dir)}
     assert not [name for name in kept_parts if name.startswith("params_shard_5.bin")]
     assert all(
         name.removesuffix(".json") in kept_parts and f"{name.removesuffix('.json')}.json" in kept_parts
@@ -228,7 +228,7 @@ def test_row_36_a_load_stops_while_it_waits(
             "the manifest's headers": (manifest, then_stall(b""), lambda: bool(scripted.requests)),
             "the manifest's body": (manifest, then_stall(reply(200, b"{", length=9)), lambda: bool(scripted.requests)),
             "a shard's headers": (shard, then_stall(b"HTTP/1.1 200"), lambda: bool(scripted.requests_for(shard))),
-            "a shard's body": (shard, then_stall(begun), lambda: HALF in map(size_of, parts(cache_dir))),
+            "a shard's body": (shard, then_stall(begun), lambda: HALF in map(size_of, partial_files(cache_dir))),
             "a retry": (shard, reply(429, headers={"Retry-After": "200"}), asleep.is_set),
             "a lock": (shard, reply(404), asleep.is_set),
         }
@@ -238,7 +238,7 @@ def test_row_36_a_load_stops_while_it_waits(
     assert type(error) is STOPS[how]
     assert loading_threads() == []
     wait_until(lambda: scripted.open_connections == 0)
-    kept = sorted(parts(cache_dir))
+    kept = sorted(partial_files(cache_dir))
     assert published(cache_dir) == ([] if where == manifest else ["tensor-cache.json"])
     scripted.script = good
     if phase == "a shard's body":
@@ -311,5 +311,5 @@ def test_row_36_ctrl_c_in_a_script(model: Path, serve: Serve, cache_dir: Path) -
     assert output == "cleaned up\n"
     assert errors.rstrip().endswith("KeyboardInterrupt")
     assert child.returncode != 0
-    assert parts(cache_dir) == []
+    assert partial_files(cache_dir) == []
     assert [name for name in published(cache_dir) if name.endswith(".bin")] == []
