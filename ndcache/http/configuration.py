@@ -12,7 +12,6 @@ import re
 import ssl
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import requests
 import urllib3
@@ -76,10 +75,10 @@ def _wrong_authorities(path: Path) -> str | None:
     return None
 
 
-def _wrong_client_certificate(cert: Any) -> str | None:
+def _wrong_client_certificate(cert: str | os.PathLike[str] | tuple[str, str]) -> str | None:
     file, key = (cert, None) if isinstance(cert, (str, os.PathLike)) else cert
-    for path in filter(None, (file, key)):
-        if not os.path.exists(path):
+    for path in (file, key):
+        if path and not os.path.exists(path):
             return f"{path} does not exist"
     try:
         # Without this password, OpenSSL would ask for one at the terminal.
