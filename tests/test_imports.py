@@ -1,4 +1,4 @@
-"""What importing ndcache needs. The directions of imports are checked by import-linter (``[importlinter]``, setup.cfg)."""
+"""Optional libraries stay optional. (import-linter checks who may import what: see ``[importlinter]`` in setup.cfg.)"""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import ndcache
 
 
 def test_every_module_imports_without_wgpu() -> None:
-    """wgpu loads a native library, so it is imported only when a GPU is asked for."""
+    """Importing wgpu loads a native library, so ndcache does it only when somebody asks for a GPU."""
     code = """
 import importlib, sys
 sys.modules["wgpu"] = None
