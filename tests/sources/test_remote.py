@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ from ..helpers.servers import Connection, FileServer, Request, ScriptedServer, r
 
 Serve = Callable[..., FileServer]
 QUICK = ndcache.RetryPolicy(retries=1, backoff=0.001)
-Arrays = dict[str, np.ndarray[Any, Any]]
+Arrays: TypeAlias = "dict[str, np.ndarray[Any, Any]]"
 
 
 @pytest.fixture
