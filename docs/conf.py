@@ -33,7 +33,10 @@ nitpick_ignore_regex = [("py:.*", r"(numpy|wgpu|requests|threading|logging|pathl
 nitpick_ignore = [("py:obj", "nbytes")]
 
 html_theme = "alabaster"
-html_theme_options = {"page_width": "1100px", "description": "Model weights from a URL into NumPy arrays or GPU buffers"}
+html_theme_options = {
+    "page_width": "1100px",
+    "description": "Model weights from a URL",
+}
 html_copy_source = False
 
 _DOCS = Path(__file__).parent
@@ -51,7 +54,8 @@ def _page_of(path: str) -> str | None:
     """Return the page that shows a file of the repository, or None if there is none."""
     if path in _PAGES:
         return _PAGES[path]
-    return path.removeprefix("docs/").removesuffix(".rst") if path.startswith("docs/") and path.endswith(".rst") else None
+    is_page = path.startswith("docs/") and path.endswith(".rst")
+    return path.removeprefix("docs/").removesuffix(".rst") if is_page else None
 
 
 def _source_of(node: nodes.Node, page: str) -> Path:
@@ -65,7 +69,7 @@ def _follow_links(app: Sphinx, doctree: nodes.document) -> None:
     """Turn relative links to files of the repository into links to pages, or to copies of the files."""
     page = app.env.docname
     for link in list(doctree.findall(nodes.reference)):
-        target, _, anchor = link.get("refuri", "").partition("#")
+        target = link.get("refuri", "").partition("#")[0]
         if not target or "://" in target or target.startswith("mailto:"):
             continue
         file = os.path.normpath(_source_of(link, f"{page}.rst").parent / target)
