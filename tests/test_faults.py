@@ -1,4 +1,4 @@
-"""The table of faults in docs/, and the tests that it speaks of."""
+"""The table of faults in docs/ names the files of its tests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TABLE = (ROOT / "docs" / "faults.rst").read_text("utf-8")
 
 
 def rows() -> dict[int, str]:
-    """The table's rows by number, and what their last column says."""
+    """Return the last column of each row, by the number of the row."""
     found = {}
     for item in re.split(r"\n   \* - ", TABLE)[2:]:
         number, *_, tests = re.split(r"\n     - ?", item.rstrip("\n"))
@@ -24,7 +24,7 @@ def rows() -> dict[int, str]:
 
 @functools.cache
 def files_with_tests() -> dict[int, set[str]]:
-    """By row, the files that have tests named after it."""
+    """Return, for each row, the files that have tests named after it."""
     found: dict[int, set[str]] = {}
     tests = Path(__file__).parent
     for path in sorted(tests.rglob("test_*.py")):
@@ -44,5 +44,5 @@ def test_each_row_names_the_files_of_its_tests(row: int) -> None:
     assert rows()[row] == ", ".join(sorted(files_with_tests()[row]))
 
 
-def test_no_test_is_of_a_row_that_is_not_there() -> None:
+def test_every_row_that_tests_name_exists() -> None:
     assert files_with_tests().keys() <= rows().keys()

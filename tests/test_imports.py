@@ -1,4 +1,7 @@
-"""Optional libraries stay optional. (import-linter checks who may import what: see ``[importlinter]`` in setup.cfg.)"""
+"""Optional libraries stay optional.
+
+Who may import what is checked by import-linter: see ``[importlinter]`` in setup.cfg.
+"""
 
 from __future__ import annotations
 
