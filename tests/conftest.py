@@ -6,6 +6,7 @@ import contextlib
 import gc
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -15,6 +16,9 @@ from typing import Any
 import pytest
 
 from .helpers.servers import FileServer, ScriptedServer
+
+# So that spawned processes can import the tests. At the end, so that an installed ndcache comes before the checkout's.
+sys.path.append(str(Path(__file__).parent.parent))
 
 _VARIABLES = (
     *("NDCACHE_OFFLINE", "HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_TOKEN_PATH"),
