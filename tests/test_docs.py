@@ -84,3 +84,13 @@ def test_variables_are_those_of_the_code() -> None:
     for page in TASKS:
         for name in re.findall(r"\b(?:NDCACHE|HF)_[A-Z_]+\b", (DOCS / page).read_text("utf-8")):
             assert name in code, (page, name)
+
+
+def test_contributing_shows_where_everything_is() -> None:
+    """Each folder in its table exists, holds the file to read first, and no folder of modules is missing."""
+    text = (ROOT / "CONTRIBUTING.rst").read_text("utf-8")
+    rows = dict(re.findall(r"^``([\w/]+/)`` .* ``([\w.]+)``$", text, re.MULTILINE))
+    for folder, first in rows.items():
+        assert (ROOT / folder / first).is_file(), (folder, first)
+    folders = {f"{path.parent.relative_to(ROOT).as_posix()}/" for path in (ROOT / "ndcache").glob("*/__init__.py")}
+    assert folders | {"ndcache/"} == {folder for folder in rows if folder.startswith("ndcache/")}
