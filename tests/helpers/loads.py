@@ -31,7 +31,7 @@ def assert_same(weights: Mapping[str, Any], arrays: Mapping[str, np.ndarray[Any,
 
 
 def published(cache_dir: Path) -> list[str]:
-    """Return the names of the published files in the cache."""
+    """Return the files in the cache that have a real name."""
     return sorted(path.name for path in cache_dir.rglob("*") if path.is_file() and ".ndcache" not in path.parts)
 
 
