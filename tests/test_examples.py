@@ -55,6 +55,7 @@ def test_plain_load_of_a_url(tmp_path: Path, serve: Any) -> None:
     assert run("plain_load.py", serve(tmp_path).url).splitlines()[1].split(maxsplit=2) == ["x", "int8", "(3, 4)"]
 
 
+@pytest.mark.once
 @pytest.mark.usefixtures("gpu")  # to skip where there is none
 def test_compute_pass() -> None:
     assert run("compute_pass.py").splitlines()[-1] == "the GPU and NumPy agree"

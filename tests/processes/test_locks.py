@@ -139,7 +139,7 @@ def test_row_26_32_processes_download_a_model_once(
     assert left_behind(model_directory(cache_dir, server.url)) == []
 
 
-@pytest.mark.parametrize("how", ["nothing", "ENOSYS", "ENOSYS strict", "ENOTSUP"])
+@pytest.mark.parametrize("how", ["nothing", pytest.param("ENOSYS", marks=pytest.mark.once), "ENOSYS strict", "ENOTSUP"])
 def test_row_27_where_locks_do_not_work_the_result_is_the_same(
     model: Path, counting: Serve, zygote: Zygote, cache_dir: Path, how: str
 ) -> None:

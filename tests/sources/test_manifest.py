@@ -286,6 +286,7 @@ def test_row_51_a_damaged_or_unknown_encoding_is_an_error(
     assert_same(ndcache.load(scripted.url, retries=QUICK), arrays)
 
 
+@pytest.mark.once
 def test_row_51_a_compressed_bomb_is_refused(scripted: ScriptedServer) -> None:
     bomb = gzip.compress(bytes(1 << 30))
     scripted.script[NEW] = [reply(200, bomb, GZIP)]
