@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import ndcache
+from ndcache.workers.outcomes import Task
 from ndcache.workers.pool import WorkerPool
 
 from .helpers.models import simple_model
@@ -20,7 +21,7 @@ from .helpers.servers import FileServer
 
 Serve = Callable[[Path], FileServer]
 
-#: Frames from `ndcache.load` to the pool's `submit` and from the pool's callable to the socket; and the latter alone.
+#: Frames from `ndcache.load` to the pool's `submit` and from the start of a worker to the socket; and the latter alone.
 MOST, MOST_IN_WORKER = 13, 10
 
 
@@ -44,14 +45,13 @@ def test_few_calls_lie_between_load_and_the_socket(
     in_workers: list[list[str]] = []
     submit, recv_into = WorkerPool.submit, socket.socket.recv_into
 
-    def noting_submit(self: WorkerPool, task: Callable[[], None]) -> None:
+    def noting_submit(self: WorkerPool, task: Task[Any]) -> None:
         on_caller.append(list(frames())[::-1])
         submit(self, task)
 
     def noting_recv_into(self: socket.socket, *args: Any) -> int:
         if threading.current_thread().name.startswith("ndcache"):
-            # The pool's own loop, which runs for ever, calls the callable.
-            in_workers.append([frame for frame in frames() if not frame.endswith(" _serve")][::-1])
+            in_workers.append(list(frames())[::-1])
         return recv_into(self, *args)
 
     monkeypatch.setattr(WorkerPool, "submit", noting_submit)
@@ -62,7 +62,7 @@ def test_few_calls_lie_between_load_and_the_socket(
     shards = [calls for calls in in_workers if any("download_shard" in call for call in calls)]
     assert len({calls[-1] for calls in shards}) > 1, "both the headers and the body were read"
     worker = max(shards, key=len)
-    shown = "\n".join(["", "from load to submit:", *caller, "from the pool's callable to the socket:", *worker])
+    shown = "\n".join(["", "from load to submit:", *caller, "in the worker, to the socket:", *worker])
     assert caller[0].endswith(" load"), shown
     assert len(worker) <= MOST_IN_WORKER, shown
     assert len(caller) + len(worker) <= MOST, shown

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from typing import TypeVar
 
 from ..stats import LoadStats
-from .outcomes import Outcomes
+from .outcomes import Outcomes, Task
 from .pool import WorkerPool
 from .stop_iteration import WrappedStopIteration
 
@@ -78,7 +78,7 @@ def map_ordered(
             while begun < len(items) and may_begin_next():
                 in_flight += sizes[begun]
                 stats.peak_bytes_in_flight = max(stats.peak_bytes_in_flight, in_flight)
-                pool.submit(functools.partial(outcomes.run, begun, work, items[begun]))
+                pool.submit(Task(functools.partial(work, items[begun]), outcomes, begun))
                 begun += 1
             with stats.timed("memory_limit") if is_limited_by_memory() else nullcontext():
                 with stats.timed("wait"):

@@ -6,19 +6,19 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from typing import Generic, ParamSpec, TypeVar
+from types import TracebackType
+from typing import Generic, TypeVar
 
 from ..errors import CancelledError, NdcacheError
 from .cancellation import Cancellation
 
-__all__ = ["Outcomes"]
+__all__ = ["Outcomes", "Task"]
 
 #: Seconds between calls of `Cancellation.poll` and of `tick` while nothing else happens. A wait without a timeout could
 #: not be interrupted by Ctrl-C on Windows.
 _TICK = 0.1
 
 T = TypeVar("T")
-P = ParamSpec("P")
 
 
 @dataclass(frozen=True)
@@ -51,16 +51,20 @@ class Outcomes(Generic[T]):
         """Return how many results have arrived and were not taken."""
         return len(self._results)
 
-    def run(self, index: int, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> None:
-        """Run one task in a worker, unless another one has failed."""
+    @property
+    def are_wanted(self) -> bool:
+        """Return whether no task has failed, so that results of others are still wanted."""
         # The caller's thread cancels everything after a failure, but may still be busy with an earlier result.
-        if self._has_failure.is_set() or self._cancellation.is_set:
-            return
-        try:
-            self._arriving.put(_Outcome(index, work(*args, **kwargs), None))
-        except BaseException as error:
-            self._arriving.put(_Outcome(index, None, error))
-            self._has_failure.set()
+        return not (self._has_failure.is_set() or self._cancellation.is_set)
+
+    def put_result(self, index: int, result: T) -> None:
+        """Hand over the result of the task `index`."""
+        self._arriving.put(_Outcome(index, result, None))
+
+    def put_error(self, index: int, error: BaseException) -> None:
+        """Hand over the error of the task `index`."""
+        self._arriving.put(_Outcome(index, None, error))
+        self._has_failure.set()
 
     def wait_for(self, index: int, tick: Callable[[], None] = lambda: None) -> None:
         """Wait for the result of the task `index`, calling `tick` meanwhile; raise the first error of any task."""
@@ -88,3 +92,47 @@ class Outcomes(Generic[T]):
             other = self._arriving.get().error
             if isinstance(other, NdcacheError) and not isinstance(other, CancelledError):
                 error.others += (other,)
+
+
+class Task(Generic[T]):
+    """Some work for a worker, and where its outcome goes.
+
+    The worker calls `work` itself, in a ``with`` block of the task that takes what the call raises::
+
+        with task:
+            if task.is_wanted:
+                task.finish(task.work())
+
+    Tracebacks have one frame less than if the task made the call.
+
+    Parameters
+    ----------
+    work : callable
+    outcomes : Outcomes, optional
+        Gets the result or the error. Without it, nobody waits for them.
+    index : int
+        The number of the task in `outcomes`.
+    """
+
+    def __init__(self, work: Callable[[], T], outcomes: Outcomes[T] | None = None, index: int = 0) -> None:
+        self.work = work
+        self._outcomes = outcomes
+        self._index = index
+
+    @property
+    def is_wanted(self) -> bool:
+        """Return whether the work is still to be done."""
+        return self._outcomes is None or self._outcomes.are_wanted
+
+    def finish(self, result: T) -> None:
+        """Hand over the result of the work."""
+        if self._outcomes is not None:
+            self._outcomes.put_result(self._index, result)
+
+    def __enter__(self) -> Task[T]:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> bool:
+        if error is not None and self._outcomes is not None:
+            self._outcomes.put_error(self._index, error)
+        return True

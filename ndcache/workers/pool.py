@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import logging
 import threading
@@ -10,11 +9,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 from types import TracebackType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import CancelledError, NdcacheError
 from .cancellation import Cancellation
-from .outcomes import Outcomes
+from .outcomes import Outcomes, Task
 from .serial import SerialQueue
 from .slots import Slots
 from .threads import join_thread, main_thread_has_ended, raise_hidden_interrupt
@@ -73,7 +72,7 @@ class WorkerPool:
         self._wanted = self._started = self._ended = 0  # threads
         self._is_shut_down = False
         self._starting = threading.Lock()
-        self._tasks: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._tasks: SimpleQueue[Task[Any] | None] = SimpleQueue()
         self._slots = Slots(max_workers)
         self._goodbyes: SimpleQueue[None] = SimpleQueue()
         self._this_thread = threading.local()
@@ -112,17 +111,19 @@ class WorkerPool:
         """Return how many other workers there are to help one of them."""
         return max(0, min(self.max_workers, self._wanted - self._has_serial_thread) - 1)
 
-    def submit(self, task: Callable[[], None]) -> None:
-        """Run `task`, which must not raise, in a worker when its turn comes; without threads, at once in this one."""
+    def submit(self, task: Task[Any]) -> None:
+        """Run `task` in a worker when its turn comes; without threads, at once in this one."""
         if self.has_threads:
             self._tasks.put(task)
-        else:
-            task()
+            return
+        with task:
+            if task.is_wanted:
+                task.finish(task.work())
 
-    def submit_helper(self, task: Callable[[], None]) -> None:
-        """Run `task` when a worker has nothing else to do. It may never run."""
+    def submit_helper(self, work: Callable[[], None]) -> None:
+        """Call `work` when a worker has nothing else to do. It may never be called, and nobody sees what it raises."""
         if self.has_threads:
-            self._tasks.put(task)
+            self._tasks.put(Task(work))
 
     def release_slot(self) -> None:
         """Let the next task begin. To be called by a task that goes on, but needs no connection any more."""
@@ -140,7 +141,7 @@ class WorkerPool:
         self.start(tasks_to_come)
         outcomes = Outcomes[T](self.cancellation)
         try:
-            self.submit(functools.partial(outcomes.run, 0, work))
+            self.submit(Task(work, outcomes))
             outcomes.wait_for(0)
         except NdcacheError:
             raise  # The work is over; nothing needs to be cancelled.
@@ -225,12 +226,13 @@ class WorkerPool:
                 self._end_threads()  # for the next thread
                 self._goodbyes.put(None)
                 return
-            with suppress(BaseException):
-                task()
+            with task:
+                if task.is_wanted:
+                    task.finish(task.work())
             del task  # and what it holds
             self.release_slot()
 
-    def _next_task(self) -> Callable[[], None] | None:
+    def _next_task(self) -> Task[Any] | None:
         while True:
             try:
                 return self._tasks.get(timeout=_IDLE_CHECK)
