@@ -19,7 +19,7 @@ __all__ = ["affordable", "budget", "check_exhausted", "check_shortage", "check_s
 #: Descriptors that a load leaves to the rest of the process; at most half of those that are free.
 _RESERVE = 64
 _SHORTAGES = (errno.EMFILE, errno.ENFILE)
-#: Descriptors that running loads may still need. Not guarded by a lock, which a fork could leave locked for ever.
+#: Descriptors that running loads may still need. Not guarded by a lock, which a fork could leave locked forever.
 _promised: dict[object, int] = {}
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_promised.clear)  # the child does not run its parent's loads
@@ -51,12 +51,12 @@ def check_shortage(error: BaseException) -> None:
 
 
 def check_shortages(chain: Iterable[BaseException]) -> None:
-    """Raise `TooManyOpenFilesError` if one error of a chain says so, or may come from that."""
+    """Raise `TooManyOpenFilesError` if too many open files are, or may be, the cause of a chain of errors."""
     for error in chain:
         if isinstance(error, OSError) and error.errno in _SHORTAGES:
             raise _too_many(error.errno) from error
         if isinstance(error, socket.gaierror):
-            check_exhausted()  # a resolver that cannot open its files may just say that there is no such host
+            check_exhausted()  # a resolver that cannot open its files may report an unknown host
 
 
 def check_exhausted() -> None:

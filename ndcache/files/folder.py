@@ -1,9 +1,9 @@
 """Folders of the cache, in which no symbolic link is followed.
 
 The cache's root is the user's own choice: it may be a link, or lie below links. Everything below the root belongs to
-ndcache. A link there leads to files of somebody else, and is refused. Every call that changes the disk goes down from
-the root folder by folder, opens each without following a link, and acts in the folder that it has opened. So a link
-that takes a folder's name in the meantime changes nothing.
+ndcache. A link there leads to files of somebody else, and is refused. Every call that changes the disk walks down from
+the root, opens each folder without following a link, and acts in the folder that it has opened. So a link that takes a
+folder's name in the meantime does no harm.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ NO_LINKS = (
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | NO_LINKS
 #: Whether system calls take the descriptor of the folder that a name is in, as they do everywhere but on Windows.
 _HAS_DIR_FD = {os.open, os.mkdir, os.unlink, os.stat, os.rename, os.rmdir} <= os.supports_dir_fd
-#: To pass through a folder, which takes less permission than to list it.
+#: For `os.open`: pass through a folder, which needs fewer permissions than listing it.
 _THROUGH = getattr(os, "O_PATH", os.O_RDONLY) | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_CLOEXEC", 0)
 _GONE = {errno.ENOENT, errno.ENOTDIR, getattr(errno, "ESTALE", errno.ENOENT)}
 _NO_FILE = {errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.ENODEV}
@@ -52,7 +52,7 @@ _held = _Held()
 
 
 def is_gone(error: BaseException | None) -> bool:
-    """Return whether an error says that a file is gone, or, on a network file system, its handle stale."""
+    """Return whether an error says that a file is gone, or that its handle on a network file system is stale."""
     return isinstance(error, OSError) and error.errno in _GONE
 
 
@@ -84,7 +84,7 @@ class Folder:
     root : pathlib.Path
         The cache's root.
     names : tuple of str
-        The folders on the way from there.
+        The folders on the way from there to this one.
     is_private : bool
         Whether to make the root, if it is missing, for this account only.
     """
@@ -115,14 +115,14 @@ class Folder:
     # --- reading
 
     def check(self) -> None:
-        """Raise `UnsafeCacheError` if a symbolic link leads here, unless an earlier call saw that none does.
+        """Raise `UnsafeCacheError` if a symbolic link leads here.
 
-        That is enough for reading.
+        Once that was not so, later calls do not look again, which is enough for reading.
         """
         if not self._is_sound:
             self.__dict__["_is_sound"] = self.exists()
 
-    _is_sound = False  # not a field, but what `check` has found
+    _is_sound = False  # not a field: whether `check` has found no link
 
     def exists(self) -> bool:
         """Return whether there is such a folder."""
@@ -209,7 +209,7 @@ class Folder:
             if _HAS_DIR_FD:
                 with self._opened(makes=True):
                     return
-        except NotADirectoryError as error:  # or it would count as removed just now
+        except NotADirectoryError as error:  # NotADirectoryError would count as removed just now
             raise FileExistsError(errno.EEXIST, "a file lies where a directory should") from error
         for count, _ in enumerate(self.names, 1):
             with contextlib.suppress(FileExistsError):
@@ -222,7 +222,7 @@ class Folder:
             return os.open(self._at(handle, name), _NEW, 0o666, dir_fd=handle)
 
     def replace(self, name: str, target: Folder, new_name: str) -> None:
-        """Rename an entry, into this folder or another, in the place of any file that had the new name."""
+        """Rename an entry, within this folder or into another, and replace a file that has the new name."""
         with self._opened() as source:
             if target is self:
                 os.replace(self._at(source, name), self._at(source, new_name), src_dir_fd=source, dst_dir_fd=source)

@@ -29,16 +29,16 @@ def read_note(folder: Folder, name: str) -> dict[str, Any] | None:
             return None
         value = json.loads(data)
         if _SURROGATE.search(data):
-            json.dumps(value, ensure_ascii=False).encode()  # raises, unless all of them come in pairs
+            json.dumps(value, ensure_ascii=False).encode()  # raises unless all surrogates come in pairs
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, UnsafeCacheError):
             raise
-        check_shortage(error)  # says nothing about the note
+        check_shortage(error)  # which says nothing about the note
         return None
     return value if isinstance(value, dict) else None
 
 
-def write_note(folder: Folder, name: str, content: Mapping[str, Any], by_way_of: tuple[Folder, str]) -> None:
+def write_note(folder: Folder, name: str, content: Mapping[str, Any], temporary: tuple[Folder, str]) -> None:
     """Write an object to a JSON file, so that nobody sees half of it.
 
     Parameters
@@ -46,14 +46,14 @@ def write_note(folder: Folder, name: str, content: Mapping[str, Any], by_way_of:
     folder : Folder
     name : str
     content : mapping
-    by_way_of : tuple of Folder and str
+    temporary : tuple of Folder and str
         Where to write it first, under a name that nobody else uses.
     """
-    fresh, fresh_name = by_way_of
+    fresh, fresh_name = temporary
     with fresh.held():
         try:
             with open(fresh.create(fresh_name), "wb") as file:
-                file.write(json.dumps(content).encode())  # json.dump would write it word by word
+                file.write(json.dumps(content).encode())  # json.dump would write it token by token
             fresh.replace(fresh_name, folder, name)
         except BaseException:
             with contextlib.suppress(OSError):

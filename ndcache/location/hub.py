@@ -43,13 +43,13 @@ _PAGE = re.compile(
 #: A file's URL: the part up to the revision, the revision, and the rest.
 _FILE = re.compile(r"([^?#]*?/[^/?#]+/[^/?#]+/resolve/)([^/?#]+)(/.*)")
 _COMMIT = re.compile("[0-9a-f]{40}")
-#: Most characters of a token; usual ones have about forty.
+#: The most characters of a token; usual ones have about forty.
 _MAX_TOKEN = 4096
 _MAX_TOKEN_FILE = 1 << 13
 
 
 def hf_endpoint(environ: Mapping[str, str]) -> Url:
-    """Return the Hugging Face endpoint in force, without a slash at its end.
+    """Return the Hugging Face endpoint to use, without a trailing slash.
 
     Raises
     ------
@@ -133,10 +133,10 @@ def _not_understood(text: str) -> ValueError:
 
 
 class Login:
-    """The token of an environment, for the origin of the Hugging Face endpoint and no other.
+    """The token in an environment, only for the origin of the Hugging Face endpoint.
 
-    It is HF_TOKEN, else what ``hf auth login`` has written: to HF_TOKEN_PATH, else to ``token`` in HF_HOME, else in
-    ``huggingface`` in XDG_CACHE_HOME or ``~/.cache``. With HF_HUB_DISABLE_IMPLICIT_TOKEN there is none. This follows
+    It is HF_TOKEN, else the one that ``hf auth login`` wrote: to HF_TOKEN_PATH, else to ``token`` in HF_HOME, else
+    in ``huggingface`` in XDG_CACHE_HOME or ``~/.cache``. With HF_HUB_DISABLE_IMPLICIT_TOKEN there is none. This follows
     huggingface_hub. The file is read before the first request to the endpoint.
 
     Parameters

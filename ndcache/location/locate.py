@@ -44,8 +44,8 @@ class Location:
     manifest_names : tuple of str
         File names to try, in this order.
     identities : tuple of str
-        URLs without query by which the cache knows the model: first the one at huggingface.co, for other endpoints as
-        well, then the one that earlier versions used.
+        URLs without query that identify the model in the cache: first the one at huggingface.co, even for another
+        endpoint, then the one that earlier versions used.
     """
 
     base: str = field(repr=False)
@@ -90,14 +90,14 @@ class Location:
 
 
 def _cache_key(identity: str, query: str) -> str:
-    # Without a query, the key is the one that models had in the first version.
+    # Without a query, the key is the same as in the first version.
     digest = hashlib.sha256((f"{identity}?{query}" if query else identity).encode()).hexdigest()[:16]
     words = [w for w in re.split(r"[^A-Za-z0-9._-]+", identity.partition("://")[2]) if w.strip(".-")]
     return f"{'--'.join(words)[:100].strip('.-') or 'model'}--{digest}"
 
 
 def locate(source: str | os.PathLike[str], environ: Mapping[str, str] = os.environ) -> Location:
-    """Return the location of `source`, with a look at the file system and none at the network.
+    """Return the location of `source`; look at the file system, but not at the network.
 
     Parameters
     ----------

@@ -23,7 +23,7 @@ from .publish import remove_idle_copies
 
 __all__ = ["check_free_space", "delete_model", "disk_bytes", "evict_partials", "free_bytes", "prune"]
 
-#: Seconds without a write after which a partial file counts as abandoned, where nothing else tells.
+#: Seconds without a write after which a partial file counts as abandoned, if nothing else shows it.
 _IDLE_SECONDS = 300
 
 
@@ -31,15 +31,15 @@ _IDLE_SECONDS = 300
 
 
 def prune(directory: ModelDirectory, manifest: Manifest, others: Callable[[], Iterable[Manifest]]) -> None:
-    """Remove shards of former versions of a model, and what interrupted loads left.
+    """Remove shards of earlier versions of a model, and leftovers of interrupted loads.
 
     Parameters
     ----------
     directory : ModelDirectory
     manifest : Manifest
-        The one in use.
+        The manifest in use.
     others : callable
-        Returns the other manifests whose shards are kept; called only if something may have to be removed.
+        Return the other manifests whose shards are kept; called only if something may have to be removed.
     """
     layout, partials = directory.layout, directory.partials
     with layout.translate_errors():
@@ -60,7 +60,7 @@ def prune(directory: ModelDirectory, manifest: Manifest, others: Callable[[], It
 
 
 def _prune_partials(directory: ModelDirectory, flat: str, shard: Shard | None) -> None:
-    """Remove the partial files of a published shard, or of a file that is no shard, unless somebody writes them."""
+    """Remove partial files of a published shard, or of a file that is not a shard, unless somebody is writing them."""
     if shard is not None and not directory.has(shard):
         return
     partials, known = directory.partials, None if shard is None else directory.metadata(shard.data_path)
@@ -76,7 +76,7 @@ def _prune_partials(directory: ModelDirectory, flat: str, shard: Shard | None) -
 def _remove_if_shard(directory: ModelDirectory, name: str) -> None:
     check_path(name)  # a crafted name may lead out of the directory
     metadata, layout = directory.metadata(name), directory.layout
-    if metadata is not None and metadata.content_ids:  # not a manifest, or some other file
+    if metadata is not None and metadata.content_ids:  # manifests and other files have none
         _unlink(*layout.place(name))
         _unlink(layout.metadata, f"{flatten(name)}.json")
         _unlink(layout.locks, flatten(name))
@@ -102,19 +102,20 @@ def evict_partials(directory: ModelDirectory, shards: Iterable[Shard]) -> None:
 
 
 def check_free_space(directory: ModelDirectory, nbytes: int) -> None:
-    """Raise `DiskFullError` unless the disk has room for `nbytes` more, or does not say.
+    """Raise `DiskFullError` if the disk reports too little room for `nbytes` more.
 
     Raises
     ------
     CacheUnavailableError
-        Nothing may be written there, whatever room there is, and the directory does not fall back to memory.
+        The directory cannot be written, and does not fall back to memory.
     """
     if directory.why_not_kept is not None:
         return
     try:
         with directory.layout.translate_errors():
             folder = _existing(directory.directory)
-            # Before its room: an image's read-only file system is always full. (On Windows it tells nothing.)
+            # Checked first: an image's read-only file system always reports that it is full. (On Windows, `os.access`
+            # does not look at folders' permissions.)
             if os.name != "nt" and not os.access(folder, os.W_OK):
                 raise PermissionError(errno.EACCES, "it may not be written")
     except CacheUnavailableError as error:
@@ -127,9 +128,10 @@ def check_free_space(directory: ModelDirectory, nbytes: int) -> None:
 
 
 def free_bytes(directory: Path) -> int | None:
-    """Return how many bytes are free on the disk of a directory, which need not exist; None if the system does not say.
+    """Return how many bytes are free on the disk of a directory, which need not exist; None if that is unknown.
 
-    Some file systems say that there are none where there are. A disk that is really full says so when it is written to.
+    Some file systems report 0 although they have room, so 0 counts as unknown. If the disk is really full, the first
+    write fails.
     """
     try:
         free = shutil.disk_usage(_existing(directory)).free
@@ -151,7 +153,8 @@ def disk_bytes(directory: Path) -> int:
             with contextlib.suppress(OSError):
                 status = os.lstat(os.path.join(folder, name))
                 if stat.S_ISREG(status.st_mode):
-                    on_disk = 512 * getattr(status, "st_blocks", 0)  # fewer if it has holes; not every system says
+                    # Fewer bytes if it has holes; not every system reports them.
+                    on_disk = 512 * getattr(status, "st_blocks", 0)
                     total += min(status.st_size, on_disk or status.st_size)
     return total
 
@@ -160,7 +163,7 @@ def disk_bytes(directory: Path) -> int:
 
 
 def delete_model(directory: ModelDirectory) -> int:
-    """Remove a model's directory, and return how many bytes it took. Loads that have its files open go on.
+    """Remove a model's directory, and return how many bytes it took. Loads that have its files open are not disturbed.
 
     Raises
     ------
@@ -174,7 +177,7 @@ def delete_model(directory: ModelDirectory) -> int:
             return 0
         if not directory.layout.state.exists():
             if not os.listdir(directory.directory):
-                return 0  # left over where the folder itself could not be removed
+                return 0  # an earlier deletion could not remove the folder itself
             raise UnsafeCacheError(
                 f"{directory.directory} is not a directory that ndcache made", hint="It was left alone."
             )
@@ -184,8 +187,8 @@ def delete_model(directory: ModelDirectory) -> int:
 def _delete_folder(folder: Folder) -> int:
     """Move a model's folder to the trash and empty that, so that the model is gone at once.
 
-    Where the folder cannot be renamed (in a lower layer of overlayfs, as a mount point, in a folder of another account)
-    its files are removed in place, the manifest first, so that nobody takes half a model for a whole one.
+    If the folder cannot be renamed (a lower layer of overlayfs, a mount point, a parent folder of another account),
+    remove its files in place, the manifest first, so that nobody takes half a model for a whole one.
     """
     nbytes = disk_bytes(folder.path)
     trash = folder.parent / f"{folder.names[-1]}.{secrets.token_hex(4)}.deleted"
@@ -217,7 +220,7 @@ def _empty_trash(folder: Folder) -> None:
     is_trash = re.compile(re.escape(folder.names[-1]) + r"\.[0-9a-f]{8}\.deleted").fullmatch
     for name in folder.parent.entries():
         if is_trash(name):
-            with contextlib.suppress(OSError):  # also where somebody gave a link such a name
+            with contextlib.suppress(OSError):  # also if somebody gave a link such a name
                 _remove_tree(folder.parent / name)
 
 
@@ -237,7 +240,7 @@ def _remove_tree(top: Folder) -> OSError | None:
                 folders.append(folder / name)
             else:
                 files.append((folder, name))
-    # The manifest first. The note that shows that the folder is ndcache's comes last, and stays if anything else does.
+    # The manifest goes first. The note that marks the folder as ndcache's goes last, and stays if anything else stays.
     source = (top / STATE_DIRECTORY, "source.json")
     files.sort(key=lambda file: 2 if file == source else not (file[0] == top and file[1].endswith(".json")))
     for file in files:
@@ -247,6 +250,6 @@ def _remove_tree(top: Folder) -> OSError | None:
             except OSError as error:
                 failure = failure if is_gone(error) else failure or error
     for folder in reversed(folders):
-        with contextlib.suppress(OSError):  # it is not empty, or has no file that matters
+        with contextlib.suppress(OSError):  # if it is not empty, `failure` says why; an empty folder does no harm
             folder.remove()
     return failure

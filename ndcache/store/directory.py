@@ -1,9 +1,9 @@
 """One model's cache directory: look files up, and publish new ones.
 
-A file gets its name by rename, after its size and digest were found right and its bytes were synced to disk, and is
-never written again. So everybody who sees the name sees the right bytes, and a reader that has the file open or mapped
-keeps them, whatever happens to the name. What is noted of a published file is a help and not a promise: where the note
-is missing, or disagrees with the file or the manifest, the file's digest decides.
+A file gets its name by a rename, after its size and digest were checked and its bytes were synced to disk. It is never
+written again. So everybody who sees the name sees the right bytes, and a reader that has the file open or mapped keeps
+them, even if the name is removed or given to another file. Notes about published files save work, but prove nothing: if
+a note is missing, or disagrees with the file or the manifest, the file's digest decides.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ __all__ = ["ModelDirectory"]
 class ModelDirectory:
     """The cache directory of one model, which is a valid local model directory itself.
 
-    Nothing is created before something is written, so that a read-only cache still serves what it has. Errors of the
-    operating system come out of each method as a `CacheError`.
+    Folders are created only when something is written, so that a read-only cache still serves its files. Methods raise
+    a `CacheError` for each error of the operating system.
 
     Parameters
     ----------
@@ -57,7 +57,7 @@ class ModelDirectory:
     layout : Layout
         Its folders.
     partials : PartialFiles
-        Files that are being written, or were left by loads that were interrupted.
+        Files that are being written, or that interrupted loads left.
     why_not_kept : str or None
         Why new files are not kept here; see `FallbackDirectory`.
     """
@@ -73,18 +73,18 @@ class ModelDirectory:
         self.partials = PartialFiles(self.layout)
 
     def fall_back(self, error: CacheUnavailableError) -> bool:
-        """Return whether new files go elsewhere from now on, because of `error`; if not, the caller raises it."""
+        """Keep new files elsewhere from now on, and return True; return False if the caller must raise `error`."""
         return False
 
     # --- looking up
 
     def exists(self) -> bool:
-        """Return whether there is anything of the model."""
+        """Return whether the model has a directory in the cache."""
         with self.layout.translate_errors():
             return self.layout.model.exists()
 
     def path(self, name: str) -> Path:
-        """Return where the file `name` lies, or would.
+        """Return the path of the file `name`, which need not exist.
 
         Raises
         ------
@@ -104,7 +104,7 @@ class ModelDirectory:
     def version(self, name: str) -> tuple[int, int, int] | None:
         """Return a value that changes when another file is published under this name; None if there is none."""
         status = self._status(name)
-        # Not its inode number: some network file systems, and FUSE, give a file another one each time.
+        # Without the inode number: some network file systems, and FUSE, give a file a new one each time.
         return None if status is None else (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
     def has(self, shard: Shard) -> bool:
@@ -117,7 +117,7 @@ class ModelDirectory:
         return data is not None and hashlib.sha256(data).hexdigest() == digest
 
     def is_intact(self, name: str) -> bool:
-        """Return whether a file has the size and time that it was published with, be it of this version or not."""
+        """Return whether a file, of any version, still has the size and time that it was published with."""
         status = self._status(name)
         if status is None:
             return False
@@ -127,22 +127,22 @@ class ModelDirectory:
     def is_published(self, name: str, file: BinaryIO) -> bool:
         """Return whether an open file is still the one that has this name."""
         now, status = self._status(name), os.fstat(file.fileno())
-        # By size and time: inode numbers may not tell; see `version`.
+        # By size and time, as inode numbers may change; see `version`.
         return now is not None and (now.st_size, now.st_mtime_ns) == (status.st_size, status.st_mtime_ns)
 
     def compare(self, shard: Shard, content_id: str) -> Match:
-        """Compare what is noted of the shard's file with the manifest; see `FileMetadata.compare`."""
+        """Compare the shard's file, by the note about it, with the manifest; see `FileMetadata.compare`."""
         metadata, status = self.metadata(shard.data_path), self._status(shard.data_path)
         return Match.UNKNOWN if metadata is None or status is None else metadata.compare(status, shard, content_id)
 
     def metadata(self, name: str) -> FileMetadata | None:
-        """Return what is noted of a published file; None if nothing is, or the note cannot be read."""
+        """Return the noted metadata of a published file; None if there is no note, or it cannot be read."""
         with self.layout.translate_errors(name):
             note = read_note(self.layout.metadata, f"{flatten(name)}.json")
         return None if note is None else FileMetadata.from_note(note)
 
     def read(self, name: str, limit: int) -> bytes | None:
-        """Return the content of a published file: the first `limit` bytes, and one more if it is larger."""
+        """Return the first `limit` bytes of a published file, and one more if it is larger; None if there is none."""
         with self.layout.translate_errors(name):
             folder, last = self.layout.place(name)
             file = folder.open(last)
@@ -161,7 +161,7 @@ class ModelDirectory:
                 return None
             file = folder.open(last)
             if file is not None and os.fstat(file.fileno()).st_size != shard.nbytes:
-                file.close()  # another file than a moment ago
+                file.close()  # the file was replaced a moment ago
                 return None
             return file
 
@@ -200,18 +200,18 @@ class ModelDirectory:
         etag, last_modified : str, optional
             What the server calls this version.
         content_id : str, optional
-            What the manifest says of a shard's content; see `FileMetadata.compare_content`.
+            Identifies a shard's content; see `FileMetadata.compare_content`. None for other files.
 
         Raises
         ------
         CacheUnavailableError
-            From FileNotFoundError, if another process deleted the directory, or the partial file as an orphan.
+            Raised from FileNotFoundError if another process deleted the directory, or the partial file as an orphan.
         CacheError
         """
         with self.layout.translate_errors(name), self.layout.model.held(), self.partials.folder.held():
             sync(partial.file.fileno())
             status, named = os.fstat(partial.file.fileno()), partial.folder.status(partial.file_name)
-            are_inodes_told = named is not None and os.path.samestat(named, status)
+            has_stable_inodes = named is not None and os.path.samestat(named, status)
             partial.file.close()
             folder, last = self.layout.place(name)
             folder.make()
@@ -223,7 +223,9 @@ class ModelDirectory:
                 )
                 now = folder.status(last)
                 # By now, somebody else's file may have taken the name.
-                if now is not None and (os.path.samestat(now, status) if are_inodes_told else known.is_unchanged(now)):
+                if now is not None and (
+                    os.path.samestat(now, status) if has_stable_inodes else known.is_unchanged(now)
+                ):
                     self.try_to_remember(name, replace(known, mtime_ns=now.st_mtime_ns))
                 if content_id is not None:  # a shard: others who download it will find it here
                     self.partials.remove_all(flatten(name))
@@ -233,7 +235,7 @@ class ModelDirectory:
         return file
 
     def remember(self, name: str, metadata: FileMetadata) -> None:
-        """Note what is known of a published file; losing the note in a crash only costs reading the file again."""
+        """Write a note about a published file. If a crash loses it, the file is only read once more."""
         with self.layout.translate_errors(name):
             if not self.layout.model.exists():
                 raise FileNotFoundError(errno.ENOENT, "the model was deleted just now", str(self.directory))
@@ -241,9 +243,9 @@ class ModelDirectory:
             self.layout.write_note(folder, f"{flatten(name)}.json", metadata.to_note())
 
     def try_to_remember(self, name: str, metadata: FileMetadata) -> bool:
-        """Note what is known of a published file, if a note can be written.
+        """Write a note about a published file, if that is possible.
 
-        A cache that is full or read-only remembers nothing, and checks the file again next time.
+        If the cache is full or read-only, the file is checked again next time.
 
         Returns
         -------
@@ -259,9 +261,9 @@ class ModelDirectory:
         return True
 
     def quarantine(self, name: str, file: BinaryIO | None = None) -> None:
-        """Take a bad file out of the way, and keep it as evidence if possible.
+        """Move a bad file out of the way, and keep it as evidence if possible.
 
-        `file` is the bad one, open; a good one may have taken its name in the meantime, and is left alone.
+        `file` is the open bad file, if given: a good one that has taken its name in the meantime is left alone.
         """
         with self.layout.translate_errors(name):
             folder, last = self.layout.place(name)

@@ -10,7 +10,7 @@ from .ranges import ByteRanges
 
 __all__ = ["BUFFER_BYTES", "InOrderHasher"]
 
-#: The most bytes that are read back at once.
+#: The most bytes to read back at once.
 BUFFER_BYTES = 1 << 20
 
 
@@ -23,9 +23,9 @@ class InOrderHasher:
     Parameters
     ----------
     ranges : ByteRanges
-        What has been written, as it grows.
+        The bytes that have been written; the writer adds to it.
     read : callable
-        Takes a number of bytes and an offset, and returns at least one byte of the file and at most as many.
+        Take a number of bytes and an offset; return one byte of the file or more, up to that number.
     """
 
     def __init__(self, ranges: ByteRanges, read: Callable[[int, int], bytes]) -> None:
@@ -36,7 +36,7 @@ class InOrderHasher:
         self._lock = threading.Lock()
 
     def add(self, algorithm: str, check: Callable[[], None]) -> None:
-        """Compute one more digest, beginning with what has been hashed already, which is read back.
+        """Compute one more digest; read back the bytes that have been hashed already.
 
         Parameters
         ----------

@@ -79,11 +79,11 @@ class CacheScope:
         return self.top
 
     def directories(self, location: Location) -> list[Path]:
-        """Return the directories in which a model may lie: today's, then those of earlier versions of ndcache."""
+        """Return the directories where a model may lie: the current one, then those of earlier versions of ndcache."""
         return [self.root / self.name / key for key in location.cache_keys]
 
     def open(self, location: Location) -> ModelDirectory:
-        """Open a model's directory; nothing is created before something is written."""
+        """Open a model's directory, which is created when the first file is written."""
         return ModelDirectory(self._directory(location), location.label, root=self.top, is_private=self.is_private)
 
     def open_with_fallback(self, location: Location) -> FallbackDirectory:
@@ -92,7 +92,7 @@ class CacheScope:
         return FallbackDirectory(directory, location.label, self.why_no_top, root=self.top, is_private=self.is_private)
 
     def delete(self, location: Location) -> int:
-        """Remove a model from the cache: a server's, or the one whose directory in the cache is given.
+        """Remove a model from the cache, given its URL or its directory in the cache.
 
         Returns
         -------
@@ -111,7 +111,7 @@ class CacheScope:
         # A model lies two folders below the root. The way to the root may have links, the way below it may not.
         if os.path.realpath(directory.parent.parent) != os.path.realpath(root):
             raise UnsafeCacheError(
-                f"{directory} does not lie in the cache {root}, as a model does",
+                f"{directory} does not lie in the cache {root} as a model does",
                 hint="ndcache deletes only what it fetched; remove the directory yourself.",
             )
         return delete_model(ModelDirectory(root.joinpath(*directory.parts[-2:]), root=root))
@@ -127,21 +127,21 @@ def cache_root(cache_dir: str | os.PathLike[str] | None, home: str | None) -> Pa
     Raises
     ------
     CacheUnavailableError
-        There is no such place, as there is no home directory.
+        There is no such place, because there is no home directory.
     """
     given, cause = cache_dir if cache_dir is not None else home, None
     try:
         if given:
             return Path(given).expanduser().absolute()
         root = Path(platformdirs.user_cache_dir("ndcache"))
-        if root.is_absolute():  # a "~" that cannot be resolved would lie in the working directory
+        if root.is_absolute():  # an unresolved "~" would lie in the working directory
             return root
-    except (OSError, RuntimeError) as error:  # no such user, no home directory; no working directory any more
+    except (OSError, RuntimeError) as error:  # no such user, no home directory, or the working directory was removed
         cause = error
     raise CacheUnavailableError(
         f"the cache has no place: {given} leads nowhere ({cause})"
         if given
-        else "the cache has no place: this user has no home directory, and HOME is not set or no full path",
+        else "the cache has no place: this user has no home directory, and HOME is not set or not a full path",
         hint="Set NDCACHE_HOME to a directory that can be written, or give cache_dir (--cache-dir).",
     ) from cause
 
@@ -158,7 +158,7 @@ def cache_scope(cache_dir: str | os.PathLike[str] | None, name: str, environ: Ma
 
 
 def models(root: Path) -> Iterator[CachedModel]:
-    """Yield the models in the cache, of all scopes, by name; leave out what somebody linked into it.
+    """Yield the models of all scopes in the cache, sorted by name; skip symbolic links.
 
     Raises
     ------
@@ -196,6 +196,6 @@ def _model(folder: Folder) -> CachedModel | None:
 
 
 def _folders(directory: Path) -> list[str]:
-    """Return the names of the folders in a directory, sorted, without links to folders."""
+    """Return the sorted names of the folders in a directory, without links to folders."""
     with os.scandir(directory) as entries:
         return sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))

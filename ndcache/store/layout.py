@@ -93,17 +93,17 @@ class Layout:
         return folder
 
     def write_note(self, folder: Folder, name: str, content: Mapping[str, Any]) -> None:
-        """Write a note by way of a file among the partial ones, where `prune` finds it if this process is killed."""
+        """Write a note, first under a name among the partial files: `prune` finds it if this process is killed."""
         self.partials.make()
         write_note(folder, name, content, (self.partials, f"{name}.{secrets.token_hex(8)}"))
 
     def translate_errors(self, name: str | None = None) -> TranslateErrors:
-        """Return a block that translates errors of the operating system; see `TranslateErrors`."""
+        """Return a context manager that translates errors of the operating system; see `TranslateErrors`."""
         return TranslateErrors(self.model.path, name)
 
 
 class TranslateErrors:
-    """A block in which errors of the operating system become a `CacheError` that says what to do.
+    """Context manager that turns errors of the operating system into a `CacheError` with a hint.
 
     Parameters
     ----------
@@ -127,7 +127,7 @@ class TranslateErrors:
     ) -> None:
         if not isinstance(error, OSError) or isinstance(error, NdcacheError):
             return
-        check_shortage(error)  # for which the directory is not to blame
+        check_shortage(error)  # the directory is not to blame for that
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise disk_full(self._directory, name=self._name) from error
         unavailable = CacheUnavailableError(

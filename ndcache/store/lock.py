@@ -1,8 +1,8 @@
 """Locks on downloads. They save bandwidth, and nothing else depends on them.
 
-On some file systems locks do nothing, a lock's holder can be stopped for ever, and a fork of a dead holder can keep its
-lock. So a process waits only as long as there are signs of progress, and two that download the same file write
-partial files of their own.
+On some file systems locks do nothing, a lock's holder can be stopped forever, and a fork of a dead holder can keep its
+lock. So a process waits only while there are signs of progress, and two processes that download the same file write
+separate partial files.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from ..files.folder import NO_LINKS
 
 __all__ = ["DownloadLock", "acquire_or_wait", "try_lock"]
 
-#: Seconds without a sign of progress after which a lock's holder counts as dead: drawn from this range, so that of many
-#: processes that wait one goes first and the others see its progress.
+#: Seconds without a sign of progress after which a lock's holder counts as dead. Each process draws a number from this
+#: range, so that of many that wait one goes first, and the others see its progress.
 _PATIENCE = (28.0, 33.0)
 #: Seconds between two attempts, at first and at most.
 _PAUSE, _LONGEST_PAUSE = 0.02, 0.5
-#: Whether locks were seen to work in a folder.
-_work_in: dict[Path, bool] = {}
+#: By folder, whether locks in it were seen to work.
+_are_effective: dict[Path, bool] = {}
 
 
 class _Result(Enum):
@@ -41,7 +41,7 @@ class _Result(Enum):
     HELD = auto()
     BUSY = auto()  # somebody else holds it
     UNAVAILABLE = auto()  # there are no locks here
-    NOT_NEEDED = auto()  # the file that was to be downloaded is there
+    NOT_NEEDED = auto()  # the file to download is there
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,13 @@ def acquire_or_wait(
     Parameters
     ----------
     path : pathlib.Path
-        The lock's file, in a folder that exists. It is removed at the end of the block if the file is there then.
+        The lock's file, in a folder that exists. It is removed at the end of the block if the downloaded file is there.
     is_there : callable
-        Returns whether the file that is to be downloaded is there.
+        Return whether the file to download is there.
     progress : callable
-        Returns a value that changes while somebody downloads the file.
+        Return a value that changes while somebody downloads the file.
     sleep : callable
-        Waits for so many seconds; may raise to stop waiting.
+        Wait for a number of seconds; may raise to stop waiting.
 
     Yields
     ------
@@ -89,7 +89,7 @@ def acquire_or_wait(
         yield DownloadLock(is_exclusive=is_held and _excludes_others(path))
         if is_held and is_there():
             with contextlib.suppress(OSError):
-                os.unlink(path)  # while it is held: those who wait for it will see the file, and not need the lock
+                os.unlink(path)  # while it is held: those who wait for it see the file, and need no lock
     finally:
         if lock is not None and is_held:
             lock.release()
@@ -135,17 +135,17 @@ def _wait(
 def _lock(path: Path) -> filelock.BaseFileLock | None:
     """Return a lock whose file has the mode that the umask and the folder give it; None if there can be no lock.
 
-    The mode that filelock gives by itself takes no account of them.
+    The mode that filelock gives by default ignores both.
     """
     status = _prepare(path)
     return None if status is None else filelock.FileLock(path, mode=0o600 | stat.S_IMODE(status.st_mode))
 
 
 def _prepare(path: Path) -> os.stat_result | None:
-    """Make the lock's file unless it is there; return None if something else is, or it cannot be used.
+    """Create the lock's file if it is missing, and return its status; None if it cannot serve as a lock.
 
-    filelock opens the file that it finds, sets its mode, and in many versions empties it. So it must be a regular file,
-    and have no other name. A file system that does not count names gives no locks either, as filelock takes the file
+    filelock opens the file that it finds, sets its mode, and in many versions empties it. So it must be a regular file
+    without another hard link. File systems that do not count links give no locks either: filelock would take the file
     for removed.
     """
     try:
@@ -178,20 +178,20 @@ def _try(lock: filelock.BaseFileLock | None, *, is_prepared: bool = False) -> _R
             raise _unsafe(Path(lock.lock_file)) from error
         check_shortage(error)
         return _Result.UNAVAILABLE
-    except (NotImplementedError, Warning):  # what versions of filelock raise on a file system without locks
+    except (NotImplementedError, Warning):  # from some versions of filelock, on file systems without locks
         return _Result.UNAVAILABLE
     return _Result.HELD
 
 
 def _excludes_others(path: Path) -> bool:
     """Return whether a lock that is held keeps others out; on some file systems everybody gets it."""
-    if path.parent not in _work_in:
+    if path.parent not in _are_effective:
         other = _lock(path)
         result = _try(other, is_prepared=True)
         if other is not None and result is _Result.HELD:
             other.release()
-        _work_in[path.parent] = result is _Result.BUSY  # an error on the way proves nothing
-    return _work_in[path.parent]
+        _are_effective[path.parent] = result is _Result.BUSY  # an error on the way proves nothing
+    return _are_effective[path.parent]
 
 
 def _unsafe(path: Path) -> UnsafeCacheError:

@@ -1,7 +1,7 @@
 """Hold files in memory that the cache cannot keep, as long as their load uses them.
 
-A cache may have no place (no home directory), may not be writable (a read-only mount, another user's), or may become so
-in the middle of a load. Files then go through the same steps as all others (any order of their bytes, digests, one
+A cache may have no place (no home directory), may not be writable (a read-only mount, another user's), or may become
+unwritable in the middle of a load. Files then go through the same steps as all others (bytes in any order, digests, one
 complete file that is opened for reading), but have no name and are gone when the last user closes or unmaps them.
 """
 
@@ -127,7 +127,7 @@ class FallbackDirectory(ModelDirectory):
 
 @dataclass(frozen=True)
 class _FallbackPartialFiles(PartialFiles):
-    """Partial files that are created in memory as soon as `is_kept` says that files are not kept any more."""
+    """Partial files, created in memory as soon as `is_kept` returns False."""
 
     is_kept: Callable[[], bool]
 
@@ -160,14 +160,14 @@ class _FallbackPartialFiles(PartialFiles):
 
 
 class MemoryPartialFile(PartialFile):
-    """A partial file without a name. Nobody else can go on from it, so there is no note about it."""
+    """A partial file without a name. Nobody else can continue it, so there is no note about it."""
 
     def keep_with_holes(self, nbytes: int) -> BinaryIO:
         self.file.truncate(nbytes)
         return self.reopen()
 
     def reopen(self) -> BinaryIO:
-        """Return the file once more, for reading; it stays open when the partial file is closed."""
+        """Return a second file object for reading, which stays open when the partial file is closed."""
         return os.fdopen(os.dup(self.file.fileno()), "rb", buffering=0)
 
     def delete(self) -> None:

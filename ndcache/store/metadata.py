@@ -22,7 +22,7 @@ _DATE = re.compile(r"[A-Z][a-z]{2}, [0-9]{2} [A-Z][a-z]{2} [0-9]{4} [0-9]{2}:[0-
 
 #: How many bytes a digest has, by algorithm.
 _DIGEST_BYTES = {"md5": 16, "sha256": 32, "sha384": 48, "sha512": 64}
-#: Units of time, in nanoseconds, that file systems and archives keep: FAT and zip, tar and layers of images, NTFS, …
+#: Resolutions of file times, in nanoseconds: from FAT and zip (2 s), tar and layers of images (1 s) to NTFS (100 ns).
 _UNITS = (2 * 10**9, 10**9, 10**6, 10**3, 100)
 
 
@@ -45,12 +45,12 @@ class FileMetadata:
     nbytes, mtime_ns : int
         Size and modification time of the file on disk.
     digests : mapping of str to str
-        Those that were computed from its bytes and found right, by algorithm.
+        The digests that were computed from its bytes and found right, by algorithm.
     etag, last_modified : str or None
         What the server called this version.
     content_ids : mapping of str to str
-        What manifests said of a shard's content, by the manifest's name; a digest of the shard itself is under the
-        empty name. The latest comes first. See `compare_content`. Empty for files that are no shards.
+        For a shard, the `content_id` of each manifest (see `compare_content`) by the manifest's name; a digest of the
+        shard itself is under the empty name. The latest comes first. Empty for other files.
     """
 
     nbytes: int
@@ -76,7 +76,7 @@ class FileMetadata:
         last_modified: str | None = None,
         content_id: str | None = None,
     ) -> FileMetadata:
-        """Return the metadata of a file with this status; `content_id` is what the manifest says of a shard."""
+        """Return the metadata of a file with this status; for `content_id`, see `compare_content`."""
         known = cls(status.st_size, status.st_mtime_ns, digests, etag, last_modified)
         return known if content_id is None else known.with_content_id(content_id)
 
@@ -92,7 +92,7 @@ class FileMetadata:
         return {}
 
     def is_confirmed_by(self, headers: Mapping[str, str]) -> bool:
-        """Return whether a 304 to a request with `conditions` is about this version, or does not say about which."""
+        """Return whether a 304 that answers a request with `conditions` names this version, or no version."""
         if self.etag is not None:
             return headers.get("ETag", self.etag).removeprefix("W/") == self.etag.removeprefix("W/")
         return headers.get("Last-Modified", self.last_modified) == self.last_modified
@@ -100,9 +100,9 @@ class FileMetadata:
     def is_unchanged(self, status: os.stat_result) -> bool:
         """Return whether a file is still the one that was published, by size and time.
 
-        Where a file was copied to, times may be coarser: image layers have whole seconds, FAT has two of them. So the
-        file's own time, rounded down, counts as its time. A later change of the file does not look like that: it falls
-        into another unit, or, where times are finer, on no round one.
+        A copy may have a coarser time: image layers keep whole seconds, FAT keeps even ones. So the published time,
+        rounded down to such a unit, counts as unchanged. A later change of the file does not pass: its time falls into
+        another unit, or, where times are finer, is not a round one.
         """
         if status.st_size != self.nbytes:
             return False
@@ -112,14 +112,13 @@ class FileMetadata:
     def compare(self, status: os.stat_result, shard: Shard, content_id: str) -> Match:
         """Compare a file, by its status, with what the manifest says of the shard.
 
-        What is noted of the content holds if size and time are those that the file was published with. If they are
-        not, a digest can be computed; where there is none, all there is to go by is whether the file came with this
-        manifest.
+        If the file is unchanged, the note about its content holds. If it has changed, its digest can be computed; if
+        the manifest has none, nothing is known but whether the file came with this manifest.
 
         Parameters
         ----------
         status : os.stat_result
-            Of the file.
+            The file's status.
         shard : Shard
         content_id : str
             See `compare_content`.
@@ -135,8 +134,8 @@ class FileMetadata:
         ----------
         shard : Shard
         content_id : str
-            What the manifest says of the shard's content: a digest of the shard, or, where there is none, the name and
-            the digest of the manifest, as any change of the manifest may mean a change of the shard.
+            Identifies the shard's content according to the manifest: a digest of the shard, or, if there is none, the
+            name and digest of the manifest, as any change of the manifest may mean a change of the shard.
         """
         if common := shard.digests.keys() & self.digests.keys():
             if any(shard.digests[algorithm] != self.digests[algorithm] for algorithm in common):
@@ -147,7 +146,7 @@ class FileMetadata:
         return Match.SAME if self.has_content_id(content_id) else Match.DIFFERENT
 
     def has_content_id(self, content_id: str) -> bool:
-        """Return whether the file was found right for a manifest that said this of its content."""
+        """Return whether the file was found right for a manifest with this `content_id`."""
         return content_id in self.content_ids.values()
 
     def with_content_id(self, content_id: str) -> FileMetadata:
@@ -157,7 +156,7 @@ class FileMetadata:
         return replace(self, content_ids={name: content_id, **others})
 
     def to_note(self) -> dict[str, Any]:
-        """Return the fields under the names, and in the forms, that they have on disk."""
+        """Return the fields as they are stored on disk."""
         note = asdict(self)
         note["claim"] = "\n".join(note.pop("content_ids").values()) or None
         return note
@@ -184,15 +183,15 @@ def _manifest_name(content_id: str) -> str:
 
 
 def may_blame_condition(status: int | None) -> bool:
-    """Return whether a status may mean that a request was refused for the condition in it.
+    """Return whether a status may mean that the server refused a request because of its condition.
 
-    Other reasons have statuses of their own: access, pace, or a missing file.
+    Other reasons have their own statuses: access, too many requests, or a missing file.
     """
     return status is not None and 400 <= status < 500 and status not in (401, 403, 404, 407, 408, 410, 429)
 
 
 def settled_date(headers: Mapping[str, str]) -> str | None:
-    """Return a response's Last-Modified, unless the file may change once more in that second (RFC 9110, 8.8.2.2)."""
+    """Return a response's Last-Modified, unless the file may still change in that second (RFC 9110, 8.8.2.2)."""
     modified, now = headers.get("Last-Modified"), _seconds(headers.get("Date", ""))
     then = None if modified is None else _seconds(modified)
     return modified if then is not None and then < (time.time() if now is None else now) else None

@@ -1,9 +1,9 @@
-"""Files that are being written: private to their writers, and useful to those who come after.
+"""Files that are being written: private to their writers, and useful to later ones.
 
 A partial file is opened with ``O_EXCL`` under a random name, so that nobody else ever writes to it, and all its bytes
-come from one version of one file on one server. A note beside it says which. A writer that is interrupted leaves both
-behind. The next one copies the bytes into a partial file of its own, and goes on from there if the server still has
-that version.
+come from one version of one file on one server. A note beside it says which. An interrupted writer leaves both behind.
+The next one copies the bytes into a partial file of its own, and continues from there if the server still has that
+version.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .ranges import ByteRanges
 
 __all__ = ["PartialFile", "read_at", "remove_partial"]
 
-#: Bytes that may be written before a note says which there are: the most that a process loses when it is killed.
+#: The most bytes that are written before the note is brought up to date, and so the most that a killed process loses.
 _NOTE_BYTES = 4 << 20
 #: For systems that cannot read and write at an offset without moving the file's own position.
 _position_lock = threading.Lock()
@@ -52,9 +52,9 @@ class PartialFile:
     ranges : ByteRanges
         The bytes that have been written.
     furthest : int
-        The most bytes that there have been, before a restart as well.
+        The most bytes that were ever there, before a restart or after it.
     source : PartialSource or None
-        Where they come from; None if nobody could go on from here.
+        Where the bytes come from; None if nobody can continue from them.
     hasher : InOrderHasher
         Computes digests of what has been written.
     """
@@ -96,10 +96,10 @@ class PartialFile:
         if start != self.nbytes and not self._has_holes:
             with self._lock:
                 self._has_holes = True
-                self._write_note()  # before its size says more than is there
+                self._write_note()  # before the file's size promises more than is there
         rest, at = memoryview(data), start
         while rest:
-            count = _write_at(self.file, rest, at)  # a disk that fills up takes some of it first
+            count = _write_at(self.file, rest, at)  # a disk that fills up takes a part first
             rest, at = rest[count:], at + count
         with self._lock:
             self.ranges.add(start, at)
@@ -109,7 +109,7 @@ class PartialFile:
                 self._write_note()
 
     def set_source(self, url: str, etag: str, content_id: str, sha256: str | None) -> None:
-        """Note where the bytes come from that will be written now; see `PartialSource`."""
+        """Note where the bytes that are written from now on come from; see `PartialSource`."""
         self.source = PartialSource.of_this_boot(url, etag, content_id, sha256)
         with self._lock:
             self._write_note()
@@ -119,7 +119,7 @@ class PartialFile:
         assert self.source is not None
         with self._lock:
             self._has_holes = True
-            self._write_note()  # before its size says more than is there
+            self._write_note()  # before the file's size promises more than is there
             self.file.truncate(nbytes)
             sync(self.file.fileno())
             self.source = self.source.synced()
@@ -136,7 +136,7 @@ class PartialFile:
         self._begin(*self._create(self.folder, self.name))
 
     def close(self) -> None:
-        """Stop writing, and leave what was written to others."""
+        """Stop writing, and leave the file to others."""
         with contextlib.suppress(OSError), self._lock:
             if self._has_holes and self.folder.status(self.file_name) is not None:
                 self._write_note()
@@ -186,7 +186,7 @@ def read_at(file: BinaryIO, nbytes: int, start: int) -> bytes:
 def _read_back(file: BinaryIO, path: Path, nbytes: int, start: int) -> bytes:
     data = read_at(file, nbytes, start)
     if not data:
-        raise OSError(errno.EIO, "a file that is being written was cut", str(path))
+        raise OSError(errno.EIO, "a file that is being written was truncated", str(path))
     return data
 
 

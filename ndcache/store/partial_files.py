@@ -23,7 +23,7 @@ from .ranges import ByteRanges
 
 __all__ = ["PartialFiles"]
 
-#: A partial file's name, or that of a note that was being replaced.
+#: The name of a partial file, or of a note that was being replaced.
 _NAME = re.compile(r"(?P<flat>.+?)\.[0-9a-f]{16}(\.json\.[0-9a-f]{16})?", re.DOTALL)
 
 
@@ -38,14 +38,14 @@ class PartialFiles:
 
     @property
     def folder(self) -> Folder:
-        """Return the folder that has them, which need not exist."""
+        """Return their folder, which need not exist."""
         return self.layout.partials
 
     # --- those of this load
 
     @contextlib.contextmanager
     def create(self, name: str) -> Iterator[PartialFile]:
-        """Create a partial file of the file `name`; close it after the block, and keep it if others could go on."""
+        """Create a partial file of the file `name`; close it after the block, and keep it if others can continue."""
         with self.layout.translate_errors(name):
             self.layout.make(self.folder)
             partial = PartialFile.open_new(self.folder, flatten(name))
@@ -53,7 +53,8 @@ class PartialFiles:
                 yield partial
             except OSError as error:
                 if not isinstance(error, TransferError):
-                    partial.source = None  # free the room; and a failing disk may not have the right bytes
+                    # Do not keep the file: a full disk needs the room, and a failing disk may have wrong bytes.
+                    partial.source = None
                 raise
             finally:
                 partial.close()
@@ -70,7 +71,7 @@ class PartialFiles:
         is_checked: bool,
         is_exclusive: bool,
     ) -> None:
-        """Copy the longest partial file of a shard that somebody left into a new one.
+        """Copy the longest usable partial file of a shard into a new one.
 
         Parameters
         ----------
@@ -78,13 +79,13 @@ class PartialFiles:
             The new one.
         shard : Shard
         content_id : str
-            What the manifest says of the shard's content. Partial files of other content are not used.
+            Identifies the shard's content; partial files of other content are not used.
         check : callable
             Called now and then; may raise to stop.
         is_checked : bool
-            Whether a digest will show what a crash of the system has torn.
+            Whether a digest will show the damage that a crash of the system may have done.
         is_exclusive : bool
-            Whether nobody else downloads this shard now, so that those which were found can be removed.
+            Whether nobody else downloads this shard now, so that the old partial files can be removed.
         """
 
         def is_usable(source: PartialSource) -> bool:
@@ -124,15 +125,15 @@ class PartialFiles:
     # --- those of any process
 
     def find(self, flat: str) -> list[str]:
-        """Return the names of the partial files of a file."""
+        """Return the names of a file's partial files."""
         return [file_name for file_name, owner in self._entries() if owner == flat]
 
     def flat_names(self) -> set[str]:
-        """Return the flat names of the files of which there are partial ones."""
+        """Return the flat names of the files that have partial files."""
         return {flat for _, flat in self._entries()}
 
     def progress(self, flat: str) -> frozenset[tuple[str, int, int]]:
-        """Return a value that changes as long as somebody writes a partial file of a file."""
+        """Return a value that changes as long as somebody writes one of a file's partial files."""
         seen = set()
         for file_name in self.find(flat):
             with contextlib.suppress(OSError):
@@ -146,12 +147,12 @@ class PartialFiles:
         remove_partial(self.folder, file_name)
 
     def remove_all(self, flat: str) -> None:
-        """Remove all partial files of a file."""
+        """Remove all of a file's partial files."""
         for file_name in self.find(flat):
             self.remove(file_name)
 
     def idle_seconds(self, file_name: str) -> float:
-        """Return how long ago a partial file was written to; 0 if it is gone."""
+        """Return the seconds since a partial file was written to; 0 if it is gone."""
         for written in (file_name, note_name(file_name)):
             with contextlib.suppress(OSError):
                 status = self.folder.status(written)
@@ -165,9 +166,9 @@ class PartialFiles:
         return None if note is None else note.source
 
     def _entries(self) -> Iterator[tuple[str, str]]:
-        """Yield each partial file's name, and the flat name of the file that it is for.
+        """Yield the name of each partial file, and the flat name of the file that it will become.
 
-        Where only the note is left, the name is the one that the partial file had.
+        If only the note is left, yield the name that the partial file had.
         """
         seen = set()
         for entry in self.folder.entries():
@@ -177,7 +178,7 @@ class PartialFiles:
                 yield match[0], match["flat"]
 
     def _examine(self, file_name: str, limit: int, is_usable: Callable[[PartialSource], bool]) -> _FoundPartial | None:
-        """Return what there is of a file of `limit` bytes; None if there is no such partial file."""
+        """Return a partial file of at most `limit` bytes with its source and ranges; None if it is gone."""
         note, status = PartialNote.read(self.folder, file_name), self.folder.status(file_name)
         if status is None or not stat.S_ISREG(status.st_mode):
             return None
@@ -215,7 +216,7 @@ class PartialFiles:
 
 @dataclass(frozen=True)
 class _FoundPartial:
-    """A partial file that somebody left, or still writes; without a source if it cannot be used."""
+    """A partial file that somebody left or still writes. Its source is None if it cannot be used."""
 
     file_name: str
     source: PartialSource | None

@@ -1,4 +1,4 @@
-"""Notes about partial files: where their bytes come from, and which there are."""
+"""Notes about partial files: where their bytes come from, and which ones are there."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .ranges import ByteRanges
 
 __all__ = ["PartialNote", "PartialSource", "note_name"]
 
-#: Stands in a note instead of a boot ID: the bytes were synced, so that they survive a crash of the system as well.
+#: Stands in a note in place of a boot ID: the bytes were synced to disk, and survive a crash of the system.
 _SYNCED = "synced"
 _SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -31,12 +31,12 @@ class PartialSource:
     etag : str
         The strong ETag of this version.
     content_id : str
-        What the manifest said of the content at that time; see `FileMetadata.compare_content`.
+        Identifies the shard's content at that time; see `FileMetadata.compare_content`.
     sha256 : str or None
-        What the server said of the content.
+        The SHA-256 that the server gave.
     boot : str
-        The boot ID of the system on which they were written. Bytes that were not synced survive the end of a process,
-        but not a crash of the system. ``"synced"`` if they were synced; empty if the system has no boot ID.
+        The boot ID of the system that wrote the bytes: unless they were synced to disk, they survive the end of a
+        process, but not a crash of the system. ``"synced"`` if they were synced; empty if the system has no boot ID.
     """
 
     url: str
@@ -47,7 +47,7 @@ class PartialSource:
 
     @classmethod
     def of_this_boot(cls, url: str, etag: str, content_id: str, sha256: str | None) -> PartialSource:
-        """Return the source of bytes that are written now."""
+        """Return the source of bytes that this system writes now."""
         return cls(url, etag, content_id, sha256, _boot())
 
     def synced(self) -> PartialSource:
@@ -56,7 +56,7 @@ class PartialSource:
 
     @property
     def is_trustworthy(self) -> bool:
-        """Return whether everything that was written is certainly still there."""
+        """Return whether all bytes that were written are certainly still there."""
         return self.boot == _SYNCED or (bool(self.boot) and self.boot == _boot())
 
 
@@ -68,14 +68,14 @@ class PartialNote:
     ----------
     source : PartialSource
     ranges : ByteRanges or None
-        The bytes that there are; None if the partial file has no holes, so that its size says it.
+        The bytes that are there; None if the partial file has no holes, so that its size shows them.
     """
 
     source: PartialSource
     ranges: ByteRanges | None = None
 
     def to_note(self) -> dict[str, Any]:
-        """Return the fields under the names that they have on disk."""
+        """Return the fields as they are stored on disk."""
         source = self.source
         note = {
             "url": source.url,
@@ -109,7 +109,7 @@ class PartialNote:
         return None if note is None else cls.from_note(note)
 
     def write(self, folder: Folder, file_name: str) -> None:
-        """Write the note about a partial file, in the place of an older one."""
+        """Write the note about a partial file, and replace an older one."""
         name = note_name(file_name)
         write_note(folder, name, self.to_note(), (folder, f"{name}.{secrets.token_hex(8)}"))
 
@@ -132,4 +132,4 @@ def _boot() -> str:
         with open("/proc/sys/kernel/random/boot_id", encoding="utf-8") as file:
             return file.read().strip()
     except OSError:
-        return ""  # then partial files are used only where a digest will show damage
+        return ""  # then partial files are used only if a digest will show damage

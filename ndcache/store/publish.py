@@ -24,7 +24,7 @@ _COPY = re.compile(re.escape(STATE_DIRECTORY) + r"\.[0-9a-f]{16}")
 
 
 def give_name(partial: PartialFile, folder: Folder, name: str, quarantine: Callable[[], None]) -> BinaryIO:
-    """Give a partial file, which is closed, the name of the file that it has become, and open it for reading.
+    """Rename a closed partial file to the name of the complete file, and open it for reading.
 
     Parameters
     ----------
@@ -32,7 +32,7 @@ def give_name(partial: PartialFile, folder: Folder, name: str, quarantine: Calla
     folder : Folder
     name : str
     quarantine : callable
-        Moves a folder that has this name out of the way.
+        Move away a folder that has this name.
 
     Raises
     ------
@@ -40,7 +40,7 @@ def give_name(partial: PartialFile, folder: Folder, name: str, quarantine: Calla
         The partial file, or the folder, was removed.
     OSError
     """
-    # Opened before, so that nobody can take the name away in between; Windows does not rename open files.
+    # Opened before the rename, so that nobody can take the name away in between; Windows cannot rename open files.
     file = None if os.name == "nt" else partial.folder.open(partial.file_name)
     try:
         if os.name != "nt" and file is None:
@@ -90,7 +90,7 @@ def _copy_over(partial: PartialFile, folder: Folder, name: str) -> None:
 
 
 def remove_idle_copies(folder: Folder, seconds: float) -> None:
-    """Remove copies that nobody has written to for so long, as the processes that made them were killed."""
+    """Remove copies that nobody has written to for some `seconds`, because the process was killed."""
     for name in folder.entries():
         if _COPY.fullmatch(name):
             with contextlib.suppress(OSError):

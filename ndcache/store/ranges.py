@@ -1,4 +1,4 @@
-"""Byte ranges of a file: those that there are, or that are wanted."""
+"""Byte ranges of a file, such as the bytes that are there, or those that are wanted."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class ByteRanges:
     ranges : iterable of ByteRange
         In any order. They may overlap.
     gap : int
-        Merge two ranges if there are at most so many bytes between them. Default 0.
+        Merge two ranges that are at most this many bytes apart. Default 0.
     """
 
     def __init__(self, ranges: Iterable[ByteRange] = (), *, gap: int = 0) -> None:
@@ -50,7 +50,7 @@ class ByteRanges:
 
     @property
     def prefix(self) -> int:
-        """Return how many bytes there are without a gap, from the file's beginning."""
+        """Return how many bytes there are from the file's beginning to the first gap."""
         return self._ranges[0][1] if self._ranges and self._ranges[0][0] == 0 else 0
 
     @property
@@ -62,7 +62,7 @@ class ByteRanges:
         """Add one range."""
         for index, (first, last) in enumerate(self._ranges):
             if last == start and (index + 1 == len(self._ranges) or end < self._ranges[index + 1][0]):
-                self._ranges[index] = first, end  # nearly always so, in a file that is being written
+                self._ranges[index] = first, end  # nearly always, in a file that is being written
                 return
         self._ranges = ByteRanges([*self._ranges, (start, end)])._ranges
 

@@ -29,7 +29,7 @@ _SIGNATURE = re.compile(
     re.VERBOSE,
 )
 
-#: By the name of a parameter, shorter names that belong to a signature if they stand beside it.
+#: Shorter names that belong to a signature only if the parameter that is the key here is there, too.
 _BESIDE = {
     "sig": re.compile(  # Azure
         "s[vrtepis]|spr|sip|srt|sdd|ses|scid|saoid|suoid|skoid|sktid|skt|ske|sks|skv|skdutid|sduoid|rsc[cdelt]"
@@ -44,7 +44,7 @@ def identifying_query(query: str) -> str:
 
     No known server gives a meaning to the order of parameters with different names. Parameters with the same name may
     be a list, and keep their order. Nothing is decoded: at worst, a model whose query is written in two ways is cached
-    twice, while two queries that were wrongly taken for the same would give the weights of another model.
+    twice. To take two different queries for the same would be worse, as it gives the weights of another model.
     """
     pairs = [(pair.partition("=")[0].lower(), pair) for pair in query.split("&") if pair]
     names = {name for name, _ in pairs}

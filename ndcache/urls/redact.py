@@ -23,7 +23,7 @@ def printable(text: str) -> str:
 def redact(text: str) -> str:
     """Return a URL, or a text that was meant to be one, without user, password, query and fragment.
 
-    Nothing that may be a password is shown of a text that is neither a URL nor a path.
+    If the text is neither a URL nor a path, leave out everything that may be a password.
     """
     is_url = re.match(r"\s*https?://", text, re.IGNORECASE)
     return printable(_redact_url(text.strip()) if is_url else _redact_other(text))
@@ -43,17 +43,17 @@ def _redact_url(text: str) -> str:
         return start + separator + shown if is_harmless else _UNREADABLE
     host, _, path = shown.partition("/")
     if not path and "@" in later:
-        return _UNREADABLE  # "user:1234#secret@host" has the port 1234 and no user, but was hardly meant so
+        return _UNREADABLE  # "user:1234#secret@host" has the port 1234 and no user; nobody means that
     before, at, after = path.rpartition("@")
     if at and (url.port is not None or ":" in before):
-        return f"{start}{separator}{host.partition(':')[0]}/…@{after}"  # nor was "user:1234/5@host"
+        return f"{start}{separator}{host.partition(':')[0]}/…@{after}"  # nor "user:1234/5@host"
     return start + separator + shown
 
 
 def _redact_other(text: str) -> str:
     """Redact a local path, hf://owner/name@revision, or a misspelled URL: "http;//", "https:/", "user:pw@host"."""
     if re.match(r"[A-Za-z]:[\\/]", text):
-        return text.partition("?")[0]  # a drive
+        return text.partition("?")[0]  # a Windows drive
     match = re.match(r"\s*([A-Za-z][A-Za-z0-9+.-]*[:;]+)?[/\\]*", text)
     assert match is not None
     start, is_hf = match[0], bool(re.match(r"\s*hf://", text, re.IGNORECASE))

@@ -27,13 +27,11 @@ _LABEL = r"[a-z0-9_-]{1,63}"
 _NAME = re.compile(rf"{_LABEL}(\.{_LABEL})*\.?")
 #: Hosts that browsers and the system's resolver take for an IPv4 address in some notation.
 _NUMBER_LAST = re.compile(r"(.*\.)?([0-9]+|0x[0-9a-f]*)\.?")
-_SAFE = (
-    "/%~!$&'()*+,:;=@[]"  # together with letters, digits and "-._", all that requests does not quote but "#" and "?"
-)
+_SAFE = "/%~!$&'()*+,:;=@[]"  # with letters, digits and "-._", all that requests does not quote, except "#" and "?"
 
 
 class UrlError(ValueError):
-    """A text is no http(s) URL, or can be read in more than one way. The message holds no part of it."""
+    """A text is not an http(s) URL, or can be read in more than one way. The message holds no part of it."""
 
 
 class Origin(NamedTuple):
@@ -89,7 +87,7 @@ class Url:
 
     @property
     def identity(self) -> str:
-        """Return the text by which caches have always told files apart: without default port and query."""
+        """Return the text that has always identified a file in caches: without default port and query."""
         port = "" if self.port in (None, _DEFAULT_PORTS[self.scheme]) else f":{self.port}"
         return f"{self.scheme}://{self.written_host}{port}{self.path}"
 
@@ -140,7 +138,7 @@ def parse(text: str) -> Url:
     Raises
     ------
     UrlError
-        It is none, or can be read in more than one way.
+        `text` is not an http(s) URL, or can be read in more than one way.
     """
     if _AMBIGUOUS.search(text):
         raise UrlError("it has a backslash or a control character")
@@ -180,7 +178,7 @@ def parse_proxy(text: str) -> Url:
     is_http = scheme.lower() in ("", "socks4", "socks4a", "socks5", "socks5h")
     url = parse(f"{'http' if is_http else scheme}://{rest}")
     if "@" in url.path:
-        raise UrlError("it has an @ behind its host")
+        raise UrlError("it has an @ after its host")
     return url
 
 
@@ -216,7 +214,7 @@ def _checked_host(host: str) -> str:
         raise UrlError("its host cannot be a host's name")
     if _NUMBER_LAST.fullmatch(name):
         try:
-            return str(ipaddress.IPv4Address(name))  # and no other notation: 127.1, 0x7f.0.0.1, 2130706433
+            return str(ipaddress.IPv4Address(name))  # in no other notation: 127.1, 0x7f.0.0.1, 2130706433
         except ValueError:
             raise UrlError("its host is not an IPv4 address of four decimal numbers") from None
     return name
@@ -236,5 +234,5 @@ def _to_ascii(host: str) -> str:
 
 
 def quoted(text: str, also_safe: str = "") -> str:
-    """Return `text` quoted for a URL; like a browser, leave a percent sign alone that encodes something."""
+    """Return `text` quoted for a URL; like browsers, leave percent-encoded characters as they are."""
     return re.sub("%(?![0-9A-Fa-f]{2})", "%25", quote(text, safe=_SAFE + also_safe))
