@@ -43,7 +43,7 @@ class Cancellation:
     _began_late: bool = field(default_factory=main_thread_has_ended, init=False)
 
     def __post_init__(self) -> None:
-        _live.add(self)
+        _live[id(self)] = self
 
     def child(self) -> Cancellation:
         """Return a cancellation of some of the threads, which leaves the others alone."""
@@ -133,13 +133,15 @@ class Cancellation:
         return consumer is threading.main_thread() or consumer.daemon or not consumer.is_alive()
 
 
-#: All cancellations, so that loads whose consumer is gone do not delay the end of Python.
-_live: weakref.WeakSet[Cancellation] = weakref.WeakSet()
+#: All cancellations by their ids, so that loads whose consumer is gone do not delay the end of Python. Not a WeakSet:
+#: iterating over one fails when another thread begins a load meanwhile, and Python then skips its other exit hooks.
+_live: weakref.WeakValueDictionary[int, Cancellation] = weakref.WeakValueDictionary()
 
 
 def _cancel_abandoned() -> None:
-    for cancellation in list(_live):
-        if cancellation._is_abandoned:
+    for reference in _live.valuerefs():
+        cancellation = reference()
+        if cancellation is not None and cancellation._is_abandoned:
             cancellation.set()
 
 

@@ -79,3 +79,25 @@ print(os.waitstatus_to_exitcode(status), ended)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.split("\n")[0] == "0 []"
+
+
+def test_row_63_loads_may_begin_while_python_cancels_abandoned_ones() -> None:
+    script = """
+import sys
+import threading
+from ndcache.workers import cancellation
+has_ended = threading.Event()
+def begin_loads():
+    while not has_ended.is_set():
+        loads = [cancellation.Cancellation() for _ in range(100)]
+threads = [threading.Thread(target=begin_loads) for _ in range(2)]
+for thread in threads:
+    thread.start()
+sys.setswitchinterval(1e-6)
+try:
+    for _ in range(500):
+        cancellation._cancel_abandoned()
+finally:
+    has_ended.set()
+"""
+    subprocess.run([sys.executable, "-c", script], timeout=60, check=True)
