@@ -1,4 +1,4 @@
-"""Devices, where tensors end up: NumPy arrays in memory, or buffers on a GPU."""
+"""Devices for tensors: the CPU, with NumPy arrays, and GPUs, with buffers."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def open_device(device: object, poll: Callable[[], None] | None = None) -> Devic
         There is no such GPU, or it cannot be used.
     """
     if not isinstance(device, str):
-        # Judged by what it can do, so that wgpu need not be imported to ask.
+        # Recognised by a method, so that wgpu need not be imported.
         if not hasattr(device, "create_buffer"):
             raise TypeError(f"device must be a string or a wgpu.GPUDevice, not {device!r}")
         return GpuDevice(device, is_ours=False)

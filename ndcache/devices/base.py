@@ -13,7 +13,7 @@ from ..workers.pool import WorkerPool
 
 __all__ = ["Device", "Upload"]
 
-#: What `Upload.stage` hands to `Upload.place`.
+#: The type that `Upload.stage` returns and `Upload.place` takes.
 Staged = TypeVar("Staged")
 Tensor = TypeVar("Tensor")
 
@@ -24,9 +24,9 @@ class Device(ABC, Generic[Tensor]):
     Attributes
     ----------
     handle
-        What users see as `Weights.device`.
+        The value of `Weights.device`.
     name : str
-        The device in words.
+        A description of the device, for log messages.
     needs_serial_thread : bool
         Whether its uploads need a thread for `WorkerPool.open_serial_queue`.
     """
@@ -43,7 +43,7 @@ class Device(ABC, Generic[Tensor]):
         ----------
         shards : sequence of Shard
         decode : bool
-            Whether float32 that is stored as bfloat16 will be expanded.
+            Whether float32 stored as bfloat16 will be expanded.
 
         Raises
         ------
@@ -74,13 +74,13 @@ class Device(ABC, Generic[Tensor]):
         stats : LoadStats
             Receives the time that each phase takes.
         decode : bool
-            Expand float32 that is stored as bfloat16; otherwise tensors keep the stored bits.
+            Expand float32 stored as bfloat16; otherwise tensors keep the stored bits.
         copy : bool
             Give each tensor memory of its own, even where a view of the file would do.
         memory_limit : int
             Bytes of memory for shards that are not placed yet.
         keeps_all : bool
-            Whether all tensors will exist at once in the end, so that memory for all of them may be allocated now.
+            Whether the load keeps all its tensors, so that memory for all of them may be allocated now.
         """
 
     @abstractmethod
@@ -94,13 +94,13 @@ class Device(ABC, Generic[Tensor]):
 class Upload(ABC, Generic[Staged, Tensor]):
     """The upload of one load to a device.
 
-    Workers stage the bytes of shards; the caller's thread places them as tensors. An upload is a context manager, which
-    closes it at the end.
+    Workers stage the bytes of shards; the caller's thread places them as tensors. An upload is a context manager that
+    closes itself at the end.
     """
 
     @abstractmethod
     def stage(self, file: BinaryIO, shard: Shard) -> Staged:
-        """Read a shard's open file, ready for `place`. Several workers call this at once."""
+        """Read a shard from its open file, and prepare it for `place`. Several workers call this at once."""
 
     @abstractmethod
     def place(self, staged: Staged, shard: Shard) -> Iterator[tuple[Record, Tensor]]:
@@ -121,9 +121,9 @@ class Upload(ABC, Generic[Staged, Tensor]):
 
     @abstractmethod
     def close(self) -> None:
-        """Free everything but the tensors that were handed out. No thread may be in `stage` or `place` any more.
+        """Free everything but the tensors that `place` has yielded.
 
-        This never fails, and a second call does nothing.
+        Call this only when no thread is in `stage` or `place`. It never fails, and a second call does nothing.
         """
 
     def __enter__(self) -> Upload[Staged, Tensor]:

@@ -21,8 +21,8 @@ __all__ = ["CpuDevice", "CpuUpload"]
 
 logger = logging.getLogger("ndcache")
 
-#: The most shards of one load that are mapped: a quarter of the maps that Linux allows a process. Thread stacks and
-#: large arrays need maps, too.
+#: Loads with more shards than this read files instead of mapping them. It is a quarter of the maps that Linux allows a
+#: process, as thread stacks and large arrays need maps, too.
 _MAX_MAPS = 16_384
 
 Array = npt.NDArray[Any]
@@ -52,11 +52,11 @@ class CpuDevice(Device[Array]):
         return CpuUpload(stats, decode=decode, copy=copy, may_map=len(shards) <= _MAX_MAPS)
 
     def discard(self, tensors: dict[str, Array]) -> None:
-        tensors.clear()  # their memory goes with the last reference
+        tensors.clear()  # an array's memory is freed with the last reference to it
 
 
 class CpuUpload(Upload[list[Array], Array]):
-    """Make arrays in the workers, so that several cores expand bfloat16 and touch the new memory.
+    """Make arrays in the workers, so that several cores share the cost of expanding bfloat16 and of new memory.
 
     Parameters
     ----------
@@ -96,7 +96,7 @@ class CpuUpload(Upload[list[Array], Array]):
             try:
                 return map_file(file, shard.nbytes)
             except (OSError, ValueError) as error:
-                # Some network and FUSE file systems cannot map files; a process may have only so many maps.
+                # Some network and FUSE file systems cannot map files, and the number of a process's maps is limited.
                 self._may_map = False
                 logger.debug("shards are read into memory, as %s cannot be mapped: %s", shard.data_path, error)
         return read_shard(file, shard)

@@ -1,4 +1,4 @@
-"""Read a shard's file into memory, and refuse a file of another size."""
+"""Read a shard's file into memory, and refuse a file of the wrong size."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..format.manifest import Shard
 
 __all__ = ["check_size", "read_into", "read_shard"]
 
-#: Held while the file's own position is moved, where the system cannot read at an offset (Windows).
+#: Guards the position of a file where the system cannot read at an offset (Windows).
 _position_lock = threading.Lock()
 
 

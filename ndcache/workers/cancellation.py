@@ -29,7 +29,7 @@ class Cancellation:
     cancel : threading.Event, optional
         The caller's own event, which cancels as well.
     parent : Cancellation, optional
-        A cancellation of more threads than these, which cancels these, too; see `child`.
+        A cancellation that includes these threads and others; see `child`.
     """
 
     cancel: threading.Event | None = None
@@ -87,7 +87,7 @@ class Cancellation:
             raise CancelledError("the load was cancelled", hint="Shards that were complete are kept.")
 
     def poll(self) -> None:
-        """Do what the caller's thread does while it waits: `check`, and end stalled requests."""
+        """Raise as `check` does, and end stalled requests. The caller's thread calls this while it waits."""
         self.check()
         with self._lock:
             watches = list(self._watches)
@@ -103,12 +103,12 @@ class Cancellation:
         self.check()
 
     def resume(self) -> None:
-        """Note that the consumer goes on, perhaps in another thread than before; raise as `check` does."""
+        """Record that this thread now wants the result, perhaps instead of another; raise as `check` does."""
         self._consumer = threading.current_thread()
         self.check()
 
     def add(self, watch: StallWatch) -> None:
-        """Wake `watch` when this is cancelled, at once if it has been, and poll it for stalls."""
+        """Register `watch`, to be polled for stalls and woken on cancellation; if that has come, wake it at once."""
         with self._lock:
             self._watches.add(watch)
             is_set = self._event.is_set()
@@ -118,7 +118,7 @@ class Cancellation:
             self.parent.add(watch)
 
     def remove(self, watch: StallWatch) -> None:
-        """Forget `watch`, whose request is done."""
+        """Unregister `watch`, whose request is done."""
         if self.parent is not None:
             self.parent.remove(watch)
         with self._lock:
@@ -127,7 +127,7 @@ class Cancellation:
     @property
     def _is_abandoned(self) -> bool:
         """Return whether nobody will take the result, now that the main thread has ended."""
-        if self.parent is not None or self._began_late:  # A load that began late has no threads: its caller is at work.
+        if self.parent is not None or self._began_late:  # A late load has no workers: its consumer does the work.
             return False
         consumer = self._consumer
         return consumer is threading.main_thread() or consumer.daemon or not consumer.is_alive()

@@ -14,7 +14,7 @@ from .stop_iteration import WrappedStopIteration
 
 __all__ = ["map_ordered"]
 
-#: Tasks for each worker that may have been submitted and not taken. More would only fill the queue.
+#: The most tasks for each worker that are submitted and not yet taken. More would only fill the queue.
 _PENDING_PER_WORKER = 4
 
 S = TypeVar("S")
@@ -33,19 +33,19 @@ def map_ordered(
 ) -> Generator[T, None, None]:
     """Run ``work(item)`` for every item in `pool`; yield the results in the order of `items`.
 
-    No item is begun while the items that are under way, or wait for their turn, would exceed `memory_limit` bytes with
-    it, unless it is the next one. An item whose result was yielded counts until the next result is requested. No thread
-    is left when the generator ends or is closed.
+    Items that have begun count towards `memory_limit` until the result after theirs is requested. An item begins only
+    if it fits within the limit, or if its result is the next to be yielded. No thread is left when the generator ends
+    or is closed.
 
     Parameters
     ----------
     items : sequence
     work : callable
-        Must check the `Cancellation` of `pool`, which is set when something failed, or when the caller goes away.
+        Must check the `Cancellation` of `pool`, which is set when an item fails or the generator is closed.
     pool : WorkerPool
-        Already started, and used for nothing else from now on.
+        Already started; the caller must not use it for anything else from now on.
     sizes : sequence of int
-        The bytes that each item counts.
+        The bytes of each item.
     memory_limit : int
         In bytes.
     stats : LoadStats
@@ -55,7 +55,7 @@ def map_ordered(
     Raises
     ------
     NdcacheError
-        The first error of any item, at once, whichever's turn it is; those of other items attached.
+        The first error of any item, raised at once and not in order. Errors of other items are in its ``others``.
     WrappedStopIteration
         `work`, or `tick`, raised StopIteration.
     """

@@ -48,7 +48,7 @@ class Outcomes(Generic[T]):
         self._has_failure = threading.Event()
 
     def __len__(self) -> int:
-        """Return how many results have arrived and were not taken."""
+        """Return the number of results that have arrived and were not taken."""
         return len(self._results)
 
     @property
@@ -83,11 +83,11 @@ class Outcomes(Generic[T]):
             self._results[outcome.index] = outcome.result  # type: ignore[assignment]
 
     def take(self, index: int) -> T:
-        """Return the result of the task `index`, which has arrived, and keep it no longer."""
+        """Remove and return the result of the task `index`, which must have arrived."""
         return self._results.pop(index)
 
     def attach_others(self, error: BaseException) -> None:
-        """Attach to `error` those of other tasks, unless they only report the cancellation."""
+        """Attach the errors of other tasks to `error`, except those that only report the cancellation."""
         while isinstance(error, NdcacheError) and not self._arriving.empty():
             other = self._arriving.get().error
             if isinstance(other, NdcacheError) and not isinstance(other, CancelledError):

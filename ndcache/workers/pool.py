@@ -25,7 +25,8 @@ __all__ = ["WorkerPool"]
 
 #: Threads beyond `max_workers`, for tasks that go on after they released their slots: publishing a file waits for the
 #: disk, and no connection should wait for that. With 20 MiB/s for each of 8 workers, a load to a disk takes 0.95 times
-#: as long (6 pairs); with more spare threads, a load that is limited by the CPU takes longer (benchmarks/fetch.py).
+#: as long (6 pairs of runs). With more spare threads, a load that is limited by the CPU takes longer
+#: (benchmarks/fetch.py).
 _SPARE_THREADS = 2
 #: Seconds after which an idle thread checks whether somebody still waits for the load.
 _IDLE_CHECK = 1.0
@@ -78,12 +79,12 @@ class WorkerPool:
         self._this_thread = threading.local()
 
     def start(self, tasks: int | None = None) -> None:
-        """Start as many threads as `tasks` tasks at once can use, by default all. Fewer will do if no more can start.
+        """Start as many threads as `tasks` tasks at once can use, by default all; fewer if no more can start.
 
         Parameters
         ----------
         tasks : int, optional
-            How many tasks there will be at once.
+            The most tasks that there will be at once.
         """
         most = self.max_workers + _SPARE_THREADS
         wanted = self._has_serial_thread + (most if tasks is None else max(1, min(tasks, most)))
@@ -95,7 +96,7 @@ class WorkerPool:
             return
         from concurrent.futures import ThreadPoolExecutor  # fails to import once Python is shutting down
 
-        # The threads serve in their initializer, as nothing can be submitted to the executor after the main thread has
+        # The threads run `_serve` as their initializer, because the executor accepts no task once the main thread has
         # ended.
         self._executor = ThreadPoolExecutor(most + self._has_serial_thread, self._name, initializer=self._serve)
         self.cancellation.on_set(self._end_threads)
@@ -108,11 +109,11 @@ class WorkerPool:
 
     @property
     def max_helpers(self) -> int:
-        """Return how many other workers there are to help one of them."""
+        """Return the number of other workers that can help a worker with its task."""
         return max(0, min(self.max_workers, self._wanted - self._has_serial_thread) - 1)
 
     def submit(self, task: Task[Any]) -> None:
-        """Run `task` in a worker when its turn comes; without threads, at once in this one."""
+        """Run `task` in a worker when its turn comes; without workers, run it here and now."""
         if self.has_threads:
             self._tasks.put(task)
             return
@@ -126,7 +127,7 @@ class WorkerPool:
             self._tasks.put(Task(work))
 
     def release_slot(self) -> None:
-        """Let the next task begin. To be called by a task that goes on, but needs no connection any more."""
+        """Let the next task begin. A task calls this when it goes on but needs no connection any more."""
         self._slots.release()
 
     def run(self, work: Callable[[], T], *, tasks_to_come: int | None = None) -> T:
@@ -136,7 +137,7 @@ class WorkerPool:
         ----------
         work : callable
         tasks_to_come : int, optional
-            How many tasks there will be at once afterwards, whose threads start now; by default, all threads start.
+            The most tasks that there will be at once afterwards. Their threads start now; by default, all threads do.
         """
         self.start(tasks_to_come)
         outcomes = Outcomes[T](self.cancellation)
@@ -162,7 +163,7 @@ class WorkerPool:
         return queue
 
     def shutdown(self) -> None:
-        """Drop the tasks that have not begun and wait for the others. No thread is left then."""
+        """Drop the tasks that have not begun, wait for the others, and end all threads."""
         if self._executor is None or self._is_shut_down:
             return
         self._wanted = 0
@@ -183,7 +184,7 @@ class WorkerPool:
             if not any(thread.is_alive() for thread in self._threads()):
                 break  # Ctrl-C came while a thread was started, or counted.
         self._executor.shutdown()
-        for thread in self._threads():  # The executor may not know of all.
+        for thread in self._threads():  # The executor may not know all of them.
             join_thread(thread)
         self._is_shut_down = True
 
@@ -208,7 +209,7 @@ class WorkerPool:
                 raise_hidden_interrupt(error)
             self._started -= 1
             if self._started < self._wanted:
-                logger.debug("%d threads instead of %d: %s", self._started, self._wanted, error)
+                logger.debug("only %d of %d threads could start: %s", self._started, self._wanted, error)
 
     def _start_next_thread(self) -> None:
         with self._starting:
@@ -223,13 +224,13 @@ class WorkerPool:
             self._slots.acquire()
             task = self._next_task()
             if task is None:
-                self._end_threads()  # for the next thread
+                self._end_threads()  # so that the next thread ends, too
                 self._goodbyes.put(None)
                 return
             with task:
                 if task.is_wanted:
                     task.finish(task.work())
-            del task  # and what it holds
+            del task  # frees what it holds while this thread waits
             self.release_slot()
 
     def _next_task(self) -> Task[Any] | None:

@@ -34,7 +34,7 @@ class SerialQueue:
         """Run ``work(*args, **kwargs)`` when its turn comes."""
         future: Future[T] = Future()
         self._tasks.put((future, lambda: work(*args, **kwargs)))
-        if self._is_closed:  # Checked after the task is in the queue: `close` goes the other way round.
+        if self._is_closed:  # Checked after the task is in the queue; `close` does these in reverse order.
             self._run_remaining()
         return future
 
@@ -42,7 +42,7 @@ class SerialQueue:
         """Run tasks until the queue is closed."""
         while (task := self._tasks.get()) is not None:
             _run(*task)
-            del task  # and what it holds
+            del task  # frees what it holds while this thread waits
         self._run_remaining()
 
     def close(self) -> None:
@@ -51,7 +51,7 @@ class SerialQueue:
         self._tasks.put(None)
 
     def cancel(self) -> None:
-        """Cancel the tasks that have not begun. Nobody may be waiting for them."""
+        """Cancel the tasks that have not begun. Call this only when no thread waits for them."""
         self._is_closed = True
         with suppress(Empty):
             while True:

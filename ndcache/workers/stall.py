@@ -1,4 +1,4 @@
-"""Detection of requests whose server sends nothing, or next to nothing."""
+"""Detection of stalled requests, whose server sends nothing or almost nothing."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ __all__ = ["StallWatch"]
 
 #: Bytes per second below which a request counts as stalled.
 _MIN_RATE = 1024
-#: Samples of the received bytes in each timeout.
+#: How often the number of received bytes is sampled in each timeout.
 _SAMPLES = 20
 
 
 @dataclass(eq=False)
 class StallWatch:
-    """Watch one request for stalls, from the thread that may have to end it.
+    """Watch one request for stalls. Another thread polls it, and ends the request if it has stalled.
 
     Attributes
     ----------
     timeout : float
-        Seconds in which at least 1 KiB per second must come.
+        Seconds over which the server must send at least 1 KiB per second on average.
     wakers : list of callables
         Called to end the wait for the server; see `add_waker`.
     is_waiting : bool
-        Whether the request's thread is waiting now. The time that it takes to write and hash is not the server's fault.
+        Whether the request's thread is waiting now. Time spent on writing and hashing is not the server's fault.
     is_stalled : bool
-        Whether the wait was ended because too little came.
+        Whether the wait was ended because too few bytes came.
     is_reused : bool
         Whether the request went out on a connection that had been used before.
     is_connected : bool
@@ -70,9 +70,9 @@ class StallWatch:
         self._nbytes += nbytes
 
     def add_waker(self, waker: Callable[[], None]) -> None:
-        """Add a way to end the wait; use it at once if the wait was to end already."""
+        """Add a way to end the wait; use it at once if the wait has been ended already."""
         self.wakers.append(waker)
-        if self.is_woken:  # Checked after the waker is in the list: `wake` goes the other way round.
+        if self.is_woken:  # Checked after the waker is in the list; `wake` does these in reverse order.
             waker()
 
     def wake(self) -> None:

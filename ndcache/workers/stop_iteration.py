@@ -1,4 +1,4 @@
-"""Carry a StopIteration that the caller's code raises out of generators."""
+"""Carry a StopIteration of the caller's own code out of ndcache's generators."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ class WrappedStopIteration(BaseException):
 
 @contextmanager
 def wrap_stop_iteration() -> Iterator[None]:
-    """Wrap a StopIteration that the block, in a generator, raises."""
+    """Wrap a StopIteration that the block raises. Use this in a generator."""
     try:
         yield
     except StopIteration as error:
         raise WrappedStopIteration(error) from None
 
 
-class unwrap_stop_iteration:  # noqa: N801 - used as a function; contextlib's would itself be a generator
-    """Raise a `WrappedStopIteration` of the block, which uses a generator, as the StopIteration that it was."""
+class unwrap_stop_iteration:  # noqa: N801 - used as a function; a @contextmanager would itself be a generator
+    """Raise the original StopIteration when the block, which uses a generator, raises `WrappedStopIteration`."""
 
     def __enter__(self) -> None:
         pass

@@ -1,4 +1,4 @@
-"""A GPU, through wgpu."""
+"""GPUs, used through wgpu."""
 
 from .device import GpuDevice, open_gpu
 

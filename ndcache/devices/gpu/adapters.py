@@ -1,4 +1,4 @@
-"""List the GPU adapters, and find the one that a name means."""
+"""List the GPU adapters, and find the one that the ``device`` option names."""
 
 from __future__ import annotations
 
@@ -19,16 +19,18 @@ if TYPE_CHECKING:
 
 __all__ = ["adapter_lock", "adapter_name", "find_adapter", "is_software", "list_adapters"]
 
-#: If several backends have the same adapter, the first of these is used.
+#: The backends in order of preference, as several may offer the same adapter.
 _BACKENDS = ("Vulkan", "Metal", "D3D12", "OpenGL")
+#: The types of adapters in order of preference.
 _ADAPTER_TYPES = ("DiscreteGPU", "IntegratedGPU", "VirtualGPU", "Unknown", "CPU")
-#: Files that Linux has if there is a GPU, even without a Vulkan driver.
+#: The device files of GPUs on Linux, which exist even without a Vulkan driver.
 _GPU_FILES = ("/dev/dri/renderD*", "/dev/nvidia[0-9]*", "/dev/dxg")
 
 #: In a list, so that a forked process can replace it.
 _lock = [threading.Lock()]
-#: The adapters of this process, once some were found. They are kept: listing them takes milliseconds each time, makes
-#: some drivers print lines, and is not safe (see `_enumerate_adapters`), and neither is dropping them.
+#: The adapters of this process, kept once some were found. Listing them again would take milliseconds and make some
+#: drivers print lines. Neither listing nor dropping them is safe while other threads use wgpu: see
+#: `_enumerate_adapters`.
 _known: list[wgpu.GPUAdapter] = []
 #: The adapters that the parent process had listed when this process was forked.
 _from_parent: list[wgpu.GPUAdapter] = []
@@ -53,7 +55,7 @@ if hasattr(os, "register_at_fork"):
 def list_adapters() -> list[wgpu.GPUAdapter]:
     """Return the adapters of this machine: hardware before software, each with its best backend only.
 
-    A process that has found some does not look for more.
+    Once a process has found some, it does not search again.
 
     Raises
     ------
@@ -86,7 +88,7 @@ def _best(candidates: Sequence[wgpu.GPUAdapter]) -> list[wgpu.GPUAdapter]:
 
 
 def is_software(adapter: wgpu.GPUAdapter) -> bool:
-    """Return whether the adapter is a program on the CPU (lavapipe, SwiftShader, WARP)."""
+    """Return whether the adapter is a software renderer on the CPU (lavapipe, SwiftShader, WARP)."""
     return _type(adapter) == "CPU"
 
 
@@ -129,16 +131,16 @@ def adapter_name(adapter: wgpu.GPUAdapter) -> str:
 
 
 def _enumerate_adapters() -> list[wgpu.GPUAdapter]:
-    """Return wgpu's adapters, without those of OpenGL if these can only be duplicates.
+    """Return wgpu's adapters, but skip OpenGL's if they can only be duplicates.
 
-    wgpu has one OpenGL context for each process. If two threads use it at once (listing and dropping adapters is
-    enough), the second finds it taken, and wgpu ends the process. ndcache's threads take turns, but the caller's
-    threads do not know of that. Vulkan, Metal and D3D12 have no such problem.
+    wgpu has one OpenGL context for each process. If two threads use it at once (to list or drop adapters is enough),
+    the second finds it taken, and wgpu ends the process. `adapter_lock` keeps ndcache's threads apart, but not the
+    caller's. Vulkan, Metal and D3D12 have no such problem.
     """
     import wgpu
 
     found = _list_primary()
-    if found is not None and (any(not is_software(adapter) for adapter in found) or not _has_hardware(found)):
+    if found is not None and (any(not is_software(adapter) for adapter in found) or not _may_have_hardware(found)):
         return found
     return list(wgpu.gpu.enumerate_adapters_sync())
 
@@ -153,7 +155,7 @@ def _list_primary() -> list[wgpu.GPUAdapter] | None:
         create = wgpu_native.gpu._create_adapter
         if len(inspect.signature(create).parameters) != 1:
             return None
-        kinds = ffi.typeof(enumerate_native).args  # by name, cffi would have to parse the types
+        kinds = ffi.typeof(enumerate_native).args  # looking them up by name would make cffi parse them
         instance, options = _helpers.get_wgpu_instance(), ffi.new(kinds[1])
         options.backends = _mappings.native_flags["InstanceBackend.Primary"]
         handles = ffi.new(ffi.typeof("WGPUAdapter[]"), enumerate_native(instance, options, ffi.NULL))
@@ -163,8 +165,8 @@ def _list_primary() -> list[wgpu.GPUAdapter] | None:
     return [create(handle) for handle in handles]
 
 
-def _has_hardware(found: Sequence[wgpu.GPUAdapter]) -> bool:
-    """Return whether there may be a GPU that only OpenGL supports, beside software that Vulkan found."""
+def _may_have_hardware(found: Sequence[wgpu.GPUAdapter]) -> bool:
+    """Return whether OpenGL may support a GPU although only software renderers, or nothing, were found."""
     return not found or sys.platform != "linux" or any(glob.glob(pattern) for pattern in _GPU_FILES)
 
 

@@ -1,4 +1,4 @@
-"""The tensors' buffers: their contents, and the thread that makes them ahead of their bytes."""
+"""The tensors' buffers: their dtypes and sizes, and a thread that makes them before their bytes are read."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def tensor_dtype(record: Record, *, decode: bool) -> np.dtype[Any]:
 
 
 def tensor_nbytes(record: Record, *, decode: bool) -> int:
-    """Return the bytes that a record's tensor has on the device."""
+    """Return the size in bytes that a record's tensor has on the device."""
     return math.prod(record.shape) * tensor_dtype(record, decode=decode).itemsize
 
 
@@ -41,17 +41,17 @@ def tensor_usage() -> int:
 class BufferMaker:
     """Make the buffers of one load's tensors, shard by shard.
 
-    Drivers make one buffer after the other, however many threads ask. So one thread makes them all, and the others can
-    read files.
+    Drivers make one buffer at a time, however many threads ask. So one thread makes them all, and the others can read
+    files.
 
     Parameters
     ----------
     device : wgpu.GPUDevice
     serial : SerialQueue
-        Runs the thread that makes them.
+        Its thread makes the buffers.
     stats : LoadStats
     decode : bool
-        Whether float32 that is stored as bfloat16 is expanded.
+        Whether float32 stored as bfloat16 is expanded.
 
     Attributes
     ----------
@@ -71,14 +71,14 @@ class BufferMaker:
     def request(self, shard: Shard) -> Future[list[wgpu.GPUBuffer]]:
         """Return a future of a shard's buffers, in the order of its records.
 
-        The caller must destroy those that it takes out of the list.
+        The caller must destroy the buffers that it removes from the list.
         """
         if shard.data_path not in self._requested:
             self._requested[shard.data_path] = self._serial.submit(self._make, shard)
         return self._requested[shard.data_path]
 
     def close(self) -> None:
-        """Stop, and destroy the buffers that nobody took. Call this shielded."""
+        """Stop, and destroy the buffers that nobody removed from their list. Call this through `shielded`."""
         self._serial.cancel()
         for future in self._requested.values():
             if not future.cancelled() and future.exception() is None:

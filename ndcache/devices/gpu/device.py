@@ -1,4 +1,4 @@
-"""A GPU through wgpu: every tensor in a storage buffer of its own."""
+"""A GPU, used through wgpu. Every tensor gets a storage buffer of its own."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class GpuDevice(Device[GPUTensor]):
     ----------
     handle : wgpu.GPUDevice
     is_ours : bool
-        Whether ndcache opened it, with its adapter's limits, so that `discard` destroys it.
+        Whether ndcache opened the device, with its adapter's limits. If so, `discard` destroys it.
     """
 
     needs_serial_thread = True
@@ -72,9 +72,9 @@ class GpuDevice(Device[GPUTensor]):
     def warm_up(self) -> None:
         """Make the first submission and wait for it.
 
-        A process's first submission takes long, and slows down everything else meanwhile: cffi parses the names of C
-        types, and the driver gets ready. On an H100, 0.13 s here save 0.2 s of the first load. (The shader is not made
-        here, as not every load needs it, and making it early would save no more than it takes.)
+        The first submission of a process takes long, and slows down everything else meanwhile: cffi parses the names of
+        C types, and the driver initialises. On an H100, 0.13 s here save 0.2 s of the first load. (The shader is not
+        made here: not every load needs it, and making it early would save no more time than it takes.)
         """
         with translated_errors():
             self._fence.wait()
@@ -84,7 +84,7 @@ class GpuDevice(Device[GPUTensor]):
             self._upload.close()  # does nothing unless an interrupt kept the load from closing it
             self._upload = None
         self._fence.destroy()
-        # Explicitly, as Ctrl-C in the destructors of wgpu's objects would be lost.
+        # Not left to the destructors of wgpu's objects, in which Ctrl-C would be lost.
         while tensors:
             tensors.popitem()[1]._release()
         if self._is_ours:
@@ -94,7 +94,7 @@ class GpuDevice(Device[GPUTensor]):
 
 
 def open_gpu(spec: str, poll: Callable[[], None] | None = None) -> GpuDevice | None:
-    """Open ``"gpu"``, ``"gpu:N"``, or for ``"auto"`` the first hardware adapter, if any.
+    """Open ``"gpu"`` or ``"gpu:N"``; for ``"auto"`` the first hardware adapter, or return None if there is none.
 
     Parameters
     ----------
@@ -107,7 +107,7 @@ def open_gpu(spec: str, poll: Callable[[], None] | None = None) -> GpuDevice | N
     NoAdapterError
         There is no such adapter.
     DeviceError
-        The adapter gives no device.
+        The adapter's device cannot be opened.
     """
     return shielded(lambda: _open(spec), poll=poll, undo=_close)
 

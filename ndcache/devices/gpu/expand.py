@@ -26,7 +26,7 @@ fn expand(@builtin(global_invocation_id) id: vec3<u32>) {{
 
 
 class Expander:
-    """A compute pipeline and its buffers, which one submission after another uses.
+    """A compute pipeline that expands bfloat16, and its buffers, which all submissions share.
 
     Parameters
     ----------
@@ -37,7 +37,7 @@ class Expander:
     Attributes
     ----------
     expanded : wgpu.GPUBuffer
-        Receives the float32.
+        Receives the float32 values.
     """
 
     def __init__(self, device: wgpu.GPUDevice, nbytes: int) -> None:
@@ -69,12 +69,12 @@ class Expander:
     def encode(
         self, encoder: wgpu.GPUCommandEncoder, source: wgpu.GPUBuffer, start: int, end: int
     ) -> wgpu.GPUComputePassEncoder:
-        """Expand the bytes `start` to `end` of `source`, multiples of 4, to the beginning of `expanded`.
+        """Record commands that expand bytes `start` to `end` of `source`, multiples of 4, to the start of `expanded`.
 
         Returns
         -------
         wgpu.GPUComputePassEncoder
-            The pass that does it, which has ended.
+            The recorded pass, which has ended.
         """
         encoder.copy_buffer_to_buffer(source, start, self._stored, 0, end - start)
         compute = encoder.begin_compute_pass()

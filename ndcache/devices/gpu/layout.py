@@ -1,8 +1,8 @@
-"""The layout of staging memory: where a shard's bytes lie in it, and which of them go to which tensor.
+"""The layout of staging memory: where the bytes of a shard lie in it, and to which tensor they are copied.
 
-Copies on a GPU begin and end at multiples of 4 bytes, but records lie anywhere in their file and have any size. So a
+Copies on a GPU begin and end at multiples of 4 bytes, but records begin anywhere in their file and have any size. So a
 file is read in ranges, each placed so that its records begin at multiples of 4; for most shards one range is enough.
-The bytes of a tensor beyond its last multiple of 4, its tail, get a word of their own, padded with zeros.
+The bytes after a tensor's last multiple of 4 are its tail. They get a word of their own, padded with zeros.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ __all__ = ["WORD", "Batch", "FileRead", "TensorCopy", "plan_batches", "round_up"
 
 #: The alignment of copies on a GPU, in bytes (WebGPU's COPY_BUFFER_ALIGNMENT).
 WORD = 4
-#: The largest gap between two records, in bytes, that is read with them instead of skipped.
+#: Gaps between two records of up to this many bytes are read, not skipped. Also the smallest copy worth a split.
 _MAX_GAP = 1 << 12
 
 
 @dataclass
 class FileRead:
-    """A range of the file, and where it goes.
+    """A range of the file, and its place in staging memory.
 
     Attributes
     ----------
@@ -41,7 +41,7 @@ class FileRead:
 
 @dataclass(frozen=True)
 class TensorCopy:
-    """A range of staging memory, and where in a tensor it goes.
+    """A range of staging memory, and its place in a tensor.
 
     Attributes
     ----------
@@ -90,7 +90,7 @@ class Batch:
         return min(copy.staging_offset for copy in expanded), end
 
     def next_offset(self, file_offset: int) -> int:
-        """Return the staging offset for a byte of the file: right after the last read, if that is a multiple of 4."""
+        """Return the staging offset for a byte of the file: in line with the last read, if that is a multiple of 4."""
         if self.reads:
             last = self.reads[-1]
             staging_offset = last.staging_offset + file_offset - last.file_offset
@@ -100,7 +100,7 @@ class Batch:
         return round_up(self.nbytes)
 
     def add_read(self, file_offset: int, staging_offset: int, nbytes: int) -> None:
-        """Read `nbytes` of the file to the offset that `next_offset` returned, with the last read if they adjoin."""
+        """Plan to read `nbytes` to the offset that `next_offset` returned; extend the last read if they adjoin."""
         last = self.reads[-1] if self.reads else None
         adjoins = last is not None and staging_offset == last.staging_offset + file_offset - last.file_offset
         if last is not None and adjoins and not last.is_tail:
@@ -110,7 +110,7 @@ class Batch:
         self.nbytes = round_up(staging_offset + nbytes)
 
     def add_tail(self, file_offset: int, nbytes: int) -> int:
-        """Read a tensor's tail to a word of its own; return that word's staging offset."""
+        """Plan to read a tensor's tail to a word of its own; return the staging offset of that word."""
         staging_offset = self.nbytes
         self.reads.append(FileRead(file_offset, staging_offset, nbytes, is_tail=True))
         self.nbytes += WORD
@@ -126,7 +126,7 @@ def plan_batches(records: Sequence[Record], max_bytes: int, *, decode: bool) -> 
     max_bytes : int
         The most bytes of a batch; a multiple of 4.
     decode : bool
-        Whether float32 that is stored as bfloat16 is expanded.
+        Whether float32 stored as bfloat16 is expanded.
 
     Yields
     ------

@@ -21,8 +21,8 @@ _BINDING = "max-storage-buffer-binding-size"
 def check_limits(device: wgpu.GPUDevice, tensors: Iterable[tuple[Shard, Record, int]], *, is_ours: bool) -> None:
     """Compare tensors with a device's limits.
 
-    A tensor that is too large to be bound whole can still be bound in parts. So on a device that ndcache opened, with
-    all that its adapter allows, this is only a warning.
+    A tensor that is too large to be bound whole can still be bound in parts. So if ndcache opened the device, with the
+    highest limits of its adapter, this is only a warning.
 
     Parameters
     ----------

@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 #: Seconds between calls of `poll`. On Windows, Ctrl-C is only noticed this often.
 _TICK = 0.1
-#: Seconds that a call has left after an interrupt before it is abandoned.
+#: Seconds for which a call may still run after an interrupt before it is abandoned.
 _GRACE = 0.8
 
 
@@ -37,7 +37,7 @@ def shielded(
 ) -> T:
     """Return ``work()``, which another thread runs if this one could be interrupted.
 
-    An interrupt of the wait is raised once `work` has ended.
+    An exception that interrupts the wait is raised once `work` has ended.
 
     Parameters
     ----------
@@ -45,10 +45,12 @@ def shielded(
     poll : callable, optional
         Called about every 0.1 s; an exception that it raises interrupts the wait.
     undo : callable, optional
-        Called with the result if an interrupt keeps the caller from getting it. With `undo`, a call that takes long
-        after an interrupt, as drivers sometimes do, is abandoned: it goes on alone, so nobody else may depend on it.
+        Called with the result if an interrupt keeps the caller from getting it. Drivers sometimes take long. With
+        `undo`, a call that still runs 0.8 s after an interrupt is abandoned: it goes on alone, and its exception is
+        lost.
     thread : CallThread, optional
-        Makes the call; starting a thread for each of many calls takes longer. Its calls cannot be abandoned.
+        Makes the call; for many calls this is faster than to start a thread for each. Do not give `undo` as well: the
+        thread would make no other call until an abandoned one ends.
     """
     if poll is None and threading.current_thread() is not threading.main_thread():
         return work()
@@ -75,7 +77,7 @@ class CallThread:
         self._thread = threading.Thread(target=_make_calls, args=(self._calls,), name="ndcache-calls", daemon=True)
 
     def start(self) -> CallThread:
-        """Start the thread. Call this shielded."""
+        """Start the thread. Call this through `shielded`."""
         self._thread.start()
         return self
 
@@ -89,7 +91,7 @@ class CallThread:
         self._thread.join()
 
     def __del__(self) -> None:
-        self._calls.put(None)  # where an interrupt kept `end` from being called
+        self._calls.put(None)  # in case an interrupt kept `end` from being called
 
 
 def open_call_thread() -> CallThread | None:
@@ -146,7 +148,7 @@ class _Call(Generic[T]):
             self._thread.start()
         except RuntimeError as error:
             raise_hidden_interrupt(error)
-            self._run()  # Python is shutting down.
+            self._run()  # No thread can start: Python is shutting down, or the system's limit is reached.
 
     def wait(self, poll: Callable[[], None] | None = None, deadline: float = math.inf) -> bool:
         """Wait for the end of the work; return whether it came before the deadline."""

@@ -1,7 +1,7 @@
 """Staging memory: buffers that the CPU writes while they are mapped, and the GPU copies from while they are not.
 
-On a discrete GPU this memory often lies in the GPU, so that writing to it is the transfer. Reading it is slow, and only
-many threads that write at once fill the bus.
+On a discrete GPU this memory often lies in the GPU itself, so that writing to it is the transfer. Reading it is slow,
+and it takes many threads that write at once to saturate the bus.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _DEVICE_CHECK = 1.0
 
 
 class StagingBuffer:
-    """One staging buffer, made mapped.
+    """One staging buffer, mapped from the start.
 
     Attributes
     ----------
@@ -35,7 +35,7 @@ class StagingBuffer:
         usage = wgpu.BufferUsage
         self._device = device
         self.buffer = device.create_buffer(size=nbytes, usage=usage.MAP_WRITE | usage.COPY_SRC, mapped_at_creation=True)
-        self._is_copied = False  # whether `view` is memory of ours, which `unmap` copies
+        self._is_copied = False  # whether `view` is separate memory that `unmap` copies into the buffer
         self._open_view()
 
     def map(self) -> None:
@@ -74,13 +74,13 @@ class StagingBuffer:
 
 
 class StagingRing:
-    """Staging buffers that go round: workers write them, the caller's thread submits their copies, workers reuse them.
+    """Staging buffers in circulation: workers fill them, the caller's thread submits copies, workers fill them again.
 
     Parameters
     ----------
     device : wgpu.GPUDevice
     limit : int
-        Bytes of all buffers together, unless the next shard in manifest order needs more.
+        The most bytes of all buffers together. The next shard in manifest order may exceed it.
     """
 
     def __init__(self, device: wgpu.GPUDevice, limit: int) -> None:
@@ -96,7 +96,8 @@ class StagingRing:
         size = _size_class(nbytes)
         with self._lock:
             # A used buffer is ready at once, as copies on the GPU are fast; a new one must first be cleared, across the
-            # bus. So a larger used one will do, or shards of different sizes could not share (benchmarks/gpu.py).
+            # bus. So a used one may be larger than needed. Otherwise shards of different sizes could not share buffers
+            # (benchmarks/gpu.py).
             used = next((each for each in self._submitted if size <= each.buffer.size <= 2 * size), None)
             if used is not None:
                 self._submitted.remove(used)

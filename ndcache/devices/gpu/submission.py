@@ -22,16 +22,16 @@ __all__ = ["Fence", "StagedShard", "Submitter"]
 
 @dataclass(eq=False)
 class StagedShard:
-    """A shard on its way: its tensors' buffers, and the staging memory with their bytes.
+    """A shard between `Upload.stage` and `Upload.place`: its tensors' buffers, and staging memory with their bytes.
 
     Attributes
     ----------
     buffers : Future of list of wgpu.GPUBuffer
         In the order of the shard's records.
     unread : list of Batch
-        Batches that are still to be read, of a shard that is too large to be staged as a whole.
+        Batches that are still to be read, if the shard is too large to be staged as a whole.
     filled : list of tuple
-        Batches that are read, with the memory that holds them.
+        The staging buffers that hold bytes to be submitted, each with its batch.
     file : binary file or None
         An open file to read the rest from.
     """
@@ -89,7 +89,7 @@ class Submitter:
             shard.filled.clear()
 
     def close(self) -> None:
-        """Free the expander's memory and drop wgpu's objects. Call this shielded."""
+        """Free the expander's memory and drop wgpu's objects. Call this through `shielded`."""
         self._submitted.clear()
         if self._expander is not None:
             self._expander.destroy()
@@ -103,7 +103,7 @@ class Submitter:
         for shard, staging, batch in filled:
             staging.unmap()
             self._encode(encoder, staging, batch, shard.buffers.result())
-        commands = encoder.finish()  # raises if the device was lost, when submitting would end the process
+        commands = encoder.finish()  # raises if the device was lost; submitting would then end the process
         self._submitted += [encoder, commands]
         self._device.queue.submit([commands])
 
@@ -141,14 +141,14 @@ class Fence:
         self._buffer: wgpu.GPUBuffer | None = None
 
     def wait(self) -> None:
-        """Wait for the GPU. Call this shielded."""
+        """Wait for the GPU. Call this through `shielded`."""
         if self._buffer is None:
             self._buffer = self._device.create_buffer(size=4, usage=tensor_usage())
         # The queue works in order, so this read returns after everything submitted before it is done.
         self._device.queue.read_buffer(self._buffer, 0, 4)
 
     def destroy(self) -> None:
-        """Free the buffer that `wait` reads. Call this shielded."""
+        """Free the buffer that `wait` reads. Call this through `shielded`."""
         if self._buffer is not None:
             self._buffer.destroy()
             self._buffer = None

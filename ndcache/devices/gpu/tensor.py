@@ -28,9 +28,9 @@ class GPUTensor:
         beyond `nbytes` are 0. Do not read the tensor after you have destroyed its buffer: wgpu would end the process.
     shape : tuple of int
     dtype : numpy.dtype
-        bfloat16 and float8 are those of ml_dtypes.
+        For bfloat16 and float8, a dtype of ml_dtypes.
     nbytes : int
-        Bytes of the tensor.
+        The tensor's size in bytes.
     device : wgpu.GPUDevice
         The device that the buffer belongs to.
     """

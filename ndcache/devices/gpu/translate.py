@@ -1,4 +1,4 @@
-"""Translate what wgpu raises into ndcache's errors."""
+"""Translate wgpu's errors into ndcache's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["translated_errors"]
 
 @contextmanager
 def translated_errors() -> Iterator[None]:
-    """Raise wgpu's errors from the block as `DeviceError`."""
+    """Raise `DeviceError` for errors of wgpu in the block."""
     import wgpu
 
     try:
@@ -23,7 +23,7 @@ def translated_errors() -> Iterator[None]:
             "the device has no memory left", hint="Free some, or load a part of the model with names=."
         ) from error
     except (wgpu.GPUError, RuntimeError, AttributeError) as error:
-        # wgpu's poller is None once the device's owner has destroyed it; other AttributeErrors are mistakes of ours.
+        # wgpu's poller is None once the device's owner has destroyed it; other AttributeErrors are our own bugs.
         if isinstance(error, AttributeError) and error.name != "get_token":
             raise
         if main_thread_has_ended() and "new thread" in str(error):  # wgpu starts a thread for each device

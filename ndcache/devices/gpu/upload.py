@@ -44,7 +44,7 @@ class GpuUpload(Upload[StagedShard, GPUTensor]):
     calls : CallThread or None
         Makes shielded calls; ends with this upload.
     serial : SerialQueue
-        Runs the thread that makes the tensors' buffers.
+        Its thread makes the tensors' buffers.
     stats, decode, memory_limit
         See `Device.open_upload`.
     """
@@ -97,7 +97,7 @@ class GpuUpload(Upload[StagedShard, GPUTensor]):
             with self._stats.timed("wait_buffers", file=shard.data_path):
                 buffers = staged.buffers.result()
             if self._maker.failure is not None:
-                raise self._maker.failure  # do not wait until it is the turn of the shard that failed
+                raise self._maker.failure  # at once, not only when the shard that failed is placed
             if staged.filled:
                 self._submitter.submit([staged, *self._others_ready(staged)])
             while staged.unread and staged.file is not None:
@@ -142,7 +142,7 @@ class GpuUpload(Upload[StagedShard, GPUTensor]):
         del staged.unread[0]
 
     def _others_ready(self, staged: StagedShard) -> list[StagedShard]:
-        """Take out the later shards that can be submitted with this one, as a submission costs more than a copy."""
+        """Remove and return the later shards that are ready to be submitted with this one, as submissions cost much."""
         candidates = [self._ready.popleft() for _ in range(len(self._ready))]
         ready = [other for other in candidates if other.buffers.done() and other.buffers.exception() is None]
         self._ready.extend(other for other in candidates if other not in ready)
