@@ -8,7 +8,7 @@
     │ ├ ManifestLayoutError      sizes, offsets and shapes contradict each other
     │ ├ ManifestLimitError       it is larger than that of any real model
     │ └ UnsafePathError          a shard path leaves the model directory
-    ├ TransferError (OSError)  a file cannot be had from a server
+    ├ TransferError (OSError)  a file cannot be fetched from a server
     │ ├ ConnectError             refused, reset, unreachable, unknown host
     │ ├ StallError               connected, but (almost) nothing arrives
     │ ├ TruncatedError           the body ended early
@@ -22,8 +22,8 @@
     │ ├ TLSError                 certificate or handshake
     │ └ RedirectError            a redirect that must not be followed
     ├ IntegrityError           the bytes are not those that the manifest promises
-    │ ├ SizeMismatchError        another size
-    │ └ ChecksumError            another digest
+    │ ├ SizeMismatchError        the wrong size
+    │ └ ChecksumError            the wrong digest
     ├ CacheError (OSError)     the cache directory
     │ ├ DiskFullError            no space is left
     │ ├ CacheUnavailableError    it cannot be read or written
@@ -106,19 +106,19 @@ class NdcacheError(Exception):
     hint : str, optional
         What to try, or what is left on disk.
     retryable : bool, optional
-        Whether the same call may succeed later; by default as the class says.
+        Whether the same call may succeed later. By default, the value of the class.
 
     Attributes
     ----------
     retryable : bool
-        Whether the same call may succeed later although nothing is changed.
+        Whether the same call may succeed later, without any change by the caller.
     others : tuple of NdcacheError
         Errors of other shards of the same load.
     """
 
     #: The class's default; an instance may differ.
     retryable: bool = False
-    #: How often ndcache itself retries at most; None for as often as the `RetryPolicy` says.
+    #: The most retries that ndcache itself makes, or None to leave that to the `RetryPolicy`.
     max_retries: int | None = None
 
     def __init__(
@@ -164,7 +164,7 @@ class NdcacheError(Exception):
         # BaseException's own method would call __init__ with the message alone.
         state = dict(self.__dict__)
         if isinstance(self, OSError) and self.errno is not None:
-            state["errno"] = self.errno  # is not in __dict__
+            state["errno"] = self.errno  # it is not in __dict__
         return copyreg.__newobj__, (type(self), self.message), state  # type: ignore[attr-defined]
 
     def __setstate__(self, state: dict[str, Any] | None) -> None:
@@ -194,7 +194,7 @@ class UnsafePathError(ManifestError):
 
 
 class TransferError(NdcacheError, OSError):
-    """A file cannot be had from a server."""
+    """A file cannot be fetched from a server."""
 
 
 class ConnectError(TransferError):
@@ -268,7 +268,7 @@ class TLSError(TransferError):
 
 
 class RedirectError(TransferError):
-    """The server redirects in a circle, or to a place to which it must not be followed."""
+    """The server redirects in a circle, or to a URL that must not be followed."""
 
 
 class IntegrityError(NdcacheError):
@@ -279,11 +279,11 @@ class IntegrityError(NdcacheError):
 
 
 class SizeMismatchError(IntegrityError):
-    """A file has another size than the manifest says."""
+    """A file does not have the size that the manifest says."""
 
 
 class ChecksumError(IntegrityError):
-    """A file has another digest than the manifest, or the ``integrity`` option, says."""
+    """A file does not have the digest that the manifest, or the ``integrity`` option, says."""
 
 
 class CacheError(NdcacheError, OSError):

@@ -76,7 +76,7 @@ class Reporter:
     cache_only : bool
         Whether all of them are cached.
     received : callable
-        Return the bytes received so far from the network, so that the bar moves within a shard.
+        Returns the bytes received so far from the network, so that the bar moves within a shard.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class Reporter:
         self._report()
 
     def tick(self) -> None:
-        """Move the bars. To be called now and then."""
+        """Move the bars. The load calls this about every 0.1 s."""
         for callback in self._callbacks:
             if isinstance(callback, Bar):
                 callback.tick(min(max(self._bytes_done, self._received()), self._bytes_total))
@@ -119,7 +119,7 @@ class Reporter:
                 callback.close()
 
     def _done(self) -> tuple[int, int]:
-        """Return how much is done, and of how much: bytes, or shards if all are empty."""
+        """Return how much is done, and the total: in bytes, or in shards if all shards are empty."""
         if self._shards_done == self._shards_total:
             return 1, 1
         if self._bytes_total:
@@ -263,7 +263,7 @@ class Bar:
             self._bar = None
 
     def _line(self, report: ProgressReport, file: TextIO) -> None:
-        # In integers: `progress` is a float, and 0.29 is less than 29 hundredths.
+        # Computed in integers: as a float, 29 % may be rounded down to 28.
         percent = report.bytes_done * 100 // report.bytes_total if report.bytes_total else int(report.progress * 100)
         if percent < self._next_line and report.shards_done < report.shards_total:
             return

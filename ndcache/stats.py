@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class _End(Enum):
-    """Stands for the end of an iterator."""
+    """A mark for the end of an iterator."""
 
     END = 0
 
@@ -31,7 +31,7 @@ _DEVICE_PHASES = ("read", "decode", "staging", "buffers")
 
 @dataclass
 class LoadStats:
-    """Bytes, seconds and requests of one load. Complete when the load is.
+    """Bytes, seconds and requests of one load, complete when the load is.
 
     Attributes
     ----------
@@ -66,9 +66,9 @@ class LoadStats:
         staging memory, and waiting until the GPU has copied from it) and, in a thread of its own, ``buffers`` (making
         the tensors' buffers).
     integrity : dict of str to int
-        How many shards were checked by ``sha256``, by ``md5``, or by ``size`` alone, now or when they were fetched. By
-        size alone if the manifest has no digest of them, or if it was not computed: with ``verify="never"``, in local
-        directories, and for shards that were fetched in part.
+        How many shards were checked by ``sha256``, by ``md5``, or by ``size`` alone, now or when they were fetched. A
+        shard is checked by size alone if the manifest has no digest of it, or if the digest was not computed: with
+        ``verify="never"``, in local directories, and for shards that were fetched in part.
     """
 
     nbytes: int = 0
@@ -92,7 +92,7 @@ class LoadStats:
 
     @property
     def gb_per_second(self) -> float:
-        """Return the shard bytes by the total time, in 10**9 bytes per second."""
+        """Return the bytes of shards divided by the total time, in 10**9 bytes per second."""
         total = self.seconds["total"]
         return self.nbytes / total / 1e9 if total else 0.0
 
@@ -125,7 +125,7 @@ class LoadStats:
         Yields
         ------
         dict of str to float
-            To be filled with seconds of the block that belong to other phases.
+            The block fills it with those of its seconds that belong to other phases.
         """
         others: dict[str, float] = {}
         start = time.perf_counter()
@@ -141,7 +141,7 @@ class LoadStats:
                 self._trace.add(phase, start, end, {**detail, **{f"{name} (s)": part for name, part in others.items()}})
 
     def timed_iterator(self, phase: str, items: Iterator[T], **detail: Any) -> Iterator[T]:
-        """Yield `items`; add the time that they take to ``seconds[phase]``, at the end unless a trace is recorded."""
+        """Yield `items`, and add the time that they take to ``seconds[phase]`` at the end; with a trace, after each."""
         if self._trace is not None:
             while True:
                 with self.timed(phase, **detail):
@@ -165,7 +165,7 @@ class LoadStats:
                 self.seconds[phase] += spent
 
     def shard_done(self, nbytes: int, *, from_cache: bool, checked: str) -> None:
-        """Count a loaded shard of `nbytes`, which was checked by `checked`."""
+        """Count a loaded shard of `nbytes`; `checked` is a key of `integrity`."""
         self.shards += 1
         self.nbytes += nbytes
         self.cache_bytes += nbytes if from_cache else 0

@@ -1,4 +1,4 @@
-"""Record what happens when, on which thread, in a file for https://ui.perfetto.dev and chrome://tracing.
+"""A timeline of a load by threads, in a file for https://ui.perfetto.dev and chrome://tracing.
 
 Source of the format: "Trace Event Format", in the documents of the Chromium project catapult.
 """
@@ -33,7 +33,7 @@ class Trace:
         self._names: dict[int, str] = {}
 
     def add(self, name: str, start: float, end: float, detail: dict[str, Any]) -> None:
-        """Add an event of this thread, from `start` to `end` by `time.perf_counter`."""
+        """Add an event of this thread; `start` and `end` are values of `time.perf_counter`."""
         thread = threading.get_native_id()
         self._names[thread] = threading.current_thread().name
         self._events.append(

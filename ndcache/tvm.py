@@ -1,4 +1,4 @@
-"""The function names of TVM's runtimes, for code that was written for them.
+"""Functions with the names of TVM's runtimes, for code that was written for them.
 
 ==============================================  =====================================================================
 ndcache                                         TVM
@@ -217,8 +217,8 @@ class ArtifactCache:
     """Manage single files in ndcache's cache by their URLs: shards, a tokenizer, a configuration. A context manager.
 
     A file lies in the cache directory of its model. So the files that `ndcache.fetch` downloaded are found here, and
-    `ndcache.load` does not download a file that was added here, though it checks the digest. As everywhere, the
-    signature in a URL's query is not part of the file's identity; the rest of the query is.
+    `ndcache.load` does not download a file that was added here, though it checks the digest. As everywhere in ndcache,
+    URLs that differ only in the signature of their query are one file.
 
     Parameters
     ----------
@@ -261,7 +261,7 @@ class ArtifactCache:
         ----------
         url : str
         storetype : {None, "arraybuffer", "json"}
-            ``"json"`` gives the parsed value, the others the bytes.
+            ``"json"`` returns the parsed value, the others the bytes.
 
         Raises
         ------

@@ -1,7 +1,7 @@
 """The commands. Results go to standard output, everything else to standard error.
 
 The exit status is 0; 1 for an error, or if a check finds something bad; 2 for wrong usage; 130 after Ctrl-C; 143 after
-SIGTERM. An error is one line, and ``--verbose`` adds its traceback. A bug shows its traceback always.
+SIGTERM. An error is one line, and ``--verbose`` adds its traceback. A bug always shows its traceback.
 """
 
 from __future__ import annotations

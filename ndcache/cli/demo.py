@@ -51,7 +51,7 @@ class DemoLoad:
     Attributes
     ----------
     title : str
-        Where the shards came from, for people.
+        Where the shards came from, as shown to the user.
     workers : int
     stats : LoadStats
     wrong : tuple of str
@@ -100,8 +100,8 @@ def run_demo(
 ) -> DemoReport:
     """Generate a model, serve it on loopback, load it three times and compare every value.
 
-    All files lie in a temporary directory, which is removed at the end, also after an error. Meanwhile, the
-    environment's proxies and offline switches do not apply.
+    All files lie in a temporary directory, which is removed at the end, even after an error. Until then, proxies and
+    offline switches of the environment are ignored.
 
     Parameters
     ----------
@@ -288,7 +288,7 @@ def serving(directory: Path, rate: float) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _plain_environment() -> Iterator[None]:
-    """Hide what would keep a load from loopback: proxies, also those of the system's settings, and offline switches."""
+    """Hide proxies, also those of the system's settings, and offline switches: they would keep a load from loopback."""
     hidden = {
         name: os.environ.pop(name)
         for name in list(os.environ)

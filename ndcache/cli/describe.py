@@ -37,7 +37,7 @@ __all__ = [
 
 
 def format_size(nbytes: int) -> str:
-    """Return a number of bytes in words: ``"1.5 MiB"``."""
+    """Return a number of bytes as text: ``"1.5 MiB"``."""
     if nbytes < 1 << 10:
         return f"{nbytes} B"
     unit, name = next((unit, name) for unit, name in ((30, "GiB"), (20, "MiB"), (10, "KiB")) if nbytes >= 1 << unit)
@@ -45,12 +45,12 @@ def format_size(nbytes: int) -> str:
 
 
 def format_count(number: int, noun: str) -> str:
-    """Return a number of things in words: ``"1 shard"``, ``"2 shards"``."""
+    """Return a number of things as text: ``"1 shard"``, ``"2 shards"``."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _format_checks(checks: Iterable[tuple[str, int]]) -> str:
-    """Return how many shards passed which check: ``"3 by md5, 1 by size alone"``."""
+    """Return the number of shards that passed each check: ``"3 by md5, 1 by size alone"``."""
     words = [f"{number:,} by {'size alone' if check == 'size' else check}" for check, number in checks]
     return ", ".join(words) or "nothing"
 
@@ -71,7 +71,7 @@ def adapter_words(adapter: wgpu.GPUAdapter) -> str:
 
 
 def load_facts(source: str, device: str, weights: Weights[Any]) -> Iterator[tuple[str, str]]:
-    """Yield labels and values that say what was loaded from `source`, where to, and what it took."""
+    """Yield labels and values that describe a load: its source, device, tensors, time, bytes and checks."""
     stats, where, location = weights.stats, device_words(weights.device), locate(source)
     yield "source", str(location)
     yield "device", f"{where} (no hardware GPU was found)" if (device, where) == ("auto", "cpu") else where
@@ -129,7 +129,7 @@ def _by_dtype(manifest: Manifest) -> dict[str, tuple[int, int]]:
 
 
 def manifest_json(source: str, manifest: Manifest) -> dict[str, object]:
-    """Return what `inspect --json` prints."""
+    """Return the JSON value that ``inspect --json`` prints."""
     return {
         "source": source,
         "manifest": manifest.name,
@@ -167,7 +167,7 @@ def _record_json(record: Record) -> dict[str, object]:
 
 
 def model_json(model: CachedModel) -> dict[str, object]:
-    """Return what `ls --json` prints of a model."""
+    """Return the JSON value that ``ls --json`` prints for a model."""
     return {"scope": model.scope, "source": model.source, "nbytes": model.nbytes, "path": str(model.path)}
 
 
@@ -185,7 +185,7 @@ def verify_facts(report: VerifyReport, *, is_remote: bool) -> Iterator[tuple[str
 
 
 def verify_error(report: VerifyReport, *, is_remote: bool) -> str | None:
-    """Return what is wrong with a model and what to do, or None if all is well; a cached model may lack shards."""
+    """Return a model's problem and its remedy, or None if all is well. A cached model may lack shards."""
     number = len(report.bad) if is_remote else len(report.bad) + len(report.missing)
     if number == 0:
         return None

@@ -1,4 +1,4 @@
-"""Find out what ``ndcache doctor`` shows: versions, adapters, the cache, the environment."""
+"""Collect the facts that ``ndcache doctor`` shows: versions, adapters, the cache, the environment."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _adapter_facts() -> list[tuple[str, str]]:
         found = list_adapters()
     except NoAdapterError as error:
         return [("gpu", f"none: {error}")]
-    except Exception as error:  # from wgpu or a driver, to be shown whatever it is
+    except Exception as error:  # wgpu and drivers may raise anything; it is a fact to show
         return [("gpu", f"none: the adapters cannot be listed: {type(error).__name__}: {error}")]
     facts = [(f"gpu:{index}", adapter_words(adapter)) for index, adapter in enumerate(found)]
     return facts or [("gpu", "none: wgpu finds no adapter; --device cpu works")]
@@ -61,7 +61,7 @@ def _cache_facts(find_root: Callable[[], Path]) -> list[tuple[str, str]]:
         return _root_facts(find_root())
     except CacheUnavailableError as error:
         return [("cache", f"none: {error}")]
-    except OSError as error:  # a directory above it may not be searched
+    except OSError as error:  # such as a parent directory that may not be searched
         return [("cache", f"{error.filename}: not usable: {error.strerror}")]
 
 
@@ -110,7 +110,7 @@ def _environment_facts() -> list[tuple[str, str]]:
 
 
 def _proxy(value: str) -> str:
-    """Return a proxy's address without its user and password, however badly they are written."""
+    """Return a proxy's address without its user and password, even if it is malformed."""
     scheme, _, rest = value.rpartition("://")
     address = redact("http://" + rest.rpartition("@")[2]).removeprefix("http://")
     return f"{scheme}://{address}" if re.fullmatch("[A-Za-z0-9]+", scheme) else address

@@ -1,4 +1,4 @@
-"""The group of all commands: how each of them fails, warns, logs, and is stopped by a signal."""
+"""The group of all commands, which turns errors, warnings, logs and signals into lines and exit statuses."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from ..errors import NdcacheError
 from ..format.manifest import NoMatchError
 from ..urls.redact import printable
 from .output import say
-from .streams import own_process
+from .streams import safe_streams
 
 __all__ = ["VERBOSE", "CommandGroup", "UserError", "argument_errors", "one_line"]
 
 logger = logging.getLogger("ndcache")
 
-#: The key under which a command's context says that ``--verbose`` was given.
+#: The key that a command's context has if ``--verbose`` was given.
 VERBOSE = "ndcache.verbose"
 
 
 class UserError(Exception):
-    """A mistake in what the user gave that click cannot find; the exit status is 1."""
+    """A mistake of the user that click cannot find; the exit status is 1."""
 
 
-#: What happens to users. Anything else is a bug, and shows its traceback.
+#: Errors that users can meet. Any other exception is a bug, and shows its traceback.
 _EXPECTED = (NdcacheError, OSError, MemoryError, NoMatchError, UserError)
 
 
 class _Terminated(BaseException):
-    """SIGTERM came. Like KeyboardInterrupt, it stops and removes everything on its way up."""
+    """Raised when SIGTERM comes. Like a KeyboardInterrupt, it ends all threads and removes temporary files."""
 
 
 class CommandGroup(click.Group):
@@ -45,7 +45,7 @@ class CommandGroup(click.Group):
 
     def main(self, *args: Any, **extra: Any) -> Any:
         """Run a command and exit, with standard streams that can always be written."""
-        with own_process():
+        with safe_streams():
             try:
                 try:
                     return super().main(*args, **extra)
@@ -59,7 +59,7 @@ class CommandGroup(click.Group):
                 raise SystemExit(1) from error
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command, and exit with the status that its end calls for."""
+        """Run the command, and turn errors and signals into messages and exit statuses."""
         with _messages_as_lines(), _sigterm_raises():
             try:
                 return super().invoke(ctx)
@@ -80,7 +80,7 @@ class CommandGroup(click.Group):
 
 @contextmanager
 def argument_errors() -> Iterator[None]:
-    """Report the errors of a block that checks arguments, and does nothing else, as mistakes of the user."""
+    """Report a ValueError or TypeError of the block, which must only check arguments, as a mistake of the user."""
     try:
         yield
     except (ValueError, TypeError) as error:
@@ -112,7 +112,7 @@ def _messages_as_lines() -> Iterator[None]:
     """Show warnings and logs as plain lines."""
     handler = _LineHandler()
     logger.addHandler(handler)
-    # Python would print the warnings that other libraries log: wgpu has some about what drivers lack.
+    # Otherwise Python would print warnings that other libraries log, such as wgpu's about missing features of drivers.
     last_resort, logging.lastResort = logging.lastResort, logging.NullHandler()
     try:
         with warnings.catch_warnings():

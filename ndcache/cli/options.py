@@ -1,4 +1,4 @@
-"""The options that commands share, and the loader that they ask for."""
+"""The options that commands share, and the loader that is made from them."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ def _set_verbose(ctx: click.Context, _: click.Parameter, value: bool) -> None:
 
 def _check_device(_: click.Context, __: click.Parameter, value: str) -> str:
     if not is_device_name(value):
-        raise click.BadParameter("it is cpu, gpu, gpu:N or auto.")
+        raise click.BadParameter("it must be cpu, gpu, gpu:N or auto.")
     return value
 
 
 def check_finite(_: click.Context, __: click.Parameter, value: float) -> float:
     """Refuse a value that is not a finite number."""
     if not math.isfinite(value):
-        raise click.BadParameter("it is a finite number.")
+        raise click.BadParameter("it must be a finite number.")
     return value
 
 
@@ -66,9 +66,9 @@ def _digests_by_file(_: click.Context, __: click.Parameter, values: tuple[str, .
         try:
             parse_sri(digest)
         except ValueError as error:
-            raise click.BadParameter(f"{error}. It is FILE=sha256-...") from error
+            raise click.BadParameter(f"{error}. It must be FILE=sha256-...") from error
         if not name:
-            raise click.BadParameter("it is FILE=sha256-...")
+            raise click.BadParameter("it must be FILE=sha256-...")
     return {name: digest for name, _, digest in (value.partition("=") for value in values)} or None
 
 

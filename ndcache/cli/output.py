@@ -39,7 +39,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     widths = [max(map(cell_len, column)) for column in zip(headers, *cells, strict=True)]
 
     def line(row: Sequence[str]) -> str:
-        # However long a row is, it stays one line: what the terminal itself wraps can still be copied.
+        # A long row stays one line, and the terminal wraps it: so it can still be copied as one line.
         spaces = (" " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True))
         parts = (
             space + cell if column.endswith(" ") else cell + space

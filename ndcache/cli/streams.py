@@ -1,4 +1,4 @@
-"""Standard streams that can always be written: they may be missing, closed, full, or have a narrow encoding."""
+"""Standard streams that can always be written, even if they are missing, closed, full, or of a narrow encoding."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO, cast
 
-__all__ = ["own_process"]
+__all__ = ["safe_streams"]
 
 
 @contextmanager
-def own_process() -> Iterator[None]:
-    """Prepare the standard streams for a command: what it prints arrives where it belongs, or is dropped.
+def safe_streams() -> Iterator[None]:
+    """Make the standard streams safe in the block: a command's output arrives where it belongs, or is dropped.
 
-    In the block, an error of standard output names it as its file, and standard error raises no errors.
+    An error of standard output says so in its ``filename``. Standard error raises no errors.
     """
     _fill_descriptors()
     _quiet_drivers()
@@ -36,7 +36,7 @@ def own_process() -> Iterator[None]:
 def _prepared(stream: TextIO | None) -> TextIO | None:
     """Return `stream`, made to escape characters that its encoding lacks, or None if it cannot be written at all.
 
-    A notebook, a test or a program with a window may have put any object in the place of the real stream.
+    A notebook, a test or a GUI may have replaced the real stream with any object.
     """
     try:
         if stream is None or getattr(stream, "closed", False):
@@ -54,7 +54,7 @@ def _flush(stream: TextIO) -> None:
 
 
 def _flush_or_drop(stream: TextIO) -> None:
-    """Drop what cannot be written; it would fail again when the interpreter exits."""
+    """Flush the stream, or drop text that cannot be written: it would fail again when the interpreter exits."""
     try:
         _flush(stream)
     except (OSError, ValueError):
@@ -65,7 +65,7 @@ def _flush_or_drop(stream: TextIO) -> None:
 
 
 class _Output:
-    """Standard output, whose errors say so."""
+    """Standard output, which its errors name as their file."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -93,7 +93,7 @@ class _Output:
 
 
 class _Error(_Output):
-    """Standard error, whose own errors end nothing: no reader, or a full disk."""
+    """Standard error, which ignores its own errors, such as a missing reader or a full disk."""
 
     def _fail(self, error: Exception) -> None:
         pass
@@ -102,7 +102,7 @@ class _Error(_Output):
 def _fill_descriptors() -> None:
     """Open the null device as descriptors 0 to 2 where they are free.
 
-    A file or socket that got such a number would receive what C libraries print.
+    Otherwise a file or socket might get such a number, and receive what C libraries print.
     """
     for number in range(3):
         try:

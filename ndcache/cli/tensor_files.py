@@ -23,7 +23,7 @@ _ML_DTYPES = {"BF16": ml_dtypes.bfloat16, "F8_E4M3": ml_dtypes.float8_e4m3fn, "F
 _NUMPY_DTYPES = {"BOOL", "U8", "I8", "U16", "I16", "F16", "U32", "I32", "F32", "U64", "I64", "F64"}
 #: The largest header, in bytes, that the package safetensors accepts.
 _MAX_HEADER = 100_000_000
-#: What NumPy and zipfile raise for damaged files.
+#: Errors that NumPy and zipfile raise for damaged files.
 _NPZ_ERRORS = (ValueError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
@@ -94,7 +94,7 @@ def _read_safetensors(path: Path) -> Iterator[tuple[str, npt.NDArray[Any]]]:
 
 
 def _check_dtypes(path: Path) -> None:
-    """Raise if a file has a tensor of a dtype that this version of safetensors does not know, and refuses to read."""
+    """Raise if safetensors refused a file because this version does not know the dtype of one of its tensors."""
     header: dict[str, Any] = {}
     with suppress(OSError, ValueError, struct.error, RecursionError), open(path, "rb") as raw:
         header, _ = _read_header(raw)

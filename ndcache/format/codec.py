@@ -66,7 +66,7 @@ def _empty_float32(shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
 
     NumPy asks the system for huge pages. The memory before the first whole one and after the last comes in pages of
     4 KiB, each of which costs a page fault. With the alignment, 1 GiB of bfloat16 in tensors of 8 MiB takes 0.85 times
-    as long (7 pairs).
+    as long (7 pairs of runs).
     """
     nbytes = math.prod(shape) * 4
     if sys.platform != "linux" or nbytes < 2 * _HUGE_PAGE:
@@ -78,8 +78,8 @@ def _empty_float32(shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
 def encode_bf16(values: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
     """Convert float32 to bfloat16 as TVM's writer does.
 
-    Values are rounded to nearest, ties to even; finite values beyond the largest bfloat16 become that one and not
-    infinite. Infinities and NaN stay what they are, including the upper half of a NaN's payload.
+    Values are rounded to nearest, ties to even. Finite values beyond the largest bfloat16 become the largest bfloat16,
+    not infinity. Infinities and NaN are kept, and so is the upper half of a NaN's payload.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""Digests of a model's files, and those that the caller demands with the ``integrity`` option."""
+"""Digests of a model's files, and those that the caller requires with the ``integrity`` option."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = [
     "verify_and_parse",
 ]
 
-#: The digests that the caller demands: file name → (algorithm, hex digest).
+#: The digests that the caller requires: file name → (algorithm, hex digest).
 Integrity: TypeAlias = Mapping[str, tuple[str, str]]
 
 _BUFFER_BYTES = 1 << 20
@@ -54,12 +54,12 @@ class Mismatch(NamedTuple):
 
 
 def new_hasher(algorithm: str) -> Hasher:
-    """Return a new hash object. It is for finding damage, so FIPS builds of Python allow md5, too."""
+    """Return a new hash object, marked as not for security, so that FIPS builds of Python allow md5, too."""
     return hashlib.new(algorithm, usedforsecurity=False)
 
 
 def update_from_file(hashers: Mapping[str, Hasher], file: BinaryIO, check: Callable[[], None]) -> None:
-    """Read the rest of a file into all `hashers`; `check` is called for each buffer and may raise."""
+    """Read the rest of a file into all `hashers`; call `check`, which may raise, for each buffer."""
     while data := file.read(_BUFFER_BYTES):
         check()
         for hasher in hashers.values():
@@ -67,7 +67,7 @@ def update_from_file(hashers: Mapping[str, Hasher], file: BinaryIO, check: Calla
 
 
 def find_mismatch(file: BinaryIO, expected: Mapping[str, str], check: Callable[[], None]) -> Mismatch | None:
-    """Return the first expected digest that a file does not have, or None if all are right.
+    """Return the first expected digest that a file does not have, or None if it has all of them.
 
     Parameters
     ----------
@@ -88,7 +88,7 @@ def find_mismatch(file: BinaryIO, expected: Mapping[str, str], check: Callable[[
     return None
 
 
-# --- digests that the caller demands ------------------------------------------------------------------
+# --- digests that the caller requires -----------------------------------------------------------------
 
 
 def parse_sri(text: str) -> tuple[str, str]:
@@ -125,12 +125,12 @@ def parse_sri(text: str) -> tuple[str, str]:
 
 
 def manifest_names_to_try(names: Sequence[str], integrity: Integrity) -> tuple[str, ...]:
-    """Return the possible manifest names that have a required digest; all of them if no manifest has one.
+    """Return those of `names` that have a required digest, or all if no digest of a manifest is required.
 
     Raises
     ------
     ValueError
-        Digests of manifests are required, but of none of `names`: no unverified manifest may take their place.
+        Digests are required of other manifests only. An unverified manifest must not take their place.
     """
     required = tuple(name for name in names if name in integrity)
     others = sorted(name for name in integrity if _is_manifest_name(name))
@@ -148,7 +148,7 @@ def verify_and_parse(
     check: Callable[[], None] = lambda: None,
     retryable: bool = True,
 ) -> Manifest:
-    """Parse a manifest after checking its required digest, and give its shards theirs.
+    """Check a manifest's required digest, parse it, and attach their required digests to its shards.
 
     `check` is called now and then while parsing; it may raise to cancel. `retryable` says whether another attempt may
     get other bytes.
@@ -168,7 +168,7 @@ def verify_and_parse(
     for file in integrity:
         if file not in files and not _is_manifest_name(file):
             raise ManifestLayoutError(
-                f"integrity is given for {file!r}, which is no file of this manifest", url=url, shard=name
+                f"integrity is given for {file!r}, which is not a file of this manifest", url=url, shard=name
             )
     shards = (replace(shard, required_digest=integrity.get(shard.data_path)) for shard in manifest.shards)
     return replace(manifest, shards=tuple(shards))

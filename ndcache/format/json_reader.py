@@ -1,10 +1,11 @@
 """Read untrusted JSON in short steps, with little memory.
 
 The standard library's scanner reads all values that fit into a window of 1 MiB; larger objects and arrays are taken
-apart here. So Ctrl-C comes through while the largest manifest is read, and its records need not all be in memory at
+apart here. So Ctrl-C takes effect while even the largest manifest is read, and its records need not all be in memory at
 once.
 
-JSON that readers understand in different ways is refused: duplicate keys, NaN, infinities, endless numbers and nesting.
+JSON that parsers interpret in different ways is refused: duplicate keys, NaN and infinities, very long numbers, deep
+nesting.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class JsonReader:
         if len(data) > MAX_MANIFEST_BYTES:
             raise ManifestLimitError(f"the manifest is larger than {MAX_MANIFEST_BYTES >> 20} MiB")
         if data.count(b"{") > _MAX_NODES or data.count(b"[") > _MAX_NODES or data.count(b",") > _MAX_COMMAS:
-            raise ManifestLimitError(f"the manifest has more than {MAX_RECORDS} records, or too much of something else")
+            raise ManifestLimitError(f"the manifest has more than {MAX_RECORDS} records, or too many other values")
         self._data = data
         self._check = check
         self._decoder = json.JSONDecoder(object_pairs_hook=_object, parse_float=_number, parse_constant=_constant)
@@ -89,7 +90,7 @@ class JsonReader:
         return self._large_value() if value is TOO_LARGE else value
 
     def small_value(self) -> Any:
-        """Read the next value; or return `TOO_LARGE`, and do not move, if it does not fit into a window."""
+        """Read the next value; if it does not fit into a window, return `TOO_LARGE` and read nothing."""
         while True:
             self.peek()
             start = self._position
@@ -150,7 +151,7 @@ class JsonReader:
         self._depth -= 1
 
     def _large_value(self) -> Any:
-        """Read a value that begins where the window does and is longer."""
+        """Read a value that begins where the window does and is longer than it."""
         kind = self.peek()
         if kind == "{":
             return {key: self._counted_value() for key in self.members()}
@@ -182,7 +183,8 @@ class JsonReader:
         """Decode the window that begins at byte `start`."""
         self._check()
         if size is None:
-            # The first value inside a large one begins near it, and would be scanned as far once more at each level.
+            # The scanner reads a whole window to find that a value is too large. The first value inside begins close
+            # to it, and is perhaps too large, too. With smaller windows at each level, the repeated scans stay cheap.
             size = max(_WINDOW_BYTES >> max(self._depth - 3, 0), _LEAST_WINDOW_BYTES)
         data, end = self._data, start + size
         self._is_last = end >= len(data)
@@ -207,7 +209,7 @@ class JsonReader:
         return self._start + len(self._text[: self._position].encode())
 
     def _refuse(self) -> NoReturn:
-        """Raise for something longer than a window that is no object, array or string."""
+        """Raise for a value longer than a window that is not an object, array or string."""
         try:
             self._decode(self._text, self._position)
         except json.JSONDecodeError as error:
@@ -238,7 +240,7 @@ def _hint_for_binary(data: bytes) -> str:
 
 
 def _encoding_hint(data: bytes) -> str | None:
-    """Return a hint if the file is compressed or encoded in another way, else None."""
+    """Return a hint if the file is compressed or not UTF-8, else None."""
     if data.startswith(b"\x1f\x8b"):
         return "It is compressed with gzip: decompress it, or let the server declare it with Content-Encoding: gzip."
     if data.startswith(b"\x28\xb5\x2f\xfd"):

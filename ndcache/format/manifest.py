@@ -6,8 +6,8 @@ TVM's ``tvm.contrib.tvmjs.dump_tensor_cache`` writes this format; web-llm and ml
     shard  = {"dataPath", "format": "raw-shard", "nbytes", "md5sum"?, "records": [record, ...]}
     record = {"name", "shape", "dtype", "format": "raw" | "f32-to-bf16", "byteOffset", "nbytes"}
 
-`format.parse` makes these values from a manifest file and checks everything but unknown dtypes and storage formats. A
-manifest that has some is still good for its other records, so `Manifest.select` raises only for selected records.
+`format.parse` makes these values from a manifest file, and checks all of it but accepts unknown dtypes and storage
+formats: the other records can still be loaded. `Manifest.select` raises if a selected record has one of these.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Shard:
     md5sum, sha256sum : str or None
         Its digests in lower-case hex, where the manifest has them.
     required_digest : tuple of str or None
-        The algorithm and hex digest that the caller's ``integrity`` option demands.
+        The algorithm and hex digest that the caller's ``integrity`` option requires.
     format : str
         ``"raw-shard"``.
     records : tuple of Record
@@ -174,7 +174,7 @@ class Manifest:
         Parameters
         ----------
         names : str, iterable of str, callable or None
-            Names or glob patterns (``"model.layers.0.*"``), or a predicate on the name; None is everything.
+            Names or glob patterns (``"model.layers.0.*"``), or a predicate on the name; None selects everything.
 
         Returns
         -------
@@ -194,7 +194,7 @@ class Manifest:
         return chosen
 
     def shards_with(self, names: NameFilter = None) -> tuple[Shard, ...]:
-        """Return what `select` does, but without checking whether the records can be decoded."""
+        """Return the same shards as `select`, but do not check whether their records can be decoded."""
         if names is None:
             return self.shards
         wanted = self._predicate(names)

@@ -49,7 +49,7 @@ def parse_manifest(
     url: str | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> Manifest:
-    """Parse and check a manifest, in steps of at most about 0.1 s so that Ctrl-C comes through.
+    """Parse and check a manifest, in steps of at most about 0.1 s so that Ctrl-C takes effect.
 
     Parameters
     ----------
@@ -102,7 +102,7 @@ def _manifest(reader: JsonReader, name: str) -> Manifest:
     for key in reader.members():
         if key == "records":
             if reader.peek() != "[":
-                get_field({key: reader.value()}, key, list, where)  # raises, as it is no list
+                get_field({key: reader.value()}, key, list, where)  # raises, as it is not a list
             shards = _shards(reader)
         else:
             value = reader.value()
@@ -142,7 +142,7 @@ def _shards(reader: JsonReader) -> list[Shard]:
 
 
 def _large_shard(reader: JsonReader, index: int) -> dict[str, Any]:
-    """Read a shard that has too many records to hold them all as dicts; they become `Record` one by one."""
+    """Read a shard whose records would take too much memory as dicts, and make each a `Record` at once."""
     return {
         key: _records(reader, f"shard {index}") if key == "records" and reader.peek() == "[" else reader.value()
         for key in reader.members()
@@ -211,7 +211,7 @@ def _record(value: Any, number: int, shard: str) -> Record:
 
 
 def _check_fields(value: Any, where: str) -> tuple[str, list[Any], str, str, int, int]:
-    """Return a record's fields, which may not be ASCII; raise if something is wrong with them."""
+    """Return a record's fields, which need not be ASCII; raise if something is wrong with them."""
     if type(value) is not dict:
         raise ManifestSyntaxError(f"{where} is {json_type(value)}, not an object")
     name = get_field(value, "name", str, where)
@@ -230,7 +230,7 @@ def _check_layout(record: Record, shard_nbytes: int) -> None:
         )
     stored = DTYPES.get(stored_dtype)
     if stored is None or record.format not in FORMATS:
-        return  # of unknown size
+        return  # the expected size is unknown
     # The strides of empty tensors must fit, too, or NumPy cannot make them.
     if math.prod(filter(None, shape)) * 8 > _MAX_INT:
         raise ManifestLayoutError(f"{_tensor(record)} has the impossible shape {_short(shape)}")
@@ -259,7 +259,7 @@ def _check_overlap(records: Sequence[Record], where: str) -> None:
 
 
 def _by_offset(records: list[Record]) -> Iterable[Record]:
-    """Sort by offset, in pieces: Ctrl-C does not come through while a sort runs."""
+    """Sort by offset, in pieces: Ctrl-C takes no effect while a sort runs."""
     pieces = (records[start : start + _SORTED_AT_ONCE] for start in range(0, len(records), _SORTED_AT_ONCE))
     return heapq.merge(*(sorted(piece, key=_byte_offset) for piece in pieces), key=_byte_offset)
 

@@ -1,4 +1,4 @@
-"""Check that shard paths are safe: the same file in a URL, on every file system, and however often it is decoded."""
+"""Check that shard paths are safe: each names the same file in a URL and on every file system."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ __all__ = ["STATE_DIRECTORY", "check_path", "collision_key", "flatten", "unflatt
 
 #: ndcache's own folder in a model directory; no shard may lie there.
 STATE_DIRECTORY = ".ndcache"
-#: Bytes of a shard's path. The cache makes one file name of it and appends to that; most file systems allow 255.
+#: The most bytes of a shard's path. The cache makes one file name of it and appends to that; most file systems allow
+#: 255 bytes.
 _MAX_PATH = 200
 _WINDOWS_NAMES = {"con", "prn", "aux", "nul", "conin$", "conout$"} | {
     f"{device}{digit}" for device in ("com", "lpt") for digit in "0123456789¹²³"
 }
-#: Bytes of a name in ndcache's own folders, without the up to 39 that are appended: some file systems allow only 143.
+#: The most bytes of a name in ndcache's own folders, before up to 39 are appended: some file systems allow only 143.
 _MAX_NAME_BYTES = 100
 
 
@@ -50,7 +51,7 @@ def _percent_decodings(path: str) -> Iterator[str]:
     yield "\0"  # refused: no file name is encoded eight times
 
 
-#: Second names that Windows gives to files with long names: PARAMS~1.BIN.
+#: Short second names that Windows gives to files with long names: PARAMS~1.BIN.
 _SHORT_NAME = re.compile(r"[^.]{1,6}~\d{1,6}(\.[^.]{0,3})?")
 
 
@@ -81,7 +82,7 @@ def _unsafe(path: str) -> str | None:
 
 
 def collision_key(path: str) -> str:
-    """Return the same text for all spellings that some file system takes for the same name."""
+    """Return a text that is the same for all spellings that some file system treats as one name."""
     # Unicode's canonical caseless matching. It normalises twice, as case folding can undo a normal form.
     return unicodedata.normalize("NFD", unicodedata.normalize("NFD", path).casefold())
 
@@ -89,7 +90,7 @@ def collision_key(path: str) -> str:
 def flatten(name: str) -> str:
     """Return a file name for a path, in which ``/`` and ``%`` are percent-encoded.
 
-    A long name is cut and ends in its digest instead: file systems would refuse it, with what is appended.
+    A long name is cut, and its digest takes the place of the rest: with a suffix, file systems would refuse it.
     """
     flat = name.replace("%", "%25").replace("/", "%2F")
     if len(flat.encode()) <= _MAX_NAME_BYTES:
@@ -98,5 +99,5 @@ def flatten(name: str) -> str:
 
 
 def unflatten(name: str) -> str:
-    """Return the path of a file name that `flatten` made and did not cut."""
+    """Return the path from which `flatten` made this name, unless it cut the name."""
     return name.replace("%2F", "/").replace("%25", "%")

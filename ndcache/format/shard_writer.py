@@ -47,7 +47,7 @@ class HashedFile:
                 self.nbytes += piece.size
 
     def sync(self) -> None:
-        """Force the file to disk, so that a crash after its renaming does not lose its bytes."""
+        """Force the file to disk, so that a crash after its rename does not lose its bytes."""
         with open(self.path, "r+b") as file:
             sync(file.fileno())
 
@@ -83,7 +83,7 @@ class ShardWriter:
         self._number = len(shards)
         self._pending = HashedFile(folder / "pending")
         self._pending_records: list[dict[str, Any]] = []
-        # Replacements wait here until all of a shard's are known.
+        # Replaced tensors are kept here until all those of a shard are known.
         self._spool = HashedFile(folder / "replacements")
         self._replaced: dict[int, list[tuple[dict[str, Any], int]]] = {}
 
@@ -180,7 +180,7 @@ class ShardWriter:
             file.append(_merged(old, new, replaced, size))
         self._keep(file, path)
         shard["md5sum"] = file.md5sum
-        shard.pop("sha256sum", None)  # is of the old bytes
+        shard.pop("sha256sum", None)  # belongs to the old bytes
 
 
 def _encoded(array: npt.NDArray[Any], *, as_bf16: bool) -> Iterator[Bytes]:
@@ -227,7 +227,7 @@ def _check_name(name: Any) -> None:
 def _array(name: str, value: Any) -> tuple[npt.NDArray[Any], str]:
     """Return the tensor in C order and little-endian, and the manifest's name of its dtype."""
     if not hasattr(value, "__array__") and callable(getattr(value, "numpy", None)):
-        value = value.numpy()  # of a TVM tensor, which asarray would turn into an array of objects
+        value = value.numpy()  # a TVM tensor, which asarray would turn into an array of objects
     try:
         array = np.asarray(value)
     except (TypeError, ValueError) as error:

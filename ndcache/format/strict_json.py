@@ -61,7 +61,7 @@ def json_type(value: Any) -> str:
 
 
 def has_surrogate(text: str) -> bool:
-    """Return whether a text has surrogates, which are not Unicode text by themselves."""
+    """Return whether a text has surrogates, which make it invalid as Unicode text."""
     return not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text)
 
 

@@ -59,7 +59,7 @@ def dump(
         tensors, in any byte order and with any strides. Their dtypes may be bool, integers, floats up to 64 bits,
         bfloat16, float8_e4m3fn and float8_e5m2.
     directory : path-like
-        Created if it does not exist. Processes that have files of an older dump open can still read these.
+        Created if it does not exist. Processes that have files of an older dump open can go on reading them.
     encode : {"f32-to-bf16", "raw"} or mapping of names to these
         ``"f32-to-bf16"`` stores float32 as bfloat16, rounded to nearest even. Other dtypes are always stored as they
         are. In a mapping, ``"*"`` stands for all other names.
@@ -68,9 +68,9 @@ def dump(
     metadata : mapping or callable, optional
         JSON values for the manifest's ``metadata``, or a function that returns them once all tensors are written.
     update : bool
-        Add to the dump in the directory: a tensor replaces the one of the same name, which must have as many stored
-        bytes; others go into new shards; the metadata stays unless it is given. If False, files of an older dump
-        (``params_shard_*.bin`` and the ``-b16`` manifest) are removed or overwritten.
+        Add to the dump in the directory. A tensor replaces the one of the same name, which must have the same number of
+        stored bytes; other tensors go into new shards. The metadata stays unless `metadata` is given. If False, files
+        of an older dump (``params_shard_*.bin`` and the ``-b16`` manifest) are removed or overwritten.
 
     Returns
     -------
@@ -82,12 +82,12 @@ def dump(
     UnsupportedDtypeError
         A tensor's dtype cannot be stored; its name is in the message.
     ValueError
-        `encode` or `shard_bytes` has another value, a name appears twice or is not Unicode text, or the tensor to be
-        replaced has another size.
+        `encode` or `shard_bytes` has an invalid value, a name appears twice or is not Unicode text, or the tensor to be
+        replaced has a different size.
     TypeError
         A name is not a string, or the metadata is not JSON.
     ManifestError
-        The result, or the manifest to be updated, could not be loaded.
+        ndcache could not load the result, or the manifest to be updated.
     OSError
         The disk is full, or the directory cannot be written.
 
@@ -169,7 +169,7 @@ def _old_manifest(directory: Path) -> tuple[str, dict[str, Any] | None]:
 
 
 def _manifests(content: dict[str, Any], name: str) -> dict[str, bytes]:
-    """Return the manifest files by name: `content`, and if float32 is stored as bfloat16, one that says so."""
+    """Return the manifest files by name: `content`, and a second one if float32 is stored as bfloat16."""
     described = copy.deepcopy(content)
     found = False
     for shard in described["records"]:

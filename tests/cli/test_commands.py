@@ -416,7 +416,7 @@ def test_row_40_doctor_shows_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_unknown_device_is_wrong_usage(command_name: str) -> None:
     result = invoke(command_name, *(["model"] if command_name == "load" else []), "--device", "tpu")
     assert (result.exit_code, result.stdout) == (2, "")
-    assert "it is cpu, gpu, gpu:N or auto" in result.stderr
+    assert "it must be cpu, gpu, gpu:N or auto" in result.stderr
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX's message")

@@ -136,7 +136,7 @@ def test_a_required_digest_of_no_file_is_refused(model: Path, serve: Serve) -> N
     models.simple_model(model)
     integrity = {"params_shard_O.bin": sri_of(model / SHARD)[SHARD]}
     for source in (serve(model).url, model):
-        with pytest.raises(ndcache.ManifestLayoutError, match=r"'params_shard_O\.bin', which is no file of"):
+        with pytest.raises(ndcache.ManifestLayoutError, match=r"'params_shard_O\.bin', which is not a file of"):
             ndcache.load(source, integrity=integrity)
 
 
@@ -147,7 +147,7 @@ def test_a_required_digest_of_a_file_that_only_one_version_has(model: Path, serv
     server = serve(model)
     ndcache.fetch(server.url)
     models.write_model(model, [{"layer.0": old["layer.0"]}])  # the server's manifest no longer has it
-    with pytest.warns(RuntimeWarning, match="which is no file of this manifest"):
+    with pytest.warns(RuntimeWarning, match="which is not a file of this manifest"):
         models.assert_same(ndcache.load(server.url, integrity=one), old)
     ndcache.fetch(server.url)
     new = models.simple_model(model, shards=3)
