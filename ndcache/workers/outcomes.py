@@ -95,9 +95,9 @@ class Outcomes(Generic[T]):
 
 
 class Task(Generic[T]):
-    """Some work for a worker, and where its outcome goes.
+    """Work for a worker, and the place for its outcome.
 
-    The worker calls `work` itself, in a ``with`` block of the task that takes what the call raises::
+    The worker calls `work` itself, in a ``with`` block of the task, which catches all exceptions::
 
         with task:
             if task.is_wanted:
@@ -109,7 +109,7 @@ class Task(Generic[T]):
     ----------
     work : callable
     outcomes : Outcomes, optional
-        Gets the result or the error. Without it, nobody waits for them.
+        Receives the result or the error. Without it, they are dropped.
     index : int
         The number of the task in `outcomes`.
     """
