@@ -92,7 +92,7 @@ class NdcacheError(Exception):
     Parameters
     ----------
     message : str
-        What happened, in a few words. `str` adds the fields below.
+        A short description of the error. `str` adds the fields below.
     url : str, optional
         The URL concerned. User, password, query and fragment are removed.
     shard : str, optional
@@ -100,11 +100,11 @@ class NdcacheError(Exception):
     status : int, optional
         The HTTP status of the last response.
     expected, received : int or str, optional
-        What the manifest promises, and what came: numbers of bytes, or hex digests.
+        The value that the manifest promises, and the one that came: numbers of bytes, or hex digests.
     attempts : int, optional
         How many attempts were made.
     hint : str, optional
-        What to try, or what is left on disk.
+        A remedy to try, or a note about files left on disk.
     retryable : bool, optional
         Whether the same call may succeed later. By default, the value of the class.
 

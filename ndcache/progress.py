@@ -193,7 +193,7 @@ def _has_width(file: TextIO) -> bool:
 
 
 class Bar:
-    """Show a bar with bytes, rate and remaining time on a terminal; elsewhere, print a line now and then.
+    """Show a bar with bytes, rate and remaining time on a terminal; elsewhere, print a line about every 10 percent.
 
     Parameters
     ----------

@@ -59,7 +59,7 @@ class LoadStats:
         `memory_limit` let no further shard begin.
 
         In the workers, at the same time, and added up over all workers: ``lock`` (waiting for another process that
-        downloads the same), ``request`` (until the headers arrive), ``network`` (receiving bodies), ``hash``
+        downloads the same file), ``request`` (until the headers arrive), ``network`` (receiving bodies), ``hash``
         (computing digests), ``write`` (to files), ``publish`` (fsync and rename), ``backoff`` (waiting before a
         retry), ``rate_limit`` (waiting because the server limits requests or connections), ``read`` (reading or
         mapping files), ``decode`` (on the CPU: expanding bfloat16, and copies). On a GPU also ``staging`` (making

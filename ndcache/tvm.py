@@ -12,7 +12,7 @@ ndcache                                         TVM
 `ArtifactCache`                                 ``ArtifactCache`` of the web runtime
 ==============================================  =====================================================================
 
-TVM has renamed ndarray to tensor: `fetch_tensor_cache`, `tensor_cache_get` and so on are the same functions.
+TVM has renamed ndarray to tensor. `fetch_tensor_cache`, `tensor_cache_get` and so on are other names of the functions.
 
 The process has one registry of tensors, which any thread may use. Nothing here needs TVM.
 """
@@ -67,7 +67,7 @@ def fetch_ndarray_cache(
 ) -> dict[str, Any]:
     """Load a model and put all its tensors into the registry.
 
-    Tensors of the same names are replaced, as in TVM's C++ loader (its web runtime raises instead). They are replaced
+    Tensors of the same names are replaced, as in TVM's C++ loader (its web runtime raises instead). All are replaced
     together, once everything is loaded; if the load fails, the registry stays as it was.
 
     Parameters
@@ -255,7 +255,7 @@ class ArtifactCache:
         self._loader.fetch_file(url)
 
     def fetch_with_cache(self, url: str, storetype: str | None = None) -> Any:
-        """Return the content of a file, which is downloaded into the cache unless it is there.
+        """Return the content of a file, after downloading it into the cache unless it is there.
 
         Parameters
         ----------

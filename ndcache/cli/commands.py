@@ -160,7 +160,7 @@ def rm(ctx: click.Context, /, sources: tuple[str, ...], **options: Any) -> None:
                 freed = loader.delete(source)
             except (NdcacheError, UserError) as error:
                 say(f"error: {one_line(error)}")
-                failed = True  # the others are removed all the same
+                failed = True  # go on with the others
             else:
                 click.echo(f"{where}: {format_size(freed)} freed" if freed else f"{where}: was not cached")
     if failed:
@@ -244,7 +244,7 @@ def demo(ctx: click.Context, /, device: str, size_mib: int, rate_mib: float, qui
     """Load a small model from a slow local server in three ways.
 
     It is loaded with one worker, with eight, and from the cache. No network is needed: the model is generated and
-    served on this machine. Every value is compared with what was generated; the exit status is 1 if one differs.
+    served on this machine. Every loaded value is compared with the generated one; the exit status is 1 if one differs.
     """
     from .demo import run_demo
 

@@ -167,7 +167,7 @@ def _plan(top: Path) -> list[tuple[str, int, Path]]:
 
 
 def _make_params(size_mib: int) -> dict[str, Array]:
-    """Generate the tensors, which are always the same; `size_mib` decides the number of layers."""
+    """Generate tensors, always the same ones; `size_mib` decides the number of layers."""
     rng = np.random.default_rng(_SEED)
     params = {"model.embed_tokens.weight": rng.standard_normal((_VOCABULARY, _HIDDEN), np.float32)}
     size, layer = _stored_bytes(params), 0

@@ -53,7 +53,7 @@ class CommandGroup(click.Group):
                     if not end.code:
                         sys.stdout.flush()
                     raise
-            except OSError as error:  # from what click itself prints, such as --help
+            except OSError as error:  # while click itself prints, for example --help
                 if not isinstance(error, BrokenPipeError):
                     say(f"error: {one_line(error)}")
                 raise SystemExit(1) from error

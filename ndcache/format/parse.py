@@ -265,7 +265,7 @@ def _by_offset(records: list[Record]) -> Iterable[Record]:
 
 
 def _check_paths(shards: Sequence[Shard]) -> None:
-    """Check that no two shards, and no shard and manifest, are the same file on any file system."""
+    """Check that no shard is the same file as another shard or a manifest, on any file system."""
     files: dict[str, str] = {}
     for shard in shards:
         key = collision_key(shard.data_path)

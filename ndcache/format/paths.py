@@ -41,7 +41,7 @@ def check_path(path: str) -> None:
 
 
 def _percent_decodings(path: str) -> Iterator[str]:
-    """Yield `path`, and what it becomes in each round of percent-decoding that still changes it."""
+    """Yield `path`, and the result of each round of percent-decoding that still changes it."""
     for _ in range(8):
         yield path
         decoded = unquote(path, errors="surrogateescape")
@@ -82,7 +82,7 @@ def _unsafe(path: str) -> str | None:
 
 
 def collision_key(path: str) -> str:
-    """Return a text that is the same for all spellings that some file system treats as one name."""
+    """Return a key that is equal for all spellings that some file system treats as one name."""
     # Unicode's canonical caseless matching. It normalises twice, as case folding can undo a normal form.
     return unicodedata.normalize("NFD", unicodedata.normalize("NFD", path).casefold())
 

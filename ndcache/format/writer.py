@@ -5,11 +5,11 @@
     <directory>/
         params_shard_0.bin ...     tensors one after another, without padding, up to `shard_bytes`
         tensor-cache.json          the manifest
-        tensor-cache-b16.json      the same, but float32 that is stored as bfloat16 is described as bfloat16;
+        tensor-cache-b16.json      the same, but float32 stored as bfloat16 is described as bfloat16;
                                    only if there are such tensors
 
-All files are written to a temporary folder inside the directory and renamed when all are complete: the shards first,
-the manifests last. A dump that fails or is killed before that changes nothing.
+All files are written to a temporary folder inside the directory. When all are complete, they are renamed: the shards
+first, the manifests last. A dump that fails or is killed before the renames changes nothing.
 
 Source of the format: ``dump_tensor_cache`` in apache-tvm's ``tvm/contrib/tvmjs.py``.
 """

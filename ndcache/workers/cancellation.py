@@ -21,7 +21,7 @@ class Cancellation:
     """Cancel the threads of one load.
 
     The caller's thread sets it. The workers check it and sleep on it, and it shuts the sockets that they wait for, so
-    that none of them hangs on a server that does not answer. Once the main thread has ended, a load goes on only if
+    that none of them hangs on a server that does not answer. Once the main thread has ended, a load continues only if
     Python waits for the thread that wants its result.
 
     Parameters
@@ -126,7 +126,7 @@ class Cancellation:
 
     @property
     def _is_abandoned(self) -> bool:
-        """Return whether nobody will take the result, now that the main thread has ended."""
+        """Return whether no thread will take the result, now that the main thread has ended."""
         if self.parent is not None or self._began_late:  # A late load has no workers: its consumer does the work.
             return False
         consumer = self._consumer

@@ -28,7 +28,7 @@ __all__ = ["WorkerPool"]
 #: as long (6 pairs of runs). With more spare threads, a load that is limited by the CPU takes longer
 #: (benchmarks/fetch.py).
 _SPARE_THREADS = 2
-#: Seconds after which an idle thread checks whether somebody still waits for the load.
+#: Seconds after which an idle thread checks whether the load is still wanted.
 _IDLE_CHECK = 1.0
 #: Seconds after which `shutdown` checks for threads that ended without saying so.
 _SHUTDOWN_CHECK = 0.05
@@ -122,12 +122,12 @@ class WorkerPool:
                 task.finish(task.work())
 
     def submit_helper(self, work: Callable[[], None]) -> None:
-        """Call `work` when a worker has nothing else to do. It may never be called, and nobody sees what it raises."""
+        """Call `work` when a worker has nothing else to do. It may never be called; its exceptions are dropped."""
         if self.has_threads:
             self._tasks.put(Task(work))
 
     def release_slot(self) -> None:
-        """Let the next task begin. A task calls this when it goes on but needs no connection any more."""
+        """Let the next task begin. A task calls this when it has not ended but needs no connection any more."""
         self._slots.release()
 
     def run(self, work: Callable[[], T], *, tasks_to_come: int | None = None) -> T:
@@ -239,7 +239,7 @@ class WorkerPool:
                 return self._tasks.get(timeout=_IDLE_CHECK)
             except Empty:
                 with suppress(CancelledError):
-                    self.cancellation.check()  # cancels itself if nobody waits for the load any more
+                    self.cancellation.check()  # cancels itself if no thread waits for the load any more
 
     def _end_threads(self) -> None:
         """Let the threads end after the tasks that were submitted so far."""

@@ -45,7 +45,7 @@ def invoke(*args: object) -> click.testing.Result:
     new_runner: Callable[..., click.testing.CliRunner] = click.testing.CliRunner
     try:
         runner = new_runner(mix_stderr=False)
-    except TypeError:  # since click 8.2, output and errors are always apart
+    except TypeError:  # since click 8.2, output and errors are always separate
         runner = new_runner()
     result = runner.invoke(cli.main, [str(arg) for arg in args])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
@@ -680,7 +680,7 @@ def test_row_36_signals_in_each_phase(
         elif phase == "a retry":
 
             def refuse(connection: Connection, request: Request) -> None:
-                while not other_is_done(cache_dir):  # it would wait as well
+                while not other_is_done(cache_dir):  # a 503 would make the other shard wait, too
                     time.sleep(0.01)
                 connection.send(reply(503, headers={"Retry-After": "200"}))
                 is_refused.set()

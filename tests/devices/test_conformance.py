@@ -53,7 +53,7 @@ def stage(upload: Upload[Any, Any], directory: Path, shard: ndcache.Shard) -> An
 
 
 class DeviceConformance:
-    """Tests that every device passes. Subclasses say which device, how it allocates, and whether it has limits."""
+    """Tests that every device must pass. Subclasses say which device, how it allocates, and whether it has limits."""
 
     upload_type: type[Upload[Any, Any]]
 
@@ -64,7 +64,7 @@ class DeviceConformance:
 
     @pytest.fixture
     def alive(self, device: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
-        """Return a function that counts the allocations for tensors and uploads that are alive."""
+        """Return a function that counts the live allocations of tensors and uploads."""
         raise NotImplementedError
 
     def over_the_limits(self) -> AbstractContextManager[Any]:

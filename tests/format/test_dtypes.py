@@ -76,7 +76,7 @@ UNKNOWN_DTYPES = ("float8_e4m3", "float8_e4m3fnuz", "int4", "uint4")
         (ml_dtypes.bfloat16, "bfloat16"),
         (ml_dtypes.float8_e5m2, "float8_e5m2"),
         (ml_dtypes.float8_e4m3fn, "float8_e4m3fn"),
-        # what the format has no name for
+        # dtypes that the format has no name for
         *((getattr(ml_dtypes, name), None) for name in UNKNOWN_DTYPES if hasattr(ml_dtypes, name)),
         ("c8", None),
         ("O", None),

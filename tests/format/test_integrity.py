@@ -1,4 +1,4 @@
-"""Digests that the caller demands, of manifests and shards, on servers and in directories."""
+"""Digests that the caller requires, of manifests and shards, on servers and in directories."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_a_new_required_digest_is_checked_once_for_a_cached_shard(model: Path, s
 
 
 def test_row_31_a_flipped_bit_of_a_local_shard_with_a_required_digest_is_found(model: Path) -> None:
-    """For files that are read in place, no check is remembered; they are read each time."""
+    """Files that are read in place are checked each time."""
     models.simple_model(model)
     integrity = sri_of(model / SHARD)
     flip(model / SHARD)
@@ -120,7 +120,7 @@ def test_row_31_a_flipped_bit_of_a_local_shard_with_a_required_digest_is_found(m
 
 
 def test_only_the_manifest_with_a_required_digest_is_requested(model: Path, tmp_path: Path, serve: Serve) -> None:
-    """If it is hidden, the other name, for which nobody vouches, must not be used."""
+    """If that manifest is hidden, the other one, which has no required digest, must not be used."""
     models.simple_model(model)
     integrity = sri_of(model / "tensor-cache.json")
     os.rename(model / "tensor-cache.json", model / "ndarray-cache.json")

@@ -54,7 +54,7 @@ def filled(start: bytes, items: Callable[[int], bytes], count: int, end: bytes) 
 _RECORD = b'{"name":"%d","shape":[1],"dtype":"int8","format":"raw","byteOffset":%d,"nbytes":1}'
 _FACE = b'"\xf0\x9f\x98\x80%s",' % (b"a" * (15 << 20))  # takes four bytes for each character when decoded
 
-#: Manifests as large as can be, in several forms. Some are refused, but only after they were read.
+#: Manifests of the largest size, in several forms. Some are refused, but only after they were read.
 LARGEST: dict[str, Callable[[], bytes]] = {
     "records in no order": lambda: filled(
         b'{"records":[{"dataPath":"a.bin","format":"raw-shard","nbytes":9999999,"records":[',
@@ -128,7 +128,7 @@ def test_row_22_too_many_records_are_refused(
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 @pytest.mark.parametrize("form", LARGEST)
 def test_row_22_the_largest_manifests_leave_memory_and_let_ctrl_c_through(form: str) -> None:
-    """Parsing takes at most 450 MiB besides the file, and Ctrl-C comes through."""
+    """Parsing takes at most 450 MiB besides the file, and Ctrl-C takes effect soon."""
     command = [sys.executable, "-c", f"from {__name__} import print_costs; print_costs({form!r})"]
     child = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
     nbytes, seconds = child.stdout.split()

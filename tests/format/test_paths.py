@@ -123,8 +123,8 @@ UNSAFE_PATHS = [
     ".ndcache./x",
     ".ndcache /x",
     ".ndcache::$INDEX_ALLOCATION/x",
-    ".nd\u200ccache/x",  # the Mac's old file system takes no notice of it
-    "NDCACH~1/x",  # what Windows calls it, too
+    ".nd\u200ccache/x",  # HFS+, the Mac's old file system, ignores this character
+    "NDCACH~1/x",  # the short name of .ndcache on Windows
     "params~1.bin",
     "x" * 201,
     "x/" * 100 + "x",

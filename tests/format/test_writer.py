@@ -217,7 +217,7 @@ def test_dump_returns_the_manifest(tmp_path: Path) -> None:
     assert len(manifest.shards) == 2
 
 
-# --- what is taken ------------------------------------------------------------------------------------
+# --- accepted arguments -------------------------------------------------------------------------------
 
 
 class HasArray:
@@ -281,7 +281,7 @@ def test_one_tensor_at_a_time_in_memory(tmp_path: Path) -> None:
     assert peak < 4 * nbytes
 
 
-# --- what is refused ----------------------------------------------------------------------------------
+# --- refused arguments --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -430,7 +430,7 @@ ndcache.dump(params(), {str(tmp_path)!r}, shard_bytes=100, update={update})
         child.wait()
     after = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     assert after == before
-    ndcache.dump({"w": np.zeros(1)}, tmp_path)  # files that the killed process left do not disturb
+    ndcache.dump({"w": np.zeros(1)}, tmp_path)  # files left by the killed process do no harm
     assert list(ndcache.load(tmp_path)) == ["w"]
 
 

@@ -78,7 +78,7 @@ class BufferMaker:
         return self._requested[shard.data_path]
 
     def close(self) -> None:
-        """Stop, and destroy the buffers that nobody removed from their list. Call this through `shielded`."""
+        """Stop, and destroy the buffers that are still in their lists. Call this through `shielded`."""
         self._serial.cancel()
         for future in self._requested.values():
             if not future.cancelled() and future.exception() is None:

@@ -80,4 +80,4 @@ def _suggest(device: wgpu.GPUDevice, nbytes: int) -> str:
             f"Its adapter can bind {device.adapter.limits[_BINDING]:,}: request the device with required_limits, or "
             f"load with device='gpu', which does."
         )
-    return "Its adapter cannot bind more. With device='gpu' the tensor is loaded all the same; bind it in parts."
+    return "Its adapter cannot bind more. With device='gpu' the tensor is loaded nevertheless; bind it in parts."

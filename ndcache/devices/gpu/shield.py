@@ -1,9 +1,9 @@
 """Call wgpu where no signal handler can interrupt it.
 
 Python runs signal handlers on the main thread, between any two steps of Python code. wgpu's library calls back into
-Python; if a handler raises there, as Ctrl-C does, the exception is printed and lost, and so is what the callback had to
-deliver: an AssertionError comes out, or a thread waits forever. So the main thread lets another thread make the call,
-and waits for it.
+Python. If a handler raises there, as Ctrl-C does, the exception is printed and lost, and the callback's own result is
+lost, too: wgpu raises an AssertionError, or a thread waits forever. So the main thread lets another thread make the
+call, and waits for it.
 """
 
 from __future__ import annotations

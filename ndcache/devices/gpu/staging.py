@@ -131,6 +131,6 @@ class StagingRing:
 
 
 def _size_class(nbytes: int) -> int:
-    """Round up, by an eighth at most, so that shards of about the same size can share buffers."""
+    """Round up, by at most an eighth, so that shards of about the same size can share buffers."""
     step = 1 << max((nbytes - 1).bit_length() - 4, 12)
     return -(-nbytes // step) * step

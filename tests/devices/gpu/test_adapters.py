@@ -1,4 +1,4 @@
-"""The list of GPU adapters, and the adapter that a name means."""
+"""The list of GPU adapters, and the adapter that the ``device`` option names."""
 
 from __future__ import annotations
 

@@ -29,9 +29,9 @@ def test_staging_buffers_are_reused_within_the_limit(gpu: Any, monkeypatch: pyte
         ring.release(buffer)
     assert ring.acquire(1 << 16) is buffers[0]  # the oldest
     assert len(watch.made) == 2
-    assert ring.acquire(40_000) is buffers[1]  # larger than it must be
+    assert ring.acquire(40_000) is buffers[1]  # larger than needed
     ring.release(buffers[1])
-    ring.acquire(1 << 18)  # needs the room of an unused one
+    ring.acquire(1 << 18)  # within the limit only if an unused one is destroyed
     assert watch.destroyed == [buffers[1].buffer]
     ring.acquire(1 << 18)  # exceeds the limit, as the other buffers are in use
     ring.destroy()
