@@ -32,7 +32,7 @@ def check_certificates(session: requests.Session, url: str) -> None:
 
 def certificate_error(session: requests.Session, url: str, chain: list[BaseException]) -> TLSError | None:
     """Return the error for a certificate file that `session` cannot use, or None if that is not why it failed."""
-    if not any(_may_be_of_a_file(error) for error in chain):
+    if not any(_may_concern_file(error) for error in chain):
         return None
     settings = session.merge_environment_settings(url, {}, None, None, None)
     verify, cert = settings["verify"], settings["cert"]
@@ -50,7 +50,7 @@ def _authorities_error(session: requests.Session, verify: str | os.PathLike[str]
     return TLSError(f"{name} ({verify}) {what}", url=url, hint=hint)
 
 
-def _may_be_of_a_file(error: BaseException) -> bool:
+def _may_concern_file(error: BaseException) -> bool:
     if isinstance(error, ssl.SSLError):
         return not isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError | ssl.SSLSyscallError)
     # The errors that requests raises itself have no errno.
@@ -64,7 +64,7 @@ def _wrong_authorities(path: Path) -> str | None:
         if not os.path.exists(path):
             return "does not exist"
         if os.path.isdir(path):
-            # OpenSSL sees only the names that `openssl rehash` makes.
+            # OpenSSL sees only files with names that `openssl rehash` gives.
             hashed = any(re.fullmatch(r"[0-9a-f]{8}\.[0-9]+", name) for name in os.listdir(path))
             return None if hashed else "is a directory without certificates that OpenSSL can find"
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
@@ -122,7 +122,7 @@ def credential_error(
 
 
 def _is_unsendable_header(error: BaseException) -> bool:
-    """Return whether requests or http.client has refused a header, which the latter tells only by its message."""
+    """Return whether requests or http.client has refused a header; the latter shows it only in its message."""
     if isinstance(error, UnicodeEncodeError):
         return error.encoding in ("ascii", "latin-1")
     if isinstance(error, requests.exceptions.InvalidHeader):
@@ -164,7 +164,7 @@ def _netrc_path() -> str | None:
 
 
 def damaged_netrc() -> str | None:
-    """Return the netrc file, and its damaged line, if it cannot be read: requests then goes on without it."""
+    """Return the netrc file, with its damaged line, if it cannot be read and requests goes on without it."""
     path = _netrc_path()
     if path is None:
         return None

@@ -1,7 +1,7 @@
-"""TCP connections to the first of a host's addresses that answers ("Happy Eyeballs", RFC 8305).
+"""TCP connections to whichever of a host's addresses answers first ("Happy Eyeballs", RFC 8305).
 
-An address that does not answer costs a quarter of a second, not the whole timeout, and only once: the address that
-answered instead is tried first from then on.
+An address that does not answer costs a quarter of a second, not the whole timeout, and only once: from then on, the
+address that answered instead is tried first.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ __all__ = ["Address", "Routes", "connect_to_first", "resolve"]
 _ATTEMPT_DELAY = 0.25
 #: The results of a non-blocking connect that has begun.
 _HAS_BEGUN = {0, errno.EINPROGRESS, errno.EINTR, getattr(errno, "WSAEWOULDBLOCK", errno.EINPROGRESS)}
-#: Which of the failures of several addresses is raised: the first of these kinds.
-_MOST_TELLING = (ConnectionRefusedError, TimeoutError, OSError)
+#: Kinds of failures, the most useful first: of several addresses' failures, the first in this order is raised.
+_MOST_USEFUL = (ConnectionRefusedError, TimeoutError, OSError)
 # Unlike epoll and kqueue, poll needs no descriptor of its own; unlike select, it accepts descriptors over 1,023.
 _Selector: type[selectors.BaseSelector] = getattr(selectors, "PollSelector", selectors.SelectSelector)
 
@@ -91,7 +91,7 @@ def connect_to_first(
     open_socket: Callable[[Address], socket.socket],
     is_cancelled: Callable[[], bool],
 ) -> tuple[socket.socket, Address]:
-    """Connect to the first address that answers; try each one once the one before has failed, or has been silent.
+    """Connect to the first address that answers; try the next one as soon as one fails, or stays silent.
 
     Parameters
     ----------
@@ -106,7 +106,7 @@ def connect_to_first(
     Raises
     ------
     OSError
-        The most telling of the addresses' failures.
+        The most useful of the addresses' failures.
     """
     race = _Race(deque(addresses), timeout, open_socket)
     try:
@@ -186,8 +186,8 @@ class _Race:
         self._next_start = 0.0  # the next address need not wait any longer
 
     def _fail(self) -> None:
-        failures, self._failures = self._failures, []  # or the failures and this frame would refer to each other
+        failures, self._failures = self._failures, []  # else the failures and this frame would refer to each other
         try:
-            raise next((e for kind in _MOST_TELLING for e in failures if isinstance(e, kind)), OSError("no address"))
+            raise next((e for kind in _MOST_USEFUL for e in failures if isinstance(e, kind)), OSError("no address"))
         finally:
             del failures

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["decode_body", "encoding_of"]
 
-#: Most bytes that are decoded in one step.
+#: The most bytes to decode in one step.
 _STEP_BYTES = 1 << 20
 _GZIP_MAGIC = b"\x1f\x8b"
 
@@ -34,7 +34,7 @@ def decode_body(chunks: Iterator[bytes], encoding: str, limit: int, check: Calla
     encoding : str
         See `encoding_of`.
     limit : int
-        Bytes of the decoded body.
+        The most bytes that the decoded body may have.
     check : callable
         Called after each MiB; may raise to end the decoding.
     url : str

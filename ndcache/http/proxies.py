@@ -24,7 +24,7 @@ _SOCKS = ("socks4", "socks4a", "socks5", "socks5h")
 _FAILURES = (
     requests.exceptions.ProxyError,
     urllib3.exceptions.ProxyError,
-    # Of a SOCKS proxy: beside proxies, nothing is connected to.
+    # From SOCKS proxies: where there is a proxy, nothing else is connected to.
     urllib3.exceptions.ConnectTimeoutError,
     urllib3.exceptions.NewConnectionError,
 )
@@ -78,7 +78,10 @@ def proxy_auth_error(proxy: Proxy | None, url: str) -> AuthError:
         scheme = urlsplit(proxy.address).scheme
         hint = f"Give them in {proxy.setting}: {scheme}://user:password@host:port (special characters as %XX)."
     return AuthError(
-        f"{proxy or 'a proxy'} wants a user and password, or other ones (status 407)", url=url, status=407, hint=hint
+        f"{proxy or 'a proxy'} wants a user and password, or different ones (status 407)",
+        url=url,
+        status=407,
+        hint=hint,
     )
 
 
@@ -140,7 +143,7 @@ def _final(error: ConnectError) -> ConnectError:
 def _shown(proxy: Proxy) -> str:
     """Return the setting, and its value if that cannot hold a password.
 
-    Of a value that is no address, any part may be a password.
+    If the value is not an address, any part of it may be a password.
     """
     shown = redact(proxy.address)
     return proxy.setting if "@" in proxy.value or shown.startswith("(") else f"{proxy.setting} ({shown})"
@@ -166,14 +169,14 @@ def _address_problem(proxy: Proxy, chain: Sequence[BaseException]) -> tuple[str,
         )
     try:
         parse_proxy(proxy.value)
-    except UrlError:  # nor is a text that two parsers read differently
+    except UrlError:  # a text that two parsers read differently is not an address, either
         return no_address
     # Without a scheme in the address, requests takes the host or user for one.
     return no_address if any(isinstance(error, _UNREADABLE) for error in chain) else None
 
 
 def _tunnel_status(chain: list[BaseException]) -> int | None:
-    """Return the status of a proxy that refused a tunnel, or None; http.client tells it only in its message."""
+    """Return the status of a proxy that refused a tunnel, or None; http.client shows it only in its message."""
     for error in chain:
         if isinstance(error, OSError) and (found := re.match(r"Tunnel connection failed: (\d{3})\b", str(error))):
             return int(found[1])

@@ -2,12 +2,12 @@
 
 - Every request to an origin passes its `OriginLimit`, which all workers share: requests wait in a queue, first come,
   first served. Until a server refuses a request, none has to wait.
-- A refusal means that one of two things was too much: the requests in flight, or their rate. A setting that was
-  accepted before is not to blame. The other one is cut: to the requests in flight, or to half the rate.
+- A refusal means that one of two settings was too high: the requests in flight, or their rate. A setting that was
+  accepted before is not to blame, so the other one is cut: to the requests in flight, or to half the rate.
 - Then one request at a time tries a little more than is known to be accepted. If it is accepted, the next one goes
   further; if not, the next trial waits twice as long. So a short disturbance is soon forgotten, and a lasting limit is
   met closely.
-- After a refusal all requests wait, for as long as Retry-After asks if it is there, and then keep their distance.
+- After a refusal all requests wait, as long as Retry-After asks if it is there, and then start at intervals.
 - Whether a refused request is tried again is for `http.retry` to decide.
 """
 
@@ -34,7 +34,7 @@ logger = logging.getLogger("ndcache")
 _STATUSES = (429, 503)
 
 _ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*://)(?:[^/?#]*@)?([^/?#]*)", re.IGNORECASE).match
-#: The part of the interval that a trial of a higher rate keeps: the first trial, then those after successes in a row.
+#: Factors by which a trial of a higher rate shortens the interval: the first trial, then those after each success.
 _FASTER = (0.85, 0.8, 0.6, 0.5)
 #: Seconds that a thread waits for its turn before it checks whether it was cancelled.
 _TICK = 0.1
@@ -72,7 +72,7 @@ class OriginActivity:
         self._last[origin] = monotonic()
 
     def was_active(self, error: NdcacheError, since: float) -> bool:
-        """Return whether the origin of an error has sent something since then, to any worker."""
+        """Return whether the origin of an error has sent something to any worker since a time."""
         return self._last.get(origin_of(error.url or ""), -math.inf) > since
 
     def refusals(self, error: NdcacheError) -> int:
@@ -80,7 +80,7 @@ class OriginActivity:
         return self._limits.of(error.url or "").refusals
 
     def warn_of_limit(self, error: NdcacheError) -> None:
-        """Log once for each origin that it limits requests."""
+        """Log that an origin limits requests, once for each origin."""
         origin, mine = origin_of(error.url or ""), object()
         if self._limiting.setdefault(origin, mine) is not mine:
             return
@@ -105,7 +105,7 @@ class RateLimits:
 
     def of(self, url: str) -> OriginLimit:
         """Return the limit of the origin that a request for `url` goes to."""
-        # By process: a lock that another thread holds at the moment of a fork stays locked in the child for ever.
+        # By process: a lock that another thread holds at the moment of a fork stays locked in the child forever.
         key = os.getpid(), origin_of(url)
         found = self._origins.get(key)
         return found or self._origins.setdefault(key, OriginLimit(self._unit, self._longest_pause))
@@ -113,7 +113,7 @@ class RateLimits:
 
 @dataclass(eq=False)
 class Permit:
-    """Permission for one request. It must be released, whatever became of the request.
+    """Permission for one request. It must be released, however the request ends.
 
     Attributes
     ----------
@@ -121,7 +121,7 @@ class Permit:
     started : float
         The request's start, by ``time.monotonic()``.
     others_in_flight : int
-        Other requests to the origin that were in flight then.
+        Other requests to the origin that were in flight at its start.
     previous_start : float
         The start of the last request before it that was not refused.
     trial : str or None
@@ -162,7 +162,7 @@ class OriginLimit:
     unit : float
         Seconds between requests after the first refusal; other times are multiples of it.
     longest_pause : float
-        Longer pauses that a server asks for are not kept, as the load ends anyway.
+        Longer pauses that a server asks for are ignored, because the load then ends anyway.
 
     Attributes
     ----------
@@ -182,7 +182,7 @@ class OriginLimit:
     interval: float = field(default=0.0, init=False)
     in_flight: int = field(default=0, init=False)
     refusals: int = field(default=0, init=False)
-    #: Whether as many in flight, and as fast a rate, have been accepted since the setting changed.
+    #: Whether `max_in_flight` requests, or the rate of `interval`, have been accepted since this setting changed.
     _is_max_known: bool = field(default=False, init=False)
     _is_interval_known: bool = field(default=False, init=False)
     _last_start: float = field(default=-math.inf, init=False)
@@ -193,7 +193,7 @@ class OriginLimit:
     _trial_at: float = field(default=-math.inf, init=False)
     _trial_wait: float = field(default=0.0, init=False)
     _successes: int = field(default=0, init=False)
-    #: How many requests were accepted, and since when: over a time with refusals, this gives the rate of the server.
+    #: How many requests were accepted, and since when: after refusals, this shows the rate that the server allows.
     _accepted: int = field(default=-1, init=False)
     _since: float | None = field(default=None, init=False)
     _queue: deque[object] = field(default_factory=deque, init=False)
@@ -239,7 +239,7 @@ class OriginLimit:
         return min(max(pause, self.interval - gap), max(trial, self.interval * self._faster - gap))
 
     def start(self, now: float) -> Permit:
-        """Begin a request, after `delay` has returned no more than 0."""
+        """Begin a request; `delay` must have returned 0 or less."""
         gap = now - self._last_start
         trial: Trial | None = None
         if self.in_flight >= self.max_in_flight:
@@ -274,9 +274,8 @@ class OriginLimit:
             self._pause_until = max(self._pause_until, now + pause)
             self._end_trial(permit)
             if self._last_start == permit.started:
-                self._last_start = (
-                    permit.previous_start
-                )  # servers do not count what they refuse, but still want a distance
+                # Servers do not count a request that they refuse, but the next one still needs some distance.
+                self._last_start = permit.previous_start
                 self._pause_until = max(self._pause_until, now + self.interval / 4)
             if permit.started < self._last_cut:  # one of several refused together: only the first one counts
                 if not self._is_max_known:
@@ -334,7 +333,7 @@ class OriginLimit:
         self._last_cut = now
         if not self._is_max_known or self.refusals > 1:
             self._cut_max()
-        # A rate that was accepted until now is nearly right: networks deliver two requests closer than they were sent.
+        # A rate that was accepted until now is nearly right: networks may deliver two requests closer together.
         is_nearly_right = self._is_interval_known and self.refusals == 1
         self.interval = min(max((1.2 if is_nearly_right else 2) * self.interval, self.unit), 20 * self.unit)
         self._is_interval_known = False

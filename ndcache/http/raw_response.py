@@ -11,7 +11,7 @@ __all__ = ["RawResponse"]
 
 #: Bytes of the largest TLS record (RFC 8446, 5.1).
 _RECORD_BYTES = 1 << 14
-#: Most interim responses to one request that are skipped.
+#: The most interim responses to one request that are skipped.
 _MAX_INTERIM = 1000
 
 
@@ -25,8 +25,8 @@ class RawResponse(http.client.HTTPResponse):
         self._failure: Exception | None = None
 
     def _read_status(self) -> tuple[str, int, str]:
-        # A server may send any number of 1xx responses (RFC 9110, 15.2), but http.client skips only 100. 101 cannot be
-        # skipped: it changes to another protocol, which nobody asked for.
+        # A server may send any number of 1xx responses (RFC 9110, 15.2), but http.client skips only 100. 101 is not
+        # skipped: it switches to another protocol, which nobody asked for.
         for _ in range(_MAX_INTERIM):
             version, status, reason = super()._read_status()  # type: ignore[misc]
             if not 100 <= status < 200 or status == 101:
@@ -35,7 +35,7 @@ class RawResponse(http.client.HTTPResponse):
         raise http.client.HTTPException("too many interim responses")
 
     def read1(self, n: int = -1) -> bytes:
-        """Return up to `n` bytes that have come, and wait only if there are none.
+        """Return up to `n` bytes that have arrived, and wait only if there are none.
 
         Over TLS, a single read gives a single record of at most 16 KiB, so read on while there is more. If that fails,
         return the bytes before the failure, and raise it in the next call.
@@ -53,17 +53,17 @@ class RawResponse(http.client.HTTPResponse):
         return super().isclosed() and self._failure is None
 
     def _read_on(self, sock: ssl.SSLSocket, first: bytes, limit: int) -> bytes:
-        """Return `first` and the bytes that have come already, at most `limit` in all."""
+        """Return `first` and the bytes that have arrived already, at most `limit` in all."""
         if len(self._buffer) < limit:
             self._buffer = memoryview(bytearray(limit))
         self._buffer[: len(first)] = first
-        come, timeout = len(first), sock.gettimeout()
+        received, timeout = len(first), sock.gettimeout()
         sock.settimeout(0)
         try:
-            while come < limit and (span := self._bytes_in_a_row(limit - come)):
-                count = self._fill(self._buffer[come : come + span])
-                come += count
-                if count < span:
+            while received < limit and (size := self._bytes_in_a_row(limit - received)):
+                count = self._fill(self._buffer[received : received + size])
+                received += count
+                if count < size:
                     break
         except ssl.SSLWantReadError:
             pass
@@ -71,28 +71,28 @@ class RawResponse(http.client.HTTPResponse):
             self._failure = error
         finally:
             sock.settimeout(timeout)
-        return bytes(self._buffer[:come])
+        return bytes(self._buffer[:received])
 
     def _fill(self, free: memoryview) -> int:
-        """Read bytes of the body until `free` is full or no more have come."""
-        come, size, read_into = 0, len(free), self.fp.readinto1
+        """Read bytes of the body until `free` is full or no more have arrived."""
+        received, size, read_into = 0, len(free), self.fp.readinto1
         try:
-            while come < size and (count := read_into(free[come:])):
-                come += count
+            while received < size and (count := read_into(free[received:])):
+                received += count
         except ssl.SSLWantReadError:
             pass
         except OSError as error:
             self._failure = error
         if self.chunked:
-            self.chunk_left = (self.chunk_left or 0) - come
+            self.chunk_left = (self.chunk_left or 0) - received
         elif self.length is not None:
-            self.length -= come
-        return come
+            self.length -= received
+        return received
 
     def _bytes_in_a_row(self, limit: int) -> int:
         """Return how many bytes of the body follow without a chunk line between them, up to `limit`.
 
-        Return 0 if the next chunk line has not come completely: reading a part of it without waiting would lose it.
+        Return 0 if the next chunk line has not arrived completely: reading a part of it without waiting would lose it.
         """
         if self.fp is None:
             return 0

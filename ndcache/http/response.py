@@ -27,13 +27,13 @@ class Response:
     headers : mapping
         Case-insensitive.
     url : str
-        The URL that was answered in the end, after redirects.
+        The URL that answered, after redirects.
     location : str or None
         The target of a redirect.
     linked_sha256 : str or None
-        The file's digest, as the server asked first gives it for a file that lies elsewhere (Hugging Face).
+        The file's SHA-256, which the first server gives if it stores the file elsewhere (Hugging Face).
     commit : str or None
-        The commit that the file belongs to, as the server asked first gives it (Hugging Face).
+        The commit that the file belongs to, which the first server gives (Hugging Face).
     permit : Permit or None
         Released when the body has been read or is given up.
     may_be_truncated : bool
@@ -87,7 +87,7 @@ class Response:
         return tuple(map(int, match.groups())) == (start, end - 1, size) and self.content_length in (None, end - start)
 
     def read_some(self, limit: int) -> bytes:
-        """Return the next 1 to `limit` bytes of the body as soon as there are any, or none at its end.
+        """Return the next bytes of the body, up to `limit`, as soon as there are any; no bytes mean its end.
 
         Raises
         ------
@@ -137,7 +137,7 @@ class Response:
 
 
 def check_not_woken(cancellation: Cancellation, watch: StallWatch, url: str) -> None:
-    """Raise if another thread ended the wait for the server: because of a cancellation, or of a stall."""
+    """Raise if another thread ended the wait for the server, because of a cancellation or a stall."""
     cancellation.check()
     if watch.is_stalled:
         raise StallError("the server sends next to nothing", url=url, hint="Try again later.")

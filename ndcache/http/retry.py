@@ -1,9 +1,9 @@
 """Which requests are tried again, how often, and after how long.
 
-A server that limits requests (429, 503) refuses what it will give a moment later. As long as it sends something to any
-worker, that is no failure, and does not count; the request is only repeated less and less often, so that a file that
-alone is refused does not slow down the others. A server that sends nothing to any worker is given up after as many
-refusals, and as long, as if a single file had been asked for: many waiting files do not prolong the load.
+A server that limits requests (429, 503) refuses now what it will send a moment later. While it sends something to any
+worker, its refusals do not count as failures; the request is only repeated less and less often, so that a file that
+is always refused does not slow down the others. If it sends nothing to any worker, the load gives up as soon as it
+would for a single file: many waiting files do not prolong it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["Attempt", "RetryPolicy", "attempts"]
 
 logger = logging.getLogger("ndcache")
 
-#: Refusals in a row after which the waits of a file do not grow any more, while others receive something.
+#: Refusals in a row after which the waits for a file stop growing, while other files receive something.
 _MAX_COUNTED_REFUSALS = 4
 #: Bytes of progress after which all failures so far are forgotten.
 _PROGRESS_BYTES = 1 << 20
@@ -35,14 +35,14 @@ _PROGRESS_BYTES = 1 << 20
 class RetryPolicy:
     """How often a failed request is tried again, and how long it may take.
 
-    Both limits are about failures in a row: after each MiB of progress they start afresh.
+    Both limits count failures in a row: after each MiB of progress they start again.
 
     Parameters
     ----------
     retries : int
-        Tries after the first one. Errors that another try is unlikely to mend get one at most.
+        Attempts after the first one. After errors that are unlikely to pass, there is one more at most.
     budget : float
-        Seconds after the first failure in which another try may begin.
+        Seconds after the first failure in which another attempt may begin.
     backoff, max_backoff : float
         The wait after the *n*-th failure is drawn evenly from 0 to ``min(max_backoff, backoff * 2**(n - 1))`` seconds
         ("full jitter").
@@ -60,12 +60,12 @@ class RetryPolicy:
         return min(sum(waits), self.budget)
 
     def delay(self, error: NdcacheError, failures: int, of_this_kind: int, spent: float) -> float | None:
-        """Return the seconds to wait before the next try, or None if there must be none.
+        """Return the seconds to wait before the next attempt, or None if there must be none.
 
         Parameters
         ----------
         error : NdcacheError
-            The error of the last try.
+            The error of the last attempt.
         failures : int
             Failures in a row so far, this one included.
         of_this_kind : int
@@ -79,7 +79,7 @@ class RetryPolicy:
             return None
         asked = error.retry_after if isinstance(error, RateLimitedError) else None
         wait = random.uniform(0, min(self.max_backoff, self.backoff * 2.0 ** min(failures - 1, 64)))
-        wait = max(wait, asked or 0.0)  # a server that asks for no wait is not hurried
+        wait = max(wait, asked or 0.0)  # a server that asks for 0 s gets our own wait nevertheless
         return wait if spent + wait <= self.budget else None
 
 
@@ -92,8 +92,9 @@ def attempts(
 ) -> Iterator[Attempt]:
     """Yield attempts at some work until one succeeds, and wait between them.
 
-    An error that `policy` does not allow to try again leaves the block of its attempt; it knows how many attempts there
-    were. While the work runs, no function of this module is on the stack::
+    If `policy` allows no other attempt, the error is raised, with the number of attempts in it.
+
+    While the work runs, no function of this module is on the stack::
 
         for attempt in attempts(policy, cancellation, stats, activity):
             with attempt:
@@ -111,7 +112,7 @@ def attempts(
         Knows whether a server that refuses a request (429, 503) sends something to other workers meanwhile: if it does,
         the refusal does not count as a failure.
     progress : callable
-        Return how many bytes of the work are done for good; bytes that come a second time do not count.
+        Return how many bytes have been received; those that are received again do not count.
     """
     attempt = Attempt(policy, activity, progress)
     while True:
@@ -188,5 +189,5 @@ class Attempt:
             if self._failures == 1:
                 self._refused_before = in_a_row - 1
             if spent >= self._policy.typical_patience:
-                failures = max(failures, in_a_row - self._refused_before)  # no worker received anything meanwhile
+                failures = max(failures, in_a_row - self._refused_before)  # no worker has received anything since
         return failures, spent

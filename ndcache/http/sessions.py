@@ -23,7 +23,7 @@ Auth = Callable[[requests.PreparedRequest], requests.PreparedRequest]
 _AUTHORIZATION = "Authorization"
 _USER_AGENT = f"ndcache/{__version__}"
 
-#: The process that last used each session of a caller's here; by default, the one that imported this module.
+#: The process in which ndcache last used each caller's session; by default, the one that imported this module.
 _last_user: weakref.WeakKeyDictionary[requests.Session, int] = weakref.WeakKeyDictionary()
 _FIRST_PID = os.getpid()
 
@@ -52,7 +52,7 @@ class Sessions:
 
     def get(self, *, with_secrets: bool) -> requests.Session:
         """Return the session for the source's origin, or the one for all others."""
-        # Without a lock, which another thread could hold at the moment of a fork, and so for ever in the child.
+        # Without a lock: one that another thread holds at the moment of a fork stays locked in the child forever.
         pid = os.getpid()  # a forked child must not share its parent's sockets
         pair = self._by_process.get(pid)
         if pair is None:
@@ -62,8 +62,8 @@ class Sessions:
     def auth(self, url: Url, *, is_source: bool) -> Auth | None:
         """Return what authenticates requests for `url`: its user and password, or the token of its origin.
 
-        None leaves it to the session and to netrc, which are for the source and not for its mirrors. What the caller's
-        session has goes before a token that happens to be in the environment.
+        None leaves it to the session and to netrc, which are for the source and not for its mirrors. The credentials of
+        the caller's session take precedence over a token that happens to be in the environment.
         """
         if url.credentials is not None:
             return requests.auth.HTTPBasicAuth(*url.credentials)
@@ -97,7 +97,7 @@ class Sessions:
         self._checked.add(key)
 
     def close(self) -> None:
-        """Close the connections that were kept, but for those of the caller's session."""
+        """Close idle connections, except those of the caller's session."""
         for pair in list(self._by_process.values()):
             for session in {*pair} - {self._given}:
                 session.close()
@@ -108,7 +108,7 @@ class Sessions:
         if self._given is None:
             return bare, bare
         if _last_user.get(self._given, _FIRST_PID) != os.getpid():
-            # The other side of a fork has used it, and no socket may be shared with that.
+            # The other process of a fork has used it, and the two must not share sockets.
             for adapter in self._given.adapters.values():
                 if isinstance(adapter, requests.adapters.HTTPAdapter):
                     adapter.__setstate__(adapter.__getstate__())  # type: ignore[attr-defined]  # makes new pools
@@ -121,7 +121,7 @@ class Sessions:
         session = requests.Session()
         session.headers.clear()
         session.headers["User-Agent"] = _USER_AGENT
-        # A cookie would be sent to other ports of its host, and with whatever is loaded next.
+        # Cookies would be sent to other ports of their host, and with the next loads.
         session.cookies.set_policy(http.cookiejar.DefaultCookiePolicy(allowed_domains=[]))
         adapter = WatchedAdapter(pool_maxsize=self._max_connections, max_retries=0)
         session.mount("http://", adapter)
@@ -148,7 +148,7 @@ def no_auth(request: requests.PreparedRequest) -> requests.PreparedRequest:
 def cookie_header(session: requests.Session, url: Url) -> str | None:
     """Return the cookies that `session` sends with a request for `url`."""
     if next(iter(session.cookies), None) is None:
-        return None  # as most sessions have none
+        return None  # the usual case, without the cost of what follows
     request = requests.Request("GET", str(url))
     cookies: str | None = requests.cookies.get_cookie_header(session.cookies, request)  # type: ignore[no-untyped-call]
     return cookies

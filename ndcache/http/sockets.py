@@ -1,4 +1,4 @@
-"""urllib3 connections that show their sockets, so that another thread can wake the one that waits for a server."""
+"""urllib3 connections that give away their sockets, so that another thread can wake one that waits for a server."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ _current = threading.local()
 
 def _shut(sock: socket.socket) -> None:
     try:
-        # Not sock.shutdown(): SSLSocket's would pull its state away from the thread that reads.
+        # Not sock.shutdown(): SSLSocket's would drop the TLS state that the reading thread is using.
         socket.socket.shutdown(sock, socket.SHUT_RDWR)
     except OSError:
         pass  # not connected any more
 
 
 def waker(raw: requests.Response) -> Callable[[], None]:
-    """Return a function that wakes a thread that reads the body, for connections that cannot be watched."""
+    """Return a function that wakes the thread that reads the body, for connections that cannot be watched."""
 
     def wake() -> None:
         try:
@@ -57,7 +57,7 @@ def waker(raw: requests.Response) -> Callable[[], None]:
 def watching(watch: StallWatch, origin: Origin, routes: Routes) -> Iterator[None]:
     """Let `watch` wake this thread while it makes a request in the block, and afterwards.
 
-    The request goes to `origin` or nowhere. New connections try the addresses of `routes` first.
+    A request to another origin than `origin` fails. New connections try the addresses of `routes` first.
     """
     _current.watch, _current.origin, _current.routes = watch, origin, routes
     try:
@@ -94,13 +94,13 @@ class _WatchedConnection(HTTPConnection):
             if self._connecting is not None:
                 self._connecting.close()
         self._is_used = False
-        self._show()
+        self._give_to_watch()
 
     def request(self, *args: Any, **kwargs: Any) -> None:
         watch: StallWatch | None = getattr(_current, "watch", None)
         if watch is not None:
             watch.is_reused = self.sock is not None and self._is_used
-        self._show()
+        self._give_to_watch()
         super().request(*args, **kwargs)
         self._is_used = True
 
@@ -109,7 +109,7 @@ class _WatchedConnection(HTTPConnection):
         watch: StallWatch | None = getattr(_current, "watch", None)
         try:
             with watch.paused() if watch is not None else contextlib.nullcontext():
-                sock = self._connected(watch)
+                sock = self._connect_first(watch)
         except socket.gaierror as error:
             raise NameResolutionError(self.host, self, error) from error
         except TimeoutError as error:
@@ -122,7 +122,7 @@ class _WatchedConnection(HTTPConnection):
             watch.add_waker(functools.partial(_shut, self._connecting))
         return sock
 
-    def _connected(self, watch: StallWatch | None) -> socket.socket:
+    def _connect_first(self, watch: StallWatch | None) -> socket.socket:
         """Connect to the first of the host's addresses that answers."""
         host, port = self._dns_host.strip("[]"), self.port
         routes: Routes = getattr(_current, "routes", None) or Routes()
@@ -155,7 +155,7 @@ class _WatchedConnection(HTTPConnection):
         sock.settimeout(self.timeout)
         return sock
 
-    def _show(self) -> None:
+    def _give_to_watch(self) -> None:
         watch: StallWatch | None = getattr(_current, "watch", None)
         if watch is not None and self.sock is not None:
             watch.is_connected = True
@@ -175,7 +175,8 @@ class _WatchedTLSConnection(_WatchedConnection, HTTPSConnection):
 class _OpenConnectionsFirst(queue.LifoQueue[Any]):
     """A queue of idle connections that prefers open ones to closed ones, as a server may limit their number.
 
-    In urllib3's own queue, a connection that the server closed stays on top, and goes back there if it is refused.
+    In urllib3's own queue, a connection that the server closed stays on top. If the server refuses to reopen it, it
+    goes back there, and open ones remain unused.
     """
 
     def _put(self, item: HTTPConnection | None) -> None:
@@ -228,13 +229,14 @@ def watch_adapter(session: requests.Session, url: str, proxy: str | None) -> Non
         is_usual = type(manager) in (urllib3.PoolManager, urllib3.ProxyManager)  # not the manager of a SOCKS proxy
         if is_usual and manager.pool_classes_by_scheme.get("http") is not _Pool:
             manager.pool_classes_by_scheme = dict(_POOLS)
-            manager.clear()  # of idle connections; those in use go on
+            manager.clear()  # drops idle connections; those in use go on
 
 
 class WatchedAdapter(HTTPAdapter):
     """The adapter of our own sessions: its connections can be watched, and go to the origin that was checked.
 
-    The adapters of a caller's session do not check that: it may ask others for a token within a request of ours.
+    The adapters of a caller's session do not check the origin: the session may ask another server for a token within a
+    request of ours.
     """
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
@@ -263,7 +265,7 @@ class WatchedAdapter(HTTPAdapter):
         return url
 
     def close(self) -> None:
-        # Otherwise the pools' finalizers would close them, in which Ctrl-C is lost. A pool that is in use stays usable.
+        # Otherwise the pools' finalizers would close them, and Ctrl-C is lost within one. A pool in use stays usable.
         for manager in (self.poolmanager, *self.proxy_manager.values()):
             for key in manager.pools.keys():  # noqa: SIM118 - it cannot be iterated over
                 if (pool := manager.pools.get(key)) is not None:

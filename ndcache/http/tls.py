@@ -41,7 +41,7 @@ _CLIENT = (
     "it wants a certificate from this machine, or another one",
     "Give it through a session of your own: requests.Session().cert.",
 )
-#: OpenSSL's reasons that no retry changes. With all others, the connection broke.
+#: OpenSSL's reasons for failures that a retry cannot mend. All other reasons mean that the connection broke.
 _FINAL = {
     **dict.fromkeys(["HTTP_REQUEST", "RECORD_LAYER_FAILURE", "UNKNOWN_PROTOCOL", "WRONG_VERSION_NUMBER"], _NO_TLS),
     **dict.fromkeys(
@@ -73,7 +73,7 @@ _FINAL = {
         _CLIENT,
     ),
 }
-#: The libraries of OpenSSL that read certificate and key files, and nothing that a server sent.
+#: The parts of OpenSSL that read only certificate and key files, and nothing that a server sent.
 _FILE_LIBRARIES = ("PEM", "X509")
 
 

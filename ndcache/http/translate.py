@@ -53,15 +53,14 @@ FAILURES = (
     ValueError,
 )
 
-
 #: The hint for a server that gets too many requests.
 _LIMITED = "Try again later, or with fewer connections (max_workers)."
-#: Longest wait, in seconds, that is taken from headers other than Retry-After.
+#: The longest wait, in seconds, that headers other than Retry-After can ask for.
 _LONGEST_RESET = 300.0
 
 
 def raise_for_status(status: int, headers: Mapping[str, str], url: str, *, may_be_encoded: bool = False) -> None:
-    """Raise the error for a response's status; 200, 206, 304 and 416 are none.
+    """Raise the error for a response's status, unless it is 200, 206, 304 or 416.
 
     A body with a Content-Encoding is an error, too, unless it `may_be_encoded`.
     """
@@ -95,7 +94,7 @@ def raise_for_status(status: int, headers: Mapping[str, str], url: str, *, may_b
 
 
 def retry_after(status: int, headers: Mapping[str, str]) -> float | None:
-    """Return the seconds that a server asks to wait with status 429 or 503, or None if it does not tell."""
+    """Return the seconds that a server asks to wait with status 429 or 503, or None if it does not say."""
     if status not in (429, 503):
         return None
     seconds = _seconds(headers.get("Retry-After"))
@@ -103,7 +102,7 @@ def retry_after(status: int, headers: Mapping[str, str]) -> float | None:
 
 
 def _reset(headers: Mapping[str, str]) -> float | None:
-    """Return the seconds until the server accepts requests again, if it tells so in a usual form.
+    """Return the seconds until the server accepts requests again, if it gives them in a usual form.
 
     The forms are ``RateLimit: "name";r=0;t=30`` (Hugging Face), and a header with seconds, from now or since 1970.
     """
@@ -130,7 +129,7 @@ def _seconds(value: str | None) -> float | None:
         return min(float(value), 1e10)
     try:
         date = email.utils.parsedate_to_datetime(value)
-        if date.tzinfo is None:  # the form of asctime(), which is UTC, too (RFC 9110, 5.6.7)
+        if date.tzinfo is None:  # the form of asctime(), which is also UTC (RFC 9110, 5.6.7)
             date = date.replace(tzinfo=datetime.timezone.utc)
         return max(date.timestamp() - time.time(), 0.0)
     except (TypeError, ValueError, OverflowError):
@@ -162,11 +161,11 @@ class FailedRequest:
 
 
 def raise_transfer_error(error: Exception, request: FailedRequest) -> NoReturn:
-    """Raise our error for the exception of a library."""
+    """Raise the error of `ndcache.errors` for the exception of a library."""
     chain = list(_causes(error))
     check_shortages(chain)
     for item in chain:
-        # A hook of the caller's session that calls raise_for_status().
+        # Raised by a hook of the caller's session that calls raise_for_status().
         if isinstance(item, requests.HTTPError) and item.response is not None:
             raise_for_status(item.response.status_code, item.response.headers, request.url)
     # Messages of libraries may hold the whole URL, or a header with a token; those of the system's errors do not.

@@ -41,7 +41,7 @@ __all__ = ["RedirectTarget", "Transport"]
 
 _MAX_REDIRECTS = 10
 _REDIRECTS = (301, 302, 303, 307, 308)
-#: The statuses of an address that a server gave for a while, once it has expired.
+#: The statuses with which the target of a redirect may answer once it has expired.
 _EXPIRED = (401, 403, 404, 410)
 
 #: The origins that have ever answered this process.
@@ -69,7 +69,7 @@ class RedirectTarget:
 class _Get(NamedTuple):
     """The arguments of one `Transport.get`, which hold for every request that it makes.
 
-    `is_source` tells whether `url` belongs to the origin that the caller's session is for; `auth` is for that of `url`.
+    `is_source` says whether `url` has the origin that the caller's session is for. `auth` is for the origin of `url`.
     """
 
     url: Url
@@ -87,7 +87,7 @@ class Transport:
     Parameters
     ----------
     session : requests.Session, optional
-        The caller's; its headers, cookies and auth go to the origin that was asked for and no other.
+        The caller's; its headers, cookies and auth go to the origin of the requested URL and to no other.
     timeout : tuple of float
         Seconds to connect, and to wait for the next bytes.
     max_connections : int
@@ -122,7 +122,7 @@ class Transport:
     ) -> Response:
         """Send a GET and return the response, its body not yet read.
 
-        Statuses 200, 206, 304 and 416 are returned. Redirects are followed. All else is raised.
+        Redirects are followed. A status other than 200, 206, 304 and 416 is raised as an error.
 
         Parameters
         ----------
@@ -135,7 +135,7 @@ class Transport:
         source_url : str, optional
             A URL of the origin that the caller's session is for, if that is not `url` itself (a mirror).
         redirects : dict of str to RedirectTarget, optional
-            Where redirects of each URL have led, kept here: they are followed once, and again after a failure.
+            Keeps where the redirects of each URL have led, so that they are followed only once, or after a failure.
         acquire : callable, optional
             Wait until a request to a URL may be made; called for `url` and for every target of a redirect.
         may_be_encoded : bool
@@ -175,7 +175,7 @@ class Transport:
         return response
 
     def _follow(self, get: _Get, target: RedirectTarget) -> tuple[Response, RedirectTarget]:
-        """Ask where redirects have led before, and follow them from there."""
+        """Send the request to where redirects have led before, and follow further ones from there."""
         url, same_origin, linked_sha256 = parse(target.url), target.same_origin, target.linked_sha256
         before, commit = get.url, None
         visits: set[tuple[str, str | None]] = set()
@@ -183,7 +183,7 @@ class Transport:
             # Once elsewhere, always elsewhere: a redirect that leads back gets no secrets.
             same_origin = same_origin and url.origin == get.url.origin
             session = self._sessions.get(with_secrets=get.is_source and same_origin)
-            visit = (str(url), cookie_header(session, url))  # to come back with another cookie is no circle
+            visit = (str(url), cookie_header(session, url))  # the same URL with another cookie is no circle
             if visit in visits or len(visits) > _MAX_REDIRECTS:
                 raise RedirectError("the server redirects in a circle, or too often", url=str(before))
             visits.add(visit)
@@ -211,13 +211,13 @@ class Transport:
         return response, RedirectTarget(str(url), same_origin, linked_sha256)
 
     def close(self) -> None:
-        """Close the connections that were kept."""
+        """Close idle connections."""
         self._sessions.close()
 
     def _send(self, get: _Get, url: Url, session: requests.Session, auth: Auth | None) -> Response:
         """Send one request and return its response, whatever its status.
 
-        If the server had just closed the kept connection, the request is sent once more: that is no failure of the
+        If the server has just closed an idle connection, send the request once more: that is not a failure of the
         server (RFC 9112, 9.3.1).
         """
         is_first = get.url.origin not in _answered
@@ -250,11 +250,11 @@ class Transport:
                     token = auth.token if isinstance(auth, BearerAuth) else None
                     raise_transfer_error(error, FailedRequest(url.with_user, phase, session, token, is_first))
         hooks.response = None  # else the two would refer to each other
-        if watch.is_woken:  # what had come by then looked like a complete response
+        if watch.is_woken:  # the part that had arrived looked like a complete response
             raw.close()
             get.cancellation.remove(watch)
             check_not_woken(get.cancellation, watch, str(url))
-        if not watch.wakers:  # the connection is not ours: of a session of the caller's, or of a SOCKS proxy
+        if not watch.wakers:  # the connection belongs to a caller's session or a SOCKS proxy
             watch.add_waker(waker(raw))
         watch.is_waiting = False
         _answered.add(url.origin)
@@ -272,12 +272,12 @@ class _Hooks:
     response: requests.Response | None = None
 
     def around(self, given: Any) -> dict[str, list[Any]]:
-        """Return the hooks to give to requests; those of the session would be ignored beside others."""
+        """Return the hooks for requests, those of the session included, as it would ignore those itself."""
         hooks = [given] if callable(given) else given or []
         return {"response": [self._keep, *hooks, self._hold_redirect]}
 
     def close(self) -> None:
-        """Close the response of a request that failed, as one does when a hook of the session raises."""
+        """Close the response of a request that failed because a hook of the session raised."""
         if self.response is not None:
             self.response.close()
 
@@ -285,7 +285,7 @@ class _Hooks:
         self.response = response
 
     def _hold_redirect(self, response: requests.Response, **_: Any) -> None:
-        # Even when it must not follow, requests reads the whole body of a response that has a Location.
+        # Even if it must not follow redirects, requests reads the whole body of a response that has a Location.
         self.location = response.headers.pop("Location", None)
 
 
@@ -303,7 +303,7 @@ def _released_on_failure(permit: Permit | None) -> Iterator[None]:
 
 
 def _linked_sha256(headers: Mapping[str, str]) -> str | None:
-    """Return the SHA-256 that Hugging Face gives where it redirects to its storage of large files."""
+    """Return the SHA-256 that Hugging Face gives with redirects to its storage of large files."""
     match = re.fullmatch(r'"?([0-9a-f]{64})"?', headers.get("X-Linked-Etag", "").strip())
     return match[1] if match else None
 

@@ -17,12 +17,12 @@ __all__ = ["CachedFile", "HeldFiles", "open_cached", "unreadable"]
 
 #: The most files that all loads of this process hold: descriptors are scarce.
 _MAX_HELD = 128
-#: How many free descriptors there must be for each of them, so that they use a quarter at most.
+#: Free descriptors that there must be for each held file, so that these use a quarter at most.
 _FILES_PER_HELD = 4
 #: The files that all loads of this process hold.
 _all_held: set[BinaryIO] = set()
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_all_held.clear)  # the parent's are not the child's
+    os.register_at_fork(after_in_child=_all_held.clear)  # the child does not hold its parent's files
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class CachedFile:
     ----------
     file : binary file
     metadata : FileMetadata or None
-        The metadata at the time when it was opened.
+        The metadata at the time it was opened.
     is_whole : bool
         Whether it is complete. If not, it has the wanted ranges, and holes.
     """
@@ -49,7 +49,7 @@ class CachedFile:
         return self.metadata.compare(os.fstat(self.file.fileno()), shard, content_id)
 
     def metadata_after_check(self, digests: Mapping[str, str], content_id: str) -> FileMetadata:
-        """Return the metadata to note once the file was read and its digests were right."""
+        """Return the metadata to note after the file was read and its digests were found right."""
         status, old = os.fstat(self.file.fileno()), self.metadata
         etag = old.etag if old is not None and old.is_unchanged(status) else None
         return FileMetadata.of(status, digests, etag=etag, content_id=content_id)
@@ -113,7 +113,7 @@ def unreadable(shard: Shard, error: OSError) -> CacheUnavailableError | None:
     ----------
     shard : Shard
     error : OSError
-        An error of the system's, or the cache's.
+        An error of the system or of the cache.
     """
     if isinstance(error, NdcacheError):
         return error if isinstance(error, CacheUnavailableError) else None

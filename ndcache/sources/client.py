@@ -1,4 +1,4 @@
-"""The requests of one load: they are counted, keep to the servers' limits, and stay at one commit."""
+"""The requests of one load, which are counted, keep to the servers' limits, and stay at one commit."""
 
 from __future__ import annotations
 
@@ -89,6 +89,6 @@ class Client:
         self._activity.record(origin)
 
     def note_refusal(self, error: NdcacheError) -> None:
-        """Log that a server limits requests, if `error` says so; for a request that is not attempted again."""
+        """Log that a server limits requests, if `error` says so and the request is not attempted again."""
         if is_refusal(error):
             self._activity.warn_of_limit(error)

@@ -76,12 +76,12 @@ class Downloader:
         self.client = client
         self._context = client.context
         self.cache = cache
-        self._failing: set[int] = set()  # which of the URLs are tried last
+        self._failing: set[int] = set()  # indices of the URLs that are tried last
 
     def download_shard(self, plan: DownloadPlan, *, is_exclusive: bool = False) -> DownloadResult:
         """Download a shard from the first URL that gives the right bytes.
 
-        Workers that have nothing else to do help to receive a file of more than 64 MiB, or single ranges of any file.
+        Idle workers help to receive a file of more than 64 MiB, or the wanted ranges of any file.
 
         Parameters
         ----------
@@ -146,7 +146,7 @@ class Downloader:
 
     @contextmanager
     def _begin(self, plan: DownloadPlan, *, is_exclusive: bool) -> Iterator[Transfer]:
-        """Yield a new transfer, which begins with the bytes that an interrupted one left."""
+        """Yield a new transfer, which continues from the bytes that an interrupted one left."""
         context, shard, pool = self._context, plan.shard, self._context.pool
         with self.cache.partials.create(shard.data_path) as partial:
             digests = shard.digests if context.compares_digests and plan.ranges is None else {}
@@ -194,7 +194,7 @@ class Downloader:
         raise first
 
     def _accept(self, transfer: Transfer, response: Response) -> RangeTask | None:
-        """Return the range to receive from a response, if any; then ask for helpers."""
+        """Return the range to receive from a response, if any, and ask for helpers."""
         body = transfer.accept(response)
         if body is not None:
             if response.status == 200 or not transfer.is_partial:
@@ -205,7 +205,7 @@ class Downloader:
         return body
 
     def _help(self, transfer: Transfer, queue: RangeQueue) -> None:
-        """Receive ranges of another worker's file, until none is left or the server does not give one."""
+        """Receive ranges of another worker's file, until none is left or one cannot be received."""
         client, partial, is_good = self.client, transfer.partial, True
         while is_good:
             with queue.next_for_helper() as task:
@@ -233,7 +233,7 @@ class Downloader:
                     queue.helper_done(error)
                     raise
                 if not is_good:
-                    queue.helper_done()  # the owner requests the range next, and handles what is wrong
+                    queue.helper_done()  # the owner requests this range itself, and handles its error
 
     def _check(self, transfer: Transfer) -> None:
         self._compute(transfer.partial, transfer.expected_digests)

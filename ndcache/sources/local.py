@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import stat
@@ -45,10 +46,15 @@ class LocalModel(Model):
 
     def prepare(self, shards: Sequence[Shard]) -> None:
         for shard in shards:
-            path = self._path(shard)
-            if not path.is_file():
+            path, status = self._path(shard), None
+            try:
+                with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                    status = path.stat()
+            except OSError as error:
+                raise NotFoundError(f"{path} cannot be read: {error.strerror}", shard=shard.data_path) from error
+            if status is None or not stat.S_ISREG(status.st_mode):
                 raise NotFoundError(f"there is no file {path}", shard=shard.data_path)
-            if (size := path.stat().st_size) != shard.nbytes:
+            if (size := status.st_size) != shard.nbytes:
                 raise SizeMismatchError(
                     f"{path} has {size:,} bytes where the manifest says {shard.nbytes:,}",
                     shard=shard.data_path,
@@ -104,7 +110,7 @@ class LocalModel(Model):
         verify = self._context.verify
         if verify == "never":
             return {}
-        # A caller who demands a digest of the manifest demands the digests in it.
+        # A caller who demands a digest of the manifest also demands the digests in it.
         if verify == "always" or self.manifest.name in self._context.integrity:
             return shard.digests
         return {} if shard.required_digest is None else dict([shard.required_digest])

@@ -1,4 +1,4 @@
-"""Open the manifest of a model on a server: the server's, or the cached one if that cannot be had."""
+"""Open the manifest of a model on a server: the server's, or the cached one if the server does not give it."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class ManifestSource:
             return self._fetch_first()
         name = cached.manifest.name
         try:
-            # One request without another try: there is a manifest to fall back on.
+            # A single attempt, as there is a manifest to fall back on.
             return self._request(self.locations[0], name, _ONE_TRY, cached)
         except (*_FAILURES, NotThereError) as failure:
             error: NdcacheError = failure
@@ -220,16 +220,16 @@ class ManifestSource:
         return OpenedManifest(manifest, hashlib.sha256(data).hexdigest())
 
     def _metadata(self, name: str, digest: str) -> FileMetadata | None:
-        """Return the metadata of the cached manifest, unless they are of other bytes than those that were read.
+        """Return the metadata of the cached manifest, or None if they do not describe the bytes that were read.
 
-        Somebody may have edited the file, or another process may have replaced it since: a 304 would not be about
-        these bytes.
+        Somebody may have edited the file, or another process may have replaced it since. A 304 would not be about these
+        bytes then.
         """
         metadata = self.cache.metadata(name)
         return metadata if metadata is not None and metadata.digests.get("sha256") == digest else None
 
     def _forget_version(self, name: str) -> None:
-        """Ask for the manifest without a condition next time, as the server may have failed at this one."""
+        """Ask for the manifest without a condition next time, as this one may have made the server fail."""
         metadata = self.cache.metadata(name)
         if metadata is not None and metadata.conditions:
             self.cache.try_to_remember(name, replace(metadata, etag=None, last_modified=None))
@@ -251,7 +251,7 @@ class ManifestSource:
                 cache.publish(partial, name, etag=body.etag, last_modified=body.last_modified).close()
         except NdcacheError as error:
             if is_gone(error):
-                # Another process keeps its own, most likely the same: no reason to worry.
+                # Another process took the file away, and keeps its own, most likely the same: no reason to worry.
                 logger.debug("the manifest could not be kept: %s", str(error))
             elif not isinstance(error, CacheUnavailableError):
                 # Cached files can still be used, and what must be written later raises the error again.

@@ -26,7 +26,7 @@ __all__ = ["ManifestBody", "NotThereError", "refusal_of", "request_manifest"]
 
 #: Statuses from 400 to 499 that do not tell whether the file exists: they are about access, time and pace.
 _NOT_ABOUT_THE_FILE = (401, 407, 408, 429)
-#: The header of the second request, if the answer to the first one was of no use: caches on the way ask the server.
+#: The header of the second request, after a useless answer to the first one: it makes caches on the way ask the server.
 _NO_CACHE = {"Cache-Control": "no-cache"}
 _WEB_PAGES = ("text/html", "application/xhtml+xml")
 _OBJECT = re.compile(rb"(?:\xef\xbb\xbf)?[ \t\n\r]*\{")
@@ -67,12 +67,12 @@ class ManifestBody:
 
     @property
     def is_manifest(self) -> bool:
-        """Return whether this can be a manifest, be it right or wrong: a JSON object with records."""
+        """Return whether this can be a manifest, valid or not: a JSON object with records."""
         return bool(_OBJECT.match(self.data)) and (b'"records"' in self.data or b"\\u" in self.data)
 
 
 def request_manifest(client: Client, url: str, source_url: str, known: FileMetadata | None) -> ManifestBody | None:
-    """Request a manifest; if the server may have failed at the condition of the request, do so again without it.
+    """Request a manifest; if the condition may have made the server fail, request it again without one.
 
     Parameters
     ----------
@@ -90,7 +90,7 @@ def request_manifest(client: Client, url: str, source_url: str, known: FileMetad
     Raises
     ------
     NotThereError
-        The answer's status says so.
+        The answer's status says that there is no such file.
     TransferError
     """
     conditions = {} if known is None else known.conditions
@@ -156,7 +156,7 @@ def _ask(client: Client, url: str, source_url: str, headers: Mapping[str, str]) 
             raise
         if response.may_be_truncated:
             _check_end(data, url, check)
-    if url != source_url:  # a mirror's name for a version says nothing to the source
+    if url != source_url:  # a mirror's name for a version means nothing to the source
         return ManifestBody(data, None, None, is_html)
     return ManifestBody(data, headers.get("ETag"), settled_date(headers), is_html)
 
@@ -168,7 +168,7 @@ def _check_end(data: bytes, url: str, check: Callable[[], None]) -> None:
     except ManifestSyntaxError as error:
         raise TruncatedError("the body ended early", url=url) from error
     except ManifestError:
-        pass  # It is complete; the caller checks the rest.
+        pass  # it is complete, and the caller checks the rest
 
 
 def _chunks(response: Response) -> Iterator[bytes]:

@@ -38,7 +38,7 @@ class ShardFile:
     from_cache : bool
         Whether nothing was downloaded.
     checked : str
-        ``"size"``, or the strongest algorithm: ``"md5"``, ``"sha256"``, or, of a digest that the caller demands,
+        ``"size"``, or the strongest algorithm: ``"md5"``, ``"sha256"``, or, if the caller demands such a digest,
         ``"sha384"`` or ``"sha512"``.
     """
 
@@ -54,7 +54,7 @@ class Model(ABC):
     ----------
     manifest : Manifest
     directory : pathlib.Path
-        Where its files lie, or will.
+        The directory of its files, which need not exist yet.
     """
 
     def __init__(self, manifest: Manifest, directory: Path) -> None:
@@ -66,7 +66,7 @@ class Model(ABC):
         """Return whether the shard's file is there and of the right size, without reading it."""
 
     def is_ready(self, shard: Shard) -> bool:
-        """Return whether `obtain` will need no network, as far as can be told without reading the file."""
+        """Return whether `obtain` is likely to need no network; do not read the file."""
         return self.has(shard)
 
     def nbytes(self, shard: Shard) -> int:
@@ -75,7 +75,7 @@ class Model(ABC):
 
     @abstractmethod
     def prepare(self, shards: Sequence[Shard]) -> None:
-        """Check that all these shards can be had, before any is obtained.
+        """Check that all these shards can be obtained, before the first one is.
 
         Raises
         ------

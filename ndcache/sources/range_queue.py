@@ -1,4 +1,4 @@
-"""The missing byte ranges of one file, shared out to the worker that owns the file and to its helpers."""
+"""The missing byte ranges of one file, shared by the worker that owns the file and its helpers."""
 
 from __future__ import annotations
 
@@ -46,23 +46,23 @@ class RangeTask:
 class RangeQueue:
     """Share out the missing byte ranges of one file, task by task.
 
-    The worker that owns the file takes tasks as its helpers do. It waits only while helpers have all that is left, and
-    it ends the queue before it does anything else with the file.
+    The worker that owns the file takes tasks just like its helpers. It waits only while helpers have all the ranges
+    that are left, and it ends the queue before it does anything else with the file.
 
     Parameters
     ----------
     ranges : ByteRanges
     cancellation : Cancellation
-        That of the load.
+        The load's.
     task_bytes : tuple of int, optional
         The least and the most bytes of a task. By default, each range is one task.
     max_helpers : int
-        Tasks are smaller towards the end, so that so many helpers finish at about the same time.
+        Tasks are smaller towards the end, so that up to this many helpers finish at about the same time.
 
     Attributes
     ----------
     cancellation : Cancellation
-        That of the helpers.
+        The helpers'.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class RangeQueue:
         Raises
         ------
         BaseException
-            A helper failed with it, in a way that should not happen.
+            An unexpected failure of a helper.
         """
         with self._changed:
             if self._failure is not None:
@@ -108,13 +108,13 @@ class RangeQueue:
             return self._cut()
 
     def put_back(self, task: RangeTask) -> None:
-        """Let the missing bytes of a task be taken again."""
+        """Put the missing bytes of a task back into the queue."""
         with self._changed:
             self._put_back(task)
 
     @contextmanager
     def next_for_helper(self) -> Iterator[RangeTask | None]:
-        """Yield a helper's next task, or None if there is none; put back at the end what is missing."""
+        """Yield a helper's next task, or None if there is none; afterwards, put back its missing bytes."""
         with self._changed:
             task = None if self.cancellation.is_set else self._cut()
             self._helping += 1
@@ -128,7 +128,7 @@ class RangeQueue:
                 self._changed.notify_all()
 
     def helper_done(self, failure: BaseException | None = None) -> None:
-        """Note that a helper gives up. The owner raises the `failure`, which should not have happened."""
+        """Note that a helper gives up. The owner raises the `failure`, if there was an unexpected one."""
         with self._changed:
             self._places += 1
             self._failure = failure or self._failure

@@ -33,7 +33,7 @@ from .verifier import ShardVerifier
 __all__ = ["RemoteModel", "open_remote_model"]
 
 #: How many attempts to make at a shard that other processes keep deleting or replacing.
-_TRIES = 5
+_ATTEMPTS = 5
 
 logger = logging.getLogger("ndcache")
 
@@ -45,7 +45,7 @@ class RemoteModel(Model):
     ----------
     opened : OpenedManifest
     locations : sequence of Location
-        Where the model is, and where else its shards may be had.
+        Where the model is; then its mirrors, which may have its shards.
     client : Client
     cache : ModelDirectory
     """
@@ -132,11 +132,11 @@ class RemoteModel(Model):
         self._held.close()
 
     def warn_if_not_kept(self) -> None:
-        """Warn once, on the caller's thread, if what is fetched goes to memory."""
+        """Warn once, on the caller's thread, if fetched files go to memory."""
         why = self._cache.why_not_kept
         if why is not None and not self._has_warned:
             self._has_warned = True
-            warn_caller(f"what is fetched of {self._locations[0]} stays in memory and is not kept: {why}")
+            warn_caller(f"what is fetched from {self._locations[0]} stays in memory and is not kept: {why}")
 
     def _find_cached(self, shard: Shard) -> ShardFile | None:
         """Return a cached file that can be used: a complete one with the right bytes, or one with the wanted ranges."""
@@ -164,7 +164,7 @@ class RemoteModel(Model):
         return None if file is None else CachedFile(file, is_whole=False)
 
     def _wanted_ranges(self, shard: Shard) -> ByteRanges | None:
-        """Return the ranges to fetch; None is the whole shard, which is fetched where a digest must be compared."""
+        """Return the ranges to fetch, or None for the whole shard, which is needed to compare a digest."""
         is_manifest_demanded = self.manifest.name in self._context.integrity
         is_digest_demanded = shard.required_digest is not None or (is_manifest_demanded and bool(shard.digests))
         has_all_records = len(shard.records) == self._record_counts[shard.data_path]
@@ -201,12 +201,14 @@ class RemoteModel(Model):
         shard, metadata = plan.shard, plan.cached
         assert metadata is not None
         file = self._cache.open_shard(shard)
-        if file is None or not metadata.is_unchanged(os.fstat(file.fileno())):
-            if file is not None:
-                file.close()
-            raise FileNotFoundError(errno.ENOENT, "it was deleted or replaced just now", shard.data_path)
-        self._cache.try_to_remember(shard.data_path, metadata.with_content_id(plan.content_id))
-        return ShardFile(file, from_cache=True, checked=self._verifier.checked_by(shard, metadata))
+        if file is not None:
+            with contextlib.ExitStack() as unless_used:
+                unless_used.callback(file.close)
+                if metadata.is_unchanged(os.fstat(file.fileno())):
+                    self._cache.try_to_remember(shard.data_path, metadata.with_content_id(plan.content_id))
+                    unless_used.pop_all()
+                    return ShardFile(file, from_cache=True, checked=self._verifier.checked_by(shard, metadata))
+        raise FileNotFoundError(errno.ENOENT, "it was deleted or replaced just now", shard.data_path)
 
     def _check_free_space(self, shards: Sequence[Shard]) -> None:
         needed = sum(self.nbytes(shard) for shard in shards)
@@ -262,8 +264,8 @@ class _Attempt:
 
     def is_published(self) -> bool:
         """Return whether another process has published a file since the attempt began."""
-        # Some file systems give the same file another time at each look: the last attempt waits for the lock alone.
-        return self._looks <= _TRIES and self._cache.version(self.name) not in (None, self._version)
+        # Some file systems give the same file another time at each look: after some looks, wait for the lock alone.
+        return self._looks <= _ATTEMPTS and self._cache.version(self.name) not in (None, self._version)
 
     def begin(self) -> None:
         """Note which file is there now."""
@@ -279,9 +281,9 @@ class _Attempt:
             return False
         self._errors += 1
         self._looks, self.is_disturbed = 0, True
-        if self._errors < _TRIES and is_gone(error):
+        if self._errors < _ATTEMPTS and is_gone(error):
             return True  # another process has taken the file away just now
-        if self._errors <= _TRIES and self._cache.fall_back(failure):
+        if self._errors <= _ATTEMPTS and self._cache.fall_back(failure):
             return True
         if failure is error:
             return False

@@ -14,8 +14,8 @@ from .range_queue import RangeTask
 
 __all__ = ["DownloadPlan", "Request", "check_length", "plan_ranges", "unexpected_status"]
 
-#: A gap of so many bytes between two wanted tensors is fetched with them, as another request would cost about as much.
-#: For the same reason, fetching less than the whole shard must save at least so many bytes.
+#: A gap of up to this many bytes between two wanted tensors is fetched with them, as another request would cost about
+#: as much. For the same reason, fetching less than the whole shard must save at least this many bytes.
 _GAP = 1 << 20
 
 
@@ -29,11 +29,11 @@ class DownloadPlan:
     urls : tuple of str
         The source's URL, then those of mirrors.
     content_id : str
-        What the manifest says of the shard's content; see `FileMetadata.compare_content`.
+        Identifies the shard's content; see `FileMetadata.compare_content`.
     cached : FileMetadata or None
-        The metadata of a cached file that may still be right: then the source is asked whether it has changed.
+        The metadata of a cached file that may still be right: the source is asked whether it has changed.
     ranges : ByteRanges or None
-        The wanted ranges; None is the whole shard.
+        The wanted ranges; None for the whole shard.
     """
 
     shard: Shard
@@ -51,9 +51,9 @@ class Request:
     ----------
     headers : dict of str to str
     task : RangeTask or None
-        The requested range; None is the whole file.
+        The requested range; None for the whole file.
     continues : bool
-        Whether the range must be of the version that has begun.
+        Whether the range must be of the same version as the bytes received before.
     """
 
     headers: dict[str, str]
@@ -71,7 +71,7 @@ class Request:
         return "If-None-Match" in self.headers
 
     def may_have_caused(self, error: NdcacheError) -> bool:
-        """Return whether the server may have failed at the request's condition."""
+        """Return whether the request's condition may have made the server fail."""
         if not (self.is_conditional and isinstance(error, TransferError)):
             return False
         return error.status == 304 or may_blame_condition(error.status)

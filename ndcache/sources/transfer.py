@@ -45,11 +45,11 @@ class _Versions:
     Attributes
     ----------
     etags : set of str
-        Those of all versions that a transfer has begun or continued.
+        The ETags of all versions that this transfer has begun or continued.
     changes : int
         How often the file has changed.
     are_told_by_ranges : bool
-        Whether the ETag of a range tells which version it is of.
+        Whether the ETag of a range says which version it belongs to.
     """
 
     etags: set[str]
@@ -57,13 +57,13 @@ class _Versions:
     are_told_by_ranges: bool = True
 
     def begin(self, etag: str) -> None:
-        """Note the version that the transfer begins."""
+        """Note the version that the transfer begins to receive."""
         if self.changes and etag in self.etags:
             self.are_told_by_ranges = False
         self.etags.add(etag)
 
     def change(self, etag: str | None, url: str, name: str) -> None:
-        """Note that a response is of another version than the one that has begun.
+        """Note that a response is of another version than the one being received.
 
         Raises
         ------
@@ -126,7 +126,7 @@ class Transfer:
     redirects: dict[str, RedirectTarget] = field(default_factory=dict, init=False)
     _versions: _Versions = field(init=False)
     _linked_sha256: str | None = field(init=False)  # the server's digest of the content
-    _cached: FileMetadata | None = field(init=False)  # until the server fails at the condition
+    _cached: FileMetadata | None = field(init=False)  # None once the condition may have made the server fail
     _is_copied: bool = field(init=False)  # whether the first bytes come from somebody else's partial file
     _accepts_ranges: bool = field(default=True, init=False)
     _body: RangeTask | None = field(default=None, init=False)  # the range that the accepted response has
@@ -197,8 +197,7 @@ class Transfer:
     def fetching(self) -> Iterator[Request]:
         """Yield `request`, which the block sends; handle the errors of the block.
 
-        If the server may have failed at the request's condition, the error is suppressed, and the next request has no
-        condition.
+        If the request's condition may have made the server fail, suppress the error: the next request has no condition.
 
         Raises
         ------
@@ -231,7 +230,7 @@ class Transfer:
         -------
         RangeTask or None
             The range to receive from the body. None if there is nothing to receive, and `next_action` tells how to go
-            on: the cached file has not changed, or the response is not of the version that has begun.
+            on: the cached file has not changed, or the response is of another version than the one being received.
 
         Raises
         ------
@@ -267,13 +266,13 @@ class Transfer:
         if request.continues and not self._is_same_version(response):
             self._change_version(response)
         else:
-            self._accepts_ranges = request.range is None  # the server seems to ignore them
+            self._accepts_ranges = request.range is None  # otherwise the server seems to ignore ranges
         self.end_queue()
         self._begin(response)
         return RangeTask(0, size)
 
     def accept_for_helper(self, task: RangeTask, response: Response) -> bool:
-        """Return whether a response has the range that a helper requested, of the version that has begun."""
+        """Return whether a response has the range that a helper requested, of the version being received."""
         is_range = response.status == 206 and response.is_range(*task.missing, self.plan.shard.nbytes)
         return is_range and self._is_same_version(response)
 
@@ -317,7 +316,7 @@ class Transfer:
             self.queue = None
 
     def _next_task(self) -> RangeTask | None:
-        """Return the next range to request; None is the whole file, or nothing if there is a queue."""
+        """Return the next range to request; None means the whole file, or nothing if there is a queue."""
         if self.queue is None:
             has_begun = self._has_begun_here()
             if not (self._accepts_ranges and self._versions.are_told_by_ranges):
@@ -342,7 +341,7 @@ class Transfer:
     def _has_begun_here(self) -> bool:
         """Return whether the bytes received are of a version that this URL has given."""
         source = self.partial.source
-        has_begun = bool(self.partial.ranges) or self.queue is not None  # whose helpers may receive the first bytes
+        has_begun = bool(self.partial.ranges) or self.queue is not None  # helpers may receive the first bytes
         return has_begun and source is not None and source.url == parse(self.url).address
 
     def _is_same_version(self, response: Response) -> bool:

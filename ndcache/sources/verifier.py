@@ -1,4 +1,4 @@
-"""Decide whether the cached shards are what the manifest says."""
+"""Decide whether cached shards are the ones that the manifest describes."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ class ShardVerifier:
         self._context = context
         self._cache = cache
         self._opened = opened
-        self._has_warned = threading.Lock()  # acquired once, for the warning that nothing can be noted
+        self._has_warned = threading.Lock()  # acquired by the thread that warns, once, that no note can be written
 
     def content_id(self, shard: Shard) -> str:
-        """Return what the manifest says of the shard's content: a digest, else the manifest's name and own digest."""
+        """Return what identifies the shard's content: its digest, else the manifest's name and digest."""
         return next(iter(shard.digests.values()), f"{self._opened.manifest.name} {self._opened.digest}")
 
     def checked_by(self, shard: Shard, metadata: FileMetadata | None) -> str:
@@ -69,11 +69,11 @@ class ShardVerifier:
     def accepts(self, shard: Shard, cached: CachedFile) -> bool:
         """Return whether a cached file can be used; quarantine one with wrong bytes.
 
-        Digests are computed only if the metadata does not tell, or if the ``verify`` option demands it.
+        Digests are computed only if the metadata does not decide it, or if the ``verify`` option demands it.
         """
         match, verify = cached.compare(shard, self.content_id(shard)), self._context.verify
         if match is Match.UNKNOWN and not shard.digests and cached.metadata is None and not self._context.offline:
-            return False  # nothing tells which version it is
+            return False  # its version is unknown
         if match is Match.DIFFERENT:
             return False  # another version, whose name the new file will take
         if verify == "never" or (verify == "download" and match is Match.SAME):
@@ -173,7 +173,7 @@ class ShardVerifier:
         return Flaw.BAD
 
     def _is_of_another_version(self, shard: Shard) -> bool:
-        """Return whether the file is unchanged since it was published, and yet not what the manifest says."""
+        """Return whether the file is unchanged since it was published, and yet not the one in the manifest."""
         name = shard.data_path
         if not self._cache.is_intact(name):
             return False

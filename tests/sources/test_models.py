@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
 
 import ndcache
 from ndcache.context import LoadContext
+from ndcache.format.manifest import Shard
 from ndcache.http.rate_limits import RateLimits
 from ndcache.http.transport import Transport
 from ndcache.location.locate import locate
 from ndcache.sources import open_model
+from ndcache.sources.download import DownloadResult
 from ndcache.sources.local import LocalModel
 from ndcache.sources.model import Flaw, Model
 from ndcache.sources.remote import RemoteModel
+from ndcache.sources.shard_request import DownloadPlan
 from ndcache.store.inventory import CacheScope
+from ndcache.store.metadata import FileMetadata
 from ndcache.workers.cancellation import Cancellation
 from ndcache.workers.pool import WorkerPool
 
@@ -197,6 +203,16 @@ class TestLocalModel(CachedModelTests):
         assert isinstance(model, LocalModel)
         return model
 
+    def test_a_shard_that_may_not_be_looked_at_is_an_ndcache_error(
+        self, model: Model, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(path: Path, **_: object) -> os.stat_result:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+        monkeypatch.setattr(Path, "stat", refuse)
+        with pytest.raises(ndcache.NotFoundError, match="cannot be read: Permission denied"):
+            model.prepare(model.manifest.shards)
+
 
 class TestLocalModelVerified(CachedModelTests):
     """A local directory, with ``verify="always"``."""
@@ -236,6 +252,28 @@ class TestRemoteModelCached(CachedModelTests):
         server = serve(folder)
         ndcache.fetch(server.url)
         return open_model(locate(server.url), context)
+
+    def test_a_confirmed_file_is_closed_if_its_note_cannot_be_written_safely(
+        self, model: Model, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert isinstance(model, RemoteModel)
+        shard, cache, opened = model.manifest.shards[0], model._cache, []
+
+        def open_shard(shard: Shard, really_open: Callable[[Shard], BinaryIO | None] = cache.open_shard) -> BinaryIO:
+            file = really_open(shard)
+            assert file is not None
+            opened.append(file)
+            return file
+
+        def refuse(name: str, metadata: FileMetadata) -> bool:
+            raise ndcache.UnsafeCacheError("a folder is a link")
+
+        monkeypatch.setattr(cache, "open_shard", open_shard)
+        monkeypatch.setattr(cache, "try_to_remember", refuse)
+        plan = DownloadPlan(shard, (), "another one", cached=cache.metadata(shard.data_path))
+        with pytest.raises(ndcache.UnsafeCacheError):
+            model._shard_file(plan, DownloadResult(None))
+        assert [file.closed for file in opened] == [True]
 
 
 class TestRemoteModelVerified(CachedModelTests):
