@@ -46,7 +46,9 @@ def _redact_url(text: str) -> str:
         return _UNREADABLE  # "user:1234#secret@host" has the port 1234 and no user; nobody means that
     before, at, after = path.rpartition("@")
     if at and (url.port is not None or ":" in before):
-        return f"{start}{separator}{host.partition(':')[0]}/…@{after}"  # nor "user:1234/5@host"
+        return (
+            f"{start}{separator}{host.partition(':')[0]}/…@{after}"  # nobody means the port 1234 in "user:1234/5@host"
+        )
     return start + separator + shown
 
 

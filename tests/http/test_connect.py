@@ -187,7 +187,7 @@ NO_FAMILY = (9999, "127.0.0.1")
     ],
     ids=lambda value: " ".join(value) or "none" if isinstance(value, list) else "",
 )
-def test_row_47_if_every_address_fails_the_most_telling_failure_is_raised(
+def test_row_47_if_every_address_fails_the_most_useful_failure_is_raised(
     addresses: list[tuple[int, str]],
     bury: Callable[[str, int], tuple[int, str]],
     unused_port: int,
