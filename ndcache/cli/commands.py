@@ -235,7 +235,7 @@ def doctor(cache_dir: str | None) -> None:
     callback=check_finite,
     default=8.0,
     show_default=True,
-    help="What the server sends over each connection.",
+    help="How fast the server sends over each connection.",
 )
 @quiet_option
 @verbose_option

@@ -130,7 +130,7 @@ def run_demo(
         A load failed.
     """
     if size_mib < 1 or not rate_mib > 0:
-        raise ValueError(f"size_mib and rate_mib are positive, not {size_mib} and {rate_mib}")
+        raise ValueError(f"size_mib and rate_mib must be positive, not {size_mib} and {rate_mib}")
     with (
         tempfile.TemporaryDirectory(prefix="ndcache-demo-", ignore_cleanup_errors=True) as folder,
         _plain_environment(),

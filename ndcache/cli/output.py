@@ -39,7 +39,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     widths = [max(map(cell_len, column)) for column in zip(headers, *cells, strict=True)]
 
     def line(row: Sequence[str]) -> str:
-        # A long row stays one line, and the terminal wraps it: so it can still be copied as one line.
+        # A long row stays one line. The terminal wraps it, and a copy of it is still one line.
         spaces = (" " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True))
         parts = (
             space + cell if column.endswith(" ") else cell + space

@@ -28,7 +28,7 @@ _NPZ_ERRORS = (ValueError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 class TensorFileError(ValueError):
-    """A file is of neither kind, is damaged, has a tensor that NumPy cannot hold, or needs a package to be read."""
+    """A file has another format, is damaged, has a tensor that NumPy cannot hold, or needs a missing package."""
 
 
 def read_tensors(path: Path) -> Iterator[tuple[str, npt.NDArray[Any]]]:

@@ -214,7 +214,7 @@ class JsonReader:
             self._decode(self._text, self._position)
         except json.JSONDecodeError as error:
             raise self._syntax_error(error.msg, error.pos) from error
-        raise ManifestSyntaxError("the manifest has an endless number")
+        raise ManifestSyntaxError("the manifest has a number that is too long")
 
     def _syntax_error(self, reason: str, position: int) -> ManifestSyntaxError:
         offset = self._start + len(self._text[:position].encode())

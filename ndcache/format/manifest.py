@@ -6,8 +6,8 @@ TVM's ``tvm.contrib.tvmjs.dump_tensor_cache`` writes this format; web-llm and ml
     shard  = {"dataPath", "format": "raw-shard", "nbytes", "md5sum"?, "records": [record, ...]}
     record = {"name", "shape", "dtype", "format": "raw" | "f32-to-bf16", "byteOffset", "nbytes"}
 
-`format.parse` makes these values from a manifest file, and checks all of it but accepts unknown dtypes and storage
-formats: the other records can still be loaded. `Manifest.select` raises if a selected record has one of these.
+`format.parse` makes these values from a manifest file and checks all of it. It accepts unknown dtypes and storage
+formats, so that the other records can be loaded; `Manifest.select` raises if a selected record has one of them.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ def collision_key(path: str) -> str:
 def flatten(name: str) -> str:
     """Return a file name for a path, in which ``/`` and ``%`` are percent-encoded.
 
-    A long name is cut, and its digest takes the place of the rest: with a suffix, file systems would refuse it.
+    A long name is cut, and its digest takes the place of the rest: some file systems would refuse it with a suffix.
     """
     flat = name.replace("%", "%25").replace("/", "%2F")
     if len(flat.encode()) <= _MAX_NAME_BYTES:

@@ -20,9 +20,11 @@ __all__ = ["Cancellation"]
 class Cancellation:
     """Cancel the threads of one load.
 
-    The caller's thread sets it. The workers check it and sleep on it, and it shuts the sockets that they wait for, so
-    that none of them hangs on a server that does not answer. Once the main thread has ended, a load continues only if
-    Python waits for the thread that wants its result.
+    The caller's thread sets it. The workers check it and sleep on it, and it shuts down the sockets that they wait for,
+    so that none of them hangs on a server that does not answer.
+
+    Once the main thread has ended, a load continues only if Python waits for the load's consumer, the thread that wants
+    its result.
 
     Parameters
     ----------
@@ -55,7 +57,7 @@ class Cancellation:
         return self._event.is_set() or (self.parent is not None and self.parent.is_set)
 
     def set(self) -> None:
-        """Cancel: wake the sleepers and shut the sockets."""
+        """Cancel: wake the sleepers and shut down the sockets."""
         if os.getpid() != self._pid:
             return  # A forked process shares its parent's sockets, but not the load.
         with self._lock:

@@ -53,7 +53,7 @@ class Outcomes(Generic[T]):
 
     @property
     def are_wanted(self) -> bool:
-        """Return whether no task has failed, so that results of others are still wanted."""
+        """Return whether results are still wanted: no task has failed, and nothing has cancelled the load."""
         # The caller's thread cancels everything after a failure, but may still be busy with an earlier result.
         return not (self._has_failure.is_set() or self._cancellation.is_set)
 

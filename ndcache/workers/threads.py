@@ -25,16 +25,15 @@ def call_when_main_thread_ends(callback: Callable[[], None]) -> None:
 def raise_hidden_interrupt(error: RuntimeError) -> None:
     """Raise the exception of a signal handler that `error` hides, if there is one.
 
-    `Thread.start` waits on a condition. An exception that comes just before the condition's lock is taken again leaves
-    its ``with`` block, which then cannot release the lock: what comes out is a RuntimeError, with the first exception
-    as its context.
+    `Thread.start` waits on a condition. If an exception comes just before the condition takes its lock again, its
+    ``with`` block cannot release the lock. It then raises a RuntimeError, whose context is the first exception.
     """
     if error.__context__ is not None and "lock" in str(error):
         raise error.__context__ from None
 
 
 def join_thread(thread: threading.Thread) -> None:
-    """Wait until `thread` ends, also if Ctrl-C interrupted its start."""
+    """Wait until `thread` ends, even if Ctrl-C interrupted its start."""
     deadline = time.monotonic() + 1
     while True:
         try:

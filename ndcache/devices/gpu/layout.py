@@ -16,7 +16,8 @@ __all__ = ["WORD", "Batch", "FileRead", "TensorCopy", "plan_batches", "round_up"
 
 #: The alignment of copies on a GPU, in bytes (WebGPU's COPY_BUFFER_ALIGNMENT).
 WORD = 4
-#: Gaps between two records of up to this many bytes are read, not skipped. Also the smallest copy worth a split.
+#: Gaps between two records of up to this many bytes are read, not skipped. No record is split to fill less than this at
+#: the end of a batch.
 _MAX_GAP = 1 << 12
 
 

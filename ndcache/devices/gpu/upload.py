@@ -142,7 +142,10 @@ class GpuUpload(Upload[StagedShard, GPUTensor]):
         del staged.unread[0]
 
     def _others_ready(self, staged: StagedShard) -> list[StagedShard]:
-        """Remove and return the later shards that are ready to be submitted with this one, as submissions cost much."""
+        """Remove and return the later shards that are ready to be submitted together with this one.
+
+        A submission costs more than a copy.
+        """
         candidates = [self._ready.popleft() for _ in range(len(self._ready))]
         ready = [other for other in candidates if other.buffers.done() and other.buffers.exception() is None]
         self._ready.extend(other for other in candidates if other not in ready)
