@@ -24,7 +24,7 @@ _FILE_ERRORS = {errno.EACCES, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, err
 
 
 def check_certificates(session: requests.Session, url: str) -> None:
-    """Raise `TLSError` if the certificates of authorities would be read from a pipe: opening it may wait for ever."""
+    """Raise `TLSError` if the certificates of authorities would be read from a pipe: opening it may wait forever."""
     verify = session.merge_environment_settings(url, {}, None, None, None)["verify"]
     if isinstance(verify, (str, os.PathLike)) and Path(verify).is_fifo():
         raise _authorities_error(session, verify, "is a pipe", url)

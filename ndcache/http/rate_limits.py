@@ -7,8 +7,8 @@
 - Then one request at a time tries a little more than is known to be accepted. If it is accepted, the next one goes
   further; if not, the next trial waits twice as long. So a short disturbance is soon forgotten, and a lasting limit is
   met closely.
-- After a refusal all requests wait, as long as Retry-After asks if it is there, and then start at intervals.
-- Whether a refused request is tried again is for `http.retry` to decide.
+- After a refusal all requests wait, for the time of Retry-After if there is one, and then start at intervals.
+- `http.retry` decides whether a refused request is tried again.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class OriginActivity:
         self._last[origin] = monotonic()
 
     def was_active(self, error: NdcacheError, since: float) -> bool:
-        """Return whether the origin of an error has sent something to any worker since a time."""
+        """Return whether the origin of an error has sent something to any worker after the time `since`."""
         return self._last.get(origin_of(error.url or ""), -math.inf) > since
 
     def refusals(self, error: NdcacheError) -> int:
@@ -333,7 +333,8 @@ class OriginLimit:
         self._last_cut = now
         if not self._is_max_known or self.refusals > 1:
             self._cut_max()
-        # A rate that was accepted until now is nearly right: networks may deliver two requests closer together.
+        # A rate that was accepted until now is nearly right: networks may deliver two requests closer together than
+        # they were sent.
         is_nearly_right = self._is_interval_known and self.refusals == 1
         self.interval = min(max((1.2 if is_nearly_right else 2) * self.interval, self.unit), 20 * self.unit)
         self._is_interval_known = False

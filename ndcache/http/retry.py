@@ -1,8 +1,8 @@
 """Which requests are tried again, how often, and after how long.
 
 A server that limits requests (429, 503) refuses now what it will send a moment later. While it sends something to any
-worker, its refusals do not count as failures; the request is only repeated less and less often, so that a file that
-is always refused does not slow down the others. If it sends nothing to any worker, the load gives up as soon as it
+worker, its refusals do not count as failures; the request is only repeated less and less often, so that a single
+refused file does not slow down the others. If it sends nothing to any worker, the load gives up as soon as it
 would for a single file: many waiting files do not prolong it.
 """
 

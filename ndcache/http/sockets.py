@@ -1,4 +1,4 @@
-"""urllib3 connections that give away their sockets, so that another thread can wake one that waits for a server."""
+"""urllib3 connections whose sockets are known, so that another thread can wake one that waits for a server."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ __all__ = ["DownloadResult", "Downloader"]
 #: 256 KiB, a cold fetch takes 1.07 times as long to /dev/shm, and 1.04 times as long to a disk (benchmarks/fetch.py,
 #: 15 pairs each).
 _READ_BYTES = 1 << 20
-#: Bytes of a file of which several ranges are received at once.
+#: Several ranges of a file that has more bytes than this are received at once.
 RANGE_THRESHOLD = 64 << 20
 #: The least and the most bytes of such a range. Each range costs a round trip. Bytes that arrive before those in front
 #: of them are read back from the file later, to be hashed.

@@ -220,7 +220,7 @@ class ManifestSource:
         return OpenedManifest(manifest, hashlib.sha256(data).hexdigest())
 
     def _metadata(self, name: str, digest: str) -> FileMetadata | None:
-        """Return the metadata of the cached manifest, or None if they do not describe the bytes that were read.
+        """Return the metadata of the cached manifest, or None if it does not describe the bytes that were read.
 
         Somebody may have edited the file, or another process may have replaced it since. A 304 would not be about these
         bytes then.

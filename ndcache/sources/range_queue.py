@@ -53,7 +53,7 @@ class RangeQueue:
     ----------
     ranges : ByteRanges
     cancellation : Cancellation
-        The load's.
+        The load's cancellation.
     task_bytes : tuple of int, optional
         The least and the most bytes of a task. By default, each range is one task.
     max_helpers : int
@@ -62,7 +62,7 @@ class RangeQueue:
     Attributes
     ----------
     cancellation : Cancellation
-        The helpers'.
+        The helpers' cancellation, a child of the load's.
     """
 
     def __init__(

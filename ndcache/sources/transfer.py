@@ -130,7 +130,9 @@ class Transfer:
     _is_copied: bool = field(init=False)  # whether the first bytes come from somebody else's partial file
     _accepts_ranges: bool = field(default=True, init=False)
     _body: RangeTask | None = field(default=None, init=False)  # the range that the accepted response has
-    _is_given: bool = field(default=False, init=False)  # whether the server has the file: an empty one may not be there
+    _is_given: bool = field(
+        default=False, init=False
+    )  # whether the server has sent the file; an empty one takes no bytes
     _is_unchanged: bool = field(default=False, init=False)
     _is_checked: bool = field(default=False, init=False)
 

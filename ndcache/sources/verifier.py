@@ -151,7 +151,7 @@ class ShardVerifier:
         return True
 
     def _reject(self, shard: Shard, cached: CachedFile) -> Flaw | None:
-        """Quarantine a file with wrong bytes, and say what is wrong; None if another file has its name by now."""
+        """Quarantine a file with wrong bytes, and return its flaw; None if another file has its name by now."""
         name, file = shard.data_path, cached.file
         if not self._cache.is_published(name, file):
             return None

@@ -88,7 +88,7 @@ class Layout:
         if not folder.exists():
             folder.make()
             if self.source:
-                with contextlib.suppress(OSError):  # listings do without
+                with contextlib.suppress(OSError):  # listings work without it
                     self.write_note(self.state, "source.json", {"source": self.source})
         return folder
 

@@ -150,7 +150,7 @@ class _FallbackPartialFiles(PartialFiles):
             super().copy_longest(partial, shard, content_id, check, is_checked=is_checked, is_exclusive=is_exclusive)
         except CacheUnavailableError:
             if not isinstance(partial, MemoryPartialFile):
-                raise  # a partial file in memory can do without those of others
+                raise  # a partial file in memory can begin empty
 
     def open_covering(self, shard: Shard, content_id: str, wanted: ByteRanges) -> BinaryIO | None:
         try:

@@ -61,7 +61,7 @@ class PartialFile:
 
     source: PartialSource | None
     _has_holes: bool  # then the note must say which bytes there are: the size alone does not
-    _not_noted: int  # bytes that have been written since the note was
+    _not_noted: int  # bytes that have been written since the last note
 
     def __init__(self, folder: Folder, name: str, file_name: str, file: BinaryIO) -> None:
         self.folder = folder
