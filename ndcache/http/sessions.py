@@ -102,6 +102,7 @@ class Sessions:
             for session in {*pair} - {self._given}:
                 session.close()
         self._by_process.clear()
+        self._checked.clear()  # a later session may get the identity of one that is gone
 
     def _new_pair(self) -> tuple[requests.Session, requests.Session]:
         bare = self._new_session()

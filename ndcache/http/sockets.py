@@ -118,7 +118,11 @@ class _WatchedConnection(HTTPConnection):
             raise NewConnectionError(self, f"no connection to {self.host}: {error}") from error
         if watch is not None:
             # A duplicate, as TLS makes a new socket from this one.
-            self._connecting = sock.dup()
+            try:
+                self._connecting = sock.dup()
+            except OSError:  # no descriptor is left
+                sock.close()
+                raise
             watch.add_waker(functools.partial(_shut, self._connecting))
         return sock
 
