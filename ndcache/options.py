@@ -12,6 +12,7 @@ import functools
 import inspect
 import math
 import os
+import re
 import textwrap
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -237,14 +238,14 @@ class LoaderOptions:
 
 #: The names of the options, in their order.
 OPTION_NAMES = tuple(option.name for option in dataclasses.fields(LoaderOptions))
-#: Where a docstring says this, `document_options` puts the options.
-_PLACE = "    {options}"
+#: Where a docstring has this line, `document_options` puts the options. Python 3.13 removes the indentation.
+_PLACE = re.compile(r"^( *)\{options\}$", re.MULTILINE)
 
 
 def document_options(target: F) -> F:
     """Put the meanings of all options into the docstring of a function or class."""
     if target.__doc__ is not None:  # as with python -OO
-        target.__doc__ = target.__doc__.replace(_PLACE, _options_as_text())
+        target.__doc__ = _PLACE.sub(lambda place: textwrap.indent(_options_as_text(), place[1]), target.__doc__)
     return target
 
 
@@ -287,11 +288,11 @@ def check_keywords(function: Callable[..., Any], unknown: Iterable[str]) -> None
 
 @functools.cache
 def _options_as_text() -> str:
-    """Return the options as entries of a numpydoc section, indented by four spaces."""
+    """Return the options as entries of a numpydoc section."""
     lines = []
     for option in dataclasses.fields(LoaderOptions):
         kind, meaning = option.metadata["kind"], " ".join(option.metadata["meaning"].split())
         is_told = option.default in (None, ()) or "Default" in meaning
         default = "" if is_told else f", default {option.default!r}"
         lines += [f"{option.name} : {kind}{default}", textwrap.indent(textwrap.fill(meaning, 108), "    ")]
-    return textwrap.indent("\n".join(lines), "    ")
+    return "\n".join(lines)

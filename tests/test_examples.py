@@ -61,6 +61,7 @@ def test_compute_pass() -> None:
     assert run("compute_pass.py").splitlines()[-1] == "the GPU and NumPy agree"
 
 
+@pytest.mark.once
 def test_stream_into_safetensors() -> None:
     need_module("safetensors")
     assert sorted(run("stream_into_safetensors.py").splitlines()) == [
@@ -70,6 +71,7 @@ def test_stream_into_safetensors() -> None:
     ]
 
 
+@pytest.mark.once
 def test_stream_every_dtype_into_safetensors(tmp_path: Path) -> None:
     """Read the file back with the safetensors library, which defines the names of the dtypes."""
     safetensors = need_module("safetensors")

@@ -22,6 +22,8 @@ pytest.importorskip("resource")
 
 Serve = Callable[..., FileServer]
 SHARDS = 250
+#: Of cases that take long, the others are enough on the other Pythons.
+ONCE = pytest.mark.once
 
 
 @pytest.fixture
@@ -63,17 +65,17 @@ def run(script: str, **arguments: Any) -> Any:
 @pytest.mark.parametrize(
     ("where", "limit", "times"),
     [
-        ("local", 64, 1),
+        pytest.param("local", 64, 1, marks=ONCE),
         ("local", 1024, 6),
-        ("cached", 256, 2),
+        pytest.param("cached", 256, 2, marks=ONCE),
         ("cached", 64, 2),
-        ("cached", 32, 1),
+        pytest.param("cached", 32, 1, marks=ONCE),
         ("cached", 1024, 6),
         ("cold", 64, 1),
-        ("cold", 32, 1),
-        ("in memory", 64, 1),
-        ("in memory", 32, 1),
-        ("in memory", 1024, 6),
+        pytest.param("cold", 32, 1, marks=ONCE),
+        pytest.param("in memory", 64, 1, marks=ONCE),
+        pytest.param("in memory", 32, 1, marks=ONCE),
+        pytest.param("in memory", 1024, 6, marks=ONCE),
     ],
 )
 def test_row_55_a_load_manages_with_few_descriptors(
@@ -123,7 +125,7 @@ def test_row_55_concurrent_loads_share_the_descriptors(model: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("where", ["cached", "cold"])
-@pytest.mark.parametrize("limit", [64, 256])
+@pytest.mark.parametrize("limit", [64, pytest.param(256, marks=ONCE)])
 def test_row_55_the_program_can_open_files_during_a_load(model: Path, serve: Serve, where: str, limit: int) -> None:
     server = serve(model)
     if where == "cached":
@@ -142,7 +144,7 @@ def test_row_55_the_program_can_open_files_during_a_load(model: Path, serve: Ser
 
 
 @pytest.mark.parametrize("verb", ["load", "fetch", "verify", "stream", "local", "in memory", "by name"])
-@pytest.mark.parametrize("left", [1, 2])
+@pytest.mark.parametrize("left", [1, pytest.param(2, marks=ONCE)])
 def test_row_55_a_shortage_is_reported_as_such(model: Path, serve: Serve, verb: str, left: int) -> None:
     server = serve(model)
     if verb == "verify":

@@ -156,7 +156,13 @@ def test_row_54_verbs_that_must_keep_files_say_what_to_set(
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
-@pytest.mark.parametrize("command", [["ls"], ["doctor"], ["verify"], ["rm"], ["fetch", "-q"], ["load", "-q"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["load", "-q"],
+        *(pytest.param(c, marks=pytest.mark.once) for c in (["ls"], ["doctor"], ["verify"], ["rm"], ["fetch", "-q"])),
+    ],
+)
 def test_row_54_the_command_line_reports_it_in_one_line(
     model: Path, serve: Serve, no_cache: str, command: list[str]
 ) -> None:

@@ -269,6 +269,7 @@ def test_row_59_an_account_that_may_only_read_can_load_and_not_delete(
 
 @several_accounts
 @pytest.mark.parametrize("planted", ["model", "shard", "fifo"])
+@pytest.mark.once
 def test_row_59_links_and_special_files_of_the_group_are_refused(
     zygote: Zygote, counting: CountingServer, public: Path, tmp_path: Path, planted: str
 ) -> None:
@@ -293,6 +294,7 @@ def test_row_59_links_and_special_files_of_the_group_are_refused(
 @several_accounts
 @pytest.mark.parametrize("closed", ["", "default", "default/*", "default/*/.ndcache"])
 @pytest.mark.parametrize("is_gone", [False, True])
+@pytest.mark.once
 def test_row_60_no_verb_raises_a_bare_permission_error_for_a_folder_of_another_account(
     zygote: Zygote, counting: CountingServer, public: Path, closed: str, is_gone: bool
 ) -> None:
@@ -312,6 +314,7 @@ def test_row_60_no_verb_raises_a_bare_permission_error_for_a_folder_of_another_a
 @several_accounts
 @pytest.mark.parametrize("closed", ["", "default", "default/*", "default/*/.ndcache", "default/*/.ndcache/parts"])
 @pytest.mark.parametrize("mode", [0o700, 0o744])
+@pytest.mark.once
 def test_row_54_a_model_in_a_folder_of_another_account_is_loaded_into_memory(
     zygote: Zygote, counting: CountingServer, public: Path, closed: str, mode: int
 ) -> None:

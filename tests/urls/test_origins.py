@@ -225,6 +225,7 @@ def test_row_41_the_origin_that_is_checked_is_the_one_that_answers(peers: Peers)
     assert reached > 2_000
 
 
+@pytest.mark.once
 def test_row_41_a_redirect_takes_no_secret_elsewhere(peers: Peers) -> None:
     """The home origin redirects to 5,000 addresses, and is the only one that ever sees its secrets."""
     session = requests.Session()
