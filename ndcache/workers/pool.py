@@ -157,6 +157,8 @@ class WorkerPool:
 
         def serve() -> None:
             self.release_slot()
+            if self._started == 1:
+                queue.close()  # No other thread could start. If this one waited for the queue, no task would ever run.
             queue.serve()
 
         self.submit_helper(serve)

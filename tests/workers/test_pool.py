@@ -5,6 +5,7 @@ from __future__ import annotations
 import _thread
 import contextlib
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -103,3 +104,27 @@ def test_row_36_ctrl_c_while_a_thread_starts_leaves_no_thread(
         with contextlib.suppress(RuntimeError):  # never started
             thread.join(30)  # its last steps
     assert not any(thread.is_alive() for thread in threads)
+
+
+def test_a_pool_with_a_single_thread_runs_tasks_beside_its_serial_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    start, threads = threading.Thread.start, list[threading.Thread]()
+    deadline = time.monotonic() + 30
+
+    def start_only_one(self: threading.Thread) -> None:
+        if threads:
+            raise RuntimeError("can't start new thread")  # as where the system limits them
+        threads.append(self)
+        start(self)
+
+    def tick() -> None:
+        assert time.monotonic() < deadline, "no task runs"
+
+    monkeypatch.setattr(threading.Thread, "start", start_only_one)
+    with WorkerPool(4, has_serial_thread=True) as pool:
+        pool.start()
+        queue = pool.open_serial_queue()
+
+        def work(shard: ndcache.Shard) -> str:
+            return queue.submit(lambda: shard.data_path).result(30)
+
+        assert list(run(shards(1, 1, 1), work, pool=pool, tick=tick)) == ["0.bin", "1.bin", "2.bin"]
