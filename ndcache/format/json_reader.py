@@ -35,7 +35,7 @@ _MAX_NODES = MAX_RECORDS + MAX_SHARDS + (1 << 16)
 #: The most commas in one manifest: a record needs six.
 _MAX_COMMAS = 6 * _MAX_NODES
 _MAX_DEPTH = 64  # of values that do not fit into a window
-_MAX_DIGITS = 400  # of one number; float64 can use no more
+_MAX_DIGITS = 400  # of one number; the largest float64 has 309
 _DIGITS_ALONE = bytes(b"0 "[chr(byte) not in "0123456789"] for byte in range(256))
 _TOO_LONG = b"0" * (_MAX_DIGITS + 1)  # may also be part of a string
 _SPACE = re.compile(r"[ \t\n\r]*")
