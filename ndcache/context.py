@@ -10,7 +10,7 @@ from .format.integrity import Integrity
 from .http.rate_limits import RateLimits
 from .http.retry import RetryPolicy
 from .http.transport import Transport
-from .location.locate import Location
+from .location import Location
 from .stats import LoadStats
 from .store.directory import ModelDirectory
 from .store.inventory import CacheScope

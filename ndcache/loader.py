@@ -18,7 +18,7 @@ from .devices.gpu.tensor import GPUTensor
 from .errors import CacheUnavailableError, ManifestError, NotFoundError, OfflineError, redact
 from .format.manifest import Manifest, NameFilter
 from .http.retry import RetryPolicy
-from .location.locate import locate
+from .location import locate
 from .options import (
     GPUDeviceLike,
     GPUName,

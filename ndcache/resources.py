@@ -14,8 +14,8 @@ from .format.integrity import parse_sri
 from .http.rate_limits import RateLimits
 from .http.retry import RetryPolicy
 from .http.transport import Transport
+from .location import Location, locate, locate_mirror
 from .location.hub import Login
-from .location.locate import Location, locate, locate_mirror
 from .options import GPUDeviceLike, LoaderOptions, Source
 from .sources import open_model
 from .sources.model import Model

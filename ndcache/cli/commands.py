@@ -15,7 +15,7 @@ import click
 
 from .._version import __version__
 from ..errors import NdcacheError
-from ..location.locate import locate
+from ..location import locate
 from ..store.inventory import cache_root, models
 from ..urls.redact import printable
 from .describe import (

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..devices.gpu.adapters import is_software
 from ..format.manifest import Manifest, Record
-from ..location.locate import locate
+from ..location import locate
 from ..pipeline import VerifyReport
 from ..store.inventory import CachedModel
 from ..weights import Weights

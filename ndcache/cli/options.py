@@ -13,7 +13,7 @@ import click
 from ..devices import is_device_name
 from ..format.integrity import manifest_names_to_try, parse_sri
 from ..loader import Loader
-from ..location.locate import locate, locate_mirror
+from ..location import locate, locate_mirror
 from ..options import LoaderOptions
 from .group import VERBOSE, argument_errors
 

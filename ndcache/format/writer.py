@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from ..location.locate import MANIFEST_NAMES
+from ..location import MANIFEST_NAMES
 from .manifest import FORMATS, Manifest
 from .parse import parse_manifest
 from .shard_writer import Encoding, HashedFile, ShardWriter

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..context import LoadContext
-from ..location.locate import Location
+from ..location import Location
 from .local import open_local_model
 from .model import Model
 from .remote import open_remote_model

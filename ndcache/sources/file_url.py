@@ -11,8 +11,8 @@ from urllib.parse import unquote
 
 from ..errors import UnsafePathError, redact
 from ..format.paths import check_path
+from ..location import Location, locate, remote_location
 from ..location.hub import hf_endpoint
-from ..location.locate import Location, locate, remote_location
 from ..store.inventory import CacheScope
 from ..urls.url import parse
 

@@ -16,7 +16,7 @@ from ..files.descriptors import check_shortage
 from ..format.integrity import find_mismatch, manifest_names_to_try, verify_and_parse
 from ..format.manifest import Manifest, Shard
 from ..format.strict_json import MAX_MANIFEST_BYTES
-from ..location.locate import Location
+from ..location import Location
 from .model import Flaw, Model, ShardFile, is_shortage
 
 __all__ = ["LocalModel", "open_local_model"]

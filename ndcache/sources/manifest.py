@@ -31,7 +31,7 @@ from ..format.manifest import Manifest
 from ..format.parse import parse_manifest
 from ..format.strict_json import MAX_MANIFEST_BYTES
 from ..http.retry import RetryPolicy
-from ..location.locate import Location
+from ..location import Location
 from ..store.directory import ModelDirectory
 from ..store.metadata import FileMetadata
 from .client import Client

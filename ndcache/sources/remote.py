@@ -16,7 +16,7 @@ from ..files.folder import is_gone
 from ..format.manifest import Manifest, Shard
 from ..format.parse import parse_manifest
 from ..format.strict_json import MAX_MANIFEST_BYTES
-from ..location.locate import Location
+from ..location import Location
 from ..store.cleanup import check_free_space, evict_partials, prune
 from ..store.directory import ModelDirectory
 from ..store.lock import DownloadLock

@@ -15,7 +15,7 @@ from ..errors import CacheUnavailableError, UnsafeCacheError
 from ..files.folder import Folder, is_gone
 from ..files.notes import read_note
 from ..format.paths import STATE_DIRECTORY
-from ..location.locate import Location
+from ..location import Location
 from .cleanup import delete_model, disk_bytes
 from .directory import ModelDirectory
 from .memory import FallbackDirectory

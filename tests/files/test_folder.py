@@ -19,7 +19,7 @@ from ndcache import tvm
 from ndcache.cli import commands as cli
 from ndcache.files import folder as folders
 from ndcache.files.folder import Folder, is_gone
-from ndcache.location.locate import locate
+from ndcache.location import locate
 from ndcache.store import inventory
 from ndcache.store.lock import DownloadLock, acquire_or_wait, try_lock
 

@@ -43,7 +43,7 @@ import ndcache.cached
 import ndcache.sources.download
 import ndcache.store.partial
 import ndcache.tvm
-from ndcache.location.locate import locate
+from ndcache.location import locate
 
 from . import models
 from .processes import TIMEOUT, Child, Zygote, start_zygote

@@ -12,8 +12,8 @@ import requests
 
 import ndcache
 from ndcache import tvm
+from ndcache.location import locate
 from ndcache.location.hub import Login, token_path
-from ndcache.location.locate import locate
 from ndcache.urls.url import Origin
 
 from ..helpers.models import assert_same, simple_model

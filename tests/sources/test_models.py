@@ -19,7 +19,7 @@ from ndcache.context import LoadContext
 from ndcache.format.manifest import Shard
 from ndcache.http.rate_limits import RateLimits
 from ndcache.http.transport import Transport
-from ndcache.location.locate import locate
+from ndcache.location import locate
 from ndcache.sources import open_model
 from ndcache.sources.download import DownloadResult
 from ndcache.sources.local import LocalModel

@@ -334,7 +334,7 @@ def test_a_redirect_target_is_forgotten_after_a_failure(scripted: ScriptedServer
 
 def left_with_holes(loader: Loader, url: str, ranges: list[tuple[int, int]]) -> Path:
     """Leave a partial file with holes behind, as a killed process does; return its path."""
-    from ndcache.location.locate import locate
+    from ndcache.location import locate
 
     cache = loader._resources.cache.open(locate(url))
     with cache.partials.create(PATH[1:]) as partial:

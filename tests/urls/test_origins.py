@@ -20,8 +20,8 @@ import ndcache
 from ndcache.http.connect import Routes
 from ndcache.http.sockets import WrongOriginError, watching
 from ndcache.http.transport import Transport
+from ndcache.location import locate
 from ndcache.location.hub import Login
-from ndcache.location.locate import locate
 from ndcache.urls.url import Origin, parse, parse_proxy
 from ndcache.workers.cancellation import Cancellation
 from ndcache.workers.stall import StallWatch

@@ -11,7 +11,7 @@ import pytest
 
 import ndcache
 from ndcache import tvm
-from ndcache.location.locate import locate
+from ndcache.location import locate
 from ndcache.urls.queries import identifying_query, query_digest
 
 from ..helpers.models import assert_same, simple_model, write_model

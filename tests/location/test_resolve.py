@@ -9,8 +9,8 @@ from urllib.parse import unquote_to_bytes, urljoin, urlsplit
 import pytest
 
 from ndcache.errors import NotFoundError
+from ndcache.location import MANIFEST_NAMES, Location, locate
 from ndcache.location.hub import HF_ENDPOINT, hf_endpoint
-from ndcache.location.locate import MANIFEST_NAMES, Location, locate
 
 B16 = ("tensor-cache-b16.json",)
 HF = "https://huggingface.co/owner/name/resolve"
