@@ -62,8 +62,13 @@ def watching(watch: StallWatch, origin: Origin, routes: Routes) -> Iterator[None
     _current.watch, _current.origin, _current.routes = watch, origin, routes
     try:
         yield
+    except BaseException:
+        response: RawResponse | None = getattr(_current, "response", None)
+        if response is not None:
+            response.close()  # urllib3 drops one whose lengths contradict each other, and leaves its socket open
+        raise
     finally:
-        _current.watch = _current.origin = _current.routes = None
+        _current.watch = _current.origin = _current.routes = _current.response = None
 
 
 class _WithoutQueries(logging.Filter):
@@ -80,10 +85,18 @@ for _name in ("urllib3.connection", "urllib3.connectionpool", "urllib3.util.retr
     logging.getLogger(_name).addFilter(_WithoutQueries())
 
 
+class _CurrentResponse(RawResponse):
+    """A response that `watching` can close if the request fails."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _current.response = self
+
+
 class _WatchedConnection(HTTPConnection):
     """A connection that gives its socket to the `StallWatch` of this thread."""
 
-    response_class = RawResponse
+    response_class = _CurrentResponse
     _is_used = False
     _connecting: socket.socket | None = None
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -134,6 +136,17 @@ def server() -> Iterator[ScriptedServer]:
     server = ScriptedServer()
     yield server
     server.close()
+
+
+def test_row_4_a_refused_response_leaves_no_socket_open(server: ScriptedServer) -> None:
+    server.script = {"/": [then_close(b"HTTP/1.1 200 OK\r\nContent-Length: 5, 6\r\nConnection: close\r\n\r\nabc")]}
+    gc.collect()
+    with warnings.catch_warnings(record=True) as caught, contextlib.closing(Transport(timeout=(5.0, 5.0))) as transport:
+        warnings.simplefilter("always")
+        with pytest.raises(ndcache.ProtocolError):
+            transport.get(server.url, {}, Cancellation())
+        gc.collect()
+    assert caught == []
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
