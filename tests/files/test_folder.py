@@ -173,6 +173,7 @@ def test_row_57_a_link_that_alternates_with_the_real_folder_is_not_followed(
     """Each access may meet the link or the real folder, in any order."""
     directory = ndcache.fetch(server.url)
     (directory / SHARD).unlink()
+    real = os.open(directory, os.O_RDONLY)
     away, link = directory.with_name("away"), directory.with_name("link")
     (victim / ".ndcache" / "parts").mkdir(parents=True)
     (victim / ".ndcache" / "validators").mkdir()
@@ -199,8 +200,9 @@ def test_row_57_a_link_that_alternates_with_the_real_folder_is_not_followed(
             with contextlib.suppress(ndcache.NdcacheError):
                 ndcache.fetch(server.url, retries=0)
             with contextlib.suppress(OSError):
-                (directory / SHARD).unlink()
+                os.unlink(SHARD, dir_fd=real)  # a path could lead to the victim just now
     finally:
+        os.close(real)
         done.set()
         thread.join()
     assert tree(victim) == before
