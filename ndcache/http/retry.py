@@ -1,4 +1,4 @@
-"""Which requests are tried again, how often, and after how long.
+"""Retry failed requests: which ones, how often, and after how long.
 
 A server that limits requests (429, 503) refuses now what it will send a moment later. While it sends something to any
 worker, its refusals do not count as failures; the request is only repeated less and less often, so that a single
@@ -33,7 +33,7 @@ _PROGRESS_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How often a failed request is tried again, and how long it may take.
+    """Limit how often a failed request is tried again, and how long that may take.
 
     Both limits count failures in a row: after each MiB of progress they start again.
 

@@ -138,7 +138,7 @@ def _seconds(value: str | None) -> float | None:
 
 @dataclass(frozen=True)
 class FailedRequest:
-    """What is known about a request that failed.
+    """Describe a request that failed.
 
     Attributes
     ----------

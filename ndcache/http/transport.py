@@ -50,7 +50,7 @@ _answered: set[Origin] = set()
 
 @dataclass(frozen=True)
 class RedirectTarget:
-    """Where the redirects of a URL have led.
+    """Remember where the redirects of a URL have led.
 
     Attributes
     ----------
