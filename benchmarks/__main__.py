@@ -9,8 +9,9 @@ import traceback
 from pathlib import Path
 
 from . import report, servers
-from .harness import machine
-from .suites import SERVED, SUITES, Settings
+from .harness import Settings, machine
+from .inputs import NoRoom
+from .suites import SERVED, SUITES
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
@@ -30,6 +31,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, help="how often each contender runs (default: 5, or 1 with --quick)")
     parser.add_argument("--quick", action="store_true", help="tiny inputs, to see that everything runs, not how fast")
     parser.add_argument("--minutes", type=float, help="start no round of a suite after this time (warm-gpu: 4.5)")
+    parser.add_argument("--profile", action="store_true", help="show where the threads of ndcache are")
     parser.add_argument("--folder", type=Path, help="directory for inputs and outputs; default: the system's")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--png", type=Path, help="write a chart of each suite to this directory")
@@ -46,21 +48,25 @@ def main() -> int:
         print(f"\n{name}", flush=True)
         minutes = options.minutes or (4.5 if name == "warm-gpu" else float("inf"))
         deadline = time.monotonic() + 60 * minutes
-        settings = Settings(
-            options.size, options.rounds or (1 if options.quick else 5), options.quick, deadline, options.folder
-        )
-        try:
-            result = SUITES[name](settings).to_json()
-        except Exception:  # keep the figures of the other suites
-            traceback.print_exc()
-            failed = True
-            continue
-        results.append(result)
-        print(f"\n{report.table(result, quick=options.quick)}", flush=True)
-        if options.json:
-            report.write_json(options.json, here, results, quick=options.quick)
-        if options.png:
-            print(report.write_png(options.png, here, result), flush=True)
+        rounds = options.rounds or (1 if options.quick else 5)
+        settings = Settings(options.size, rounds, options.quick, deadline, options.folder, options.profile)
+        for part in SUITES[name]:
+            try:
+                result = part(settings).to_json()
+            except NoRoom as error:
+                print(f"  left out: {error}", flush=True)
+                failed = True
+                continue
+            except Exception:  # keep the figures of the other suites
+                traceback.print_exc()
+                failed = True
+                continue
+            results.append(result)
+            print(f"\n{report.table(result, quick=options.quick)}", flush=True)
+            if options.json:
+                report.write_json(options.json, here, results, quick=options.quick)
+            if options.png:
+                print(report.write_png(options.png, here, result), flush=True)
     return int(failed)
 
 

@@ -1,4 +1,7 @@
-"""Run contenders in turn, each time in a fresh process, and evaluate medians, ratios and targets."""
+"""Run contenders in turn, each time in a fresh process, and evaluate medians, ratios and targets.
+
+Of a contender with several settings, the first round finds the fastest, which is used from then on.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +10,55 @@ import json
 import os
 import platform
 import shutil
+import ssl
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from . import servers
+
 ROOT = Path(__file__).parent.parent
 _PACKAGES = (
-    *("ndcache", "requests", "numpy", "ml_dtypes", "wgpu", "hf_transfer", "huggingface_hub", "safetensors"),
-    *("apache-tvm", "torch", "runai-model-streamer", "fastsafetensors"),
+    *("ndcache", "requests", "numpy", "ml_dtypes", "wgpu", "hf_transfer", "huggingface_hub", "obstore", "safetensors"),
+    *("apache-tvm", "torch", "runai-model-streamer", "fastsafetensors", "dask", "distributed", "ray"),
 )
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of the command line.
+
+    Attributes
+    ----------
+    size : int or None
+        Bytes of the model; None means each suite's own.
+    rounds : int
+    quick : bool
+        Whether inputs are tiny.
+    deadline : float
+        The time by `time.monotonic` after which no round starts.
+    folder : pathlib.Path or None
+        The directory for inputs and outputs.
+    profile : bool
+        Whether ndcache shows where its threads are.
+    """
+
+    size: int | None
+    rounds: int
+    quick: bool
+    deadline: float = float("inf")
+    folder: Path | None = None
+    profile: bool = False
+
+    def bytes_or(self, usual: int, tiny: int = 4 << 20) -> int:
+        """Return the bytes of the model, by default `usual`, or `tiny` with tiny inputs."""
+        return self.size or (tiny if self.quick else usual)
 
 
 @dataclass(frozen=True)
@@ -39,6 +76,8 @@ class Contender:
         The bytes that it must load or write.
     file_bytes : int
         The bytes of its files, from which its speed is computed; 0 if it has none.
+    settings : tuple of dict
+        The settings to choose from, each of which is added to `given`; empty if there is no choice.
     """
 
     label: str
@@ -46,6 +85,7 @@ class Contender:
     given: dict[str, Any]
     expect: int
     file_bytes: int
+    settings: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,6 +107,8 @@ class Target:
         Multiplies the figure.
     difference : bool
         Whether the other figure is subtracted instead.
+    cores : int
+        The fewest cores of a machine on which the bound holds.
     """
 
     label: str
@@ -77,17 +119,25 @@ class Target:
     figure: str = "seconds"
     scale: float = 1.0
     difference: bool = False
+    cores: int = 0
 
 
 @dataclass
 class Result:
-    """The measurements of a suite, round by round."""
+    """The measurements of a suite, round by round.
+
+    Attributes
+    ----------
+    trials : dict
+        For each contender with a choice of settings, what was measured with each of them, in seconds.
+    """
 
     suite: str
     contenders: list[Contender]
     rounds: list[dict[str, dict[str, Any]]] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
     targets: list[Target] = field(default_factory=list)
+    trials: dict[str, list[tuple[dict[str, Any], float]]] = field(default_factory=dict)
 
     def values(self, label: str, figure: str = "seconds") -> list[float]:
         """Return a contender's figure in each round in which it ran."""
@@ -111,6 +161,10 @@ class Result:
                         "peak": max(self.values(contender.label, "peak"), default=None),
                         "ratio": self.ratio(contender.label, self.contenders[0].label),
                         "profile": self._profile(contender.label, median),
+                        "settings": [
+                            {"setting": setting_text(setting), "seconds": seconds}
+                            for setting, seconds in self.trials.get(contender.label, [])
+                        ],
                     }
                 )
         return {
@@ -146,23 +200,35 @@ class Result:
             )
         else:
             found = self.ratio(target.above, target.below, target.figure, difference=target.difference)
+        evaluated = {"label": target.label, "sign": target.sign, "bound": target.bound, "cores": target.cores}
         if found is None:
-            return {"label": target.label, "sign": target.sign, "bound": target.bound, "met": None}
+            return {**evaluated, "met": None}
         found = {name: value * target.scale for name, value in found.items()}
         met = found["median"] >= target.bound if target.sign == ">=" else found["median"] <= target.bound
-        return {"label": target.label, "sign": target.sign, "bound": target.bound, "met": met, **found}
+        return {**evaluated, "met": met if servers.cores() >= target.cores else None, **found}
 
 
-def rounds(
-    result: Result, count: int, folder: Path, deadline: float = float("inf"), *, warm: Sequence[Path] = ()
-) -> Result:
-    """Run the contenders in turn, `count` times. No round starts after the deadline (`time.monotonic`).
+def maker(given: dict[str, Any], model: dict[str, Any]) -> Callable[..., Contender]:
+    """Return a function that makes contenders that load or download the same model."""
+
+    def make(
+        label: str, peer: str, *, loaded: bool = False, settings: tuple[dict[str, Any], ...] = (), **more: Any
+    ) -> Contender:
+        expect = model["loaded" if loaded else "stored"]
+        return Contender(label, peer, {**given, **more}, expect, model["stored"], settings)
+
+    return make
+
+
+def rounds(result: Result, settings: Settings, folder: Path, *, warm: Sequence[Path] = ()) -> Result:
+    """Choose the settings of the contenders, and run them in turn. No round starts after the deadline.
 
     The files of `warm` are read first, so that they are in the page cache.
     """
     read(warm)
-    for number in range(count):
-        if number and time.monotonic() > deadline:
+    result.contenders = [_choose(result, contender, settings, folder) for contender in result.contenders]
+    for number in range(settings.rounds):
+        if number and time.monotonic() > settings.deadline:
             print(f"  stopped after {number} rounds, as the time is up", flush=True)
             break
         current: dict[str, dict[str, Any]] = {}
@@ -170,7 +236,7 @@ def rounds(
         for contender in result.contenders:
             if contender.label in result.left_out:
                 continue
-            measured = measure(contender, folder)
+            measured = measure(contender, folder, profile=settings.profile and contender.peer.startswith("ndcache"))
             if problem := measured.get("unavailable") or measured.get("failed"):
                 result.left_out[contender.label] = problem
                 print(f"  {contender.label}: left out: {problem}", flush=True)
@@ -181,13 +247,38 @@ def rounds(
     return result
 
 
-def measure(contender: Contender, folder: Path, timeout: float = 600) -> dict[str, Any]:
+def _choose(result: Result, contender: Contender, settings: Settings, folder: Path) -> Contender:
+    """Return the contender with the fastest of its settings, each of which runs once."""
+    trials: list[tuple[dict[str, Any], float]] = []
+    for setting in contender.settings:
+        measured = measure(replace(contender, given={**contender.given, **setting}), folder)
+        if problem := measured.get("unavailable") or measured.get("failed"):
+            print(f"  {contender.label}, {setting_text(setting)}: {problem}", flush=True)
+            if "unavailable" in measured:
+                break
+            continue
+        print(f"  - {contender.label:34} {measured['seconds']:9.4f} s, {setting_text(setting)}", flush=True)
+        trials.append((setting, measured["seconds"]))
+    if not trials:
+        return contender
+    result.trials[contender.label] = sorted(trials, key=lambda trial: trial[1])
+    return replace(contender, given={**contender.given, **result.trials[contender.label][0][0]})
+
+
+def setting_text(setting: dict[str, Any]) -> str:
+    """Return a setting as the report shows it."""
+    return ", ".join(f"{name} {value}" for name, value in setting.items())
+
+
+def measure(contender: Contender, folder: Path, timeout: float = 600, *, profile: bool = False) -> dict[str, Any]:
     """Run a contender once, in a fresh process, after everything of an earlier run is written to disk."""
     os.sync()
     with tempfile.TemporaryDirectory(dir=folder, prefix="out-") as out:
-        given = {**contender.given, "out": out, "expect": contender.expect}
+        given = {**contender.given, "out": out, "expect": contender.expect, "profile": profile}
         given.setdefault("memory", contender.expect + contender.file_bytes)
-        environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *_paths()]), "HF_HUB_DISABLE_XET": "1"}
+        # Packages may lie in any folder that this process imports from.
+        paths = [str(ROOT), *(path for path in sys.path if path)]
+        environ = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_DISABLE_XET": "1"}
         if contender.given.get("ca"):
             environ["REQUESTS_CA_BUNDLE"] = environ["SSL_CERT_FILE"] = contender.given["ca"]
         command = [sys.executable, "-m", "benchmarks.peers", contender.peer, json.dumps(given)]
@@ -222,12 +313,17 @@ def machine() -> dict[str, Any]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    for name, option in (("curl", "--version"), ("aria2c", "--version")):
-        if shutil.which(name):
-            versions[name] = (_output(name, option).splitlines() or [""])[0]
+    for name, program, option in (
+        ("curl", shutil.which("curl"), "--version"),
+        ("aria2c", shutil.which("aria2c"), "--version"),
+        ("nginx", servers.program(), "-v"),
+    ):
+        if program:
+            versions[name] = (_output(program, option, errors=True).splitlines() or [""])[0]
+    versions["OpenSSL"] = ssl.OPENSSL_VERSION
     return {
         "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": servers.cores(),
         "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "kernel": platform.release(),
         "python": platform.python_version(),
@@ -254,12 +350,10 @@ def _gpu() -> str | None:
     return lines[-1] if lines else None
 
 
-def _output(*command: str) -> str:
+def _output(*command: str, errors: bool = False) -> str:
+    """Return what a command prints to standard output, and with `errors` to standard error."""
+    stderr = subprocess.STDOUT if errors else subprocess.DEVNULL
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stdout
+        return subprocess.run(command, stdout=subprocess.PIPE, stderr=stderr, text=True, timeout=60, check=False).stdout
     except (OSError, subprocess.TimeoutExpired):
         return ""
-
-
-def _paths() -> list[str]:
-    return [path for path in [os.environ.get("PYTHONPATH", "")] if path]

@@ -1,4 +1,7 @@
-"""Create models to load. One block of random bytes is written many times, so that gigabytes take seconds."""
+"""Create models to load, and a place for them.
+
+One block of random bytes is written many times, so that gigabytes take seconds.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,10 @@ import importlib.metadata
 import json
 import math
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +21,51 @@ import numpy as np
 
 import ndcache
 
+from .harness import Settings
+
 MIB = 1 << 20
 SHARD_BYTES = 32 * MIB
 TENSOR_BYTES = 8 * MIB
 _BLOCK_BYTES = 64 * MIB
+
+
+class NoRoom(Exception):
+    """A directory has less free space than a suite needs."""
+
+
+@contextmanager
+def working_folder(settings: Settings, *, memory: bool = False, needed: int = 0) -> Iterator[Path]:
+    """Make a temporary directory for inputs and outputs.
+
+    Parameters
+    ----------
+    memory : bool
+        Whether it is in memory, if the user named no directory, so that files stay in the page cache and no disk is
+        measured. With too little room there, it is where the system has its temporary files.
+    needed : int
+        The bytes that must be free; with `memory` also in memory.
+
+    Raises
+    ------
+    NoRoom
+    """
+    where = settings.folder
+    shared = Path("/dev/shm")
+    wanted = needed or 4 * settings.bytes_or(4 << 30)
+    in_memory = memory and where is None and os.access(shared, os.W_OK)
+    if in_memory and (needed or shutil.disk_usage(shared).free > wanted):
+        where = shared
+    if where is not None:
+        where.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(where or tempfile.gettempdir()).free
+    if free < needed:
+        raise NoRoom(
+            f"{where or tempfile.gettempdir()} has {free / 1e9:.1f} GB free and this needs {needed / 1e9:.1f};"
+            " give another --folder or a smaller --size"
+        )
+    with tempfile.TemporaryDirectory(prefix="ndcache-bench-", dir=where) as folder:
+        os.chmod(folder, 0o755)  # for nginx
+        yield Path(folder)
 
 
 def synthetic(
@@ -92,6 +140,7 @@ def describe(directory: Path) -> dict[str, Any]:
     return {
         "directory": str(directory),
         "shards": [shard["dataPath"] for shard in shards],
+        "sizes": [shard["nbytes"] for shard in shards],
         "stored": sum(shard["nbytes"] for shard in shards),
         "loaded": sum(
             record["nbytes"] * (2 if record["format"] == "f32-to-bf16" and record["dtype"] == "float32" else 1)

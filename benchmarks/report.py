@@ -9,26 +9,32 @@ from typing import Any
 
 def table(result: dict[str, Any], *, quick: bool) -> str:
     """Return a suite's medians, its ratios to the first contender, its targets, and where the time went."""
-    lines = [f"{result['suite']:34} {'seconds':>9} {'GB/s':>8} {'CPU s':>7} {'peak MiB':>9}   ratio to the first"]
+    columns = f"{'seconds':>9} {'GB/s':>8} {'CPU s':>7} {'cores':>5} {'peak MiB':>9}"
+    lines = [f"{result['suite']:34} {columns}   ratio to the first"]
     for row in result["rows"]:
         peak = f"{row['peak'] / 2**20:9,.0f}" if row["peak"] else " " * 9
         speed = f"{row['gb_per_second']:8.2f}" if row["file_bytes"] else " " * 8
         ratio = _range(row["ratio"]) if row["ratio"] else ""
         spent = row["profile"].get("user", 0) + row["profile"].get("system", 0)
-        lines.append(f"{row['label']:34} {row['median']:9.4f} {speed} {spent:7.2f} {peak}   {ratio}")
+        busy = row["profile"].get("busy_cores", 0)
+        lines.append(f"{row['label']:34} {row['median']:9.4f} {speed} {spent:7.2f} {busy:5.1f} {peak}   {ratio}")
+    lines += [_settings(row) for row in result["rows"] if row["settings"]]
     lines += [f"left out: {label} ({reason})" for label, reason in result["left_out"].items()]
     for target in result["targets"]:
-        if target["met"] is None:
+        if "median" not in target:
             lines.append(f"target: {target['label']}: not measured")
         elif target["sign"] == ">=" and not target["bound"]:
             lines.append(f"figure: {target['label']}: {_range(target)}")
         else:
-            verdict = "not judged with tiny inputs" if quick else "met" if target["met"] else "MISSED"
+            verdict = _verdict(target, quick=quick)
             lines.append(f"target: {target['label']}: {_range(target)} {target['sign']} {target['bound']:g}: {verdict}")
     for row in result["rows"]:
         if stages := row["profile"].get("stages"):
             words = ", ".join(f"{name} {seconds:.3f}" for name, seconds in stages.items())
             lines.append(f"stats.seconds of {row['label']}: {words}")
+        if threads := row["profile"].get("threads"):
+            lines.append(f"threads of {row['label']}, which wait {row['profile']['lock_wait_ms']:.1f} ms for the lock:")
+            lines += [f"  {mean:6.2f} {place}" for place, mean in threads.items()]
     return "\n".join(lines)
 
 
@@ -75,6 +81,19 @@ def write_png(folder: Path, machine: dict[str, Any], result: dict[str, Any]) -> 
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return path
+
+
+def _settings(row: dict[str, Any]) -> str:
+    best, *others = (f"{trial['setting']} ({trial['seconds']:.3g} s)" for trial in row["settings"])
+    return f"setting of {row['label']}: {best}; slower: {', '.join(others) or 'none'}"
+
+
+def _verdict(target: dict[str, Any], *, quick: bool) -> str:
+    if quick:
+        return "not judged with tiny inputs"
+    if target["met"] is None:
+        return f"not judged on fewer than {target['cores']} cores"
+    return "met" if target["met"] else "MISSED"
 
 
 def _range(found: dict[str, float]) -> str:

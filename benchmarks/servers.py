@@ -1,4 +1,7 @@
-"""Run nginx on a free port of loopback: plain, with a rate per connection, or with TLS."""
+"""Run nginx on a free port of loopback: plain, with a rate per connection, with TLS, or with a log of its answers.
+
+It is the one of the environment variable ``NGINX``, else that of ``PATH`` or /usr/sbin.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +20,27 @@ _COMMIT = "0" * 40  # a revision, which huggingface_hub needs
 
 def program() -> str | None:
     """Return the path of nginx, or None if it is not installed."""
-    return shutil.which("nginx", path=f"{os.environ.get('PATH', '')}{os.pathsep}/usr/sbin")
+    path = f"{os.environ.get('PATH', '')}{os.pathsep}/usr/sbin"
+    return shutil.which(os.environ.get("NGINX") or "nginx", path=path)
+
+
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
-def nginx(directory: Path, *, rate: int = 0, tls: bool = False) -> Iterator[tuple[str, str | None]]:
+def nginx(
+    directory: Path, *, rate: int = 0, tls: bool = False, log: Path | None = None
+) -> Iterator[tuple[str, str | None]]:
     """Serve a directory; yield its URL, and with TLS the path of the authority's certificate.
 
     Parameters
     ----------
     rate : int
         Bytes per second and connection; 0 is no limit.
+    log : pathlib.Path or None
+        The file that gets a line for each response: the bytes of its body, and its path.
     """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -39,19 +52,22 @@ def nginx(directory: Path, *, rate: int = 0, tls: bool = False) -> Iterator[tupl
         temporary = "".join(
             f"{kind}_temp_path {folder};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
         )
+        access = f"log_format bytes '$body_bytes_sent $uri'; access_log {log} bytes;" if log else "access_log off;"
         config = folder / "nginx.conf"
         config.write_text(
-            f"daemon off; pid {folder}/pid; error_log stderr; worker_processes 2;"
+            f"daemon off; pid {folder}/pid; error_log stderr; worker_processes {max(2, cores())};"
             f"{'user root;' if os.geteuid() == 0 else ''} events {{}}"
-            f"http {{ {temporary} access_log off; sendfile on; limit_rate {rate};"
+            f"http {{ {temporary} {access} sendfile on; limit_rate {rate};"
             f"server {{ {listen}; {secure} root {directory};"
             f"location /bench/model/resolve/main/ {{ alias {directory}/; add_header X-Repo-Commit {_COMMIT}; }} }} }}"
         )
-        process = subprocess.Popen([program() or "nginx", "-p", state, "-c", str(config)], stderr=subprocess.DEVNULL)
+        errors = folder / "errors"
+        with open(errors, "wb") as stderr:
+            process = subprocess.Popen([program() or "nginx", "-p", state, "-c", str(config)], stderr=stderr)
         try:
             while not _answers(port):
                 if process.poll() is not None:
-                    raise SystemExit("nginx does not start")
+                    raise RuntimeError(f"nginx does not start: {errors.read_text()}")
                 time.sleep(0.02)
             yield f"{'https' if tls else 'http'}://127.0.0.1:{port}/", ca
         finally:

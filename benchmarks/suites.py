@@ -2,76 +2,42 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ndcache.devices.gpu.adapters import is_software, list_adapters
 from ndcache.errors import NdcacheError
 
-from . import inputs, servers
-from .harness import Contender, Result, Target, rounds
+from . import choices, inputs, many_cores, servers
+from .harness import Contender, Result, Settings, Target, maker, rounds
 
 MIB = 1 << 20
 
 
-@dataclass(frozen=True)
-class Settings:
-    """The options of the command line.
-
-    Attributes
-    ----------
-    size : int or None
-        Bytes of the model; None means each suite's own.
-    quick : bool
-        Whether inputs are tiny.
-    deadline : float
-        The time by `time.monotonic` after which no round starts.
-    folder : pathlib.Path or None
-        The directory for inputs and outputs.
-    """
-
-    size: int | None
-    rounds: int
-    quick: bool
-    deadline: float
-    folder: Path | None
-
-    def bytes_or(self, usual: int, tiny: int = 4 * MIB) -> int:
-        """Return the bytes of the model, by default `usual`, or `tiny` with tiny inputs."""
-        return self.size or (tiny if self.quick else usual)
-
-
 def cold(settings: Settings) -> Result:
     """Download from nginx on loopback to an empty directory."""
-    with _folder(settings) as folder:
+    with inputs.working_folder(settings) as folder:
         model = inputs.synthetic(folder / "model", settings.bytes_or(1 << 30))
         return _cold("cold", settings, folder, model)
 
 
 def minilm(settings: Settings) -> Result:
     """Run `cold` with the weights of all-MiniLM-L6-v2."""
-    with _folder(settings) as folder:
+    with inputs.working_folder(settings) as folder:
         return _cold("minilm", settings, folder, inputs.minilm(folder / "model"))
 
 
 def _cold(name: str, settings: Settings, folder: Path, model: dict[str, Any]) -> Result:
     with servers.nginx(folder / "model") as (url, _):
-        make = _maker({**model, "url": url}, model)
+        make = maker({**model, "url": url}, model)
         result = Result(
             name,
             [
                 make("ndcache load", "ndcache_load", loaded=True),
                 make("ndcache fetch", "ndcache_fetch"),
-                make("hf_transfer", "hf_transfer"),
-                make("huggingface_hub", "huggingface_hub"),
-                make("curl --parallel", "curl"),
-                make("aria2c", "aria2c"),
+                *choices.downloaders(make),
+                make("huggingface_hub", "huggingface_hub", settings=choices.HUGGINGFACE_HUB),
                 make("four quarters", "quarters"),
                 make("one at a time, CPU", "one_at_a_time", loaded=True),
                 make("md5 alone", "md5_alone"),
@@ -82,32 +48,31 @@ def _cold(name: str, settings: Settings, folder: Path, model: dict[str, Any]) ->
                 Target("curl / ndcache load", "curl --parallel", "ndcache load", ">=", 1.4),
             ],
         )
-        return rounds(result, settings.rounds, folder, settings.deadline)
+        return rounds(result, settings, folder)
 
 
 def tls(settings: Settings) -> Result:
     """Run `cold` with TLS."""
-    with _folder(settings) as folder:
+    with inputs.working_folder(settings) as folder:
         model = inputs.synthetic(folder / "model", settings.bytes_or(1 << 30))
         with servers.nginx(folder / "model", tls=True) as (url, ca):
-            make = _maker({**model, "url": url, "ca": ca}, model)
+            make = maker({**model, "url": url, "ca": ca}, model)
             result = Result(
                 "tls",
                 [
                     make("ndcache load", "ndcache_load", loaded=True),
-                    make("curl --parallel", "curl"),
-                    make("aria2c", "aria2c"),
+                    *choices.downloaders(make),
                     make("four quarters", "quarters"),
                 ],
-                targets=[Target("curl / ndcache load", "curl --parallel", "ndcache load", ">=", 1.0)],
+                targets=[Target("curl / ndcache load", "curl --parallel", "ndcache load", ">=", 0.75)],
             )
-            return rounds(result, settings.rounds, folder, settings.deadline)
+            return rounds(result, settings, folder)
 
 
 def rate(settings: Settings) -> Result:
     """Download with 20 MiB/s for each connection; the large model has one shard 16 times the size of the others."""
     speed = 20 * MIB
-    with _folder(settings) as folder:
+    with inputs.working_folder(settings) as folder:
         size = settings.bytes_or(512 * MIB)
         # The shards are small and many, so that all eight workers end at about the same time.
         model = inputs.synthetic(folder / "model", size, shard_bytes=max(size // 64, MIB // 8), tensor_bytes=MIB // 8)
@@ -118,7 +83,7 @@ def rate(settings: Settings) -> Result:
             servers.nginx(folder / "model", rate=speed) as (url, _),
             servers.nginx(folder / "large", rate=speed) as (large_url, _),
         ):
-            make, make_large = _maker({**model, "url": url}, model), _maker({**large, "url": large_url}, large)
+            make, make_large = maker({**model, "url": url}, model), maker({**large, "url": large_url}, large)
             result = Result(
                 "rate",
                 [
@@ -136,16 +101,35 @@ def rate(settings: Settings) -> Result:
                     Target("load / fetch", "ndcache load, 8 workers", "ndcache fetch, 8 workers", "<=", 1.05),
                 ],
             )
-            return rounds(result, settings.rounds, folder, settings.deadline)
+            return rounds(result, settings, folder)
+
+
+def small(settings: Settings) -> Result:
+    """Download 1,000 shards of 4 KiB."""
+    count = 20 if settings.quick else 1000
+    with inputs.working_folder(settings) as folder:
+        model = inputs.synthetic(folder / "model", count * 4096, shard_bytes=4096, tensor_bytes=4096)
+        with servers.nginx(folder / "model") as (url, _):
+            make = maker({**model, "url": url}, model)
+            result = Result(
+                "small",
+                [
+                    make("ndcache load, 8 workers", "ndcache_load", loaded=True, workers=8),
+                    make("ndcache load, 1 worker", "ndcache_load", loaded=True, workers=1),
+                    *choices.downloaders(make),
+                ],
+                targets=[Target("1 worker / 8 workers", "ndcache load, 1 worker", "ndcache load, 8 workers", ">=", 1)],
+            )
+            return rounds(result, settings, folder)
 
 
 def warm_cpu(settings: Settings) -> Result:
     """Load a local directory from the page cache into memory."""
-    with _folder(settings) as folder:
+    with inputs.working_folder(settings) as folder:
         size = settings.bytes_or(1 << 30)
         bf16 = inputs.synthetic(folder / "bf16", size, bf16=True, safetensors=True)
         raw = inputs.synthetic(folder / "raw", size, safetensors=True)
-        make, make_raw = _maker(bf16, bf16), _maker(raw, raw)
+        make, make_raw = maker(bf16, bf16), maker(raw, raw)
         result = Result(
             "warm-cpu",
             [
@@ -166,17 +150,17 @@ def warm_cpu(settings: Settings) -> Result:
                 Target("raw: TVM C++ / ndcache", "TVM C++ raw", "ndcache raw", ">=", 50),
             ],
         )
-        return rounds(result, settings.rounds, folder, settings.deadline, warm=_files(folder))
+        return rounds(result, settings, folder, warm=_files(folder))
 
 
 def warm_gpu(settings: Settings) -> Result:
     """Load a local directory from the page cache into GPU buffers."""
-    with _folder(settings, memory=True) as folder:
+    with inputs.working_folder(settings, memory=True) as folder:
         size = settings.bytes_or(4 << 30)
         bf16 = inputs.synthetic(folder / "bf16", size, bf16=True)
         raw = inputs.synthetic(folder / "raw", size, safetensors=True)
         # It takes the GPU's memory, so none is touched before; that saves time on an expensive machine.
-        make, make_raw = _maker({**bf16, "memory": 0}, bf16), _maker({**raw, "memory": 0}, raw)
+        make, make_raw = maker({**bf16, "memory": 0}, bf16), maker({**raw, "memory": 0}, raw)
         result = Result(
             "warm-gpu",
             [
@@ -198,15 +182,15 @@ def warm_gpu(settings: Settings) -> Result:
                 Target("bf16, fraction of pinned copy", "pinned copy (limit)", "ndcache bf16", ">=", 0),
             ],
         )
-        return rounds(result, settings.rounds, folder, settings.deadline, warm=_files(folder))
+        return rounds(result, settings, folder, warm=_files(folder))
 
 
 def many(settings: Settings) -> Result:
     """Load 20,000 tensors of 4 KiB from the page cache."""
     count = 200 if settings.quick else 20_000
-    with _folder(settings) as folder:
+    with inputs.working_folder(settings) as folder:
         model = inputs.synthetic(folder / "model", count * 4096, tensor_bytes=4096, shard_bytes=count * 1024)
-        make = _maker(model, model)
+        make = maker(model, model)
         result = Result(
             "many",
             [
@@ -219,17 +203,17 @@ def many(settings: Settings) -> Result:
                 Target("GPU: ndcache / bare loop", "ndcache, GPU", "bare loop, GPU", "<=", 1.5),
             ],
         )
-        return rounds(result, settings.rounds, folder, settings.deadline, warm=_files(folder))
+        return rounds(result, settings, folder, warm=_files(folder))
 
 
 def memory(settings: Settings) -> Result:
     """Compare the peak memory of fetches of two sizes."""
     small, large = (MIB, 8 * MIB) if settings.quick else (64 * MIB, 512 * MIB)
-    with _folder(settings) as folder:
+    with inputs.working_folder(settings) as folder:
         models = [inputs.synthetic(folder / str(size), size) for size in (small, large)]
         with servers.nginx(folder) as (url, _):
             makes = [
-                _maker({**model, "url": f"{url}{size}/"}, model)
+                maker({**model, "url": f"{url}{size}/"}, model)
                 for model, size in zip(models, (small, large), strict=True)
             ]
             result = Result(
@@ -240,12 +224,12 @@ def memory(settings: Settings) -> Result:
                 ],
                 targets=[_more_memory("MiB more", "fetch, 8 times as large", "fetch, small", 48)],
             )
-            return rounds(result, settings.rounds, folder, settings.deadline)
+            return rounds(result, settings, folder)
 
 
 def memory_gpu(settings: Settings) -> Result:
     """Compare the peak memory of loads to a GPU, raw and expanded, and of a process that only opens the GPU."""
-    with _folder(settings, memory=True) as folder:
+    with inputs.working_folder(settings, memory=True) as folder:
         size = settings.bytes_or(1 << 30)
         raw, bf16 = inputs.synthetic(folder / "raw", size), inputs.synthetic(folder / "bf16", size, bf16=True)
         # On a software GPU, tensors lie in the process's memory, too.
@@ -254,15 +238,15 @@ def memory_gpu(settings: Settings) -> Result:
             "memory-gpu",
             [
                 Contender("empty process with a GPU", "empty_gpu", {}, 1, 0),
-                _maker(raw, raw)("load, raw", "ndcache_load", loaded=True, gpu=True),
-                _maker(bf16, bf16)("load, bf16", "ndcache_load", loaded=True, gpu=True),
+                maker(raw, raw)("load, raw", "ndcache_load", loaded=True, gpu=True),
+                maker(bf16, bf16)("load, bf16", "ndcache_load", loaded=True, gpu=True),
             ],
             targets=[
                 _more_memory("raw: MiB more", "load, raw", "empty process with a GPU", 512 + 128 + own[0]),
                 _more_memory("bf16: MiB more", "load, bf16", "empty process with a GPU", 512 + 128 + own[1]),
             ],
         )
-        return rounds(result, settings.rounds, folder, settings.deadline)
+        return rounds(result, settings, folder)
 
 
 def growth(settings: Settings) -> Result:
@@ -270,21 +254,21 @@ def growth(settings: Settings) -> Result:
     top = settings.bytes_or(8 << 30, 8 * MIB)
     sizes = [top >> shift for shift in (7, 5, 3, 2, 1, 0)]
     counts = (100, 300) if settings.quick else (100, 1000, 10_000, 100_000)
-    with _folder(settings) as folder:
+    with inputs.working_folder(settings) as folder:
         contenders = []
         for size in sizes:
             model = inputs.synthetic(folder / f"bytes{size}", size, bf16=True)
-            contenders.append(_maker(model, model)(f"{size / MIB:,g} MiB", "ndcache_stream", loaded=True))
+            contenders.append(maker(model, model)(f"{size / MIB:,g} MiB", "ndcache_stream", loaded=True))
         for count in counts:
             model = inputs.synthetic(folder / f"tensors{count}", count * 1024, tensor_bytes=1024)
-            contenders.append(_maker(model, model)(f"{count:,} tensors", "ndcache_load", loaded=True))
+            contenders.append(maker(model, model)(f"{count:,} tensors", "ndcache_load", loaded=True))
         result = Result("growth", contenders)
-        return rounds(result, settings.rounds, folder, settings.deadline, warm=_files(folder))
+        return rounds(result, settings, folder, warm=_files(folder))
 
 
 def imports(settings: Settings) -> Result:
     """Time ``import ndcache``, and the imports of its first use, beside those of requests and NumPy, which it needs."""
-    with _folder(settings) as folder:
+    with inputs.working_folder(settings) as folder:
         result = Result(
             "import",
             [
@@ -294,24 +278,28 @@ def imports(settings: Settings) -> Result:
             ],
             targets=[Target("ndcache / both", "import ndcache", "import requests, numpy", "<=", 1.4)],
         )
-        return rounds(result, settings.rounds, folder, settings.deadline)
+        return rounds(result, settings, folder)
 
 
-SUITES: dict[str, Callable[[Settings], Result]] = {
-    "cold": cold,
-    "minilm": minilm,
-    "tls": tls,
-    "rate": rate,
-    "warm-cpu": warm_cpu,
-    "warm-gpu": warm_gpu,
-    "many": many,
-    "memory": memory,
-    "memory-gpu": memory_gpu,
-    "growth": growth,
-    "import": imports,
+#: Each suite has one or more parts, which have results of their own.
+SUITES: dict[str, tuple[Callable[[Settings], Result], ...]] = {
+    "cold": (cold,),
+    "minilm": (minilm,),
+    "tls": (tls,),
+    "rate": (rate,),
+    "small": (small,),
+    "cold-many-cores": (many_cores.plain, many_cores.tls),
+    "processes": (many_cores.processes, many_cores.together),
+    "warm-cpu": (warm_cpu,),
+    "warm-gpu": (warm_gpu,),
+    "many": (many,),
+    "memory": (memory,),
+    "memory-gpu": (memory_gpu,),
+    "growth": (growth,),
+    "import": (imports,),
 }
 #: Suites that cannot run without nginx.
-SERVED = frozenset({"cold", "minilm", "tls", "rate", "memory"})
+SERVED = frozenset({"cold", "minilm", "tls", "rate", "small", "cold-many-cores", "processes", "memory"})
 
 
 def _has_software_gpu() -> bool:
@@ -324,29 +312,6 @@ def _has_software_gpu() -> bool:
 def _more_memory(label: str, above: str, below: str, mebibytes: float) -> Target:
     """Bound the memory that one contender takes more than another, in MiB."""
     return Target(label, above, below, "<=", mebibytes, "peak", 1 / MIB, difference=True)
-
-
-def _maker(given: dict[str, Any], model: dict[str, Any]) -> Callable[..., Contender]:
-    def make(label: str, peer: str, *, loaded: bool = False, **more: Any) -> Contender:
-        expect = model["loaded" if loaded else "stored"]
-        return Contender(label, peer, {**given, **more}, expect, model["stored"])
-
-    return make
-
-
-@contextmanager
-def _folder(settings: Settings, *, memory: bool = False) -> Iterator[Path]:
-    """Make a temporary directory; with `memory`, in memory if there is room, so that files stay in the page cache."""
-    where = settings.folder
-    shared = Path("/dev/shm")
-    in_memory = memory and where is None and os.access(shared, os.W_OK)
-    if in_memory and shutil.disk_usage(shared).free > 4 * settings.bytes_or(4 << 30):
-        where = shared
-    if where is not None:
-        where.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="ndcache-bench-", dir=where) as folder:
-        os.chmod(folder, 0o755)  # for nginx
-        yield Path(folder)
 
 
 def _files(folder: Path) -> list[Path]:

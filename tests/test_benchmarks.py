@@ -18,8 +18,8 @@ pytestmark = pytest.mark.once
 _ROOT = Path(__file__).parent.parent
 
 
-def run(tmp_path: Path, *arguments: str) -> dict[str, Any]:
-    """Return the JSON of a run with tiny inputs."""
+def run(tmp_path: Path, *arguments: str) -> tuple[dict[str, Any], str]:
+    """Return the JSON of a run with tiny inputs, and what it printed."""
     written = tmp_path / "figures.json"
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks", "--quick", "--json", str(written), *arguments],
@@ -32,22 +32,24 @@ def run(tmp_path: Path, *arguments: str) -> dict[str, Any]:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     figures: dict[str, Any] = json.loads(written.read_text())
-    return figures
+    return figures, done.stdout
 
 
 @pytest.mark.parametrize(
     ("suite", "contenders"),
     [
         ("cold", ["ndcache load", "ndcache fetch", "four quarters", "one at a time, CPU"]),
+        ("tls", ["ndcache load", "four quarters"]),
+        ("small", ["ndcache load, 8 workers", "ndcache load, 1 worker"]),
         ("memory", ["fetch, small", "fetch, 8 times as large"]),
         ("warm-cpu", ["ndcache bf16", "one at a time bf16", "ndcache raw"]),
         ("import", ["import ndcache", "import requests, numpy"]),
     ],
 )
 def test_a_quick_run(tmp_path: Path, suite: str, contenders: list[str]) -> None:
-    if suite in ("cold", "memory"):
+    if suite in ("cold", "tls", "small", "memory"):
         need_program("nginx")
-    figures = run(tmp_path, suite)
+    figures, _ = run(tmp_path, suite)
     assert figures["quick"] is True
     assert {"cpu", "cores", "memory", "kernel", "python", "versions", "gpu", "commit"} <= figures["machine"].keys()
     (result,) = figures["suites"]
@@ -56,7 +58,55 @@ def test_a_quick_run(tmp_path: Path, suite: str, contenders: list[str]) -> None:
     # A contender that loads wrong bytes is left out, with the reason.
     assert set(contenders) <= rows.keys(), result["left_out"]
     assert not [reason for reason in result["left_out"].values() if "bytes instead of" in reason]
-    for row in rows.values():
+    _check(result)
+
+
+def test_the_suites_for_many_cores(tmp_path: Path) -> None:
+    need_program("nginx")
+    figures, printed = run(tmp_path, "cold-many-cores", "processes", "--profile")
+    results = {result["suite"]: result for result in figures["suites"]}
+    assert list(results) == ["cold-many-cores", "cold-many-cores-tls", "processes", "processes-together"]
+    plain, secure, _, together = ({row["label"]: row for row in result["rows"]} for result in results.values())
+    counts = {f"ndcache load, {count} workers" for count in (8, 16)} | {"ndcache load, 16, no digests"}
+    assert counts <= plain.keys() & secure.keys()
+    assert together.keys() == {"one process of 8 workers", "four processes of 8 workers"}
+    for result in results.values():
+        _check(result)
+    assert "lock_wait_ms" in plain["ndcache load, 8 workers"]["profile"]
+    assert "threads of ndcache load, 8 workers" in printed
+    sent = results["processes-together"]["targets"][1]
+    assert sent["label"] == "bytes sent / model"
+    assert 1 <= sent["median"] < 1.5  # the model and its manifest, once
+
+
+def test_the_fastest_setting_is_used(tmp_path: Path) -> None:
+    need_program("nginx")
+    need_program("curl")
+    figures, printed = run(tmp_path, "tls")
+    assert figures["machine"]["versions"].keys() >= {"curl", "nginx", "OpenSSL"}
+    (curl,) = (row for row in figures["suites"][0]["rows"] if row["peer"] == "curl")
+    settings = curl["settings"]
+    assert len(settings) >= 3
+    assert settings == sorted(settings, key=lambda setting: setting["seconds"])
+    assert f"setting of curl --parallel: {settings[0]['setting']} (" in printed
+
+
+def test_too_little_room_is_said(tmp_path: Path) -> None:
+    need_program("nginx")
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "cold-many-cores", "--size", "1000000GiB", "--folder", str(tmp_path)],
+        cwd=_ROOT,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "GB free and this needs" in done.stdout
+
+
+def _check(result: dict[str, Any]) -> None:
+    """Check the form of one result of a quick run."""
+    for row in result["rows"]:
         assert len(row["seconds"]) == 1
         assert row["median"] == row["seconds"][0] > 0
         assert row["bytes"] > 0

@@ -16,14 +16,14 @@ from .machine import Unavailable, peak_bytes
 
 def main() -> None:
     name, given = sys.argv[1], json.loads(sys.argv[2])
-    timing.memory_bytes = given.get("memory", 0)
+    timing.memory_bytes, timing.sampling = given.get("memory", 0), given.get("profile", False)
     module = next(each for each in (ndcache_itself, limits, downloaders, loaders) if hasattr(each, name))
     try:
         seconds, nbytes = getattr(module, name)(given)
     except Unavailable as error:
         print(json.dumps({"unavailable": str(error).splitlines()[0]}), flush=True)
         return
-    measured = {"seconds": seconds, "bytes": nbytes, "peak": peak_bytes(), "profile": timing.profile}
+    measured = {"seconds": seconds, "bytes": nbytes, "peak": peak_bytes(), "profile": timing.profile, **timing.figures}
     print(json.dumps(measured), flush=True)
 
 

@@ -11,27 +11,57 @@ if TYPE_CHECKING:
 
 
 def hf_transfer(given: Given) -> Measured:
-    """Download eight shards at a time, each over one connection in pieces of 10 MiB.
-
-    Four other settings were as fast, within the spread.
-    """
+    """Download several shards at a time, each over several connections in pieces of some MiB."""
     from concurrent.futures import ThreadPoolExecutor
 
     module = need("hf_transfer")
 
     def download(name: str) -> None:
-        module.download(given["url"] + name, f"{given['out']}/{name}", 1, 10 << 20)
+        module.download(given["url"] + name, f"{given['out']}/{name}", given["connections"], given["MiB"] << 20)
 
     def work() -> int:
-        with ThreadPoolExecutor(8) as pool:
+        with ThreadPoolExecutor(given["files"]) as pool:
             list(pool.map(download, given["shards"]))
         return written(given)
 
     return timed(work)
 
 
+def obstore(given: Given) -> Measured:
+    """Get ranges of 16 MiB by several threads, each of which writes them to the shard's file."""
+    import os
+    from concurrent.futures import ThreadPoolExecutor
+
+    module, stores = need("obstore"), need("obstore.store")
+    store = stores.HTTPStore.from_url(given["url"], client_options={"allow_http": True, "timeout": "600s"})
+    nbytes = 16 << 20
+
+    def get(part: tuple[str, int, int]) -> None:
+        name, start, length = part
+        data = memoryview(module.get_range(store, name, start=start, length=length))
+        file = os.open(f"{given['out']}/{name}", os.O_WRONLY | os.O_CREAT)
+        try:
+            while data:
+                written_bytes = os.pwrite(file, data, start)
+                data, start = data[written_bytes:], start + written_bytes
+        finally:
+            os.close(file)
+
+    def work() -> int:
+        parts = [
+            (name, start, min(nbytes, size - start))
+            for name, size in zip(given["shards"], given["sizes"], strict=True)
+            for start in range(0, size, nbytes)
+        ]
+        with ThreadPoolExecutor(given["threads"]) as pool:
+            list(pool.map(get, parts))
+        return written(given)
+
+    return timed(work)
+
+
 def huggingface_hub(given: Given) -> Measured:
-    """Download each shard with `hf_hub_download`, in 8 threads, from an endpoint on loopback."""
+    """Download each shard with `hf_hub_download`, in several threads, from an endpoint on loopback."""
     from concurrent.futures import ThreadPoolExecutor
 
     hub = need("huggingface_hub")
@@ -41,7 +71,7 @@ def huggingface_hub(given: Given) -> Measured:
         hub.hf_hub_download("bench/model", name, endpoint=given["url"].rstrip("/"), cache_dir=given["out"])
 
     def work() -> int:
-        with ThreadPoolExecutor(8) as pool:
+        with ThreadPoolExecutor(given["threads"]) as pool:
             list(pool.map(download, given["shards"]))
         return written(given)
 
@@ -49,19 +79,21 @@ def huggingface_hub(given: Given) -> Measured:
 
 
 def curl(given: Given) -> Measured:
-    """Run ``curl --parallel --parallel-max 8``."""
+    """Run ``curl --parallel`` with ``--parallel-max``."""
     options = ["--cacert", given["ca"]] if given.get("ca") else []
-    command = ["curl", "-sSf", "--parallel", "--parallel-immediate", "--parallel-max", "8", *options]
+    parallel = ["--parallel", "--parallel-immediate", "--parallel-max", str(given["--parallel-max"])]
+    command = ["curl", "-sSf", *parallel, *options]
     for name in given["shards"]:
         command += ["-o", f"{given['out']}/{name}", given["url"] + name]
     return _program(given, command)
 
 
 def aria2c(given: Given) -> Measured:
-    """Run ``aria2c -j4 -x4``: four shards at a time, four connections for each."""
+    """Run ``aria2c`` with ``-j`` shards at a time, and ``-x`` connections for each, which get ``-k`` bytes or more."""
     lines = "".join(f"{given['url']}{name}\n out={name}\n" for name in given["shards"])
+    parallel = [f"-j{given['-j']}", f"-x{given['-x']}", f"-s{given['-x']}", f"-k{given['-k']}"]
     options = [f"--ca-certificate={given['ca']}"] if given.get("ca") else []
-    command = ["aria2c", "-q", "-j4", "-x4", "-s4", "--file-allocation=none", "-d", given["out"], "-i", "-", *options]
+    command = ["aria2c", "-q", *parallel, "--file-allocation=none", "-d", given["out"], "-i", "-", *options]
     return _program(given, command, lines)
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from .machine import Unavailable, open_gpu
-from .timing import alive, profile, timed, written
+from .timing import alive, figures, profile, timed, written
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import subprocess
+    from typing import Any
+
     from .timing import Given, Measured
 
 
@@ -21,9 +24,10 @@ def ndcache_load(given: Given) -> Measured:
         ndcache.sources.download.RANGE_THRESHOLD = 1 << 62
     device = open_gpu() if given.get("gpu") else "cpu"
 
+    source, options = given.get("url") or given["directory"], _options(given)
+
     def work() -> int:
-        source, workers = given.get("url") or given["directory"], given.get("workers", 8)
-        weights = load(source, device, cache_dir=given["out"], max_workers=workers)
+        weights = load(source, device, **options)
         alive.append(weights)
         profile["stages"] = {name: seconds for name, seconds in weights.stats.seconds.items() if seconds >= 0.001}
         return sum(tensor.nbytes for tensor in weights.values())
@@ -36,10 +40,76 @@ def ndcache_fetch(given: Given) -> Measured:
     from ndcache import fetch
 
     def work() -> int:
-        fetch(given["url"], cache_dir=given["out"], max_workers=given.get("workers", 8))
+        fetch(given["url"], **_options(given))
         return written(given)
 
     return timed(work)
+
+
+def ndcache_together(given: Given) -> Measured:
+    """Load the same model in several processes at once, which share a cache, until the last one has all of it.
+
+    Time starts when all have imported ndcache. How many bytes the server sent is a figure of its own.
+    """
+    import json
+    import subprocess
+    import sys
+
+    command = [sys.executable, "-c", _TOGETHER, given["url"], json.dumps(_options(given))]
+    sent = _logged_bytes(given["log"])
+    processes = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(given["together"])
+    ]
+
+    def finish(process: subprocess.Popen[str], text: str) -> str:
+        lines = process.communicate(text)[0].split()
+        if process.returncode:
+            raise SystemExit(f"a process of several ended with {process.returncode}")
+        return lines[-1]
+
+    def work() -> int:
+        for process in processes:
+            assert process.stdin is not None
+            process.stdin.write("\n")
+            process.stdin.flush()
+        loaded = {finish(process, "") for process in processes}
+        return int(loaded.pop()) if len(loaded) == 1 else 0
+
+    for process in processes:
+        assert process.stdout is not None
+        process.stdout.readline()
+    measured = timed(work)
+    figures["origin_bytes"] = _logged_bytes(given["log"]) - sent
+    return measured
+
+
+_TOGETHER = """
+import json, sys
+from ndcache import load
+print("ready", flush=True)
+sys.stdin.readline()
+with load(sys.argv[1], **json.loads(sys.argv[2])) as weights:
+    print(sum(tensor.nbytes for tensor in weights.values()))
+"""
+
+
+def _options(given: Given) -> dict[str, Any]:
+    """Return the options of a load that writes to the output directory."""
+    names = {"workers": "max_workers", "verify": "verify", "processes": "processes"}
+    return {"cache_dir": given["out"], **{option: given[name] for name, option in names.items() if name in given}}
+
+
+def _logged_bytes(log: str) -> int:
+    """Return the bytes that a server logged, as soon as it has logged nothing for a moment."""
+    import os
+    import time
+
+    size = -1
+    while size != (size := os.path.getsize(log)):
+        time.sleep(0.2)
+    with open(log) as file:
+        return sum(int(line.split()[0]) for line in file)
 
 
 def ndcache_stream(given: Given) -> Measured:

@@ -18,10 +18,14 @@ if TYPE_CHECKING:
 
 #: Of the timed work: seconds of CPU, those of child processes included, and the stages if it has any.
 profile: dict[str, Any] = {}
+#: What else was measured, for targets.
+figures: dict[str, float] = {}
 #: What was loaded, so that freeing it is in nobody's time.
 alive: list[Any] = []
 #: Bytes of memory that must be free at once when time starts.
 memory_bytes = 0
+#: Whether to sample where the threads are.
+sampling = False
 
 _TOUCH = """
 import mmap, sys
@@ -39,9 +43,13 @@ def timed(work: Callable[[], int]) -> Measured:
     """Run `work`, which returns its bytes; return its seconds and bytes."""
     if memory_bytes > 1 << 20:
         _touch_memory(memory_bytes)
+    busy, stop_sampling = _busy_seconds(), _start_sampling() if sampling else None
     before, start = os.times(), time.perf_counter()
     nbytes = work()
     seconds, after = time.perf_counter() - start, os.times()
+    profile["busy_cores"] = (_busy_seconds() - busy) / seconds
+    if stop_sampling is not None:
+        profile.update(stop_sampling())
     profile["user"] = after.user + after.children_user - before.user - before.children_user
     profile["system"] = after.system + after.children_system - before.system - before.children_system
     return seconds, nbytes
@@ -53,6 +61,54 @@ def written(given: Given) -> int:
     for folder, _, files in os.walk(given["out"]):
         found += sum(os.path.getsize(os.path.join(folder, name)) for name in files if name in names)
     return found
+
+
+def _busy_seconds() -> float:
+    """Return the seconds that all cores of this machine have worked, for any process; 0 where nothing tells."""
+    try:
+        with open("/proc/stat") as file:
+            user, nice, system, _, _, irq, softirq = map(int, file.readline().split()[1:8])
+    except (OSError, ValueError):
+        return 0
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+
+
+def _start_sampling() -> Callable[[], dict[str, Any]]:
+    """Look every 5 ms where the other threads are; return a function that ends this and returns what was seen.
+
+    The interpreter's lock is busy if this thread, too, comes late: it waits for the lock after each sleep.
+    """
+    import threading
+    from collections import Counter
+
+    places: Counter[str] = Counter()
+    late: list[float] = []
+    stop = threading.Event()
+
+    def sample() -> None:
+        me = threading.get_ident()
+        while not stop.is_set():
+            due = time.perf_counter() + 0.005
+            time.sleep(0.005)
+            late.append(time.perf_counter() - due)
+            for thread, frame in sys._current_frames().items():
+                if thread != me:
+                    code = frame.f_code
+                    places[f"{os.path.basename(code.co_filename)}:{frame.f_lineno} {code.co_name}"] += 1
+
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+
+    def finish() -> dict[str, Any]:
+        stop.set()
+        thread.join()
+        samples = max(1, len(late))
+        return {
+            "threads": {place: count / samples for place, count in places.most_common(12)},
+            "lock_wait_ms": 1000 * sum(late) / samples,
+        }
+
+    return finish
 
 
 def _touch_memory(nbytes: int) -> None:
