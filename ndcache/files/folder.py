@@ -221,6 +221,15 @@ class Folder:
         with self._opened() as handle:
             return os.open(self._at(handle, name), _NEW, 0o666, dir_fd=handle)
 
+    def open_to_write(self, name: str) -> int:
+        """Open a regular file for reading and writing, and return its descriptor."""
+        with self._opened() as handle:
+            opened = os.open(self._at(handle, name), os.O_RDWR | NO_LINKS, dir_fd=handle)
+        if stat.S_ISREG(os.fstat(opened).st_mode):
+            return opened
+        os.close(opened)
+        raise unsafe(self.path / name)
+
     def replace(self, name: str, target: Folder, new_name: str) -> None:
         """Rename an entry, within this folder or into another, and replace a file that has the new name."""
         with self._opened() as source:

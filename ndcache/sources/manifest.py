@@ -209,7 +209,7 @@ class ManifestSource:
             except ManifestSyntaxError as error:
                 raise refusal_of(body, error) from error
         opened = self._parse(body.data, name, url)
-        self._keep(name, body, opened.digest)
+        self.keep(name, body, opened.digest)
         return opened
 
     def _parse(self, data: bytes, name: str, url: str) -> OpenedManifest:
@@ -234,7 +234,7 @@ class ManifestSource:
         if metadata is not None and metadata.conditions:
             self.cache.try_to_remember(name, replace(metadata, etag=None, last_modified=None))
 
-    def _keep(self, name: str, body: ManifestBody, digest: str) -> None:
+    def keep(self, name: str, body: ManifestBody, digest: str) -> None:
         """Publish a manifest in the cache, if it can be written."""
         cache, data = self.cache, body.data
         try:

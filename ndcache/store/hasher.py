@@ -53,7 +53,7 @@ class InOrderHasher:
                 self._read_into([hasher], start, min(self._hashed, start + BUFFER_BYTES))
             self._hashers[algorithm] = hasher
 
-    def feed(self, data: bytes, start: int) -> None:
+    def feed(self, data: bytes | memoryview, start: int) -> None:
         """Hash `data`, just written at `start`, if it is next in order and no other thread is hashing."""
         if self._lock.acquire(blocking=False):
             try:

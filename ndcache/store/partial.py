@@ -75,6 +75,23 @@ class PartialFile:
         """Create an empty partial file of the file `name`; the caller must close it."""
         return cls(folder, name, *cls._create(folder, name))
 
+    @classmethod
+    def open_existing(cls, folder: Folder, name: str, file_name: str) -> PartialFile:
+        """Open a partial file without holes again, whose last writer has closed it; the caller must close it.
+
+        Raises
+        ------
+        FileNotFoundError
+            It is gone.
+        """
+        partial = cls(folder, name, file_name, os.fdopen(folder.open_to_write(file_name), "r+b", buffering=0))
+        note, size = PartialNote.read(folder, file_name), os.fstat(partial.file.fileno()).st_size
+        if note is not None and note.ranges is None:
+            partial.source = note.source
+            partial.ranges.add(0, size)
+            partial.furthest = size
+        return partial
+
     @property
     def path(self) -> Path:
         """Return its path."""
@@ -85,13 +102,13 @@ class PartialFile:
         """Return how many bytes have been written without a gap, from the beginning."""
         return self.ranges.prefix
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | memoryview) -> None:
         """Append `data` to the bytes before the first gap, and hash it."""
         start = self.nbytes
         self.write_at(data, start)
         self.hasher.feed(data, start)
 
-    def write_at(self, data: bytes, start: int) -> None:
+    def write_at(self, data: bytes | memoryview, start: int) -> None:
         """Write `data` at an offset, to which no other thread may write."""
         if start != self.nbytes and not self._has_holes:
             with self._lock:
@@ -128,6 +145,15 @@ class PartialFile:
         if file is None:
             raise FileNotFoundError(errno.ENOENT, "a file that is being written is gone", str(self.path))
         return file
+
+    def keep_prefix(self, nbytes: int) -> None:
+        """Throw away all but the first `nbytes` bytes, which must be there; nothing may have been hashed."""
+        self.file.truncate(nbytes)
+        self.ranges = ByteRanges([(0, nbytes)])
+        self.hasher = InOrderHasher(self.ranges, functools.partial(_read_back, self.file, self.path))
+        with self._lock:
+            self._has_holes = False
+            self._write_note()
 
     def restart(self) -> None:
         """Throw away what was written, and begin a new file, so that no note ever covers bytes of two versions."""

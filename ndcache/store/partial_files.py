@@ -48,18 +48,17 @@ class PartialFiles:
         """Create a partial file of the file `name`; close it after the block, and keep it if others can continue."""
         with self.layout.translate_errors(name):
             self.layout.make(self.folder)
-            partial = PartialFile.open_new(self.folder, flatten(name))
-            try:
+            with _closing(PartialFile.open_new(self.folder, flatten(name))) as partial:
                 yield partial
-            except OSError as error:
-                if not isinstance(error, TransferError):
-                    # Do not keep the file: a full disk needs the room, and a failing disk may have wrong bytes.
-                    partial.source = None
-                raise
-            finally:
-                partial.close()
-                if not partial.ranges.nbytes or partial.source is None:
-                    partial.delete()
+
+    @contextlib.contextmanager
+    def reopen(self, name: str, file_name: str) -> Iterator[PartialFile]:
+        """Open a partial file again, which its last writer has closed; do as `create` does after the block."""
+        with (
+            self.layout.translate_errors(name),
+            _closing(PartialFile.open_existing(self.folder, flatten(name), file_name)) as partial,
+        ):
+            yield partial
 
     def copy_longest(
         self,
@@ -212,6 +211,22 @@ class PartialFiles:
             return self.folder.open(file_name)
         except PermissionError:
             return None
+
+
+@contextlib.contextmanager
+def _closing(partial: PartialFile) -> Iterator[PartialFile]:
+    """Close a partial file after the block, and remove it unless others can continue it."""
+    try:
+        yield partial
+    except OSError as error:
+        if not isinstance(error, TransferError):
+            # Do not keep the file: a full disk needs the room, and a failing disk may have wrong bytes.
+            partial.source = None
+        raise
+    finally:
+        partial.close()
+        if not partial.ranges.nbytes or partial.source is None:
+            partial.delete()
 
 
 @dataclass(frozen=True)

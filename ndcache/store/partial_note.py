@@ -13,7 +13,7 @@ from ..files.folder import Folder
 from ..files.notes import read_note, sendable, write_note
 from .ranges import ByteRanges
 
-__all__ = ["PartialNote", "PartialSource", "note_name"]
+__all__ = ["PartialNote", "PartialSource", "boot_id", "note_name"]
 
 #: Stands in a note in place of a boot ID: the bytes were synced to disk, and survive a crash of the system.
 _SYNCED = "synced"
@@ -48,7 +48,7 @@ class PartialSource:
     @classmethod
     def of_this_boot(cls, url: str, etag: str, content_id: str, sha256: str | None) -> PartialSource:
         """Return the source of bytes that this system writes now."""
-        return cls(url, etag, content_id, sha256, _boot())
+        return cls(url, etag, content_id, sha256, boot_id())
 
     def synced(self) -> PartialSource:
         """Return the same source, of bytes that were synced to disk."""
@@ -57,7 +57,7 @@ class PartialSource:
     @property
     def is_trustworthy(self) -> bool:
         """Return whether all bytes that were written are certainly still there."""
-        return self.boot == _SYNCED or (bool(self.boot) and self.boot == _boot())
+        return self.boot == _SYNCED or (bool(self.boot) and self.boot == boot_id())
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,8 @@ def _checked_ranges(noted: Iterable[Iterable[int]]) -> ByteRanges:
 
 
 @functools.cache
-def _boot() -> str:
+def boot_id() -> str:
+    """Return the id of this boot of the system; empty if the system has none."""
     try:
         with open("/proc/sys/kernel/random/boot_id", encoding="utf-8") as file:
             return file.read().strip()

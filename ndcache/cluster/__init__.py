@@ -1,0 +1,1 @@
+"""Bring one model to every node of a cluster: each shard leaves the origin once, and then travels between the nodes."""
