@@ -77,7 +77,7 @@ class Contender:
     file_bytes : int
         The bytes of its files, from which its speed is computed; 0 if it has none.
     settings : tuple of dict
-        The settings to choose from, each of which is added to `given`; empty if there is no choice.
+        The settings to choose from, one of which is added to `given`; empty if there is no choice.
     """
 
     label: str
@@ -248,21 +248,25 @@ def rounds(result: Result, settings: Settings, folder: Path, *, warm: Sequence[P
 
 
 def _choose(result: Result, contender: Contender, settings: Settings, folder: Path) -> Contender:
-    """Return the contender with the fastest of its settings, each of which runs once."""
-    trials: list[tuple[dict[str, Any], float]] = []
-    for setting in contender.settings:
+    """Return the contender with the fastest of its settings, which run in turn, twice if there are many rounds."""
+    best: dict[str, tuple[dict[str, Any], float]] = {}
+    problem = None
+    for setting in contender.settings * (1 if settings.rounds < 5 else 2):
+        text = setting_text(setting)
         measured = measure(replace(contender, given={**contender.given, **setting}), folder)
         if problem := measured.get("unavailable") or measured.get("failed"):
-            print(f"  {contender.label}, {setting_text(setting)}: {problem}", flush=True)
+            print(f"  {contender.label}, {text}: {problem}", flush=True)
             if "unavailable" in measured:
                 break
             continue
-        print(f"  - {contender.label:34} {measured['seconds']:9.4f} s, {setting_text(setting)}", flush=True)
-        trials.append((setting, measured["seconds"]))
-    if not trials:
+        print(f"  - {contender.label:34} {measured['seconds']:9.4f} s, {text}", flush=True)
+        best[text] = (setting, min(measured["seconds"], best.get(text, (setting, float("inf")))[1]))
+    if not best:
+        if problem:
+            result.left_out[contender.label] = problem
         return contender
-    result.trials[contender.label] = sorted(trials, key=lambda trial: trial[1])
-    return replace(contender, given={**contender.given, **result.trials[contender.label][0][0]})
+    trials = result.trials[contender.label] = sorted(best.values(), key=lambda trial: trial[1])
+    return replace(contender, given={**contender.given, **trials[0][0]})
 
 
 def setting_text(setting: dict[str, Any]) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from . import choices, inputs, servers
-from .harness import Result, Settings, Target, maker, rounds
+from .harness import Contender, Result, Settings, Target, maker, rounds
 
 MIB, GIB = 1 << 20, 1 << 30
 _SHARD_BYTES = 64 * MIB
@@ -28,27 +31,32 @@ def _cold(name: str, settings: Settings, *, with_tls: bool) -> Result:
         with servers.nginx(folder / "model", tls=with_tls) as (url, ca):
             # The tensors are views of the files, so only these need memory.
             make = maker({**model, "url": url, "ca": ca, "memory": model["stored"]}, model)
-            workers = (4, 8, 16) if with_tls else (8, 16, 32)
-            many = "ndcache load, 16 workers"
-            targets = [Target("GB/s, 16 workers", many, None, ">=", 4.5, "gb_per_second", cores=_CORES)]
+            many = "ndcache load, 16 workers, 2 GiB"
+            targets = [Target("GB/s, 16 workers, 2 GiB", many, None, ">=", 4.5, "gb_per_second", cores=_CORES)]
             if with_tls:
                 targets = [
-                    Target("GB/s, 16 workers", many, None, ">=", 1.8, "gb_per_second", cores=_CORES),
-                    Target("curl / ndcache, 16 workers", "curl --parallel", many, ">=", 1.4, cores=_CORES),
+                    Target("GB/s, 16 workers, 2 GiB", many, None, ">=", 1.8, "gb_per_second", cores=_CORES),
+                    Target("curl / ndcache, 16 workers, 2 GiB", "curl --parallel", many, ">=", 1.4, cores=_CORES),
                 ]
             result = Result(
                 name,
                 [
-                    *(
-                        make(f"ndcache load, {count} workers", "ndcache_load", loaded=True, workers=count)
-                        for count in workers
-                    ),
-                    make("ndcache load, 16, no digests", "ndcache_load", loaded=True, workers=16, verify="never"),
+                    _load(make, 4, "ndcache load, 4 workers"),
+                    _load(make, 8, "ndcache load, 8 workers"),
+                    _load(make, 16, "ndcache load, 16 workers"),
+                    _load(make, 16, many, memory_limit=2 * GIB),
+                    _load(make, 32, "ndcache load, 32 workers, 2 GiB", memory_limit=2 * GIB),
+                    _load(make, 16, "ndcache load, 16, no digests", memory_limit=2 * GIB, verify="never"),
                     *choices.downloaders(make),
                 ],
                 targets=targets,
             )
             return rounds(result, settings, folder)
+
+
+def _load(make: Callable[..., Contender], workers: int, label: str, **more: Any) -> Contender:
+    """Make a load; only with a `memory_limit` of 2 GiB can more than 8 shards of 64 MiB be under way at once."""
+    return make(label, "ndcache_load", loaded=True, workers=workers, **more)
 
 
 def processes(settings: Settings) -> Result:

@@ -18,13 +18,13 @@ pytestmark = pytest.mark.once
 _ROOT = Path(__file__).parent.parent
 
 
-def run(tmp_path: Path, *arguments: str) -> tuple[dict[str, Any], str]:
+def run(tmp_path: Path, *arguments: str, **environ: str) -> tuple[dict[str, Any], str]:
     """Return the JSON of a run with tiny inputs, and what it printed."""
     written = tmp_path / "figures.json"
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks", "--quick", "--json", str(written), *arguments],
         cwd=_ROOT,
-        env={**os.environ, "PYTHONPATH": str(_ROOT)},
+        env={**os.environ, "PYTHONPATH": str(_ROOT), **environ},
         check=False,
         capture_output=True,
         text=True,
@@ -89,6 +89,16 @@ def test_the_fastest_setting_is_used(tmp_path: Path) -> None:
     assert len(settings) >= 3
     assert settings == sorted(settings, key=lambda setting: setting["seconds"])
     assert f"setting of curl --parallel: {settings[0]['setting']} (" in printed
+
+
+def test_programs_that_are_not_there_are_left_out(tmp_path: Path) -> None:
+    nginx = need_program("nginx")
+    figures, printed = run(tmp_path, "tls", PATH=str(tmp_path), NGINX=nginx)
+    (result,) = figures["suites"]
+    assert result["left_out"]["curl --parallel"] == "curl is not installed"
+    assert {row["label"] for row in result["rows"]} >= {"ndcache load", "four quarters"}
+    assert "left out: curl --parallel (curl is not installed)" in printed
+    assert "target: curl / ndcache load: not measured" in printed
 
 
 def test_too_little_room_is_said(tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ with load(sys.argv[1], **json.loads(sys.argv[2])) as weights:
 
 def _options(given: Given) -> dict[str, Any]:
     """Return the options of a load that writes to the output directory."""
-    names = {"workers": "max_workers", "verify": "verify", "processes": "processes"}
+    names = {name: name for name in ("verify", "processes", "memory_limit")} | {"workers": "max_workers"}
     return {"cache_dir": given["out"], **{option: given[name] for name, option in names.items() if name in given}}
 
 
