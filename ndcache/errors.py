@@ -114,8 +114,11 @@ class NdcacheError(Exception):
         Whether the same call may succeed later, without any change by the caller.
     others : tuple of NdcacheError
         Errors of other shards of the same load.
+    node : str or None
+        In a cluster, the worker on whose node it happened.
     """
 
+    node: str | None = None
     #: The class's default; an instance may differ.
     retryable: bool = False
     #: The most retries that ndcache itself makes, or None to leave that to the `RetryPolicy`.
@@ -154,6 +157,8 @@ class NdcacheError(Exception):
             text += f": {self.shard}"
         if self.url is not None and self.url not in text:
             text += f" ({self.url})"
+        if self.node is not None:
+            text += f", on {self.node}"
         if self.attempts is not None and self.attempts > 1:
             text += f", after {self.attempts} tries"
         if self.others:

@@ -1,0 +1,200 @@
+"""Bring a model to every node of a Dask cluster.
+
+>>> import ndcache.dask
+>>> directories = ndcache.dask.fetch(client, "https://host/model/")
+
+Each shard leaves the origin once, and then travels between the workers as the results of Dask's tasks do. Needs the
+extra ``ndcache[dask]``, on the client and on the workers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import queue
+import uuid
+from collections.abc import Callable, Collection, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from .cluster import tasks
+from .cluster.coordinator import fetch_to_nodes
+from .format.manifest import NameFilter
+from .options import OPTION_NAMES, check_keywords
+from .progress import Progress
+
+try:
+    import distributed
+except ImportError as error:
+    raise ImportError("ndcache.dask needs dask and distributed: pip install 'ndcache[dask]'") from error
+
+__all__ = ["fetch"]
+
+#: Seconds to wait for results that are ready, before looking whether their workers are still there.
+_GATHER_SECONDS = 5.0
+
+
+def fetch(
+    client: distributed.Client, source: str, *, names: NameFilter = None, progress: Progress = None, **options: Any
+) -> dict[str, Path]:
+    """Bring a model to every node of a Dask cluster; block until it is there.
+
+    A node is what shares a cache directory: all workers of one host with the same NDCACHE_HOME. One worker of each node
+    works for it. Workers that join meanwhile get the model, too; call again for those that come later.
+
+    Parameters
+    ----------
+    client : distributed.Client
+        Not an asynchronous one.
+    source : str
+        An http(s) URL or ``hf://owner/name``.
+    names, progress
+        See `ndcache.load`. Shards come whole. A shard counts as done when all nodes have it.
+    **options
+        Those of `ndcache.fetch`, for each node: `max_workers` connections to the origin, and `memory_limit` bytes on
+        their way from and to other nodes. `cache_dir` is a path on the workers. `session` cannot be used. Each worker
+        reads NDCACHE_HOME and HF_TOKEN in its own environment.
+
+    Returns
+    -------
+    dict of str to pathlib.Path
+        The model's directory on each node, by the address of the worker that represents it. `ndcache.load` of such a
+        directory on its node makes no request.
+
+    Raises
+    ------
+    NdcacheError
+        See `ndcache.load`. Its `node` is the address of a worker. What is complete on a node stays there.
+    KeyError
+        A name or pattern matches no tensor.
+    ValueError, TypeError
+        An argument is unknown, has a type or a value that it must not have, or cannot be used with a cluster.
+
+    Examples
+    --------
+    >>> directories = ndcache.dask.fetch(client, "https://host/model/", max_workers=4)
+    """
+    check_keywords(fetch, options.keys() - OPTION_NAMES)
+    if client.asynchronous:
+        raise TypeError("ndcache.dask.fetch blocks: it needs a Client that is not asynchronous")
+    with _outside_of_the_worker():
+        return fetch_to_nodes(_DaskEngine(client), source, options, names=names, progress=progress)
+
+
+@contextlib.contextmanager
+def _outside_of_the_worker() -> Iterator[None]:
+    """If this runs in a task, leave its worker's thread to other tasks until the end of the block."""
+    try:
+        distributed.get_worker()
+    except ValueError:
+        yield
+        return
+    distributed.secede()
+    try:
+        yield
+    finally:
+        distributed.rejoin()
+
+
+class _DaskEngine:
+    """A Dask cluster as the coordinator's engine; its handles are tasks' keys.
+
+    Parameters
+    ----------
+    client : distributed.Client
+    """
+
+    def __init__(self, client: distributed.Client) -> None:
+        self._client = client
+        self._futures: dict[_Key, distributed.Future] = {}
+        self._ended: queue.SimpleQueue[_Key] = queue.SimpleQueue()
+
+    def workers(self) -> Collection[str]:
+        return list(self._client.nthreads())
+
+    def submit(self, worker: str, function: Callable[..., Any], *args: Any, stays: bool = False) -> _Key:
+        key = _Key(f"ndcache-{function.__name__}-{uuid.uuid4().hex}")
+        self._futures[key] = future = self._client.submit(
+            _run,
+            function,
+            *(self._futures[each] if isinstance(each, _Key) else each for each in args),
+            key=str(key),
+            workers=[worker],
+            allow_other_workers=False,
+            pure=False,
+        )
+        if not stays:
+            future.add_done_callback(lambda _: self._ended.put(key))
+        return key
+
+    def collect(self, timeout: float) -> list[tuple[_Key, Any]]:
+        finished: dict[_Key, distributed.Future] = {}
+        for key in self._wait(timeout):
+            future = self._futures.get(key)
+            if future is not None and future.status == "error":
+                raise future.exception()  # Dask's own: tasks return what fails
+            if future is not None and future.status != "cancelled":
+                finished[key] = future
+        if not finished:
+            return []
+        gather = functools.partial(self._client.gather, finished, errors="skip", asynchronous=True)
+        try:
+            results = self._client.sync(gather, callback_timeout=_GATHER_SECONDS)
+        except TimeoutError:
+            for key in finished:  # a worker was lost with its results: the coordinator releases them when it notices
+                self._ended.put(key)
+            return []
+        return list(results.items())
+
+    def release(self, handles: Iterable[_Key]) -> None:
+        for key in handles:
+            future = self._futures.pop(key, None)
+            if future is not None:
+                future.release()
+
+    def _wait(self, timeout: float) -> list[_Key]:
+        """Return the keys of tasks that have ended; wait for the first."""
+        keys: list[_Key] = []
+        try:
+            keys.append(self._ended.get(timeout=timeout))
+            while True:
+                keys.append(self._ended.get_nowait())
+        except queue.Empty:
+            return keys
+
+
+class _Key(str):
+    """The key of a task, distinct from other texts among the arguments of tasks."""
+
+    __slots__ = ()
+
+
+class _Released:
+    """Whether nobody wants a task's result any more, or its worker is shutting down.
+
+    Parameters
+    ----------
+    worker : distributed.Worker
+    key : str
+        The task's key.
+    """
+
+    def __init__(self, worker: distributed.Worker, key: str) -> None:
+        self._worker = worker
+        self._key = key
+
+    def is_set(self) -> bool:
+        task = self._worker.state.tasks.get(self._key)
+        return task is None or task.state == "cancelled" or self._worker.status in _ENDING
+
+
+_ENDING = (distributed.Status.closing, distributed.Status.closed, distributed.Status.failed)
+
+
+def _run(function: Callable[..., Any], *args: Any) -> Any:
+    """Run a task on a worker; leave the worker's thread to other tasks if it takes long."""
+    worker = distributed.get_worker()
+    released = _Released(worker, worker.get_current_task())
+    if function in tasks.LONG:
+        distributed.secede()
+    return function(*args, cancel=released)
