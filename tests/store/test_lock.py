@@ -22,6 +22,11 @@ def never() -> bool:
     return False
 
 
+def is_portable(path: Path) -> bool:
+    """Return whether filelock makes the lock."""
+    return isinstance(locks._lock(path), locks._PortableLock)
+
+
 class Sleeper:
     """Stands in for sleeping: each call lets the next thing happen instead."""
 
@@ -45,8 +50,13 @@ class Clock:
         return self.sleeper.seconds
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
+@pytest.fixture(params=["flock", "filelock"])
+def path(tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the path of a lock's file, for each kind of lock."""
+    if request.param == "flock":
+        pytest.importorskip("fcntl")
+    else:
+        monkeypatch.setattr(locks, "fcntl", None)
     return tmp_path / "params_shard_0.bin"
 
 
@@ -158,12 +168,46 @@ def test_row_27_a_lock_that_everybody_gets_is_not_exclusive(path: Path, monkeypa
 def test_row_27_without_locks_a_download_is_not_exclusive(
     path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    def fail(self: Any, **_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr(filelock.FileLock, "acquire", fail)
+    if is_portable(path):
+        monkeypatch.setattr(filelock.FileLock, "acquire", fail)
+    elif isinstance(error, OSError):
+        monkeypatch.setattr("fcntl.flock", fail)
+    else:
+        pytest.skip("only filelock raises this")
     with acquire_or_wait(path, is_there=never, progress=int, sleep=Sleeper()) as mine:
         assert mine == DownloadLock(is_exclusive=False)
+
+
+def test_a_file_with_another_name_is_no_lock(path: Path, tmp_path: Path) -> None:
+    """Somebody may have linked a file of his own there, or a precious one."""
+    if is_portable(path):
+        pytest.skip("filelock decides that")
+    (tmp_path / "other").touch()
+    os.link(tmp_path / "other", path)
+    with acquire_or_wait(path, is_there=never, progress=int, sleep=Sleeper()) as mine:
+        assert mine == DownloadLock(is_exclusive=False)
+
+
+def test_a_lock_whose_file_was_removed_meanwhile_is_not_held(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last holder removes the file; whoever had opened it before must not take it for the lock."""
+    fcntl = pytest.importorskip("fcntl")
+    really_flock, removals = fcntl.flock, [1]
+
+    def flock(handle: int, operation: int) -> None:
+        if operation & fcntl.LOCK_EX and removals:
+            removals.pop()
+            os.unlink(path)
+        really_flock(handle, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    sleep = Sleeper()
+    with acquire_or_wait(path, is_there=never, progress=int, sleep=sleep) as mine:
+        assert mine == DownloadLock(is_exclusive=True)
+        assert path.exists()
+    assert sleep.seconds > 0 or is_portable(path)
 
 
 def test_row_30_a_symlink_at_the_locks_name_is_refused(path: Path, tmp_path: Path) -> None:
