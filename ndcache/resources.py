@@ -120,6 +120,7 @@ class LoaderResources:
             See `LoadContext`.
         """
         options, needs_serial = self._options, device is not None and device.needs_serial_thread
+        self._transport.refresh_settings()
         with (
             budget(options.max_workers, _FILES_PER_WORKER) if threads is None else nullcontext(threads) as count,
             WorkerPool(count, Cancellation(options.cancel), has_serial_thread=needs_serial) as pool,

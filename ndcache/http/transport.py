@@ -210,6 +210,10 @@ class Transport:
         response.commit = commit
         return response, RedirectTarget(str(url), same_origin, linked_sha256)
 
+    def refresh_settings(self) -> None:
+        """Read the environment and netrc anew for the requests from now on; a load calls this at its beginning."""
+        self._sessions.refresh_settings()
+
     def close(self) -> None:
         """Close idle connections."""
         self._sessions.close()
