@@ -242,7 +242,8 @@ class Downloader:
 
     def _publish(self, transfer: Transfer) -> DownloadResult:
         name, content_id = transfer.plan.shard.data_path, transfer.plan.content_id
-        self._context.pool.release_slot()
+        if not transfer.plan.keeps_slot:
+            self._context.pool.release_slot()
         with self._context.stats.timed("publish", file=name):
             file = self.cache.publish(transfer.partial, name, etag=transfer.source_etag, content_id=content_id)
         return DownloadResult(file, checked=tuple(transfer.expected_digests))

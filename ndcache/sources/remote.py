@@ -11,7 +11,7 @@ from types import TracebackType
 
 from ..caller import warn_caller
 from ..context import LoadContext
-from ..errors import DiskFullError, ManifestError
+from ..errors import CancelledError, DiskFullError, IntegrityError, ManifestError, NdcacheError, TransferError
 from ..files.folder import is_gone
 from ..format.manifest import Manifest, Shard
 from ..format.parse import parse_manifest
@@ -22,6 +22,7 @@ from ..store.directory import ModelDirectory
 from ..store.lock import DownloadLock
 from ..store.metadata import Match
 from ..store.ranges import ByteRanges
+from ..workers.prefetch_queue import Prefetch, PrefetchQueue
 from .cached_files import CachedFile, HeldFiles, open_cached, unreadable
 from .client import Client
 from .download import Downloader, DownloadResult
@@ -60,6 +61,10 @@ class RemoteModel(Model):
         self._downloader = Downloader(client, cache)
         self._verifier = ShardVerifier(client.context, cache, opened)
         self._held = HeldFiles()
+        self._missing: dict[str, Shard] = {}  # when the load began
+        self._queue = PrefetchQueue[str]()
+        self._prefetched: set[str] = set()
+        self._failures: dict[str, NdcacheError] = {}  # those of prefetches that are not worth another attempt
         self._record_counts = {shard.data_path: len(shard.records) for shard in opened.manifest.shards}
         self._has_warned = False
 
@@ -93,10 +98,13 @@ class RemoteModel(Model):
         if missing and self._context.offline:
             raise offline_error(self._locations[0], [shard.data_path for shard in missing])
         if missing:
+            self._missing = {shard.data_path: shard for shard in missing}
+            self._queue = PrefetchQueue(self._missing)
             self._check_free_space(missing)
             self.warn_if_not_kept()
 
     def obtain(self, shard: Shard) -> ShardFile:
+        self._queue.discard(shard.data_path)
         attempt = _Attempt(shard, self._cache)
         while True:
             with attempt:
@@ -110,9 +118,11 @@ class RemoteModel(Model):
                         continue  # another process has published a file: this version, or another one
                     if (found := self._find_cached(shard)) is not None:
                         return found  # another process was faster, or its metadata came a moment after the file
-                    plan = self._plan(shard)
+                    if (failure := self._failures.pop(shard.data_path, None)) is not None:
+                        raise failure
                     # After a disturbance, do not delete partial files that another process may be writing.
                     is_exclusive = lock.is_exclusive and not attempt.is_disturbed
+                    plan = self._plan(shard)
                     return self._shard_file(plan, self._downloader.download_shard(plan, is_exclusive=is_exclusive))
 
     def check(self, shard: Shard) -> str | Flaw:
@@ -150,10 +160,12 @@ class RemoteModel(Model):
                 if self._verifier.accepts(shard, cached):
                     checked = self._verifier.checked_by(shard, cached.metadata)
                     unless_used.pop_all()
-                    return ShardFile(cached.file, from_cache=True, checked=checked)
+                    return ShardFile(cached.file, from_cache=not self._has_prefetched(shard), checked=checked)
             cached = None
         cached = cached or self._open_ranges(shard)
-        return None if cached is None else ShardFile(cached.file, from_cache=True, checked="size")
+        if cached is None:
+            return None
+        return ShardFile(cached.file, from_cache=not self._has_prefetched(shard), checked="size")
 
     def _open_ranges(self, shard: Shard) -> CachedFile | None:
         """Open a cached file that has the wanted ranges, and holes."""
@@ -180,9 +192,52 @@ class RemoteModel(Model):
             with context.stats.timed("lock", file=name):
                 context.cancellation.sleep(seconds)
 
-        return self._cache.acquire_or_wait(name, attempt.is_published, sleep)
+        return self._cache.acquire_or_wait(name, attempt.is_published, sleep, self._prefetch_next)
 
-    def _plan(self, shard: Shard) -> DownloadPlan:
+    def _prefetch_next(self) -> bool:
+        """Download a shard that nobody has begun, into the cache only; return False if there is none.
+
+        A worker calls this when somebody else downloads the shard that it wants.
+        """
+        # What the cache cannot keep would go to memory, beyond the limit.
+        return self._cache.why_not_kept is None and self._queue.prefetch_next(self._prefetch)
+
+    def _prefetch(self, name: str) -> Prefetch:
+        shard = self._missing[name]
+        attempt = _Attempt(shard, self._cache)
+        try:
+            attempt.begin()
+            if self.is_ready(shard):
+                return Prefetch.NOT_NEEDED
+            with self._cache.try_lock(name, attempt.is_published) as is_mine:
+                if not is_mine:
+                    return Prefetch.BUSY
+                if self.is_ready(shard):
+                    return Prefetch.NOT_NEEDED  # it was published between the two looks
+                plan = self._plan(shard, keeps_slot=True)
+                obtained = self._shard_file(plan, self._downloader.download_shard(plan, is_exclusive=True))
+                obtained.file.close()
+                if not obtained.from_cache:
+                    self._prefetched.add(name)
+        except CancelledError:
+            raise
+        except (NdcacheError, OSError) as error:
+            self._note_failure(shard, error)
+        return Prefetch.TRIED
+
+    def _note_failure(self, shard: Shard, error: NdcacheError | OSError) -> None:
+        """Leave the error of a prefetch to the shard's own turn, which it may never come to."""
+        logger.debug("%s was not prefetched: %s", shard.data_path, error)
+        if isinstance(error, (TransferError, IntegrityError)):
+            if not error.retryable or error.max_retries is not None:
+                self._failures[shard.data_path] = error.with_traceback(None)
+        elif not is_gone(error):
+            self._queue.clear()  # the disk is full, say
+
+    def _has_prefetched(self, shard: Shard) -> bool:
+        return shard.data_path in self._prefetched
+
+    def _plan(self, shard: Shard, *, keeps_slot: bool = False) -> DownloadPlan:
         name = shard.data_path
         # Without a digest, only the server knows whether a file of another version of the manifest is still right.
         may_be_right = not shard.digests and self.has(shard) and self._cache.is_intact(name)
@@ -192,6 +247,7 @@ class RemoteModel(Model):
             self._verifier.content_id(shard),
             cached=self._cache.metadata(name) if may_be_right else None,
             ranges=self._wanted_ranges(shard),
+            keeps_slot=keeps_slot,
         )
 
     def _shard_file(self, plan: DownloadPlan, result: DownloadResult) -> ShardFile:

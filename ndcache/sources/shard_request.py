@@ -34,6 +34,8 @@ class DownloadPlan:
         The metadata of a cached file that may still be right: the source is asked whether it has changed.
     ranges : ByteRanges or None
         The wanted ranges; None for the whole shard.
+    keeps_slot : bool
+        Whether the worker keeps its slot in the pool while the shard is published, because it goes on to another one.
     """
 
     shard: Shard
@@ -41,6 +43,7 @@ class DownloadPlan:
     content_id: str
     cached: FileMetadata | None = None
     ranges: ByteRanges | None = None
+    keeps_slot: bool = False
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from ..files.notes import read_note
 from ..format.manifest import Shard
 from ..format.paths import flatten
 from .layout import Layout
-from .lock import DownloadLock, acquire_or_wait
+from .lock import DownloadLock, acquire_or_wait, try_lock
 from .metadata import FileMetadata, Match
 from .partial import PartialFile
 from .partial_files import PartialFiles
@@ -174,13 +174,24 @@ class ModelDirectory:
     # --- writing
 
     def acquire_or_wait(
-        self, name: str, is_there: Callable[[], bool], sleep: Callable[[float], None]
+        self,
+        name: str,
+        is_there: Callable[[], bool],
+        sleep: Callable[[float], None],
+        work_meanwhile: Callable[[], bool] = lambda: False,
     ) -> AbstractContextManager[DownloadLock | None]:
         """Wait until this thread should download the file `name`, or it is there; see `lock.acquire_or_wait`."""
-        flat = flatten(name)
-        with self.layout.translate_errors(name):
-            path = self.layout.make(self.layout.locks).path / flat
-        return acquire_or_wait(path, is_there=is_there, progress=lambda: self.partials.progress(flat), sleep=sleep)
+        return acquire_or_wait(
+            self._lock_path(name),
+            is_there=is_there,
+            progress=lambda: self.partials.progress(flatten(name)),
+            sleep=sleep,
+            work_meanwhile=work_meanwhile,
+        )
+
+    def try_lock(self, name: str, is_there: Callable[[], bool]) -> AbstractContextManager[bool]:
+        """Take the lock to download the file `name` unless somebody holds it; see `lock.try_lock`."""
+        return try_lock(self._lock_path(name), is_there)
 
     def publish(
         self,
@@ -276,6 +287,10 @@ class ModelDirectory:
         with self.layout.translate_errors(name), contextlib.suppress(FileNotFoundError):
             folder, last = self.layout.place(name)
             folder.unlink(last)
+
+    def _lock_path(self, name: str) -> Path:
+        with self.layout.translate_errors(name):
+            return self.layout.make(self.layout.locks).path / flatten(name)
 
     def _status(self, name: str) -> os.stat_result | None:
         with self.layout.translate_errors(name):

@@ -17,6 +17,7 @@ from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
 from pathlib import Path
+from time import perf_counter
 
 from ..errors import UnsafeCacheError
 from ..files.descriptors import check_shortage
@@ -35,8 +36,13 @@ _CREATE = _OPEN | os.O_CREAT
 #: Seconds without a sign of progress after which a lock's holder counts as dead. Each process draws a number from this
 #: range, so that of many that wait one goes first, and the others see its progress.
 _PATIENCE = (28.0, 33.0)
-#: Seconds between two attempts, at first and at most.
+#: Seconds between two attempts: at first, and at most.
 _PAUSE, _LONGEST_PAUSE = 0.02, 0.5
+#: Seconds since the last sign of progress until which the pauses stay short: the file may be there at any moment.
+_PROMPT = 2.0
+#: How many times as long as a look a short pause is. On a local disk a look takes less than a millisecond; on a network
+#: file system with slow answers, the pauses are longer.
+_LOOK_TO_PAUSE = 50
 #: By folder, whether locks in it were seen to work.
 _are_effective: dict[Path, bool] = {}
 
@@ -65,7 +71,12 @@ class DownloadLock:
 
 @contextlib.contextmanager
 def acquire_or_wait(
-    path: Path, *, is_there: Callable[[], bool], progress: Callable[[], Hashable], sleep: Callable[[float], None]
+    path: Path,
+    *,
+    is_there: Callable[[], bool],
+    progress: Callable[[], Hashable],
+    sleep: Callable[[float], None],
+    work_meanwhile: Callable[[], bool] = lambda: False,
 ) -> Iterator[DownloadLock | None]:
     """Wait until this thread should download a file, or somebody else has done so.
 
@@ -79,6 +90,9 @@ def acquire_or_wait(
         Return a value that changes while somebody downloads the file.
     sleep : callable
         Wait for a number of seconds; may raise to stop waiting.
+    work_meanwhile : callable, optional
+        Do some other work while somebody holds the lock, and return whether there was any; otherwise this thread
+        sleeps.
 
     Yields
     ------
@@ -86,31 +100,42 @@ def acquire_or_wait(
         None if the file is there.
     """
     lock = _lock(path)
-    result = _wait(lock, is_there, progress, sleep)
+    result = _wait(lock, is_there, progress, sleep, work_meanwhile)
     if result is _Result.NOT_NEEDED:
         yield None
         return
     is_held = result is _Result.HELD
     try:
         yield DownloadLock(is_exclusive=is_held and _excludes_others(path))
-        if is_held and is_there():
-            with contextlib.suppress(OSError):
-                os.unlink(path)  # while it is held: those who wait for it see the file, and need no lock
+        if is_held:
+            _remove_if(path, is_there)
     finally:
         if is_held:
             lock.release()
 
 
 @contextlib.contextmanager
-def try_lock(path: Path) -> Iterator[bool]:
-    """Take a lock for the block unless somebody holds it; yield whether it was taken and keeps others out."""
+def try_lock(path: Path, is_there: Callable[[], bool] = lambda: False) -> Iterator[bool]:
+    """Take a lock for the block unless somebody holds it; yield whether it was taken and keeps others out.
+
+    The lock's file is removed at the end of the block if `is_there` says that the downloaded file is there.
+    """
     lock = _lock(path)
     is_held = _try(lock) is _Result.HELD
     try:
         yield is_held and _excludes_others(path)
+        if is_held:
+            _remove_if(path, is_there)
     finally:
         if is_held:
             lock.release()
+
+
+def _remove_if(path: Path, is_there: Callable[[], bool]) -> None:
+    """Remove the file of a lock that is held: those who wait for it see the downloaded file, and need no lock."""
+    if is_there():
+        with contextlib.suppress(OSError):
+            os.unlink(path)
 
 
 def _wait(
@@ -118,23 +143,26 @@ def _wait(
     is_there: Callable[[], bool],
     progress: Callable[[], Hashable],
     sleep: Callable[[float], None],
+    work_meanwhile: Callable[[], bool],
 ) -> _Result:
     """Wait for the lock, or the file; return `_Result.BUSY` once its holder has shown no progress for too long."""
-    pause, patience = _PAUSE, random.uniform(*_PATIENCE)
+    patience, pause, since = random.uniform(*_PATIENCE), _PAUSE, time.monotonic()
     seen: Hashable = None
-    since = time.monotonic()
     result = _try(lock)
     while result is _Result.BUSY:
-        sleep(pause * random.uniform(0.5, 1.0))
-        pause = min(pause * 1.5, _LONGEST_PAUSE)
+        if not work_meanwhile():
+            sleep(pause * random.uniform(0.5, 1.0))
+        begun = perf_counter()
         if is_there():
             return _Result.NOT_NEEDED
-        now = progress()
+        now, at = progress(), time.monotonic()
         if now != seen:
-            seen, since = now, time.monotonic()
-        elif time.monotonic() - since > patience:
+            seen, since = now, at
+        elif at - since > patience:
             return _Result.BUSY
         result = _try(lock)
+        longest = _LONGEST_PAUSE if at - since > _PROMPT else _LOOK_TO_PAUSE * (perf_counter() - begun)
+        pause = min(max(_PAUSE, longest), pause * 1.5, _LONGEST_PAUSE)
     return result
 
 

@@ -98,10 +98,14 @@ class FallbackDirectory(ModelDirectory):
     # --- writing
 
     def acquire_or_wait(
-        self, name: str, is_there: Callable[[], bool], sleep: Callable[[float], None]
+        self,
+        name: str,
+        is_there: Callable[[], bool],
+        sleep: Callable[[float], None],
+        work_meanwhile: Callable[[], bool] = lambda: False,
     ) -> AbstractContextManager[DownloadLock | None]:
         if self.why_not_kept is None:
-            return super().acquire_or_wait(name, is_there, sleep)
+            return super().acquire_or_wait(name, is_there, sleep, work_meanwhile)
         # A file in memory is of no use to anybody else, so nobody waits for it.
         return contextlib.nullcontext(DownloadLock(is_exclusive=False))
 
