@@ -214,11 +214,12 @@ class RemoteModel(Model):
                     return Prefetch.BUSY
                 if self.is_ready(shard):
                     return Prefetch.NOT_NEEDED  # it was published between the two looks
+                self._prefetched.add(name)  # before others see the file
                 plan = self._plan(shard, keeps_slot=True)
                 obtained = self._shard_file(plan, self._downloader.download_shard(plan, is_exclusive=True))
                 obtained.file.close()
-                if not obtained.from_cache:
-                    self._prefetched.add(name)
+                if obtained.from_cache:
+                    self._prefetched.discard(name)
         except CancelledError:
             raise
         except (NdcacheError, OSError) as error:
@@ -228,6 +229,7 @@ class RemoteModel(Model):
     def _note_failure(self, shard: Shard, error: NdcacheError | OSError) -> None:
         """Leave the error of a prefetch to the shard's own turn, which it may never come to."""
         logger.debug("%s was not prefetched: %s", shard.data_path, error)
+        self._prefetched.discard(shard.data_path)
         if isinstance(error, (TransferError, IntegrityError)):
             if not error.retryable or error.max_retries is not None:
                 self._failures[shard.data_path] = error.with_traceback(None)
