@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from .format.integrity import Integrity
-from .http.rate_limits import RateLimits
+from .http.limits.rate_limits import RateLimits
 from .http.retry import RetryPolicy
 from .http.transport import Transport
 from .location import Location

@@ -11,7 +11,7 @@ from .devices import open_device
 from .devices.base import Device
 from .files.descriptors import budget
 from .format.integrity import parse_sri
-from .http.rate_limits import RateLimits
+from .http.limits.rate_limits import RateLimits
 from .http.retry import RetryPolicy
 from .http.transport import Transport
 from .location import Location, locate, locate_mirror
@@ -62,7 +62,7 @@ class LoaderResources:
             login=Login(environ),
         )
         self.cache = cache_scope(options.cache_dir, options.scope, environ)
-        self.limits = RateLimits(self._policy.backoff / 4, self._policy.budget)
+        self.limits = RateLimits(self._policy.backoff / 4, self._policy.budget, self.cache.limits)
         self.is_offline = options.offline or any(
             _is_set(environ.get(name)) for name in ("NDCACHE_OFFLINE", "HF_HUB_OFFLINE")
         )

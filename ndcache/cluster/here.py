@@ -14,6 +14,7 @@ from typing import Any
 from ..context import LoadContext
 from ..errors import CacheUnavailableError, DiskFullError
 from ..files.folder import Folder
+from ..files.system import boot_id
 from ..format.integrity import new_hasher, update_from_file, verify_and_parse
 from ..format.manifest import Manifest, Shard
 from ..format.strict_json import MAX_MANIFEST_BYTES
@@ -29,7 +30,6 @@ from ..sources.remote import RemoteModel
 from ..sources.verifier import ShardVerifier
 from ..store.cleanup import check_free_space, evict_partials
 from ..store.directory import ModelDirectory
-from ..store.partial_note import boot_id
 from .call import Call, Held, ManifestFile, NodeId
 from .engine import IsSet
 

@@ -221,10 +221,11 @@ class Folder:
         with self._opened() as handle:
             return os.open(self._at(handle, name), _NEW, 0o666, dir_fd=handle)
 
-    def open_to_write(self, name: str) -> int:
-        """Open a regular file for reading and writing, and return its descriptor."""
+    def open_to_write(self, name: str, *, creates: bool = False) -> int:
+        """Open a regular file for reading and writing, and return its descriptor; `creates` makes a missing one."""
+        flags = os.O_RDWR | (os.O_CREAT if creates else 0) | NO_LINKS
         with self._opened() as handle:
-            opened = os.open(self._at(handle, name), os.O_RDWR | NO_LINKS, dir_fd=handle)
+            opened = os.open(self._at(handle, name), flags, 0o666, dir_fd=handle)
         if stat.S_ISREG(os.fstat(opened).st_mode):
             return opened
         os.close(opened)

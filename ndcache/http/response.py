@@ -10,7 +10,7 @@ import requests
 from ..errors import NdcacheError, ProtocolError, StallError
 from ..workers.cancellation import Cancellation
 from ..workers.stall import StallWatch
-from .rate_limits import Permit
+from .limits.origin import Permit
 from .translate import FAILURES, FailedRequest, is_tls_end, raise_transfer_error
 
 __all__ = ["Response", "check_not_woken"]

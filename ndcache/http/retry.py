@@ -19,7 +19,7 @@ from types import TracebackType
 from ..errors import NdcacheError, RateLimitedError
 from ..stats import LoadStats
 from ..workers.cancellation import Cancellation
-from .rate_limits import OriginActivity, is_refusal
+from .limits.rate_limits import OriginActivity, is_refusal
 
 __all__ = ["Attempt", "RetryPolicy", "attempts"]
 

@@ -23,8 +23,8 @@ from ..urls.url import Origin, Url, parse
 from ..workers.cancellation import Cancellation
 from ..workers.stall import StallWatch
 from .connect import Routes
+from .limits.origin import Permit
 from .proxies import proxy_auth_error, proxy_for
-from .rate_limits import Permit
 from .response import Response, check_not_woken
 from .sessions import Auth, BearerAuth, Sessions, cookie_header, no_auth
 from .sockets import WrongOriginError, waker, watching

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 
 from ..context import LoadContext
 from ..errors import NdcacheError, redact
-from ..http.rate_limits import OriginActivity, Permit, is_refusal, origin_of
+from ..http.limits.origin import Permit
+from ..http.limits.rate_limits import OriginActivity, is_refusal, origin_of
 from ..http.response import Response
 from ..http.retry import Attempt, RetryPolicy, attempts
 from ..http.transport import RedirectTarget

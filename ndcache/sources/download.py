@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import BinaryIO
 
 from ..errors import IntegrityError, NdcacheError, SizeMismatchError, TransferError, TruncatedError
-from ..http.rate_limits import origin_of
+from ..http.limits.rate_limits import origin_of
 from ..http.response import Response
 from ..http.retry import Attempt
 from ..store.directory import ModelDirectory

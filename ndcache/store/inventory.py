@@ -78,6 +78,11 @@ class CacheScope:
             raise CacheUnavailableError(self.why_no_top or "")
         return self.top
 
+    @property
+    def limits(self) -> Folder | None:
+        """Return the folder in which processes share what they know of servers; None if there is no place for one."""
+        return None if self.top is None else Folder(self.top, (STATE_DIRECTORY, "limits"), self.is_private)
+
     def directories(self, location: Location) -> list[Path]:
         """Return the directories where a model may lie: the current one, then those of earlier versions of ndcache."""
         return [self.root / self.name / key for key in location.cache_keys]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 import secrets
 from collections.abc import Iterable, Mapping
@@ -11,9 +10,10 @@ from typing import Any
 
 from ..files.folder import Folder
 from ..files.notes import read_note, sendable, write_note
+from ..files.system import boot_id
 from .ranges import ByteRanges
 
-__all__ = ["PartialNote", "PartialSource", "boot_id", "note_name"]
+__all__ = ["PartialNote", "PartialSource", "note_name"]
 
 #: Stands in a note in place of a boot ID: the bytes were synced to disk, and survive a crash of the system.
 _SYNCED = "synced"
@@ -124,13 +124,3 @@ def _checked_ranges(noted: Iterable[Iterable[int]]) -> ByteRanges:
     if not all(type(start) is type(end) is int and 0 <= start <= end for start, end in ranges):
         raise ValueError("not a list of byte ranges")
     return ByteRanges(ranges)
-
-
-@functools.cache
-def boot_id() -> str:
-    """Return the id of this boot of the system; empty if the system has none."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id", encoding="utf-8") as file:
-            return file.read().strip()
-    except OSError:
-        return ""  # then partial files are used only if a digest will show damage

@@ -15,7 +15,9 @@ from typing import Any, TypeVar
 import pytest
 
 import ndcache
-from ndcache.http.rate_limits import OriginActivity, OriginLimit, Permit, origin_of
+from ndcache.http.limits.origin import OriginLimit
+from ndcache.http.limits.rate_limits import OriginActivity, origin_of
+from ndcache.http.limits.state import LimitState, Start
 from ndcache.http.retry import RetryPolicy, attempts
 from ndcache.stats import LoadStats
 from ndcache.workers.cancellation import Cancellation
@@ -98,7 +100,7 @@ class Simulation:
     ) -> None:
         self.now, self.refused = 0.0, 0
         self._server, self._seconds, self._retry_after = server, seconds, retry_after
-        self._limit = OriginLimit()
+        self._limit = LimitState()
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = itertools.count()
         self._left, self._bodies = shards, 0
@@ -121,26 +123,26 @@ class Simulation:
                     self._after(delay, lambda: None)
                 return
             self._waiting -= 1
-            permit = self._limit.start(self.now)
-            self._after(0.001, lambda permit=permit: self._ask(permit))  # type: ignore[misc]
+            start = self._limit.start(self.now)
+            self._after(0.001, lambda start=start: self._ask(start))  # type: ignore[misc]
 
-    def _ask(self, permit: Permit) -> None:
+    def _ask(self, start: Start) -> None:
         if not self._server.accepts(self.now, self._bodies):
-            self._after(0.001, lambda: self._refuse(permit))
+            self._after(0.001, lambda: self._refuse(start))
             return
         self._bodies += 1
-        self._after(0.001, lambda: self._limit.accepted(permit, self.now))
+        self._after(0.001, lambda: self._limit.accepted(start, self.now))
         self._after(self._seconds, lambda: setattr(self, "_bodies", self._bodies - 1))
-        self._after(0.001 + self._seconds, lambda: self._done(permit))
+        self._after(0.001 + self._seconds, lambda: self._done(start))
 
-    def _refuse(self, permit: Permit) -> None:
+    def _refuse(self, start: Start) -> None:
         self.refused += 1
-        self._limit.refused(permit, self.now, self._retry_after)
-        self._limit.release(permit)
+        self._limit.refused(start, self.now, self._retry_after)
+        self._limit.release(start)
         self._after(self._retry_after or 0.25, lambda: setattr(self, "_waiting", self._waiting + 1))
 
-    def _done(self, permit: Permit) -> None:
-        self._limit.release(permit)
+    def _done(self, start: Start) -> None:
+        self._limit.release(start)
         self._left -= 1
         if self._queue:
             self._queue -= 1
@@ -191,18 +193,18 @@ def test_row_49_one_refusal_slows_the_load_down_only_briefly(seconds: float, at:
 
 @pytest.mark.parametrize("retry_after", [None, 0.0])
 def test_row_49_no_request_follows_a_refusal_at_once(retry_after: float | None) -> None:
-    limit = OriginLimit()
+    limit = LimitState()
     for _ in range(5):
         limit.refused(limit.start(100.0), 100.0, retry_after)
     assert limit.delay(100.0) > 0.1
-    permit = limit.start(101.0)
+    start = limit.start(101.0)
     assert limit.delay(101.0) > 0.1  # nor two at the same time later
-    limit.accepted(permit, 101.0)
+    limit.accepted(start, 101.0)
     assert limit.delay(101.0) > 0.1
 
 
 def test_row_49_all_wait_for_as_long_as_the_server_asks() -> None:
-    limit = OriginLimit()
+    limit = LimitState()
     limit.refused(limit.start(100.0), 100.0, 7.0)
     assert limit.delay(100.0) == 7.0
     limit.refused(limit.start(107.0), 107.0, 1e9)  # no request waits so long: the load ends
@@ -210,13 +212,13 @@ def test_row_49_all_wait_for_as_long_as_the_server_asks() -> None:
 
 
 def test_a_server_that_never_refuses_is_never_waited_for() -> None:
-    limit = OriginLimit()
+    limit = LimitState()
     for now in range(1000):
         assert limit.delay(now / 1000) <= 0
-        permit = limit.start(now / 1000)
-        limit.accepted(permit, now / 1000)
+        start = limit.start(now / 1000)
+        limit.accepted(start, now / 1000)
         if now % 2:
-            limit.release(permit)
+            limit.release(start)
     assert limit.in_flight == 500
 
 
@@ -238,7 +240,7 @@ def test_origins(url: str, origin: str) -> None:
 
 
 def test_row_49_threads_that_wait_for_a_limit_can_be_cancelled() -> None:
-    limit, cancellation, errors = OriginLimit(), Cancellation(), list[BaseException]()
+    limit, cancellation, errors = OriginLimit(LimitState()), Cancellation(), list[BaseException]()
     permit = limit.acquire(cancellation)
     permit.answered(429, 200.0)
     permit.release()
@@ -266,7 +268,7 @@ def test_row_49_threads_that_wait_for_a_limit_can_be_cancelled() -> None:
 def test_row_37_a_forked_child_does_not_wait_for_a_lock_of_its_parent() -> None:
     script = """
 import os
-from ndcache.http.rate_limits import RateLimits
+from ndcache.http.limits.rate_limits import RateLimits
 from ndcache.workers.cancellation import Cancellation
 shared = RateLimits()
 with shared.of("http://host/")._lock:  # held as by a thread that makes a request at that moment

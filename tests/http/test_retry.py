@@ -11,7 +11,7 @@ from typing import TypeVar
 import pytest
 
 import ndcache
-from ndcache.http.rate_limits import OriginActivity
+from ndcache.http.limits.rate_limits import OriginActivity
 from ndcache.http.retry import RetryPolicy, attempts
 from ndcache.stats import LoadStats
 from ndcache.workers.cancellation import Cancellation

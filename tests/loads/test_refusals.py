@@ -84,7 +84,8 @@ def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Return the seconds slept between tries. The sleep takes no time, but the clock of the rate limits moves."""
     seconds: list[float] = []
     monkeypatch.setattr(Cancellation, "sleep", lambda self, wanted: seconds.append(wanted))
-    monkeypatch.setattr("ndcache.http.rate_limits.monotonic", lambda: time.monotonic() + sum(seconds))
+    for module in ("origin", "rate_limits", "shared"):
+        monkeypatch.setattr(f"ndcache.http.limits.{module}.monotonic", lambda: time.monotonic() + sum(seconds))
     return seconds
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ndcache.context import LoadContext
-from ndcache.http.rate_limits import RateLimits
+from ndcache.http.limits.rate_limits import RateLimits
 from ndcache.http.retry import RetryPolicy
 from ndcache.http.transport import Transport
 from ndcache.sources.client import Client

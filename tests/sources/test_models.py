@@ -17,7 +17,7 @@ import pytest
 import ndcache
 from ndcache.context import LoadContext
 from ndcache.format.manifest import Shard
-from ndcache.http.rate_limits import RateLimits
+from ndcache.http.limits.rate_limits import RateLimits
 from ndcache.http.transport import Transport
 from ndcache.location import locate
 from ndcache.sources import open_model

@@ -303,7 +303,7 @@ def test_cached_ranges_survive_a_reboot(
 ) -> None:
     server = serve(model)
     ndcache.fetch(server.url, names="w03")
-    monkeypatch.setattr("ndcache.store.partial_note._boot", lambda: "another")
+    monkeypatch.setattr("ndcache.store.partial_note.boot_id", lambda: "another")
     assert check(ndcache.load(server.url, names="w03", offline=True), "w03").cache_bytes == SIZE
 
 

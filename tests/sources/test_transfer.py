@@ -202,7 +202,7 @@ def test_row_25_a_partial_file_from_before_a_power_loss_needs_a_digest(
     downloader: Downloader, scripted: ScriptedServer, monkeypatch: pytest.MonkeyPatch, digests: bool
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("ndcache.store.partial_note._boot", lambda: "another start of the system")
+        patch.setattr("ndcache.store.partial_note.boot_id", lambda: "another start of the system")
         leave_partial(downloader.cache, scripted.url + "params_shard_0.bin", bytes(60_000))
     scripted.script[PATH] = [rest_of(DATA, 60_000), reply(200, DATA, ETAG)] if digests else [reply(200, DATA, ETAG)]
     downloader = changed(downloader, verify="download" if digests else "never")
@@ -217,7 +217,7 @@ def test_partial_files_of_other_content_are_not_used(
     url = scripted.url + "params_shard_0.bin"
     old, shard = bytes(60_000), replace(SHARD, md5sum=None)  # nothing but the rules would notice what is wrong
     if kept == "boot":
-        monkeypatch.setattr("ndcache.store.partial_note._boot", lambda: "another start of the system")
+        monkeypatch.setattr("ndcache.store.partial_note.boot_id", lambda: "another start of the system")
     leave_partial(
         downloader.cache,
         url + "x" if kept == "url" else url,
