@@ -8,7 +8,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import requests
 
@@ -52,6 +52,7 @@ def fetch(
     progress: Progress = None,
     trace: str | os.PathLike[str] | None = None,
     max_workers: int = 8,
+    processes: int | Literal["auto"] = 1,
     cache_dir: str | os.PathLike[str] | None = None,
     scope: str = "default",
     timeout: float | tuple[float, float] = (10.0, 30.0),
@@ -97,6 +98,7 @@ def read_manifest(
     source: Source,
     *,
     max_workers: int = 8,
+    processes: int | Literal["auto"] = 1,
     cache_dir: str | os.PathLike[str] | None = None,
     scope: str = "default",
     timeout: float | tuple[float, float] = (10.0, 30.0),
@@ -136,6 +138,7 @@ def is_cached(
     source: Source,
     *,
     max_workers: int = 8,
+    processes: int | Literal["auto"] = 1,
     cache_dir: str | os.PathLike[str] | None = None,
     scope: str = "default",
     timeout: float | tuple[float, float] = (10.0, 30.0),
@@ -168,6 +171,7 @@ def verify(
     source: Source,
     *,
     max_workers: int = 8,
+    processes: int | Literal["auto"] = 1,
     cache_dir: str | os.PathLike[str] | None = None,
     scope: str = "default",
     timeout: float | tuple[float, float] = (10.0, 30.0),
@@ -207,6 +211,7 @@ def delete(
     source: Source,
     *,
     max_workers: int = 8,
+    processes: int | Literal["auto"] = 1,
     cache_dir: str | os.PathLike[str] | None = None,
     scope: str = "default",
     timeout: float | tuple[float, float] = (10.0, 30.0),

@@ -30,6 +30,7 @@ from .options import (
     suggest_keywords,
 )
 from .pipeline import VerifyReport, check_shards, fetch_shards, place_tensors, tracing
+from .processes.beside import HelperProcesses
 from .progress import Progress
 from .resources import LoaderResources
 from .sources.client import Client
@@ -79,6 +80,7 @@ class Loader:
         self,
         *,
         max_workers: int = 8,
+        processes: int | Literal["auto"] = 1,
         cache_dir: str | os.PathLike[str] | None = None,
         scope: str = "default",
         timeout: float | tuple[float, float] = (10.0, 30.0),
@@ -93,6 +95,7 @@ class Loader:
     ) -> None:
         self._options = LoaderOptions(
             max_workers=max_workers,
+            processes=processes,
             cache_dir=cache_dir,
             scope=scope,
             timeout=timeout,
@@ -173,7 +176,16 @@ class Loader:
             target.check_limits(shards, decode=decode)
             limit = self._options.memory_limit
             placed = place_tensors(
-                model, context, target, shards, progress, decode=decode, copy=copy, memory_limit=limit, keeps_all=True
+                model,
+                context,
+                target,
+                shards,
+                progress,
+                self._helpers(source),
+                decode=decode,
+                copy=copy,
+                memory_limit=limit,
+                keeps_all=True,
             )
             with closing(placed):
                 for name, tensor in placed:
@@ -264,7 +276,15 @@ class Loader:
                     yield "", None
                     limit = self._options.memory_limit
                     yield from place_tensors(
-                        model, context, target, shards, progress, decode=decode, copy=copy, memory_limit=limit
+                        model,
+                        context,
+                        target,
+                        shards,
+                        progress,
+                        self._helpers(source),
+                        decode=decode,
+                        copy=copy,
+                        memory_limit=limit,
                     )
             except BaseException as error:
                 if not is_open:
@@ -289,7 +309,7 @@ class Loader:
             unwrap_stop_iteration(),
             self._resources.open_model(source, trace=events, must_keep=True) as (model, context),
         ):
-            fetch_shards(model, context, model.manifest.shards_with(names), progress)
+            fetch_shards(model, context, model.manifest.shards_with(names), progress, self._helpers(source))
             return model.directory
 
     def read_manifest(self, source: Source) -> Manifest:
@@ -381,6 +401,9 @@ class Loader:
     def close(self) -> None:
         """Close the kept connections. The loader can still be used; it opens new ones."""
         self._resources.close()
+
+    def _helpers(self, source: Source) -> HelperProcesses:
+        return HelperProcesses(source, self._options, self._resources.login.environ)
 
     def __enter__(self) -> Loader:
         return self

@@ -113,6 +113,18 @@ class LoaderOptions:
             is_valid=lambda value: value >= 1,
         ),
     )
+    processes: int | Literal["auto"] = dataclasses.field(
+        default=1,
+        metadata=_describe(
+            'int or "auto"',
+            """Processes that download, this one included, each with `max_workers` threads, for `load`, `stream` and
+            `fetch`. One process cannot receive faster than one core decrypts; helpers put what they download into the
+            cache. ``"auto"`` decides by cores and missing bytes. Helpers are not used with a `session`.""",
+            types=(int, str),
+            must_be="a number of at least 1, or 'auto'",
+            is_valid=lambda value: value == "auto" if isinstance(value, str) else value >= 1,
+        ),
+    )
     cache_dir: str | os.PathLike[str] | None = dataclasses.field(
         default=None,
         metadata=_describe(

@@ -24,6 +24,7 @@ from typing import Any, TypeAlias, TypeVar
 from .context import LoadContext
 from .devices.base import Device, Upload
 from .format.manifest import Manifest, Shard
+from .processes.beside import HelperProcesses
 from .progress import Progress, Reporter
 from .sources.model import Flaw, Model, ShardFile
 from .trace import Trace, open_trace
@@ -36,8 +37,8 @@ T = TypeVar("T")
 Tensor = TypeVar("Tensor")
 logger = logging.getLogger("ndcache")
 
-#: Marks a shard as done: its bytes, and the file that they came from.
-_Done: TypeAlias = Callable[[int, ShardFile], None]
+#: Marks a shard as done: the bytes that it counts, and the file that they came from.
+_Done: TypeAlias = Callable[[Shard, int, ShardFile], None]
 
 
 def place_tensors(
@@ -46,6 +47,7 @@ def place_tensors(
     device: Device[Tensor],
     shards: Sequence[Shard],
     progress: Progress,
+    helpers: HelperProcesses,
     *,
     decode: bool,
     copy: bool,
@@ -73,7 +75,7 @@ def place_tensors(
                 return obtained, upload.stage(obtained.file, shard)
 
         # The upload is closed last, when no worker is in `stage` any more.
-        with upload, _map_shards(model, context, shards, work, progress, memory_limit) as (arriving, done):
+        with upload, _map_shards(model, context, shards, work, progress, helpers, memory_limit) as (arriving, done):
             for shard, nbytes, (obtained, staged) in arriving:
                 placed = upload.place(staged, shard)
                 for record, tensor in stats.timed_iterator("place", placed, file=shard.data_path):
@@ -83,10 +85,12 @@ def place_tensors(
                 if shard is shards[-1]:
                     with stats.timed("finish"):
                         upload.finish()
-                done(nbytes, obtained)
+                done(shard, nbytes, obtained)
 
 
-def fetch_shards(model: Model, context: LoadContext, shards: Sequence[Shard], progress: Progress) -> None:
+def fetch_shards(
+    model: Model, context: LoadContext, shards: Sequence[Shard], progress: Progress, helpers: HelperProcesses
+) -> None:
     """Obtain the file of each shard, and close it again."""
 
     def work(shard: Shard) -> ShardFile:
@@ -95,9 +99,9 @@ def fetch_shards(model: Model, context: LoadContext, shards: Sequence[Shard], pr
         return obtained
 
     # Nothing waits for a device, so only the disk limits how far workers look ahead.
-    with _map_shards(model, context, shards, work, progress, memory_limit=sys.maxsize) as (arriving, done):
-        for _, nbytes, obtained in arriving:
-            done(nbytes, obtained)
+    with _map_shards(model, context, shards, work, progress, helpers, sys.maxsize) as (arriving, done):
+        for shard, nbytes, obtained in arriving:
+            done(shard, nbytes, obtained)
 
 
 def check_shards(model: Model, context: LoadContext) -> dict[str, str | Flaw]:
@@ -119,6 +123,7 @@ def _map_shards(
     shards: Sequence[Shard],
     work: Callable[[Shard], T],
     progress: Progress,
+    helpers: HelperProcesses,
     memory_limit: int,
 ) -> Iterator[tuple[Iterator[tuple[Shard, int, T]], _Done]]:
     """Do the work for each shard in a worker, and report progress.
@@ -136,6 +141,7 @@ def _map_shards(
         sizes = [model.nbytes(shard) for shard in shards]
         cache_only = all(model.is_ready(shard) for shard in shards)
         context.pool.start(len(shards) if cache_only else None)
+        helpers.start(model, context)
         reporter = Reporter(
             progress, sizes, cache_only=cache_only, received=lambda: stats.network_bytes + stats.resumed_bytes
         )
@@ -149,13 +155,16 @@ def _map_shards(
             tick=reporter.tick,
         )
 
-        def done(nbytes: int, obtained: ShardFile) -> None:
+        def done(shard: Shard, nbytes: int, obtained: ShardFile) -> None:
             stats.shard_done(nbytes, from_cache=obtained.from_cache, checked=obtained.checked)
+            if obtained.from_cache:
+                helpers.note_cached(shard, nbytes)
             reporter.shard_done(nbytes)
 
         with closing(reporter), closing(results):
             reporter.start()
             yield zip(shards, sizes, results, strict=True), done
+        helpers.finish(context)
         model.finish()
     stats.seconds["total"] = time.perf_counter() - context.started
     logger.info("%s: %s", model.directory, stats)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .context import LoadContext
-from .devices import open_device
-from .devices.base import Device
 from .files.descriptors import budget
 from .format.integrity import parse_sri
 from .http.limits.rate_limits import RateLimits
@@ -24,6 +22,9 @@ from .trace import Trace
 from .workers.cancellation import Cancellation
 from .workers.pool import WorkerPool
 from .workers.stop_iteration import wrap_stop_iteration
+
+if TYPE_CHECKING:
+    from .devices.base import Device
 
 __all__ = ["LoaderResources"]
 
@@ -46,6 +47,8 @@ class LoaderResources:
     cache : CacheScope
     limits : RateLimits
         How many requests each server accepts.
+    login : Login
+        The token for Hugging Face.
     is_offline : bool
         Whether the options or the environment forbid requests.
     """
@@ -55,11 +58,12 @@ class LoaderResources:
         self._options = options
         self._policy = retries if isinstance(retries, RetryPolicy) else RetryPolicy(retries)
         self._integrity = {name: parse_sri(text) for name, text in (options.integrity or {}).items()}
+        self.login = Login(environ)
         self._transport = Transport(
             session=options.session,
             timeout=timeout if isinstance(timeout, tuple) else (timeout, timeout),
             max_connections=options.max_workers,
-            login=Login(environ),
+            login=self.login,
         )
         self.cache = cache_scope(options.cache_dir, options.scope, environ)
         self.limits = RateLimits(self._policy.backoff / 4, self._policy.budget, self.cache.limits)
@@ -73,6 +77,8 @@ class LoaderResources:
 
     def open_device(self, device: str | GPUDeviceLike) -> Device[Any]:
         """Open a device; the `cancel` option ends the wait for a driver."""
+        from .devices import open_device  # needs NumPy, which processes that only download do not
+
         cancel = self._options.cancel
         return open_device(device, None if cancel is None else Cancellation(cancel).poll)
 
@@ -120,10 +126,16 @@ class LoaderResources:
             See `LoadContext`.
         """
         options, needs_serial = self._options, device is not None and device.needs_serial_thread
+        may_have_helpers = options.processes != 1 and threads is None and location.is_remote
         self._transport.refresh_settings()
         with (
             budget(options.max_workers, _FILES_PER_WORKER) if threads is None else nullcontext(threads) as count,
-            WorkerPool(count, Cancellation(options.cancel), has_serial_thread=needs_serial) as pool,
+            WorkerPool(
+                count,
+                Cancellation(options.cancel),
+                has_serial_thread=needs_serial,
+                has_side_thread=may_have_helpers,
+            ) as pool,
         ):
             yield LoadContext(
                 transport=self._transport,

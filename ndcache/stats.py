@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
@@ -58,10 +58,10 @@ class LoadStats:
         and expand). ``total`` is the whole load, and ``memory_limit`` the part of it in which a worker was idle because
         `memory_limit` let no further shard begin.
 
-        In the workers, at the same time, and added up over all workers: ``lock`` (waiting for another process that
-        downloads the same file), ``request`` (until the headers arrive), ``network`` (receiving bodies), ``hash``
-        (computing digests), ``write`` (to files), ``publish`` (fsync and rename), ``backoff`` (waiting before a
-        retry), ``rate_limit`` (waiting because the server limits requests or connections), ``read`` (reading or
+        In the workers, at the same time, and added up over all workers of all processes: ``lock`` (waiting for another
+        process that downloads the same file), ``request`` (until the headers arrive), ``network`` (receiving bodies),
+        ``hash`` (computing digests), ``write`` (to files), ``publish`` (fsync and rename), ``backoff`` (waiting before
+        a retry), ``rate_limit`` (waiting because the server limits requests or connections), ``read`` (reading or
         mapping files), ``decode`` (on the CPU: expanding bfloat16, and copies). On a GPU also ``staging`` (making
         staging memory, and waiting until the GPU has copied from it) and, in a thread of its own, ``buffers`` (making
         the tensors' buffers).
@@ -107,6 +107,12 @@ class LoadStats:
         with self._lock:
             for name, amount in amounts.items():
                 setattr(self, name, getattr(self, name) + amount)
+
+    def add_seconds(self, seconds: Mapping[str, float]) -> None:
+        """Add seconds by phase, which another process has spent."""
+        with self._lock:
+            for phase, spent in seconds.items():
+                self.seconds[phase] += spent
 
     def record_to(self, trace: Trace | None) -> None:
         """Record all phases from now on in `trace`, too."""

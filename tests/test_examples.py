@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import ndcache
-from ndcache.format.dtypes import DTYPES
+from ndcache.format.numpy_dtypes import DTYPES
 
 from .helpers.models import random_array
 from .helpers.requirements import need_module

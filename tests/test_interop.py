@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ndcache
-from ndcache.format.dtypes import DTYPES
+from ndcache.format.numpy_dtypes import DTYPES
 
 from .helpers.models import random_array, through_bf16
 from .helpers.requirements import need_module

@@ -126,6 +126,8 @@ def test_unknown_arguments_are_named_with_a_suggestion(name: str, owner: Any) ->
     ("options", "message"),
     [
         ({"max_workers": 0}, "max_workers"),
+        ({"processes": 0}, "processes"),
+        ({"processes": "all"}, "processes"),
         ({"memory_limit": 0}, "memory_limit"),
         ({"verify": "sometimes"}, "verify"),
         ({"scope": ""}, "scope"),
@@ -148,6 +150,8 @@ def test_options_have_values_that_make_sense(options: dict[str, Any], message: s
     [
         {"max_workers": "3"},
         {"max_workers": True},
+        {"processes": True},
+        {"processes": 1.5},
         {"memory_limit": "1G"},
         {"verify": None},
         {"scope": 3},

@@ -56,6 +56,17 @@ def check_finite(_: click.Context, __: click.Parameter, value: float) -> float:
     return value
 
 
+def _check_processes(_: click.Context, __: click.Parameter, value: str | None) -> int | str | None:
+    if value is None or value == "auto":
+        return value
+    try:
+        if (count := int(value)) >= 1:
+            return count
+    except ValueError:
+        pass
+    raise click.BadParameter("it must be a number of at least 1, or auto.")
+
+
 def _bytes_of_mib(_: click.Context, __: click.Parameter, value: int | None) -> int | None:
     return None if value is None else value << 20
 
@@ -115,6 +126,12 @@ _LOADER_OPTIONS: dict[str, Callable[[Any], Any]] = {
         type=click.IntRange(1),
         metavar="N",
         help=f"Shards to fetch at once. [default: {_DEFAULTS.max_workers}]",
+    ),
+    "processes": click.option(
+        "--processes",
+        metavar="N|auto",
+        callback=_check_processes,
+        help=f"Processes that download, each with --max-workers threads. [default: {_DEFAULTS.processes}]",
     ),
     "timeout": click.option(
         "--timeout",

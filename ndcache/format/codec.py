@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import DecodeError, UnsupportedDtypeError
-from .dtypes import DTYPES
 from .manifest import Record
+from .numpy_dtypes import DTYPES
 
 __all__ = ["decode_record", "encode_bf16", "view_record"]
 

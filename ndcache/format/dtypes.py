@@ -1,27 +1,14 @@
-"""Names of dtypes in manifests, and their NumPy counterparts."""
+"""Names of dtypes in manifests, without NumPy, which processes that only download do not need."""
 
 from __future__ import annotations
 
-from typing import Any
+__all__ = ["ALIASES", "ITEM_SIZES", "canonical_name"]
 
-import ml_dtypes
-import numpy as np
-
-__all__ = ["ALIASES", "DTYPES", "canonical_name", "dtype_name"]
-
-#: Manifest name → NumPy dtype, little-endian as stored.
-DTYPES: dict[str, np.dtype[Any]] = {
-    "bool": np.dtype(np.bool_),
-    **{
-        name: np.dtype(name).newbyteorder("<")
-        for name in (
-            *("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
-            *("float16", "float32", "float64"),
-        )
-    },
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
-    "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
+#: Manifest name → bytes of an element as stored.
+ITEM_SIZES: dict[str, int] = {
+    "bool": 1,
+    **{"int8": 1, "int16": 2, "int32": 4, "int64": 8, "uint8": 1, "uint16": 2, "uint32": 4, "uint64": 8},
+    **{"float16": 2, "float32": 4, "float64": 8, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1},
 }
 
 #: Other spellings in published models.
@@ -34,9 +21,3 @@ ALIASES: dict[str, str] = {
 def canonical_name(name: str) -> str:
     """Return the usual name of a dtype; an unknown name is returned as it is."""
     return ALIASES.get(name, name)
-
-
-def dtype_name(dtype: np.dtype[Any]) -> str | None:
-    """Return the manifest's name of a NumPy dtype of any byte order, or None if the format has none."""
-    name = "bool" if dtype.kind == "b" else dtype.name
-    return name if name in DTYPES else None

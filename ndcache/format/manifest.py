@@ -21,7 +21,7 @@ from types import MappingProxyType
 from typing import Any, TypeAlias
 
 from ..errors import UnsupportedDtypeError, UnsupportedFormatError
-from .dtypes import DTYPES
+from .dtypes import ITEM_SIZES
 
 __all__ = ["FORMATS", "Manifest", "NameFilter", "NoMatchError", "Record", "Shard"]
 
@@ -231,11 +231,11 @@ def _check_supported(shard: Shard) -> None:
             f"shard format {shard.format!r} is unknown (only 'raw-shard' is)", shard=shard.data_path
         )
     for record in shard.records:
-        if record.dtype not in DTYPES:
+        if record.dtype not in ITEM_SIZES:
             raise UnsupportedDtypeError(
                 f"tensor {record.name!r} has the unknown dtype {record.dtype!r}",
                 shard=shard.data_path,
-                hint=f"Known dtypes: {', '.join(DTYPES)}.",
+                hint=f"Known dtypes: {', '.join(ITEM_SIZES)}.",
             )
         if record.format not in FORMATS:
             raise UnsupportedFormatError(

@@ -18,7 +18,7 @@ from ..errors import (
     UnsafePathError,
     redact,
 )
-from .dtypes import DTYPES, canonical_name
+from .dtypes import ITEM_SIZES, canonical_name
 from .json_reader import TOO_LARGE, JsonReader
 from .manifest import FORMATS, Manifest, Record, Shard
 from .paths import check_path, collision_key
@@ -228,13 +228,13 @@ def _check_layout(record: Record, shard_nbytes: int) -> None:
         raise ManifestLayoutError(
             f"{_tensor(record)} lies at bytes {start} to {end} of a shard of {shard_nbytes} bytes"
         )
-    stored = DTYPES.get(stored_dtype)
-    if stored is None or record.format not in FORMATS:
+    item_size = ITEM_SIZES.get(stored_dtype)
+    if item_size is None or record.format not in FORMATS:
         return  # the expected size is unknown
     # The strides of empty tensors must fit, too, or NumPy cannot make them.
     if math.prod(filter(None, shape)) * 8 > _MAX_INT:
         raise ManifestLayoutError(f"{_tensor(record)} has the impossible shape {_short(shape)}")
-    expected = math.prod(shape) * stored.itemsize
+    expected = math.prod(shape) * item_size
     if expected != record.nbytes:
         raise ManifestLayoutError(
             f"{_tensor(record)} has {record.nbytes} bytes, but {record.dtype} of shape "

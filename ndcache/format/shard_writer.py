@@ -14,8 +14,8 @@ import numpy.typing as npt
 from ..errors import SizeMismatchError, UnsupportedDtypeError
 from ..files.folder import sync
 from .codec import encode_bf16
-from .dtypes import DTYPES, dtype_name
 from .integrity import Hasher, new_hasher
+from .numpy_dtypes import DTYPES, dtype_name
 
 __all__ = ["Encoding", "HashedFile", "ShardWriter"]
 

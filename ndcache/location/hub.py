@@ -14,6 +14,7 @@ from ..urls.url import Origin, Url, UrlError, parse, quoted
 
 __all__ = [
     "HF_ENDPOINT",
+    "LOGIN_VARIABLES",
     "Login",
     "at_commit",
     "branch_url",
@@ -26,7 +27,7 @@ __all__ = [
 ]
 
 #: The environment variables of Hugging Face's own tools that matter here.
-_VARIABLES = (
+LOGIN_VARIABLES = (
     *("HF_ENDPOINT", "HF_TOKEN", "HF_TOKEN_PATH", "HF_HOME", "HF_HUB_DISABLE_IMPLICIT_TOKEN"),
     "XDG_CACHE_HOME",
 )
@@ -143,11 +144,16 @@ class Login:
     ----------
     environ : mapping
         The environment variables.
+
+    Attributes
+    ----------
+    environ : dict of str to str
+        Those of them that matter, as they were.
     """
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         # One by one: copying a large environment takes longer than loading a small model.
-        self._environ = {name: value for name in _VARIABLES if (value := environ.get(name)) is not None}
+        self.environ = {name: value for name in LOGIN_VARIABLES if (value := environ.get(name)) is not None}
 
     def token(self, origin: Origin) -> str | None:
         """Return the token for `origin`, or None.
@@ -170,16 +176,16 @@ class Login:
 
     @functools.cached_property
     def _origin(self) -> Origin:
-        return hf_endpoint(self._environ).origin
+        return hf_endpoint(self.environ).origin
 
     @functools.cached_property
     def _token(self) -> tuple[str, str]:
         """Return the token, empty if there is none, and the place it comes from."""
-        if self._environ.get("HF_HUB_DISABLE_IMPLICIT_TOKEN", "").upper() in ("1", "ON", "YES", "TRUE"):
+        if self.environ.get("HF_HUB_DISABLE_IMPLICIT_TOKEN", "").upper() in ("1", "ON", "YES", "TRUE"):
             return "", ""
-        if token := self._environ.get("HF_TOKEN", "").strip():
+        if token := self.environ.get("HF_TOKEN", "").strip():
             return token, "HF_TOKEN"
-        path = token_path(self._environ)
+        path = token_path(self.environ)
         return _read(path).strip(), path
 
 

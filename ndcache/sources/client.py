@@ -28,12 +28,14 @@ class Client:
     Attributes
     ----------
     context : LoadContext
+    commits : dict of str to str
+        The commits of branches on Hugging Face, at which this load stays, by `branch_url`.
     """
 
     def __init__(self, context: LoadContext) -> None:
         self.context = context
+        self.commits: dict[str, str] = {}
         self._activity = OriginActivity(context.limits)
-        self._commits: dict[str, str] = {}  # of branches on Hugging Face
 
     def get(
         self,
@@ -51,7 +53,7 @@ class Client:
         """
         context, name = self.context, branch_url(url)
         cancellation = cancellation or context.cancellation
-        commit = self._commits.get(name) if name else None
+        commit = self.commits.get(name) if name else None
         context.stats.count(requests=1)
         with context.stats.timed("request", url=redact(url), range=headers.get("Range")) as others:
 
@@ -73,7 +75,7 @@ class Client:
                 start=at_commit(url, commit) if commit else None,
             )
         if name and response.commit:
-            self._commits.setdefault(name, response.commit)
+            self.commits.setdefault(name, response.commit)
         self._activity.record(origin_of(response.url))
         if response.url != url:
             self._activity.record(origin_of(url))  # a redirect is an answer, too

@@ -6,9 +6,10 @@ import contextlib
 import hashlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from ..caller import warn_caller
+from ..context import LoadContext
 from ..errors import (
     AuthError,
     CacheError,
@@ -37,7 +38,7 @@ from ..store.metadata import FileMetadata
 from .client import Client
 from .manifest_request import ManifestBody, NotThereError, refusal_of, request_manifest
 
-__all__ = ["ManifestSource", "OpenedManifest", "offline_error"]
+__all__ = ["ManifestSource", "OpenedManifest", "offline_error", "open_manifest"]
 
 logger = logging.getLogger("ndcache")
 
@@ -55,10 +56,13 @@ class OpenedManifest:
     ----------
     manifest : Manifest
     digest : str
+    data : bytes
+        The bytes, for other processes; empty if none will need them.
     """
 
     manifest: Manifest
     digest: str
+    data: bytes = field(default=b"", repr=False)
 
 
 @dataclass(frozen=True)
@@ -213,11 +217,7 @@ class ManifestSource:
         return opened
 
     def _parse(self, data: bytes, name: str, url: str) -> OpenedManifest:
-        context = self.client.context
-        manifest = verify_and_parse(
-            data, name=name, url=url, integrity=context.integrity, check=context.cancellation.poll
-        )
-        return OpenedManifest(manifest, hashlib.sha256(data).hexdigest())
+        return open_manifest(data, name, url, self.client.context)
 
     def _metadata(self, name: str, digest: str) -> FileMetadata | None:
         """Return the metadata of the cached manifest, or None if it does not describe the bytes that were read.
@@ -258,6 +258,17 @@ class ManifestSource:
                 logger.warning("the manifest could not be kept: %s", str(error))
             elif not cache.fall_back(error):  # which warns the caller, once
                 raise
+
+
+def open_manifest(data: bytes, name: str, url: str, context: LoadContext) -> OpenedManifest:
+    """Parse the bytes of a manifest, and check them.
+
+    Raises
+    ------
+    ManifestError, ChecksumError, CancelledError
+    """
+    manifest = verify_and_parse(data, name=name, url=url, integrity=context.integrity, check=context.cancellation.poll)
+    return OpenedManifest(manifest, hashlib.sha256(data).hexdigest(), data)
 
 
 def offline_error(location: Location, missing: list[str]) -> OfflineError:

@@ -6,7 +6,7 @@ import contextlib
 import errno
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 
 from ..caller import warn_caller
@@ -26,12 +26,12 @@ from ..workers.prefetch_queue import Prefetch, PrefetchQueue
 from .cached_files import CachedFile, HeldFiles, open_cached, unreadable
 from .client import Client
 from .download import Downloader, DownloadResult
-from .manifest import ManifestSource, OpenedManifest, offline_error
+from .manifest import ManifestSource, OpenedManifest, offline_error, open_manifest
 from .model import Flaw, Model, ShardFile
 from .shard_request import DownloadPlan, plan_ranges
 from .verifier import ShardVerifier
 
-__all__ = ["RemoteModel", "open_remote_model"]
+__all__ = ["RemoteModel", "open_known_model", "open_remote_model"]
 
 #: How many attempts to make at a shard that other processes keep deleting or replacing.
 _ATTEMPTS = 5
@@ -49,12 +49,20 @@ class RemoteModel(Model):
         Where the model is; then its mirrors, which may have its shards.
     client : Client
     cache : ModelDirectory
+
+    Attributes
+    ----------
+    opened : OpenedManifest
+    commits : dict of str to str
+        See `Client`.
     """
 
     def __init__(
         self, opened: OpenedManifest, locations: Sequence[Location], client: Client, cache: ModelDirectory
     ) -> None:
         super().__init__(opened.manifest, cache.directory)
+        self.opened = opened
+        self.commits = client.commits
         self._locations = locations
         self._context = client.context
         self._cache = cache
@@ -85,6 +93,16 @@ class RemoteModel(Model):
     def nbytes(self, shard: Shard) -> int:
         ranges = None if self.has(shard) else self._wanted_ranges(shard)
         return shard.nbytes if ranges is None else ranges.nbytes
+
+    @property
+    def is_kept(self) -> bool:
+        """Return whether what is downloaded goes to the cache, and not to memory."""
+        return self._cache.why_not_kept is None
+
+    @property
+    def missing(self) -> list[Shard]:
+        """Return what `prepare` found missing."""
+        return list(self._missing.values())
 
     def prepare(self, shards: Sequence[Shard]) -> None:
         missing, room = [], HeldFiles.room()
@@ -125,6 +143,41 @@ class RemoteModel(Model):
                     plan = self._plan(shard)
                     return self._shard_file(plan, self._downloader.download_shard(plan, is_exclusive=is_exclusive))
 
+    def download_if_free(self, shard: Shard, *, keeps_slot: bool = False) -> Prefetch:
+        """Download a shard into the cache, unless it is there or somebody else has begun it.
+
+        Parameters
+        ----------
+        shard : Shard
+        keeps_slot : bool
+            See `DownloadPlan`.
+
+        Raises
+        ------
+        NdcacheError, OSError
+            It cannot be downloaded, or the cache cannot be written.
+        """
+        name, attempt = shard.data_path, _Attempt(shard, self._cache)
+        attempt.begin()
+        if self.is_ready(shard):
+            return Prefetch.NOT_NEEDED
+        with self._cache.try_lock(name, attempt.is_published) as is_mine:
+            if not is_mine:
+                return Prefetch.BUSY
+            if self.is_ready(shard):
+                return Prefetch.NOT_NEEDED  # it was published between the two looks
+            self._prefetched.add(name)  # before others see the file
+            plan = self._plan(shard, keeps_slot=keeps_slot)
+            obtained = self._shard_file(plan, self._downloader.download_shard(plan, is_exclusive=True))
+            obtained.file.close()
+            if obtained.from_cache:
+                self._prefetched.discard(name)
+        return Prefetch.TRIED
+
+    def has_prefetched(self, shard: Shard) -> bool:
+        """Return whether `download_if_free` has downloaded a shard."""
+        return shard.data_path in self._prefetched
+
     def check(self, shard: Shard) -> str | Flaw:
         return self._verifier.check(shard)
 
@@ -160,12 +213,12 @@ class RemoteModel(Model):
                 if self._verifier.accepts(shard, cached):
                     checked = self._verifier.checked_by(shard, cached.metadata)
                     unless_used.pop_all()
-                    return ShardFile(cached.file, from_cache=not self._has_prefetched(shard), checked=checked)
+                    return ShardFile(cached.file, from_cache=not self.has_prefetched(shard), checked=checked)
             cached = None
         cached = cached or self._open_ranges(shard)
         if cached is None:
             return None
-        return ShardFile(cached.file, from_cache=not self._has_prefetched(shard), checked="size")
+        return ShardFile(cached.file, from_cache=not self.has_prefetched(shard), checked="size")
 
     def _open_ranges(self, shard: Shard) -> CachedFile | None:
         """Open a cached file that has the wanted ranges, and holes."""
@@ -204,22 +257,8 @@ class RemoteModel(Model):
 
     def _prefetch(self, name: str) -> Prefetch:
         shard = self._missing[name]
-        attempt = _Attempt(shard, self._cache)
         try:
-            attempt.begin()
-            if self.is_ready(shard):
-                return Prefetch.NOT_NEEDED
-            with self._cache.try_lock(name, attempt.is_published) as is_mine:
-                if not is_mine:
-                    return Prefetch.BUSY
-                if self.is_ready(shard):
-                    return Prefetch.NOT_NEEDED  # it was published between the two looks
-                self._prefetched.add(name)  # before others see the file
-                plan = self._plan(shard, keeps_slot=True)
-                obtained = self._shard_file(plan, self._downloader.download_shard(plan, is_exclusive=True))
-                obtained.file.close()
-                if obtained.from_cache:
-                    self._prefetched.discard(name)
+            return self.download_if_free(shard, keeps_slot=True)
         except CancelledError:
             raise
         except (NdcacheError, OSError) as error:
@@ -235,9 +274,6 @@ class RemoteModel(Model):
                 self._failures[shard.data_path] = error.with_traceback(None)
         elif not is_gone(error):
             self._queue.clear()  # the disk is full, say
-
-    def _has_prefetched(self, shard: Shard) -> bool:
-        return shard.data_path in self._prefetched
 
     def _plan(self, shard: Shard, *, keeps_slot: bool = False) -> DownloadPlan:
         name = shard.data_path
@@ -295,6 +331,32 @@ def open_remote_model(location: Location, context: LoadContext) -> RemoteModel:
     model = RemoteModel(ManifestSource(locations, client, cache).open(), locations, client, cache)
     model.warn_if_not_kept()
     return model
+
+
+def open_known_model(
+    location: Location, context: LoadContext, name: str, data: bytes, commits: Mapping[str, str]
+) -> RemoteModel:
+    """Open a model on a server whose manifest another process has fetched.
+
+    Parameters
+    ----------
+    location : Location
+    context : LoadContext
+    name : str
+        The manifest's name.
+    data : bytes
+        The manifest.
+    commits : mapping of str to str
+        See `Client`.
+
+    Raises
+    ------
+    ManifestError, ChecksumError, CacheError
+    """
+    client, locations = Client(context), (location, *context.mirrors)
+    client.commits.update(commits)
+    opened = open_manifest(data, name, location.url(name), context)
+    return RemoteModel(opened, locations, client, context.open_directory(location))
 
 
 class _Attempt:

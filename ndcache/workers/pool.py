@@ -53,6 +53,8 @@ class WorkerPool:
         When it is set, the threads end.
     has_serial_thread : bool
         Whether to have one more thread, for the `SerialQueue`.
+    has_side_thread : bool
+        Whether to have one more thread, for `run_beside`.
     """
 
     # Ctrl-C can come between any two steps of the main thread. So it shares queues with the workers, and no lock that
@@ -62,12 +64,19 @@ class WorkerPool:
     _numbers = itertools.count(1)
 
     def __init__(
-        self, max_workers: int = 1, cancellation: Cancellation | None = None, *, has_serial_thread: bool = False
+        self,
+        max_workers: int = 1,
+        cancellation: Cancellation | None = None,
+        *,
+        has_serial_thread: bool = False,
+        has_side_thread: bool = False,
     ) -> None:
         self.max_workers = max_workers
         self.cancellation = Cancellation() if cancellation is None else cancellation
         self._has_serial_thread = has_serial_thread
+        self._extra = has_serial_thread + has_side_thread
         self._serial_queue: SerialQueue | None = None
+        self._end_side: Callable[[], None] | None = None
         self._name = f"ndcache-{next(self._numbers)}"
         self._executor: ThreadPoolExecutor | None = None
         self._wanted = self._started = self._ended = 0  # threads
@@ -87,7 +96,7 @@ class WorkerPool:
             The most tasks that there will be at once.
         """
         most = self.max_workers + _SPARE_THREADS
-        wanted = self._has_serial_thread + (most if tasks is None else max(1, min(tasks, most)))
+        wanted = self._extra + (most if tasks is None else max(1, min(tasks, most)))
         if self._wanted >= wanted or main_thread_has_ended():
             return
         self._wanted = wanted
@@ -98,7 +107,7 @@ class WorkerPool:
 
         # The threads run `_serve` as their initializer, because the executor accepts no task once the main thread has
         # ended.
-        self._executor = ThreadPoolExecutor(most + self._has_serial_thread, self._name, initializer=self._serve)
+        self._executor = ThreadPoolExecutor(most + self._extra, self._name, initializer=self._serve)
         self.cancellation.on_set(self._end_threads)
         self._start_thread()
 
@@ -110,7 +119,7 @@ class WorkerPool:
     @property
     def max_helpers(self) -> int:
         """Return the number of other workers that can help a worker with its task."""
-        return max(0, min(self.max_workers, self._wanted - self._has_serial_thread) - 1)
+        return max(0, min(self.max_workers, self._wanted - self._extra) - 1)
 
     def submit(self, task: Task[Any]) -> None:
         """Run `task` in a worker when its turn comes; without workers, run it here and now."""
@@ -163,6 +172,25 @@ class WorkerPool:
 
         self.submit_helper(serve)
         return queue
+
+    def run_beside(self, work: Callable[[], None], end: Callable[[], None]) -> None:
+        """Call `work` in a thread beside the tasks, if there is one to spare.
+
+        Parameters
+        ----------
+        work : callable
+            Must return soon after `end` was called.
+        end : callable
+            Called, perhaps more than once, when the threads are to end. Must not wait for anything.
+        """
+        self._end_side = end
+
+        def serve() -> None:
+            self.release_slot()
+            if self._started > self._extra:  # otherwise no thread would be left for the tasks
+                work()
+
+        self.submit_helper(serve)
 
     def shutdown(self) -> None:
         """Drop the tasks that have not begun, wait for the others, and end all threads."""
@@ -247,6 +275,8 @@ class WorkerPool:
         """Let the threads end after the tasks that were submitted so far."""
         if self._serial_queue is not None:
             self._serial_queue.close()
+        if self._end_side is not None:
+            self._end_side()
         self._tasks.put(None)
         self._slots.add()
 

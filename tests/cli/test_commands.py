@@ -157,6 +157,8 @@ def test_cache_dir_and_scope(tmp_path: Path, serve: Callable[..., FileServer], c
     [
         ([], {"offline": False}),
         (["--max-workers", "3"], {"max_workers": 3}),
+        (["--processes", "3"], {"processes": 3}),
+        (["--processes", "auto"], {"processes": "auto"}),
         (["--timeout", "2.5"], {"timeout": 2.5}),
         (["--retries", "0"], {"retries": 0}),
         (["--verify", "always"], {"verify": "always"}),

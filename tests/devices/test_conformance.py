@@ -21,7 +21,7 @@ from ndcache.devices import open_device
 from ndcache.devices.base import Device, Upload
 from ndcache.devices.cpu import CpuDevice, CpuUpload
 from ndcache.devices.gpu.upload import GpuUpload
-from ndcache.format.dtypes import DTYPES
+from ndcache.format.numpy_dtypes import DTYPES
 from ndcache.stats import LoadStats
 from ndcache.workers.pool import WorkerPool
 

@@ -12,8 +12,8 @@ import pytest
 
 from ndcache.errors import DecodeError, UnsupportedDtypeError
 from ndcache.format.codec import decode_record, encode_bf16, view_record
-from ndcache.format.dtypes import DTYPES
 from ndcache.format.manifest import Record
+from ndcache.format.numpy_dtypes import DTYPES
 
 from ..helpers.models import random_array
 

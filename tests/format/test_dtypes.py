@@ -8,7 +8,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ndcache.format.dtypes import ALIASES, DTYPES, canonical_name, dtype_name
+from ndcache.format import dtypes
+from ndcache.format.dtypes import ALIASES, canonical_name
+from ndcache.format.numpy_dtypes import DTYPES, dtype_name
 
 ITEM_SIZES = {
     "bool": 1,
@@ -30,7 +32,7 @@ ITEM_SIZES = {
 
 
 def test_every_dtype_of_the_format() -> None:
-    assert {name: dtype.itemsize for name, dtype in DTYPES.items()} == ITEM_SIZES
+    assert {name: dtype.itemsize for name, dtype in DTYPES.items()} == ITEM_SIZES == dtypes.ITEM_SIZES
 
 
 @pytest.mark.parametrize("name", DTYPES)

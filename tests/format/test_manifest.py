@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from ndcache.errors import ManifestError, ManifestLayoutError, UnsupportedDtypeError, UnsupportedFormatError
-from ndcache.format.dtypes import DTYPES
 from ndcache.format.manifest import Manifest, Shard
+from ndcache.format.numpy_dtypes import DTYPES
 
 from ..helpers.manifests import byte_record, check_refused, document, parse, parse_one, record, shard
 

@@ -22,8 +22,8 @@ from ndcache.errors import (
     UnsupportedDtypeError,
     UnsupportedFormatError,
 )
-from ndcache.format.dtypes import DTYPES
 from ndcache.format.manifest import Manifest
+from ndcache.format.numpy_dtypes import DTYPES
 from ndcache.format.parse import parse_manifest
 from ndcache.format.paths import STATE_DIRECTORY, check_path
 

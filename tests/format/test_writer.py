@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 import ndcache
-from ndcache.format.dtypes import DTYPES
+from ndcache.format.numpy_dtypes import DTYPES
 
 from ..helpers.models import random_array, write_model
 

@@ -205,3 +205,38 @@ def run_script(script: str, *args: object) -> str:
     done = subprocess.run(command, capture_output=True, check=False, text=True, env=environ, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def helpers_of(pid: int) -> list[int]:
+    """Return the helper processes of a load in the process `pid`, except those that have ended."""
+    found = []
+    for entry in os.listdir("/proc"):
+        with contextlib.suppress(OSError):
+            is_child = entry.isdigit() and parent_and_state(int(entry))[0] == pid
+            if is_child and b"\0_helper\0" in Path("/proc", entry, "cmdline").read_bytes():  # empty if it has ended
+                found.append(int(entry))
+    return found
+
+
+def children_of(pid: int) -> list[int]:
+    """Return the child processes of the process `pid`, including those that nobody has waited for."""
+    found = []
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            if parent_and_state(int(entry))[0] == pid:
+                found.append(int(entry))
+    return found
+
+
+def is_alive(pid: int) -> bool:
+    """Return whether a process runs; one that has ended, and that nobody has waited for, does not."""
+    try:
+        return parent_and_state(pid)[1] != "Z"
+    except OSError:
+        return False
+
+
+def parent_and_state(pid: int) -> tuple[int, str]:
+    """Return a process's parent, and its state as a letter of ``ps``."""
+    fields = Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()
+    return int(fields[1]), fields[0]

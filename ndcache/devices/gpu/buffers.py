@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...format.dtypes import DTYPES
 from ...format.manifest import Record, Shard
+from ...format.numpy_dtypes import DTYPES
 from ...stats import LoadStats
 from ...workers.serial import SerialQueue
 from .layout import WORD, round_up

@@ -1,0 +1,145 @@
+"""What a helper process does: download the shards that nobody else has begun, and report."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import time
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from ..errors import NdcacheError
+from ..format.manifest import Shard
+from ..http.retry import RetryPolicy
+from ..location import locate
+from ..options import LoaderOptions
+from ..resources import LoaderResources
+from ..sources.remote import open_known_model
+from ..stats import LoadStats
+from ..workers.outcomes import Outcomes, Task
+from .messages import HelperReport, HelperRequest
+
+__all__ = ["download"]
+
+#: Seconds between two reports.
+_REPORT_EVERY = 0.1
+
+logger = logging.getLogger("ndcache")
+
+
+def download(fields: dict[str, Any], reports: int, on_end: Callable[[Callable[[], None]], None]) -> None:
+    """Download the shards of a request that nobody else has begun.
+
+    Parameters
+    ----------
+    fields : dict
+        Of the `HelperRequest`.
+    reports : int
+        The descriptor to which reports are written.
+    on_end : callable
+        Called with a function that cancels the download.
+    """
+    request = HelperRequest(**fields)
+    resources = LoaderResources(_loader_options(**request.options), os.environ)
+    location = locate(request.source)
+    with resources.context(location, must_keep=True) as context:
+        reporter = _Reporter(reports, context.stats)
+        logger.addHandler(reporter.handler)
+        logger.propagate = False
+        logger.setLevel(request.log_level)
+        on_end(context.cancellation.set)
+        try:
+            model = open_known_model(
+                location, context, request.manifest_name, request.manifest_text.encode(), request.commits
+            )
+            shards = request.shards(model.manifest)
+            has_failed = False
+
+            def work(shard: Shard) -> None:
+                nonlocal has_failed
+                if has_failed:
+                    return
+                try:
+                    model.download_if_free(shard)
+                    if model.has_prefetched(shard):
+                        reporter.published.put(shard.data_path)
+                except (NdcacheError, OSError) as error:
+                    has_failed = True  # the parent meets it, too, and decides
+                    logger.debug("a helper process could not download %s: %s", shard.data_path, str(error))
+
+            context.pool.start(len(shards))
+            outcomes = Outcomes[None](context.cancellation)
+            for index, shard in enumerate(shards):
+                context.pool.submit(Task(functools.partial(work, shard), outcomes, index))
+            for index in range(len(shards)):
+                outcomes.wait_for(index, reporter.tick)
+                outcomes.take(index)
+                reporter.tick()
+            context.pool.shutdown()
+            reporter.report(is_done=True)
+        except BaseException:
+            context.cancellation.set()
+            context.pool.shutdown()
+            reporter.report()
+            raise
+
+
+def _loader_options(*, retries: dict[str, Any], timeout: list[float], **others: Any) -> LoaderOptions:
+    """Return the options of a request, in the types that they had before they were JSON."""
+    connect, read = timeout
+    return LoaderOptions(retries=RetryPolicy(**retries), timeout=(connect, read), **others)
+
+
+class _Reporter:
+    """Write reports, on the main thread; other threads only fill its queues.
+
+    Attributes
+    ----------
+    published : SimpleQueue of str
+    handler : logging.Handler
+        Puts log records into the reports.
+    """
+
+    def __init__(self, descriptor: int, stats: LoadStats) -> None:
+        self.published: SimpleQueue[str] = SimpleQueue()
+        self.handler = _QueueHandler()
+        self._descriptor = descriptor
+        self._stats = stats
+        self._last = 0.0
+
+    def tick(self) -> None:
+        """Report if a shard was published, or the last report is old."""
+        if not self.published.empty() or time.monotonic() - self._last >= _REPORT_EVERY:
+            self.report()
+
+    def report(self, *, is_done: bool = False) -> None:
+        """Report what has been done."""
+        report = HelperReport.of(
+            self._stats, published=_take_all(self.published), log=_take_all(self.handler.records), is_done=is_done
+        )
+        line = memoryview(report.encode())
+        while line:
+            line = line[os.write(self._descriptor, line) :]
+        self._last = time.monotonic()
+
+
+class _QueueHandler(logging.Handler):
+    """Keep log records until the next report."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: SimpleQueue[tuple[int, str]] = SimpleQueue()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.put((record.levelno, record.getMessage()))
+
+
+def _take_all(queue: SimpleQueue[Any]) -> list[Any]:
+    taken = []
+    while True:
+        try:
+            taken.append(queue.get_nowait())
+        except Empty:
+            return taken
