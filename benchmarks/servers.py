@@ -53,11 +53,13 @@ def nginx(
             f"{kind}_temp_path {folder};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
         )
         access = f"log_format bytes '$body_bytes_sent $uri'; access_log {log} bytes;" if log else "access_log off;"
+        # nginx sends as much as the socket takes, and only then waits as long as that should have taken.
+        limit = f"limit_rate {rate}; sendfile_max_chunk {max(1, rate // 100)};" if rate else ""
         config = folder / "nginx.conf"
         config.write_text(
             f"daemon off; pid {folder}/pid; error_log stderr; worker_processes {max(2, cores())};"
             f"{'user root;' if os.geteuid() == 0 else ''} events {{}}"
-            f"http {{ {temporary} {access} sendfile on; limit_rate {rate};"
+            f"http {{ {temporary} {access} sendfile on; {limit}"
             f"server {{ {listen}; {secure} root {directory};"
             f"location /bench/model/resolve/main/ {{ alias {directory}/; add_header X-Repo-Commit {_COMMIT}; }} }} }}"
         )

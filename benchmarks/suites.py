@@ -10,6 +10,7 @@ from ndcache.devices.gpu.adapters import is_software, list_adapters
 from ndcache.errors import NdcacheError
 
 from . import choices, inputs, many_cores, servers
+from .cluster import cluster
 from .harness import Contender, Result, Settings, Target, maker, rounds
 
 MIB = 1 << 20
@@ -290,6 +291,7 @@ SUITES: dict[str, tuple[Callable[[Settings], Result], ...]] = {
     "small": (small,),
     "cold-many-cores": (many_cores.plain, many_cores.tls),
     "processes": (many_cores.processes, many_cores.together),
+    "cluster": (cluster,),
     "warm-cpu": (warm_cpu,),
     "warm-gpu": (warm_gpu,),
     "many": (many,),
@@ -299,7 +301,7 @@ SUITES: dict[str, tuple[Callable[[Settings], Result], ...]] = {
     "import": (imports,),
 }
 #: Suites that cannot run without nginx.
-SERVED = frozenset({"cold", "minilm", "tls", "rate", "small", "cold-many-cores", "processes", "memory"})
+SERVED = frozenset({"cold", "minilm", "tls", "rate", "small", "cold-many-cores", "processes", "cluster", "memory"})
 
 
 def _has_software_gpu() -> bool:

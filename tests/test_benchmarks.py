@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -77,6 +78,23 @@ def test_the_suites_for_many_cores(tmp_path: Path) -> None:
     sent = results["processes-together"]["targets"][1]
     assert sent["label"] == "bytes sent / model"
     assert 1 <= sent["median"] < 1.5  # the model and its manifest, once
+
+
+def test_the_suite_for_clusters(tmp_path: Path) -> None:
+    need_program("nginx")
+    figures, printed = run(tmp_path, "cluster")
+    (result,) = figures["suites"]
+    _check(result)
+    labels = {row["label"] for row in result["rows"]}
+    assert "one node, one connection" in labels
+    for engine, label in (("distributed", "Dask, 8 nodes"), ("ray", "Ray, 4 nodes")):
+        if importlib.util.find_spec(engine) is None:
+            assert "No module named" in result["left_out"][label]
+            continue
+        assert label in labels, result["left_out"]
+        (sent,) = (target for target in result["targets"] if target["label"] == f"{label}: bytes sent / model")
+        assert 1 <= sent["median"] < 1.5  # the model and its manifest, once
+        assert f"target: one node, one connection / {label}:" in printed
 
 
 def test_the_fastest_setting_is_used(tmp_path: Path) -> None:

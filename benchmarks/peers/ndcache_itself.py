@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .machine import Unavailable, open_gpu
-from .timing import alive, figures, profile, timed, written
+from .timing import alive, figures, logged_bytes, profile, timed, written
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def ndcache_together(given: Given) -> Measured:
     import sys
 
     command = [sys.executable, "-c", _TOGETHER, given["url"], json.dumps(_options(given))]
-    sent = _logged_bytes(given["log"])
+    sent = logged_bytes(given["log"])
     processes = [
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         for _ in range(given["together"])
@@ -80,7 +80,7 @@ def ndcache_together(given: Given) -> Measured:
         assert process.stdout is not None
         process.stdout.readline()
     measured = timed(work)
-    figures["origin_bytes"] = _logged_bytes(given["log"]) - sent
+    figures["origin_bytes"] = logged_bytes(given["log"]) - sent
     return measured
 
 
@@ -98,18 +98,6 @@ def _options(given: Given) -> dict[str, Any]:
     """Return the options of a load that writes to the output directory."""
     names = {name: name for name in ("verify", "processes", "memory_limit")} | {"workers": "max_workers"}
     return {"cache_dir": given["out"], **{option: given[name] for name, option in names.items() if name in given}}
-
-
-def _logged_bytes(log: str) -> int:
-    """Return the bytes that a server logged, as soon as it has logged nothing for a moment."""
-    import os
-    import time
-
-    size = -1
-    while size != (size := os.path.getsize(log)):
-        time.sleep(0.2)
-    with open(log) as file:
-        return sum(int(line.split()[0]) for line in file)
 
 
 def ndcache_stream(given: Given) -> Measured:

@@ -63,6 +63,15 @@ def written(given: Given) -> int:
     return found
 
 
+def logged_bytes(log: str) -> int:
+    """Return the bytes that a server logged, as soon as it has logged nothing for a moment."""
+    size = -1
+    while size != (size := os.path.getsize(log)):
+        time.sleep(0.2)
+    with open(log) as file:
+        return sum(int(line.split()[0]) for line in file)
+
+
 def _busy_seconds() -> float:
     """Return the seconds that all cores of this machine have worked, for any process; 0 where nothing tells."""
     try:
