@@ -86,8 +86,10 @@ class Response:
             return False
         return tuple(map(int, match.groups())) == (start, end - 1, size) and self.content_length in (None, end - start)
 
-    def read_some(self, limit: int) -> bytes:
+    def read_some(self, limit: int) -> bytes | memoryview:
         """Return the next bytes of the body, up to `limit`, as soon as there are any; no bytes mean its end.
+
+        They are valid until the next call in the same thread, which may use their memory again.
 
         Raises
         ------
@@ -97,7 +99,7 @@ class Response:
         """
         self._watch.is_waiting = True
         try:
-            data: bytes = self._raw.raw.read1(limit, decode_content=False)
+            data: bytes | memoryview = self._raw.raw.read1(limit, decode_content=False)
         except FAILURES as error:
             check_not_woken(self._cancellation, self._watch, self.url)
             if self.content_length is not None or "Transfer-Encoding" in self.headers or not is_tls_end(error):

@@ -86,10 +86,10 @@ for _name in ("urllib3.connection", "urllib3.connectionpool", "urllib3.util.retr
 
 
 class _CurrentResponse(RawResponse):
-    """A response that `watching` can close if the request fails."""
+    """A response that `watching` can close if the request fails; other requests get one that is not ours."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, lends_buffer=getattr(_current, "watch", None) is not None, **kwargs)
         _current.response = self
 
 

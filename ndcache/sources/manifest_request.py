@@ -176,6 +176,6 @@ def _chunks(response: Response) -> Iterator[bytes]:
     length, received = response.content_length, 0
     while data := response.read_some(1 << 16):
         received += len(data)
-        yield data
+        yield bytes(data)  # what a decoder keeps must not change
     if length is not None and received < length:
         raise TruncatedError("the body ended early", url=response.url, expected=length, received=received)

@@ -359,7 +359,7 @@ def test_chunks_of_any_size_are_put_together(secure: ScriptedServer, transport: 
 
 
 def read_all(response: Response) -> bytes:
-    return b"".join(iter(lambda: response.read_some(1 << 18), b""))
+    return b"".join(iter(lambda: bytes(response.read_some(1 << 18)), b""))
 
 
 def test_a_connection_with_tls_is_used_again(secure: ScriptedServer, transport: Transport) -> None:

@@ -266,7 +266,7 @@ def test_large_bodies_over_tls(secure: ScriptedServer, authority: trustme.CA, en
         if error is not None:
             stack.enter_context(pytest.raises(error))
         while piece := response.read_some(1 << 18):
-            received.append(piece)
+            received.append(bytes(piece))
     session.close()
     came = b"".join(received)
     assert came == data[: len(came)]
