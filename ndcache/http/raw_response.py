@@ -1,15 +1,18 @@
-"""The HTTP response that urllib3 reads from a socket: interim responses, and bodies that are read many pieces at a time.
+"""The HTTP response that urllib3 reads from a socket: interim responses, and bodies that are read in a tight loop.
 
-A TLS record has at most 16 KiB, and each read of a socket gives one record, or what has arrived. Every step that Python
-takes between two reads holds the interpreter's lock, for which all other workers wait. So a body is read in one tight
-loop, from the socket itself, into a buffer that the thread uses again and again.
+Each read of a socket gives what has arrived, with TLS a record of at most 16 KiB. After each read, a thread needs the
+interpreter's lock, for which all workers compete. So there is as little Python as possible between two reads: they go
+from the socket itself into a buffer that the thread uses again and again, and few threads read TLS records at once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import http.client
 import io
+import itertools
+import os
 import socket
 import ssl
 import threading
@@ -33,7 +36,31 @@ _MAX_INTERIM = 1000
 #: Raised by a socket without a timeout for which nothing has arrived.
 _NOTHING_YET = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
-_this_thread = threading.local()
+#: How many threads read TLS records in their loops at once. With more, they compete for the interpreter's lock: on 16
+#: cores, 16 threads that also compute md5 receive 1.8 GB/s without a limit, 2.4 with 3 at once, 1.9 with 4, 1.5 with 1.
+_TLS_LOOPS = 3
+_numbers = itertools.count()
+
+
+class _ThisThread(threading.local):
+    """What a thread keeps for the next response: its buffer, and a number."""
+
+    def __init__(self) -> None:
+        self.buffer = memoryview(b"")
+        self.number = next(_numbers)
+
+
+_this_thread = _ThisThread()
+_turns = [threading.Lock() for _ in range(_TLS_LOOPS)]
+
+
+def _renew_turns() -> None:
+    """Forget the locks that threads of the parent process held at the moment of a fork."""
+    _turns[:] = [threading.Lock() for _ in range(_TLS_LOOPS)]
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_turns)
 
 
 class RawResponse(http.client.HTTPResponse):
@@ -94,19 +121,20 @@ class RawResponse(http.client.HTTPResponse):
         """Read on into `buffer`, which has `received` bytes, as long as there is more; return how many it has then."""
         limit, timeout = len(buffer), sock.gettimeout()
         read = self.fp.readinto1 if self.chunked else _reader(sock)
-        sock.settimeout(0)
-        try:
-            while received < limit and (size := self._bytes_in_a_row(limit - received)):
-                count = self._fill(buffer[received : received + size], read)
-                received += count
-                if count < size:
-                    break
-        except _NOTHING_YET:
-            pass
-        except (OSError, http.client.HTTPException) as error:
-            self._failure = error
-        finally:
-            sock.settimeout(timeout)
+        with _turn(sock):
+            sock.settimeout(0)
+            try:
+                while received < limit and (size := self._bytes_in_a_row(limit - received)):
+                    count = self._fill(buffer[received : received + size], read)
+                    received += count
+                    if count < size:
+                        break
+            except _NOTHING_YET:
+                pass
+            except (OSError, http.client.HTTPException) as error:
+                self._failure = error
+            finally:
+                sock.settimeout(timeout)
         return received
 
     def _fill(self, free: memoryview, read: _Read) -> int:
@@ -160,9 +188,13 @@ def _reader(sock: socket.socket | SSLTransport) -> _Read:
     return sock.recv_into if read is None else functools.partial(read, _RECORD_BYTES)  # type: ignore[return-value]
 
 
+def _turn(sock: socket.socket | SSLTransport) -> contextlib.AbstractContextManager[object]:
+    """Return what to hold during a loop that does not wait for the server."""
+    return _turns[_this_thread.number % _TLS_LOOPS] if type(sock) is not socket.socket else contextlib.nullcontext()
+
+
 def _buffer(nbytes: int) -> memoryview:
     """Return the buffer of this thread, of at least `nbytes`."""
-    buffer: memoryview | None = getattr(_this_thread, "buffer", None)
-    if buffer is None or len(buffer) < nbytes:
-        _this_thread.buffer = buffer = memoryview(bytearray(nbytes))
-    return buffer
+    if len(_this_thread.buffer) < nbytes:
+        _this_thread.buffer = memoryview(bytearray(nbytes))
+    return _this_thread.buffer
