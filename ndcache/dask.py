@@ -140,7 +140,7 @@ class _DaskEngine:
         gather = functools.partial(self._client.gather, finished, errors="skip", asynchronous=True)
         try:
             results = self._client.sync(gather, callback_timeout=_GATHER_SECONDS)
-        except TimeoutError:
+        except distributed.TimeoutError:
             for key in finished:  # a worker was lost with its results: the coordinator releases them when it notices
                 self._ended.put(key)
             return []

@@ -20,6 +20,7 @@ import dataclasses
 import hashlib
 import logging
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -48,6 +49,9 @@ Handle = TypeVar("Handle")
 _TICK_SECONDS = 0.2
 #: Pieces that a node may hold at once, as `Spread` says.
 _PIECES_PER_NODE = 4
+#: How long to wait for nodes that do not say what they have, as their workers are busy, before shards are downloaded
+#: that these nodes may have.
+_STRAGGLER_SECONDS = 30.0
 #: The most nodes that try to fetch the manifest, if an error may be the node's own.
 _MAX_MANIFEST_TRIES = 3
 
@@ -143,6 +147,8 @@ class Coordinator(Generic[Handle]):
         self._have_manifest: set[Node] = set()
         self._manifest: tuple[str, Handle] | None = None  # the worker that reads it for others, and what it reads
         self._parts: tuple[Origin[Handle], Spread[Handle]] | None = None  # once the manifest is known
+        self._opened_at = 0.0
+        self._has_surveyed = False
         self._reporter: Reporter | None = None
         self._reported: set[int] = set()
 
@@ -172,11 +178,20 @@ class Coordinator(Generic[Handle]):
         for node in list(self._state.nodes.values()):
             if not node.is_ready and not node.is_surveying:
                 self._survey(node)
-        for part in self._parts:
-            part.assign()
+        origin, spread = self._parts
+        if self._may_download():
+            origin.assign()
+        spread.assign()
         for node in self._state.ready_nodes():
             if len(node.have) == len(self._state.shards) and not node.is_finished and not node.is_finishing:
                 self._finish(node)
+
+    def _may_download(self) -> bool:
+        """Return whether shards that seem to be nowhere may be downloaded: once the first nodes say what they have."""
+        if not self._has_surveyed:
+            are_ready = self._members.are_known and all(node.is_ready for node in self._state.nodes.values())
+            self._has_surveyed = are_ready or time.monotonic() > self._opened_at + _STRAGGLER_SECONDS
+        return self._has_surveyed
 
     def _is_done(self) -> bool:
         nodes = self._state.nodes.values()
@@ -185,10 +200,7 @@ class Coordinator(Generic[Handle]):
     def _lost(self, worker: str) -> None:
         """React to a worker that is gone, whose tasks have been dropped."""
         if self._manifest is not None and self._manifest[0] == worker:
-            self._dispatcher.forget(self._manifest[1])
             self._manifest = None
-        if self._parts is not None:
-            self._parts[1].sender_lost(worker)
 
     # --- the manifest
 
@@ -230,7 +242,7 @@ class Coordinator(Generic[Handle]):
 
     def _opened(self, file: ManifestFile) -> None:
         manifest, digest = self._parse(file), hashlib.sha256(file.data).hexdigest()
-        self._file = file
+        self._file, self._opened_at = file, time.monotonic()
         self._call = dataclasses.replace(self._call, manifest_name=file.name, manifest_sha256=digest)
         wanted = {shard.data_path for shard in manifest.shards_with(self._names)}
         for index, shard in enumerate(manifest.shards):

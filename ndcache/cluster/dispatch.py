@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -15,7 +16,7 @@ Handle = TypeVar("Handle")
 
 @dataclass(frozen=True)
 class _Task:
-    worker: str
+    workers: frozenset[str]  # its own, and those that have results which it takes
     done: Callable[[Any], None]
     lost: Callable[[], None]
 
@@ -41,9 +42,12 @@ class Dispatcher(Generic[Handle]):
         done: Callable[[Any], None],
         lost: Callable[[], None] = lambda: None,
     ) -> Handle:
-        """Start a task; its result is given to `done`, unless `drop` or `forget` come first."""
+        """Start a task; its result is given to `done`, unless `drop` or `forget` come first.
+
+        `lost` is called if its worker is gone, or the one that has a result which it takes.
+        """
         handle = self._engine.submit(worker, function, *args)
-        self._tasks[handle] = _Task(worker, done, lost)
+        self._tasks[handle] = _Task(frozenset([worker, *self._workers_with(args)]), done, lost)
         return handle
 
     def submit_staying(self, worker: str, function: Callable[..., Any], *args: Any) -> Handle:
@@ -68,11 +72,17 @@ class Dispatcher(Generic[Handle]):
                 task.done(result)
 
     def drop(self, worker: str) -> None:
-        """Call `lost` for the tasks of a worker that is gone."""
-        lost = {handle: task for handle, task in self._tasks.items() if task.worker == worker}
-        self.forget(*lost)
+        """Call `lost` for the tasks of a worker that is gone, and for those that need its results."""
+        lost = {handle: task for handle, task in self._tasks.items() if worker in task.workers}
+        self.forget(*lost, *(handle for handle, owner in self._kept.items() if owner == worker))
         for task in lost.values():
             task.lost()
+
+    def _workers_with(self, args: Iterable[Any]) -> Iterator[str]:
+        for each in args:
+            with contextlib.suppress(TypeError):  # most arguments are values, and some cannot be hashed
+                if each in self._kept:
+                    yield self._kept[each]
 
     def close(self) -> None:
         """Release everything."""

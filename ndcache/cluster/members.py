@@ -36,7 +36,7 @@ class Members(Generic[Handle]):
     state : State
     dispatcher : Dispatcher
     lost : callable
-        Called with the name of a worker that is gone, once its own tasks are dropped.
+        Called with the name of a worker that is gone, before its tasks are dropped.
     """
 
     call: Call
@@ -106,5 +106,5 @@ class Members(Generic[Handle]):
             node.directory = None  # survey it again: nobody knows what the lost tasks have done
         if was_representative:
             node.partials.clear()
-            self.dispatcher.drop(worker)
             self.lost(worker)
+            self.dispatcher.drop(worker)

@@ -19,6 +19,8 @@ Handle = TypeVar("Handle")
 
 #: Tasks of a node that download at once, so that its connections are not idle while the last shard of one arrives.
 _LANES = 2
+#: The most bytes that a task downloads if it could take fewer shards: other nodes get them when it has ended.
+_BATCH_BYTES = 128 << 20
 #: The most nodes that try to download a shard, if an error may be the node's own.
 _MAX_TRIES = 2
 
@@ -82,8 +84,9 @@ class Origin(Generic[Handle]):
         able = [index for index, each in waiting.items() if node.id not in each.errors]
         if not able:
             return []
-        lanes = self._lanes * sum(1 for _ in self.state.ready_nodes())
-        nbytes = sum(waiting[index].shard.nbytes for index in able) / (2 * lanes)
+        lanes = self._lanes * len(self.state.nodes)
+        share = sum(waiting[index].shard.nbytes for index in able) / (2 * lanes)
+        nbytes = min(share, _BATCH_BYTES)
         count = min(math.ceil(self.max_workers / self._lanes), math.ceil(len(able) / lanes))
         batch: list[int] = []
         taken = 0

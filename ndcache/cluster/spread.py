@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from ..errors import CancelledError, DiskFullError, IntegrityError
@@ -31,14 +31,6 @@ _MAX_TRIES = 5
 logger = logging.getLogger("ndcache")
 
 
-@dataclass(frozen=True)
-class _Transfer:
-    sender: str
-    receiver: Node
-    indices: set[int]
-    ended: Callable[[], None]
-
-
 @dataclass(eq=False)
 class Spread(Generic[Handle]):
     """Transfer shards between nodes, so that each node that has something passes it on.
@@ -62,7 +54,6 @@ class Spread(Generic[Handle]):
     dispatcher: Dispatcher[Handle]
     manifest: Callable[[], Handle | ManifestFile]
     piece_bytes: int
-    _transfers: dict[Handle, _Transfer] = field(default_factory=dict, init=False)
 
     def assign(self) -> None:
         """Start what can be started now."""
@@ -161,10 +152,15 @@ class Spread(Generic[Handle]):
 
         def ended() -> None:
             self.dispatcher.forget(data)
-            del self._transfers[written]
             sender.sends -= 1
             receiver.receives -= 1
             receiver.under_way -= indices
+
+        def lost() -> None:
+            ended()
+            for index in indices:
+                # Perhaps the receiver has the piece and is writing it: let it begin a partial file of its own.
+                receiver.partials.pop(index, None)
 
         def done(result: Any) -> None:
             ended()
@@ -172,20 +168,9 @@ class Spread(Generic[Handle]):
 
         held = {index: self.state.shards[index].held for index in indices}
         partial = receiver.partials.get(pieces[0].index)
-        written = self.dispatcher.submit(
-            receiver.worker, tasks.write, self.call, pieces, held, data, partial, done=done, lost=ended
+        self.dispatcher.submit(
+            receiver.worker, tasks.write, self.call, pieces, held, data, partial, done=done, lost=lost
         )
-        self._transfers[written] = _Transfer(sender.worker, receiver, indices, ended)
-
-    def sender_lost(self, worker: str) -> None:
-        """Give up the transfers from a worker that is gone."""
-        for written, transfer in list(self._transfers.items()):
-            if transfer.sender == worker:
-                self.dispatcher.forget(written)
-                transfer.ended()
-                for index in transfer.indices:
-                    # Perhaps the receiver has the piece and is writing it: let it begin a partial file of its own.
-                    transfer.receiver.partials.pop(index, None)
 
     def _done(self, sender: Node, receiver: Node, indices: Collection[int], result: Any) -> None:
         for index in indices:

@@ -6,6 +6,7 @@ fails as a `Failure`, and also return a `Failure` that they are given.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 from collections.abc import Callable, Collection, Mapping
@@ -144,17 +145,19 @@ def obtain(
                 has_failed = True
                 return Failure(error)
 
-        here.context.pool.start(None)
         ordered = list(shards.values())
-        results = map_ordered(
-            ordered,
-            work,
-            pool=here.context.pool,
-            sizes=[shard.nbytes for shard in ordered],
-            memory_limit=sys.maxsize,
-            stats=here.context.stats,
-        )
-        return dict(zip(shards, results, strict=True))
+        with contextlib.closing(model):
+            model.prepare(ordered)
+            here.context.pool.start(None)
+            results = map_ordered(
+                ordered,
+                work,
+                pool=here.context.pool,
+                sizes=[shard.nbytes for shard in ordered],
+                memory_limit=sys.maxsize,
+                stats=here.context.stats,
+            )
+            return dict(zip(shards, results, strict=True))
 
 
 @_task
