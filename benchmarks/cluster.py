@@ -12,20 +12,22 @@ MIB = 1 << 20
 
 
 def cluster(settings: Settings) -> Result:
-    """Bring a model to 8 workers of Dask and to 4 nodes of Ray, over 8 connections of 20 MiB/s each."""
+    """Bring a model to 8 nodes of Dask and to 4 of Ray, over 8 connections of 20 MiB/s each."""
     size = settings.bytes_or(1024 * MIB)
     with inputs.working_folder(settings, memory=True, needed=10 * size) as folder:
         model = inputs.synthetic(folder / "model", size, shard_bytes=size // 64, tensor_bytes=size // 64)
         log = folder / "log"
         with servers.nginx(folder / "model", rate=20 * MIB, log=log) as (url, _):
             given = {**model, "url": url, "log": str(log), "memory": 0}
-            alone, dask, ray = "one node, one connection", "Dask, 8 nodes", "Ray, 4 nodes"
+            dask_nodes, ray_nodes = (2, 2) if settings.quick else (8, 4)
+            alone = "one node, one connection"
+            dask, ray = f"Dask, {dask_nodes} nodes", f"Ray, {ray_nodes} nodes"
             result = Result(
                 "cluster",
                 [
                     maker(given, model)(alone, "ndcache_fetch", workers=1),
-                    _nodes(given, model, dask, "dask_fetch", 8, 1),
-                    _nodes(given, model, ray, "ray_fetch", 4, 2),
+                    _nodes(given, model, dask, "dask_fetch", dask_nodes, 8 // dask_nodes),
+                    _nodes(given, model, ray, "ray_fetch", ray_nodes, 8 // ray_nodes),
                 ],
                 targets=[
                     *_targets(model, alone, dask),
