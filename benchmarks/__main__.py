@@ -34,6 +34,7 @@ def main() -> int:
     parser.add_argument("--profile", action="store_true", help="show where the threads of ndcache are")
     parser.add_argument("--folder", type=Path, help="directory for inputs and outputs; default: the system's")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--rst", type=Path, help="write the tables to this file, as reStructuredText")
     parser.add_argument("--png", type=Path, help="write a chart of each suite to this directory")
     options = parser.parse_args()
     if unknown := set(options.suites) - set(SUITES):
@@ -65,6 +66,8 @@ def main() -> int:
             print(f"\n{report.table(result, quick=options.quick)}", flush=True)
             if options.json:
                 report.write_json(options.json, here, results, quick=options.quick)
+            if options.rst:
+                report.write_rst(options.rst, here, results)
             if options.png:
                 print(report.write_png(options.png, here, result), flush=True)
     return int(failed)

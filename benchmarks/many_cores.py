@@ -72,7 +72,7 @@ def processes(settings: Settings) -> Result:
                 [
                     *(
                         make(f"ndcache load, processes={count}", "ndcache_load", loaded=True, processes=count)
-                        for count in (1, 2, 4, "auto")
+                        for count in (1, 2, 4, 8, "auto")
                     ),
                     make("curl --parallel", "curl", settings=choices.CURL),
                     make("obstore", "obstore", settings=choices.OBSTORE),

@@ -38,6 +38,29 @@ def table(result: dict[str, Any], *, quick: bool) -> str:
     return "\n".join(lines)
 
 
+def rst_table(result: dict[str, Any]) -> str:
+    """Return a suite's medians and ratios as a table of reStructuredText, as docs/benchmarks.rst has them."""
+    lines = [(result["suite"], "seconds", "GB/s", "CPU s", "to the first", "setting")]
+    for row in result["rows"]:
+        spent = row["profile"].get("user", 0) + row["profile"].get("system", 0)
+        seconds = {"median": row["median"], "lowest": min(row["seconds"]), "highest": max(row["seconds"])}
+        speed = f"{row['gb_per_second']:.2f}" if row["file_bytes"] else ""
+        setting = row["settings"][0]["setting"] if row["settings"] else ""
+        ratio = _range(row["ratio"]) if row["ratio"] else ""
+        lines.append((row["label"], _range(seconds), speed, f"{spent:.1f}", ratio, setting))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rule = "  ".join("=" * width for width in widths)
+    texts = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join([rule, texts[0], rule, *texts[1:], rule])
+
+
+def write_rst(path: Path, machine: dict[str, Any], results: list[dict[str, Any]]) -> None:
+    """Write the tables of all suites so far, below a description of the machine."""
+    versions = "\n".join(f"- {name} {version}" for name, version in machine["versions"].items())
+    about = f"{machine['cpu']}, {machine['cores']} cores, Python {machine['python']}, {machine['date']}"
+    path.write_text("\n\n".join([about, versions, *map(rst_table, results)]) + "\n")
+
+
 def write_json(path: Path, machine: dict[str, Any], results: list[dict[str, Any]], *, quick: bool) -> None:
     """Write the figures of all suites so far."""
     temporary = path.with_name(f"{path.name}.new")

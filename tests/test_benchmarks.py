@@ -67,9 +67,10 @@ def test_the_suites_for_many_cores(tmp_path: Path) -> None:
     figures, printed = run(tmp_path, "cold-many-cores", "processes", "--profile")
     results = {result["suite"]: result for result in figures["suites"]}
     assert list(results) == ["cold-many-cores", "cold-many-cores-tls", "processes", "processes-together"]
-    plain, secure, _, together = ({row["label"]: row for row in result["rows"]} for result in results.values())
+    plain, secure, processes, together = ({row["label"]: row for row in result["rows"]} for result in results.values())
     counts = {f"ndcache load, {count} workers" for count in (8, 16)} | {"ndcache load, 16, no digests"}
     assert counts <= plain.keys() & secure.keys()
+    assert {f"ndcache load, processes={count}" for count in (1, 2, 4, "auto")} <= processes.keys()
     assert together.keys() == {"one process of 8 workers", "four processes of 8 workers"}
     for result in results.values():
         _check(result)
@@ -100,13 +101,16 @@ def test_the_suite_for_clusters(tmp_path: Path) -> None:
 def test_the_fastest_setting_is_used(tmp_path: Path) -> None:
     need_program("nginx")
     need_program("curl")
-    figures, printed = run(tmp_path, "tls")
+    tables = tmp_path / "tables.rst"
+    figures, printed = run(tmp_path, "tls", "--rst", str(tables))
     assert figures["machine"]["versions"].keys() >= {"curl", "nginx", "OpenSSL"}
     (curl,) = (row for row in figures["suites"][0]["rows"] if row["peer"] == "curl")
     settings = curl["settings"]
     assert len(settings) >= 3
     assert settings == sorted(settings, key=lambda setting: setting["seconds"])
     assert f"setting of curl --parallel: {settings[0]['setting']} (" in printed
+    (line,) = (line for line in tables.read_text().splitlines() if line.startswith("curl --parallel  "))
+    assert line.endswith(f"  {settings[0]['setting']}")
 
 
 def test_programs_that_are_not_there_are_left_out(tmp_path: Path) -> None:
