@@ -22,7 +22,7 @@ from ._version import __version__
 from .cluster import tasks
 from .cluster.coordinator import fetch_to_nodes
 from .format.manifest import NameFilter
-from .options import OPTION_NAMES, check_keywords
+from .options import OPTION_NAMES, check_keywords, hide_keywords
 from .progress import Progress
 
 try:
@@ -42,6 +42,7 @@ _MOST_DEATHS = 3
 _LOST = (RayActorError, ActorUnschedulableError, ObjectLostError)
 
 
+@hide_keywords
 def fetch(source: str, *, names: NameFilter = None, progress: Progress = None, **options: Any) -> dict[str, Path]:
     """Bring a model to every node of the Ray cluster that this process is connected to; block until it is there.
 
@@ -85,7 +86,7 @@ def fetch(source: str, *, names: NameFilter = None, progress: Progress = None, *
     check_keywords(fetch, options.keys() - OPTION_NAMES)
     if not ray.is_initialized():
         raise RuntimeError(
-            "Ray is not initialised in this process. Call ray.init(address=...) first; ndcache starts no cluster."
+            "Ray is not initialised in this process. To choose the cluster, call ray.init(address=...) before."
         )
     with closing(_RayEngine()) as engine:
         found = fetch_to_nodes(engine, source, options, names=names, progress=progress)

@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import pytest
 
 from ndcache.ray import _RayEngine
 
+from ..helpers.loads import wait_until
 from ..helpers.ray_cluster import TIMEOUT, RayCluster, open_ray_cluster, wait_for_nothing
 
 pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.once]
@@ -102,19 +103,12 @@ def _release(path: Path) -> bool:
     with _engine() as engine:
         worker = next(iter(engine.workers()))
         handle = engine.submit(worker, wait_for_release, str(path))
-        _until(path.exists)
+        wait_until(path.exists)
         engine.release([handle, object()])
-        _until(lambda: not path.exists())
+        wait_until(lambda: not path.exists())
         assert engine.collect(0) == []
         assert _results(engine, engine.submit(worker, total, np.ones(3))) == [3]
     return True
-
-
-def _until(is_so: Callable[[], bool]) -> None:
-    end = time.monotonic() + TIMEOUT
-    while not is_so():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def test_a_released_task_learns_of_it(cluster: RayCluster, tmp_path: Path) -> None:
@@ -128,7 +122,7 @@ def _lose() -> tuple[list[str], list[str], list[Any]]:
         assert _results(engine, engine.submit(one, total, piece)) == [1 << 20]
         engine.submit(other, die)
         lost = engine.submit(other, wait_for_release, "/never")
-        _until(lambda: bool(engine.collect(0.1)) or other not in engine._actors)
+        wait_until(lambda: bool(engine.collect(0.1)) or other not in engine._actors)
         assert engine.submit(other, home) not in (None, lost)
         after = list(engine.workers())
         # What the actor had made is still in its node's store.

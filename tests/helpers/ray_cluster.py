@@ -41,11 +41,14 @@ class RayCluster:
     ----------
     address : str
         What a driver connects to.
+    folder : pathlib.Path
+        Ray's files: logs, and sockets.
     homes : dict of str to pathlib.Path
-        By the ID of each node that was started: the cache directory that its workers use.
+        By the ID of each node that lives: the cache directory that its workers use.
     """
 
-    def __init__(self, process: BaseProcess, pipe: Connection, zygote: Zygote) -> None:
+    def __init__(self, folder: Path, process: BaseProcess, pipe: Connection, zygote: Zygote) -> None:
+        self.folder = folder
         self._process = process
         self._pipe = pipe
         self._zygote = zygote
@@ -68,12 +71,21 @@ class RayCluster:
         self._order("kill", node_id)
         del self.homes[node_id]
 
-    def start(self, function: Callable[..., Any], *args: Any, **options: Any) -> Child:
+    def kill_actors(self, node_id: str) -> None:
+        """Send SIGKILL to the actors of a node."""
+        killed = [pid for pid, title in self.workers(node_id).items() if "NdcacheWorker" in title]
+        assert killed, self.workers(node_id)
+        for pid in killed:
+            os.kill(pid, signal.SIGKILL)
+
+    def start(
+        self, function: Callable[..., Any], *args: Any, runtime_env: dict[str, Any] | None = None, **options: Any
+    ) -> Child:
         """Call a function in a driver of its own."""
-        return self._zygote.start(_drive, self.address, function, args, options)
+        return self._zygote.start(_drive, self.address, runtime_env, function, args, options)
 
     def run(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        """Return what a function returns in a driver of its own, or raise what it raises."""
+        """Return what a function returns in a driver of its own, or raise what it raises; see `start`."""
         return self.start(function, *args, **options).result(TIMEOUT)
 
     def close(self) -> None:
@@ -106,7 +118,7 @@ def open_ray_cluster(*homes: Path) -> Iterator[RayCluster]:
     process.start()
     theirs.close()
     try:
-        cluster = RayCluster(process, ours, start_zygote())
+        cluster = RayCluster(Path(folder), process, ours, start_zygote())
         try:
             for home in homes:
                 cluster.add_node(home)
@@ -142,10 +154,17 @@ def _what_is_left() -> list[str]:
 # --- the driver's process ------------------------------------------------------------------------------
 
 
-def _drive(address: str, function: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+def _drive(
+    address: str,
+    runtime_env: dict[str, Any] | None,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    options: dict[str, Any],
+) -> Any:
     import ray
 
-    ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    os.chdir("/")  # nodes would look for modules in the driver's directory first
+    ray.init(address=address, runtime_env=runtime_env, log_to_driver=False, logging_level="ERROR")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
