@@ -84,17 +84,19 @@ def absolute_paths(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def package_root() -> str:
-    """Return the directory, or the archive, from which ndcache was imported."""
-    return os.path.realpath(os.path.join(os.path.dirname(__file__), "..", ".."))
+    """Return the directory, or the archive, from which ndcache was imported. Links are not followed."""
+    return os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
 def _passes_root() -> bool:
     """Return whether a new Python would not find ndcache, or would find it behind something else, by itself."""
-    root, library = package_root(), os.path.realpath(os.path.dirname(os.__file__))
-    path = [os.path.realpath(entry) for entry in sys.path]
-    if root not in path:
-        return False  # found by an import hook of an installation, which every Python has
-    if sys.flags.no_site or (library in path and path.index(root) < path.index(library)):
+    root, library = package_root(), os.path.dirname(os.path.abspath(os.__file__))
+    path = [os.path.abspath(entry) for entry in sys.path]
+    if sys.flags.no_site:
+        return True
+    if root not in path:  # found by the import hook of an installation, or by a relative entry
+        return not any(getattr(finder, "__module__", "").startswith("__editable___ndcache") for finder in sys.meta_path)
+    if library in path and path.index(root) < path.index(library):
         return True  # from PYTHONPATH, the script's directory, or sys.path.insert
     return os.path.basename(root) not in _SITE_DIRECTORIES and root not in _entries_of_installations()
 
@@ -106,7 +108,7 @@ def _entries_of_installations() -> Iterator[str]:
             for name in os.listdir(directory):
                 if name.endswith(".pth"):
                     with open(os.path.join(directory, name), encoding="utf-8", errors="replace") as file:
-                        yield from (os.path.realpath(os.path.join(directory, line.strip())) for line in file)
+                        yield from (os.path.abspath(os.path.join(directory, line.strip())) for line in file)
 
 
 def _safe_entries(path: str) -> list[str]:

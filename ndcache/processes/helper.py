@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> None:
     reports = os.dup(_STDOUT)
     os.dup2(_STDERR, _STDOUT)
     request = json.loads(life.requests.get())
-    if os.path.realpath(request["package_root"]) != package_root():
+    if os.path.realpath(request["package_root"]) != os.path.realpath(package_root()):
         _end(f"another ndcache was imported: {package_root()}")
     os.environ.update(request["environ"])
 
