@@ -24,7 +24,7 @@ def size(text: str) -> int:
     return int(float(found[1]) * _UNITS[found[2].lower()])
 
 
-def main() -> int:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"one of {', '.join(SUITES)}; default: all")
     parser.add_argument("--size", type=size, help="size of the model, such as 4GiB; default: depends on the suite")
@@ -39,6 +39,11 @@ def main() -> int:
     options = parser.parse_args()
     if unknown := set(options.suites) - set(SUITES):
         parser.error(f"no such suite: {', '.join(sorted(unknown))}")
+    return options
+
+
+def main() -> int:
+    options = parse_arguments()
     here = machine()
     print(", ".join(f"{name}: {value}" for name, value in here.items()), flush=True)
     results, failed = [], False
@@ -48,10 +53,10 @@ def main() -> int:
             continue
         print(f"\n{name}", flush=True)
         minutes = options.minutes or (4.5 if name == "warm-gpu" else float("inf"))
-        deadline = time.monotonic() + 60 * minutes
         rounds = options.rounds or (1 if options.quick else 5)
-        settings = Settings(options.size, rounds, options.quick, deadline, options.folder, options.profile)
         for part in SUITES[name]:
+            deadline = time.monotonic() + 60 * minutes / len(SUITES[name])
+            settings = Settings(options.size, rounds, options.quick, deadline, options.folder, options.profile)
             try:
                 result = part(settings).to_json()
             except NoRoom as error:

@@ -41,11 +41,11 @@ def _cold(name: str, settings: Settings, *, with_tls: bool) -> Result:
             result = Result(
                 name,
                 [
-                    _load(make, 4, "ndcache load, 4 workers"),
+                    *([_load(make, 4, "ndcache load, 4 workers")] if with_tls else []),
                     _load(make, 8, "ndcache load, 8 workers"),
                     _load(make, 16, "ndcache load, 16 workers"),
                     _load(make, 16, many, memory_limit=2 * GIB),
-                    _load(make, 32, "ndcache load, 32 workers, 2 GiB", memory_limit=2 * GIB),
+                    *([] if with_tls else [_load(make, 32, "ndcache load, 32 workers, 2 GiB", memory_limit=2 * GIB)]),
                     _load(make, 16, "ndcache load, 16, no digests", memory_limit=2 * GIB, verify="never"),
                     *choices.downloaders(make),
                 ],
