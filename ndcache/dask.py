@@ -20,7 +20,7 @@ from typing import Any
 from .cluster import tasks
 from .cluster.coordinator import fetch_to_nodes
 from .format.manifest import NameFilter
-from .options import OPTION_NAMES, check_keywords
+from .options import OPTION_NAMES, check_keywords, hide_keywords
 from .progress import Progress
 
 try:
@@ -34,6 +34,7 @@ __all__ = ["fetch"]
 _GATHER_SECONDS = 5.0
 
 
+@hide_keywords
 def fetch(
     client: distributed.Client, source: str, *, names: NameFilter = None, progress: Progress = None, **options: Any
 ) -> dict[str, Path]:

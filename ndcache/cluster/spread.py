@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -147,6 +147,7 @@ class Spread(Generic[Handle]):
         sender.sent += size
         receiver.receives += 1
         receiver.under_way |= indices
+        losses = {index: sender.losses.get(index) for index in indices}
         partials = {index: sender.partials[index].file_name for index in indices & sender.partials.keys()}
         data = self.dispatcher.submit_staying(sender.worker, tasks.read, self.call, pieces, partials)
 
@@ -164,7 +165,9 @@ class Spread(Generic[Handle]):
 
         def done(result: Any) -> None:
             ended()
-            self._done(sender, receiver, indices, result)
+            for index in indices:
+                outcome = result if isinstance(result, Failure) else result[index]
+                self._done(sender, receiver, index, outcome, is_same_file=sender.losses.get(index) == losses[index])
 
         held = {index: self.state.shards[index].held for index in indices}
         partial = receiver.partials.get(pieces[0].index)
@@ -172,26 +175,34 @@ class Spread(Generic[Handle]):
             receiver.worker, tasks.write, self.call, pieces, held, data, partial, done=done, lost=lost
         )
 
-    def _done(self, sender: Node, receiver: Node, indices: Collection[int], result: Any) -> None:
-        for index in indices:
-            outcome = result if isinstance(result, Failure) else result[index]
-            if outcome is None:
-                self.state.gains(receiver, index)
-            elif isinstance(outcome, PartialState):
-                receiver.partials[index] = outcome
-            elif isinstance(outcome.error, IntegrityError):
-                self._refused(sender, receiver, index, outcome.error)
-            else:
-                if outcome.is_passed_on:
-                    self.look_again(sender, index)
-                self._failed(receiver, index, outcome.error)
+    def _done(
+        self,
+        sender: Node,
+        receiver: Node,
+        index: int,
+        outcome: PartialState | Failure | None,
+        *,
+        is_same_file: bool,
+    ) -> None:
+        if outcome is None:
+            self.state.gains(receiver, index)
+        elif isinstance(outcome, PartialState):
+            receiver.partials[index] = outcome
+        elif isinstance(outcome.error, IntegrityError):
+            self._refused(sender, receiver, index, outcome.error, is_same_file=is_same_file)
+        else:
+            if outcome.is_passed_on and is_same_file:
+                self.look_again(sender, index)
+            self._failed(receiver, index, outcome.error)
 
-    def _refused(self, sender: Node, receiver: Node, index: int, error: Exception) -> None:
+    def _refused(self, sender: Node, receiver: Node, index: int, error: IntegrityError, *, is_same_file: bool) -> None:
         """Let a node that refused wrong bytes ask another one, and the sender check what it has."""
         shard = self.state.shards[index].shard
         logger.warning("%s refused %s, as %s sent wrong bytes", receiver.worker, shard.data_path, sender.worker)
         self._count_failure(receiver, index, error)
-        senders = {sender} if shard.nbytes <= self.piece_bytes else self._senders_of(receiver, index)
+        senders = {sender} if is_same_file else set()
+        if shard.nbytes > self.piece_bytes:
+            senders = self._senders_of(receiver, index)
         for each in senders:
             receiver.distrusted.setdefault(index, set()).add(each.id)
             self.look_again(each, index)

@@ -30,6 +30,8 @@ class Node:
         Shards that it downloads or receives now.
     partials : dict of int to PartialState
         How far it is with shards that come in several pieces.
+    losses : dict of int to int
+        By shard, how often its file was found bad or gone: what was sent before says nothing about the present one.
     distrusted : dict of int to set of NodeId
         By shard, nodes whose bytes were refused here.
     failures : dict of int to int
@@ -49,6 +51,7 @@ class Node:
     have: set[int] = field(default_factory=set)
     under_way: set[int] = field(default_factory=set)
     partials: dict[int, PartialState] = field(default_factory=dict)
+    losses: dict[int, int] = field(default_factory=dict)
     distrusted: dict[int, set[NodeId]] = field(default_factory=dict)
     failures: dict[int, int] = field(default_factory=dict)
     threads: int = 0
@@ -140,6 +143,7 @@ class State:
     def loses(self, node: Node, index: int) -> None:
         """Note that a node does not have a shard any more."""
         node.have.discard(index)
+        node.losses[index] = node.losses.get(index, 0) + 1
         self.shards[index].holders.discard(node)
         self.changed.add(index)
         node.is_finished = False

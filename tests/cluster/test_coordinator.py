@@ -179,6 +179,21 @@ def test_fault_73_wrong_bytes_of_a_damaged_cache_are_refused(tmp_path: Path, ser
     assert len(list(engine.homes["a"].rglob("aside/*"))) == 1
 
 
+def test_fault_73_a_refusal_does_not_count_against_the_file_that_replaced_the_bad_one(
+    tmp_path: Path, serve: Serve
+) -> None:
+    """Two nodes are sent the bad file, and the second refuses it when the first refusal has had its effect."""
+    arrays = simple_model(tmp_path / "model", shards=1)
+    server, engine = serve(tmp_path / "model"), engine_of(tmp_path, "a", "b", "c")
+    directory = ndcache.fetch(server.url, cache_dir=engine.homes["a"])
+    keep_times(directory / "params_shard_0.bin", flip)
+    engine.is_last = lambda worker, name, others: worker == "c" and name == "write" and others > 0
+    fetch_to_nodes(engine, server.url, {})
+    assert bodies(server) == {"/params_shard_0.bin": 2}
+    for home in engine.homes.values():
+        assert_same(ndcache.load(server.url, cache_dir=home, offline=True, verify="always"), arrays)
+
+
 @pytest.mark.parametrize("memory_limit", [1 << 20, 4 * 10 * KIB], ids=["whole", "in pieces"])
 @pytest.mark.parametrize("md5", [True, False], ids=["md5", "no digest"])
 def test_fault_73_bytes_that_change_on_the_way_come_from_the_origin(

@@ -45,6 +45,8 @@ class LocalEngine:
     before : list of Hook
     change : callable
         Replaces the result of a task: the worker, the function's name, the result.
+    is_last : callable
+        Whether a task waits for the others: the worker, the function's name, how many others could run.
     """
 
     def __init__(self, homes: dict[str, Path]) -> None:
@@ -52,6 +54,7 @@ class LocalEngine:
         self.counts: Counter[str] = Counter()
         self.before: list[Hook] = []
         self.change: Callable[[str, str, Any], Any] = lambda worker, name, result: result
+        self.is_last: Callable[[str, str, int], bool] = lambda worker, name, others: False
         self._numbers = itertools.count()
         self._tasks: dict[Handle, _Task] = {}
         self._results: dict[Handle, Any] = {}
@@ -79,7 +82,7 @@ class LocalEngine:
         return handle
 
     def collect(self, timeout: float) -> list[tuple[Handle, Any]]:
-        for handle in list(self._tasks):
+        for handle in self._in_order():
             if handle in self._tasks and self._can_run(self._tasks[handle]):
                 result = self._run(handle)
                 if handle in self._results and not self._tasks.pop(handle).stays:
@@ -90,6 +93,16 @@ class LocalEngine:
         for handle in handles:
             self._tasks.pop(handle, None)
             self._results.pop(handle, None)
+
+    def _in_order(self) -> list[Handle]:
+        """Return the tasks in the order in which they run, those that are last at the end."""
+        able = sum(map(self._can_run, self._tasks.values()))
+
+        def is_last(handle: Handle) -> bool:
+            task = self._tasks[handle]
+            return self.is_last(task.worker, task.function.__name__, able - 1)
+
+        return sorted(self._tasks, key=is_last)
 
     def _can_run(self, task: _Task) -> bool:
         needed = [each for each in task.args if isinstance(each, Handle)]
