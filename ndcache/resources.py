@@ -126,7 +126,9 @@ class LoaderResources:
             See `LoadContext`.
         """
         options, needs_serial = self._options, device is not None and device.needs_serial_thread
-        may_have_helpers = options.processes != 1 and threads is None and location.is_remote
+        may_have_helpers = (
+            options.processes != 1 and threads is None and location.is_remote and not (offline or self.is_offline)
+        )
         self._transport.refresh_settings()
         with (
             budget(options.max_workers, _FILES_PER_WORKER) if threads is None else nullcontext(threads) as count,

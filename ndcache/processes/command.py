@@ -36,6 +36,8 @@ _SITE_DIRECTORIES = ("site-packages", "dist-packages")
 def why_no_interpreter() -> str | None:
     """Return why this process cannot start another Python, or None if it can."""
     path = sys.executable
+    if sys.platform == "win32":
+        return "helper processes need pipes and signals that Windows does not have"
     if getattr(sys, "frozen", False):
         return "this program is frozen, and has no Python interpreter"
     if not path or not os.path.isabs(path):

@@ -69,6 +69,7 @@ def download(fields: dict[str, Any], reports: int, on_end: Callable[[Callable[[]
                     has_failed = True  # the parent meets it, too, and decides
                     logger.debug("a helper process could not download %s: %s", shard.data_path, str(error))
 
+            reporter.report()  # from now on, there may be something to keep
             context.pool.start(len(shards))
             outcomes = Outcomes[None](context.cancellation)
             for index, shard in enumerate(shards):

@@ -56,6 +56,11 @@ class HelperProcess:
         )
 
     @property
+    def has_begun(self) -> bool:
+        """Return whether it may have begun to download, and so have partial files to keep: it reports before."""
+        return bool(self.last.counts)
+
+    @property
     def last_words(self) -> str:
         """Return why it has ended: the signal, or what it printed last."""
         status, lines = self._process.returncode, redact(self._printed.decode("utf-8", "replace")).split("\n")
@@ -146,8 +151,12 @@ def start_helper(
         bufsize=0,
     )
     helper = HelperProcess(process, request, selector)
-    for pipe in (process.stdin, process.stdout, process.stderr):
-        assert pipe is not None
-        os.set_blocking(pipe.fileno(), False)
-        selector.register(pipe, selectors.EVENT_WRITE if pipe is process.stdin else selectors.EVENT_READ, helper)
+    try:
+        for pipe in (process.stdin, process.stdout, process.stderr):
+            assert pipe is not None
+            os.set_blocking(pipe.fileno(), False)
+            selector.register(pipe, selectors.EVENT_WRITE if pipe is process.stdin else selectors.EVENT_READ, helper)
+    except BaseException:
+        helper.kill()
+        raise
     return helper

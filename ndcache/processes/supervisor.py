@@ -76,6 +76,8 @@ class Supervisor:
                 self._is_ending = True
                 for helper in helpers:
                     helper.hang_up()
+                    if not helper.has_begun:
+                        helper.kill()
                 deadline = time.monotonic() + _GRACE
                 while any(helper.is_running for helper in helpers) and time.monotonic() < deadline:
                     self._read(selector)
@@ -104,7 +106,7 @@ class Supervisor:
         spent = min(time.monotonic() - begun, 2 * _LOOK)
         for helper in helpers:
             helper.silence += spent
-            if helper.is_running and helper.last.counts and helper.silence > _PATIENCE:
+            if helper.is_running and helper.has_begun and helper.silence > _PATIENCE:
                 helper.kill()
                 self._warn("it did not report any more")
 

@@ -53,7 +53,9 @@ def wait_for_end(pids: list[int]) -> None:
     wait_until(lambda: not any(map(is_alive, pids)), 20)
 
 
-def test_helpers_end_when_their_parent_is_killed(server: CountingServer, zygote: Zygote, cache_dir: Path) -> None:
+def test_row_69_helpers_end_when_their_parent_is_killed(
+    server: CountingServer, zygote: Zygote, cache_dir: Path
+) -> None:
     parent = zygote.start(kills.fetch, server.url, cache_dir=cache_dir, **OPTIONS)
     helpers = busy_helpers(server, parent.pid)
     parent.kill()
@@ -62,7 +64,7 @@ def test_helpers_end_when_their_parent_is_killed(server: CountingServer, zygote:
     assert received >= 4 * SHARD_BYTES // 2, "the helpers kept what they had received"
 
 
-def test_helpers_that_still_start_end_when_their_parent_is_killed(
+def test_row_69_helpers_that_still_start_end_when_their_parent_is_killed(
     server: CountingServer, zygote: Zygote, cache_dir: Path
 ) -> None:
     for pause in (0.0, 0.02, 0.1, 0.2):
@@ -92,7 +94,7 @@ def fork_of_a_load(url: str, note: str, **options: Any) -> None:
     kills.fetch(url, **options)
 
 
-def test_a_fork_of_the_parent_keeps_no_helper(
+def test_row_71_a_fork_of_the_parent_keeps_no_helper(
     server: CountingServer, zygote: Zygote, cache_dir: Path, tmp_path: Path
 ) -> None:
     note = tmp_path / "pid"
@@ -136,7 +138,7 @@ FETCH = """
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_ctrl_c_ends_the_load_and_its_helpers(server: CountingServer, cache_dir: Path) -> None:
+def test_row_69_ctrl_c_ends_the_load_and_its_helpers(server: CountingServer, cache_dir: Path) -> None:
     """As in a terminal, all processes of the group get the signal."""
     with running(FETCH, server.url) as process:
         helpers = busy_helpers(server, process.pid)
@@ -150,7 +152,7 @@ def test_ctrl_c_ends_the_load_and_its_helpers(server: CountingServer, cache_dir:
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_ctrl_c_while_helpers_start(server: CountingServer) -> None:
+def test_row_69_ctrl_c_while_helpers_start(server: CountingServer) -> None:
     with running(FETCH, server.url) as process:
         wait_until(lambda: helpers_of(process.pid))
         os.killpg(process.pid, signal.SIGINT)
@@ -160,7 +162,7 @@ def test_ctrl_c_while_helpers_start(server: CountingServer) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_signals_that_end_the_parent_end_the_helpers(server: CountingServer, number: int) -> None:
+def test_row_69_signals_that_end_the_parent_end_the_helpers(server: CountingServer, number: int) -> None:
     with running(FETCH, server.url) as process:
         helpers = busy_helpers(server, process.pid)
         process.send_signal(number)
@@ -168,7 +170,7 @@ def test_signals_that_end_the_parent_end_the_helpers(server: CountingServer, num
         wait_for_end(helpers)
 
 
-def test_a_helper_dies_of_sigterm(server: CountingServer, zygote: Zygote, cache_dir: Path) -> None:
+def test_row_68_a_helper_dies_of_sigterm(server: CountingServer, zygote: Zygote, cache_dir: Path) -> None:
     parent = zygote.start(load, server.url, cache_dir=cache_dir, **OPTIONS)
     helpers = busy_helpers(server, parent.pid)
     os.kill(helpers[0], signal.SIGINT)  # has no effect

@@ -121,7 +121,7 @@ def test_scripts_need_no_guard(server: FileServer, tmp_path: Path, how: str) -> 
     [str(ROOT), os.pathsep.join([str(ROOT), ""]), os.pathsep.join([str(ROOT), "."]), os.pathsep.join(["", str(ROOT)])],
     ids=["root", "root and empty", "root and dot", "empty and root"],
 )
-def test_nothing_is_imported_from_the_working_directory(
+def test_row_70_nothing_is_imported_from_the_working_directory(
     server: FileServer, hostile: Path, tmp_path: Path, path: str
 ) -> None:
     """Also if the parent has relative entries in PYTHONPATH, as it changed into the directory later."""
@@ -130,7 +130,7 @@ def test_nothing_is_imported_from_the_working_directory(
     assert not (hostile / "imported").exists()
 
 
-def test_nothing_is_imported_from_a_working_directory_in_pythonpath(server: FileServer, hostile: Path) -> None:
+def test_row_70_nothing_is_imported_from_a_working_directory_in_pythonpath(server: FileServer, hostile: Path) -> None:
     path = os.pathsep.join([str(ROOT), str(hostile)])
     environ = helper_environ({"PYTHONPATH": path})
     assert str(hostile) in environ["PYTHONPATH"].split(os.pathsep)
@@ -142,12 +142,18 @@ def test_nothing_is_imported_from_a_working_directory_in_pythonpath(server: File
         os.chdir(before)
 
 
-def test_a_script_whose_folder_has_hostile_names(server: FileServer, hostile: Path) -> None:
+def test_row_70_a_script_whose_folder_has_hostile_names(server: FileServer, hostile: Path) -> None:
     """Python puts the script's folder before everything else, for the parent; helpers do not see it."""
     script = hostile / "script.py"
     script.write_text(f"import sys\nsys.path.remove({str(hostile)!r})\n{LOAD}")
     assert run(server, str(script), cwd=hostile) == EXPECTED
     assert not (hostile / "imported").exists()
+
+
+def test_the_command_line_has_the_option(server: FileServer) -> None:
+    arguments = ("-m", "ndcache", "fetch", "--quiet", "--processes", "2", "--max-workers", "1")
+    directory = Path(run(server, *arguments).rstrip("\n"))
+    assert len(list(directory.glob("*.bin"))) == SHARDS
 
 
 @pytest.mark.parametrize("how", ["insert", "append", "script's folder", "relative"])
@@ -185,7 +191,9 @@ def test_flags_of_the_interpreter_are_passed_on(server: FileServer, given: str) 
 SECRETS = ("hf_secret_token", "secret-password", "secret-of-the-proxy", "secret-in-the-query")
 
 
-def test_secrets_are_in_no_argument_environment_or_file(server: FileServer, tmp_path: Path, cache_dir: Path) -> None:
+def test_row_70_secrets_are_in_no_argument_environment_or_file(
+    server: FileServer, tmp_path: Path, cache_dir: Path
+) -> None:
     """A token in the environment, a password in a URL, and a signature in another do not show, and reach the server."""
     port = server.url.rpartition(":")[2].strip("/")
     url = f"http://user:secret-password@127.0.0.1:{port}/?signature=secret-in-the-query"

@@ -171,7 +171,7 @@ def test_there_are_no_more_processes_than_missing_shards(server: FileServer, mon
     assert len(calls) == 2
 
 
-def test_a_session_is_used_by_one_process(server: FileServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_72_a_session_is_used_by_one_process(server: FileServer, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = popen_calls(monkeypatch)
     with requests.Session() as session, pytest.warns(RuntimeWarning, match="session") as caught:
         ndcache.load(server.url, processes=4, session=session)
@@ -180,7 +180,7 @@ def test_a_session_is_used_by_one_process(server: FileServer, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("name", ["", None, "/usr/bin/blender", "/bin/false", "relative/python3", "/nowhere/python3"])
-def test_a_program_that_is_no_python_is_never_run(
+def test_row_72_a_program_that_is_no_python_is_never_run(
     server: FileServer, monkeypatch: pytest.MonkeyPatch, name: str | None
 ) -> None:
     calls = popen_calls(monkeypatch)
@@ -191,7 +191,7 @@ def test_a_program_that_is_no_python_is_never_run(
     assert calls == []
 
 
-def test_a_frozen_program_is_never_run(server: FileServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_72_a_frozen_program_is_never_run(server: FileServer, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = popen_calls(monkeypatch)
     monkeypatch.setattr(sys, "frozen", True, raising=False)
     with pytest.warns(RuntimeWarning, match="frozen"):
@@ -200,7 +200,7 @@ def test_a_frozen_program_is_never_run(server: FileServer, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("number", [errno.EAGAIN, errno.ENOMEM, errno.EMFILE])
-def test_no_process_can_start(server: FileServer, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+def test_row_72_no_process_can_start(server: FileServer, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise OSError(number, os.strerror(number))
 
@@ -221,7 +221,9 @@ def test_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- when they fail -----------------------------------------------------------------------------------
 
 
-def test_a_helper_that_is_killed_costs_only_its_share(server: FileServer, caplog: pytest.LogCaptureFixture) -> None:
+def test_row_68_a_helper_that_is_killed_costs_only_its_share(
+    server: FileServer, caplog: pytest.LogCaptureFixture
+) -> None:
     with held(server, 6, ndcache.load, server.url, processes=3, max_workers=2) as future:
         os.kill(helpers_of(os.getpid())[0], signal.SIGKILL)
         wait_until(lambda: caplog.records)
@@ -232,7 +234,7 @@ def test_a_helper_that_is_killed_costs_only_its_share(server: FileServer, caplog
     assert len(server.shard_requests()) == SHARDS + 2  # the two that it had begun
 
 
-def test_a_helper_that_is_stopped_is_killed(
+def test_row_68_a_helper_that_is_stopped_is_killed(
     server: FileServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(supervisor, "_PATIENCE", 1.0)
@@ -248,7 +250,7 @@ def test_a_helper_that_is_stopped_is_killed(
     "code",
     ["import does_not_exist", "print('{\"half')", "import time; time.sleep(300)", "import os; os.close(0)"],
 )
-def test_helpers_of_no_use_fail_no_load(
+def test_row_68_helpers_of_no_use_fail_no_load(
     server: FileServer, monkeypatch: pytest.MonkeyPatch, code: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(supervisor, "helper_arguments", lambda: [sys.executable, "-c", code])
@@ -278,7 +280,7 @@ def test_warnings_of_helpers_are_logged_once(server: FileServer, caplog: pytest.
 # --- stopping -----------------------------------------------------------------------------------------
 
 
-def test_cancelling_ends_the_helpers(server: FileServer) -> None:
+def test_row_69_cancelling_ends_the_helpers(server: FileServer) -> None:
     cancel = threading.Event()
     with held(server, 6, ndcache.load, server.url, processes=3, max_workers=2, cancel=cancel) as future:
         helpers = helpers_of(os.getpid())
@@ -289,7 +291,7 @@ def test_cancelling_ends_the_helpers(server: FileServer) -> None:
         assert not any(map(is_alive, helpers))
 
 
-def test_closing_a_stream_ends_the_helpers(server: FileServer) -> None:
+def test_row_69_closing_a_stream_ends_the_helpers(server: FileServer) -> None:
     tensors = ndcache.stream(server.url, processes=2, max_workers=1, memory_limit=1)
     next(tensors)
     tensors.close()  # type: ignore[attr-defined]
