@@ -29,6 +29,8 @@ logger = logging.getLogger("ndcache")
 _MAX_COUNTED_REFUSALS = 4
 #: Bytes of progress after which all failures so far are forgotten.
 _PROGRESS_BYTES = 1 << 20
+#: Seconds between two calls of `waiting`.
+_WAITING_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ def attempts(
     stats: LoadStats,
     activity: OriginActivity,
     progress: Callable[[], int] = lambda: 0,
+    waiting: Callable[[], None] | None = None,
 ) -> Iterator[Attempt]:
     """Yield attempts at some work until one succeeds, and wait between them.
 
@@ -113,6 +116,8 @@ def attempts(
         the refusal does not count as a failure.
     progress : callable
         Return how many bytes have been received; those that are received again do not count.
+    waiting : callable, optional
+        Called every few seconds of a long wait.
     """
     attempt = Attempt(policy, activity, progress)
     while True:
@@ -120,6 +125,11 @@ def attempts(
         if attempt.delay is None:
             return
         with stats.timed("rate_limit" if attempt.is_refused else "backoff"):
+            if waiting is not None:
+                while attempt.delay > _WAITING_SECONDS:
+                    waiting()
+                    cancellation.sleep(_WAITING_SECONDS)
+                    attempt.delay -= _WAITING_SECONDS
             cancellation.sleep(attempt.delay)
         stats.count(retries=1)
 

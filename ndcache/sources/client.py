@@ -46,10 +46,12 @@ class Client:
         cancellation: Cancellation | None = None,
         redirects: dict[str, RedirectTarget] | None = None,
         may_be_encoded: bool = False,
+        waiting: Callable[[], None] = lambda: None,
     ) -> Response:
         """Call `Transport.get` when the server's limits allow it, and count the request.
 
-        A branch stays at the commit that it had at the first request.
+        A branch stays at the commit that it had at the first request. `waiting` is called again and again until the
+        limits allow the request.
         """
         context, name = self.context, branch_url(url)
         cancellation = cancellation or context.cancellation
@@ -60,7 +62,7 @@ class Client:
             def acquire(url: str) -> Permit:
                 begun = time.perf_counter()
                 try:
-                    return context.limits.of(url).acquire(cancellation)
+                    return context.limits.of(url).acquire(cancellation, waiting)
                 finally:
                     others["rate_limit"] = others.get("rate_limit", 0.0) + time.perf_counter() - begun
 
@@ -81,10 +83,17 @@ class Client:
             self._activity.record(origin_of(url))  # a redirect is an answer, too
         return response
 
-    def attempts(self, policy: RetryPolicy | None = None, progress: Callable[[], int] = lambda: 0) -> Iterator[Attempt]:
+    def attempts(
+        self,
+        policy: RetryPolicy | None = None,
+        progress: Callable[[], int] = lambda: 0,
+        waiting: Callable[[], None] | None = None,
+    ) -> Iterator[Attempt]:
         """Yield attempts at some work, as `http.retry.attempts` does, by the load's policy unless another is given."""
         context = self.context
-        return attempts(policy or context.policy, context.cancellation, context.stats, self._activity, progress)
+        return attempts(
+            policy or context.policy, context.cancellation, context.stats, self._activity, progress, waiting
+        )
 
     def count_received(self, origin: str, nbytes: int) -> None:
         """Count bytes of a body, and note that its server is active."""

@@ -103,7 +103,11 @@ class Downloader:
                             with (
                                 transfer.fetching() as request,
                                 self.client.get(
-                                    transfer.url, plan.urls[0], request.headers, redirects=transfer.redirects
+                                    transfer.url,
+                                    plan.urls[0],
+                                    request.headers,
+                                    redirects=transfer.redirects,
+                                    waiting=transfer.partial.touch,
                                 ) as response,
                             ):
                                 if (body := self._accept(transfer, response)) is not None:
@@ -178,10 +182,10 @@ class Downloader:
     def _attempts(self, transfer: Transfer) -> Iterator[_UrlAttempt]:
         """Yield the current attempt before each action, at each URL in turn; raise the first URL's last error."""
         errors: dict[int, NdcacheError] = {}
-        count = len(transfer.plan.urls)
+        count, partial = len(transfer.plan.urls), transfer.partial
         for index in sorted(range(count), key=lambda index: index in self._failing):
             transfer.use_url(index)
-            for attempt in self.client.attempts(progress=lambda: transfer.partial.furthest):
+            for attempt in self.client.attempts(progress=lambda: partial.furthest, waiting=partial.touch):
                 current = _UrlAttempt(attempt, errors, index)
                 while not current.has_failed:
                     yield current

@@ -15,6 +15,7 @@ import os
 import secrets
 import threading
 from pathlib import Path
+from time import monotonic
 from typing import BinaryIO
 
 from ..files.folder import Folder, sync
@@ -26,6 +27,8 @@ __all__ = ["PartialFile", "read_at", "remove_partial"]
 
 #: The most bytes that are written before the note is brought up to date, and so the most that a killed process loses.
 _NOTE_BYTES = 4 << 20
+#: Seconds between two signs of life of a writer that waits for a server. Others wait for such a sign for much longer.
+_TOUCH_SECONDS = 5.0
 #: For systems that cannot read and write at an offset without moving the file's own position.
 _position_lock = threading.Lock()
 
@@ -68,6 +71,7 @@ class PartialFile:
         self.name = name
         self.furthest = 0
         self._lock = threading.Lock()
+        self._touched = 0.0
         self._begin(file_name, file)
 
     @classmethod
@@ -160,6 +164,13 @@ class PartialFile:
         self.delete()
         self.source = None
         self._begin(*self._create(self.folder, self.name))
+
+    def touch(self) -> None:
+        """Show others, now and then, that this file is still being written, although nothing comes: see `progress`."""
+        if (now := monotonic()) - self._touched > _TOUCH_SECONDS:
+            self._touched = now
+            with contextlib.suppress(OSError):
+                os.utime(self.file.fileno())
 
     def close(self) -> None:
         """Stop writing, and leave the file to others."""

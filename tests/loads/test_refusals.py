@@ -100,7 +100,7 @@ def test_row_14_retry_after_sets_the_wait(
     value = "120" if kind == "seconds" else email.utils.formatdate(date, usegmt=True)
     scripted.script[where].insert(0, reply(status, headers={"Retry-After": value}))
     assert_same(ndcache.load(scripted.url), arrays)
-    (wait,) = slept
+    wait = sum(slept)
     if kind == "seconds":
         assert wait == 120
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from time import monotonic
 
@@ -74,8 +74,14 @@ class OriginLimit:
         self._queue: deque[object] = deque()
         self._noted = float("-inf")
 
-    def acquire(self, cancellation: Cancellation) -> Permit:
+    def acquire(self, cancellation: Cancellation, waiting: Callable[[], None] = lambda: None) -> Permit:
         """Wait until a request may be made, and return the permission for it.
+
+        Parameters
+        ----------
+        cancellation : Cancellation
+        waiting : callable, optional
+            Called several times a second while it waits. It must be quick.
 
         Raises
         ------
@@ -90,6 +96,7 @@ class OriginLimit:
             try:
                 while True:
                     cancellation.check()
+                    waiting()
                     tick = _TICK
                     if self._queue[0] is mine:
                         permit, tick = self._try(since)
