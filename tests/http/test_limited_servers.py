@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import email.utils
 import itertools
 import logging
-import os
 import re
-import socket
-import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,7 +17,7 @@ from ndcache.http.retry import RetryPolicy
 from ndcache.loader import Loader
 
 from ..helpers.models import assert_same, simple_model
-from ..helpers.requirements import need_program
+from ..helpers.nginx import nginx, statuses
 from ..helpers.servers import Connection, ConnectionLimit, FileServer, RateLimit, Request, ScriptedServer, reply
 
 Serve = Callable[..., FileServer]
@@ -274,55 +270,6 @@ def test_when_the_count_begins_anew(headers: dict[str, str], low: float | None, 
 
 # --- nginx --------------------------------------------------------------------------------------------
 
-_CONFIGURATION = """
-daemon off;
-user {user} {group};
-worker_processes 1;
-pid nginx.pid;
-events {{ worker_connections 256; }}
-http {{
-    log_format times "$msec $status $uri";
-    access_log access.log times;
-    client_body_temp_path body;
-    proxy_temp_path proxy;
-    fastcgi_temp_path fastcgi;
-    uwsgi_temp_path uwsgi;
-    scgi_temp_path scgi;
-    limit_conn_zone $binary_remote_addr zone=connections:1m;
-    limit_req_zone $binary_remote_addr zone=requests:1m rate=5r/s;
-    server {{
-        listen 127.0.0.1:{port};
-        root {root};
-        location ~ bin$ {{ {limit} }}
-    }}
-}}
-"""
-
-
-@contextlib.contextmanager
-def nginx(prefix: Path, root: Path, limit: str) -> Iterator[str]:
-    import grp
-    import pwd
-
-    program = need_program("nginx")
-    user, group = pwd.getpwuid(os.geteuid()).pw_name, grp.getgrgid(os.getegid()).gr_name
-    prefix.mkdir()
-    with socket.create_server(("127.0.0.1", 0), backlog=128) as listener:
-        port = listener.getsockname()[1]
-        configuration = _CONFIGURATION.format(port=port, user=user, group=group, root=root, limit=limit)
-        (prefix / "nginx.conf").write_text(configuration)
-        process = subprocess.Popen(
-            [program, "-e", "stderr", "-p", str(prefix), "-c", "nginx.conf"],
-            env={**os.environ, "NGINX": f"{listener.fileno()};"},
-            pass_fds=[listener.fileno()],
-            stderr=subprocess.DEVNULL,
-        )
-    try:
-        yield f"http://127.0.0.1:{port}/"
-    finally:
-        process.terminate()
-        process.wait(30)
-
 
 @pytest.mark.once
 @pytest.mark.parametrize(
@@ -343,8 +290,7 @@ def test_row_49_the_limits_of_nginx_slow_the_load_down(
     arrays = simple_model(tmp_path / "model", shards, shard_bytes)
     with nginx(tmp_path / "nginx", tmp_path / "model", limit) as url:
         assert_same(ndcache.load(url), arrays)
-        lines = [line.split() for line in (tmp_path / "nginx" / "access.log").read_text().splitlines()]
-    times = [float(moment) for moment, *_ in lines]
-    refusals = [status for _, status, _ in lines].count("503")
+        answers = statuses(tmp_path / "nginx")
+    times = [moment for moment, _ in answers]
     assert max(times) - min(times) <= 1.5 * needed
-    assert refusals <= 7 + shards // 2
+    assert [status for _, status in answers].count(503) <= 7 + shards // 2

@@ -22,7 +22,7 @@ STATUSES = (429, 503)
 #: requests of other processes have ended.
 _TICK, _LOOK = 0.1, 0.02
 #: Seconds between two notes that the origin sends something.
-_NOTE = 1.0
+_NOTE = 0.25
 
 
 @dataclass(eq=False)

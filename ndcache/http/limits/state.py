@@ -25,8 +25,8 @@ __all__ = ["LimitState", "Member", "Start", "Trial"]
 _FASTER = (0.85, 0.8, 0.6, 0.5)
 #: Seconds after the last request, or the end of the last pause, until the limits are forgotten.
 _MEMORY = 60.0
-#: Seconds after its last sign in which a member counts. It gives a sign at each request, and each second while it
-#: receives something. After the shorter time, its process is looked for.
+#: Seconds after its last sign in which a member counts. It gives a sign at each request, and while it receives
+#: something. After the shorter time, its process is looked for.
 _LEASE, _DOUBT = 10.0, 0.5
 #: Seconds that one member may go first although another one has waited longer.
 _PRECEDENCE = 0.5
@@ -113,7 +113,7 @@ class LimitState:
     refusals : int
         Refusals in a row; those of requests that were in flight together count as one.
     served : float
-        When the origin last sent something. Noted each second, and only where there is a limit.
+        When the origin last sent something. Noted now and then, and only where there is a limit.
     used : float
         When the state was last asked or changed.
     members : dict of str to Member
