@@ -15,7 +15,7 @@ import dataclasses
 import logging
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..caller import warn_caller
 from ..context import LoadContext
@@ -28,7 +28,9 @@ from ..sources.remote import RemoteModel
 from .command import absolute_paths, package_root, why_no_interpreter
 from .how_many import process_count
 from .messages import HelperRequest, wanted_shards
-from .supervisor import Supervisor
+
+if TYPE_CHECKING:
+    from .supervisor import Supervisor
 
 __all__ = ["HelperProcesses"]
 
@@ -68,6 +70,8 @@ class HelperProcesses:
             return
         why_alone = "requests go through your session" if self._options.session is not None else why_no_interpreter()
         if why_alone is None:
+            from .supervisor import Supervisor  # imports what loads in one process do not need
+
             self._supervisor = Supervisor(self._request(model, context, missing), count - 1, context.stats)
             context.pool.run_beside(self._supervisor.run, self._supervisor.end)
         elif wanted != "auto":
@@ -115,5 +119,6 @@ class HelperProcesses:
 
     def _environ_to_send(self) -> dict[str, str]:
         own = (*_OFFLINE, *LOGIN_VARIABLES)
-        others = {name: value for name, value in os.environ.items() if name not in own}
+        # By the names: another thread may remove a variable meanwhile.
+        others = {name: value for name in os.environ if name not in own and (value := os.environ.get(name)) is not None}
         return absolute_paths({**others, **self._login})

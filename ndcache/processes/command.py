@@ -9,11 +9,19 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 
-__all__ = ["COMMAND", "WORKING_DIRECTORY", "absolute_paths", "helper_arguments", "helper_environ", "package_root"]
+__all__ = [
+    "COMMAND",
+    "WORKING_DIRECTORY",
+    "absolute_paths",
+    "helper_arguments",
+    "helper_environ",
+    "package_root",
+    "why_no_interpreter",
+]
 
 #: The first argument of ``python -m ndcache`` that makes it a helper process.
 COMMAND = "_helper"
@@ -51,6 +59,8 @@ def why_no_interpreter() -> str | None:
 
 def helper_arguments() -> list[str]:
     """Return the command line of a helper of this process."""
+    import subprocess  # not for loads in one process
+
     flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]  # as multiprocessing
     if _passes_root():
         # The root goes through PYTHONPATH, which -I and -E ignore. `helper_environ` drops what else they ignore.
@@ -78,7 +88,7 @@ def helper_environ(environ: Mapping[str, str]) -> dict[str, str]:
 def absolute_paths(environ: Mapping[str, str]) -> dict[str, str]:
     """Return `environ` with absolute paths, for a process with another working directory."""
     relative = {
-        name: os.path.abspath(value)
+        name: _absolute(value)
         for name in _PATHS
         if (value := environ.get(name)) and not value.startswith(("~", "$")) and not os.path.isabs(value)
     }
@@ -93,7 +103,7 @@ def package_root() -> str:
 def _passes_root() -> bool:
     """Return whether a new Python would not find ndcache, or would find it behind something else, by itself."""
     root, library = package_root(), os.path.dirname(os.path.abspath(os.__file__))
-    path = [os.path.abspath(entry) for entry in sys.path]
+    path = [_absolute(entry) for entry in sys.path]
     if sys.flags.no_site:
         return True
     if root not in path:  # found by the import hook of an installation, or by a relative entry
@@ -110,14 +120,19 @@ def _entries_of_installations() -> Iterator[str]:
             for name in os.listdir(directory):
                 if name.endswith(".pth"):
                     with open(os.path.join(directory, name), encoding="utf-8", errors="replace") as file:
-                        yield from (os.path.abspath(os.path.join(directory, line.strip())) for line in file)
+                        yield from (_absolute(os.path.join(directory, line.strip())) for line in file)
 
 
 def _safe_entries(path: str) -> list[str]:
     """Return the entries of PYTHONPATH that are absolute, and not the working directory."""
-    try:
-        working_directory = os.path.realpath(os.getcwd())
-    except OSError:  # it was removed
-        working_directory = ""
+    here = _absolute("")
+    working_directory = os.path.realpath(here) if here else ""
     entries = [entry for entry in path.split(os.pathsep) if os.path.isabs(entry)]
     return [entry for entry in entries if os.path.realpath(entry) != working_directory]
+
+
+def _absolute(path: str) -> str:
+    """Return an absolute path; `path` itself if it is relative to a working directory that was removed."""
+    with suppress(FileNotFoundError):
+        return os.path.abspath(path)
+    return path

@@ -111,8 +111,8 @@ class _Reporter:
         self._last = 0.0
 
     def tick(self) -> None:
-        """Report if a shard was published, or the last report is old."""
-        if not self.published.empty() or time.monotonic() - self._last >= _REPORT_EVERY:
+        """Report, unless the last report is recent."""
+        if time.monotonic() - self._last >= _REPORT_EVERY:
             self.report()
 
     def report(self, *, is_done: bool = False) -> None:

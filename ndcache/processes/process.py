@@ -139,7 +139,7 @@ def start_helper(
 
     Raises
     ------
-    OSError, subprocess.SubprocessError
+    OSError, RuntimeError, subprocess.SubprocessError
     """
     process = subprocess.Popen(
         arguments,

@@ -92,7 +92,11 @@ class Supervisor:
                 return
             try:
                 helpers.append(start_helper(arguments, environ, request, selector))
-            except (OSError, subprocess.SubprocessError) as error:
+            except (
+                OSError,
+                RuntimeError,
+                subprocess.SubprocessError,
+            ) as error:  # RuntimeError: Python is shutting down
                 self.problem = (
                     f"a helper process could not start ({error}):"
                     f" {1 + len(helpers)} of {1 + self._count} processes download"

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -124,8 +125,8 @@ def test_scripts_need_no_guard(server: FileServer, tmp_path: Path, how: str) -> 
 def test_row_70_nothing_is_imported_from_the_working_directory(
     server: FileServer, hostile: Path, tmp_path: Path, path: str
 ) -> None:
-    """Also if the parent has relative entries in PYTHONPATH, as it changed into the directory later."""
-    script = f"import os, requests, numpy, ndcache, ndcache.loader\nos.chdir({str(hostile)!r})\n{LOAD}"
+    """Also if the parent has relative entries in PYTHONPATH, which it resolved before it changed its directory."""
+    script = f"import os, sys; sys.path.remove('')\nos.chdir({str(hostile)!r})\n{LOAD}"
     assert run(server, "-c", script, cwd=tmp_path, environ={"PYTHONPATH": path}) == EXPECTED
     assert not (hostile / "imported").exists()
 
@@ -221,6 +222,47 @@ def test_row_70_secrets_are_in_no_argument_environment_or_file(
     for path in tmp_path.rglob("*"):
         if path.is_file() and cache_dir in path.parents:
             assert not [secret for secret in SECRETS if secret.encode() in path.read_bytes()], path
+
+
+def test_the_token_of_hugging_face_and_the_commit_reach_the_helpers(
+    tmp_path: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The token is the one that was set when the loader was made."""
+    models.simple_model(tmp_path / "o" / "m" / "resolve" / "main", shards=SHARDS)
+    server = serve(tmp_path)
+    monkeypatch.setenv("HF_ENDPOINT", server.url.rstrip("/"))
+    monkeypatch.setenv("HF_TOKEN", "hf_first")
+    with ndcache.Loader(processes=2, max_workers=1) as loader:
+        monkeypatch.setenv("HF_TOKEN", "hf_second")
+        server.gate.clear()
+        tensors = loader.stream("hf://o/m")
+        with ThreadPoolExecutor(1) as executor:
+            loading = executor.submit(dict, tensors)
+            wait_until(lambda: server.peak_bodies >= 2 or loading.done())
+            server.gate.set()
+            assert len(loading.result()) == SHARDS
+    assert server.peak_bodies == 2
+    assert {request.headers["authorization"] for request in server.requests} == {"Bearer hf_first"}
+
+
+def test_a_relative_netrc_serves_the_helpers(server: FileServer, tmp_path: Path) -> None:
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login user password secret\n")
+    environ = {"PYTHONPATH": str(ROOT), "NETRC": "netrc"}
+    assert run(server, "-c", LOAD, cwd=tmp_path, environ=environ) == EXPECTED
+    assert {request.headers["authorization"] for request in server.requests} == {"Basic dXNlcjpzZWNyZXQ="}
+
+
+def test_a_working_directory_that_was_removed(server: FileServer, tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    script = f"import os, ndcache.loader; os.rmdir({str(tmp_path / 'gone')!r})\n{LOAD}"
+    assert run(server, "-c", script, cwd=tmp_path / "gone") == EXPECTED
+
+
+def test_a_daemon_without_standard_streams(server: FileServer, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    script = f"import os\nos.closerange(0, 3)\n{LOAD.replace('sys.stdout', f'open({str(out)!r}, chr(119))')}"
+    assert run(server, "-c", script) == ""
+    assert out.read_text() == EXPECTED
 
 
 def test_helpers_run_elsewhere_with_few_open_files(server: FileServer, tmp_path: Path) -> None:

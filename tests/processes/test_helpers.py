@@ -112,6 +112,17 @@ def test_parts_of_shards_come_through_helpers(server: FileServer, model: Path) -
     assert all(request.headers["range"] for request in server.shard_requests())
 
 
+def test_a_manifest_larger_than_a_pipe(server: FileServer, model: Path) -> None:
+    shards = [
+        {f"{shard}.{number}": models.random_array((4,), "uint8", number) for number in range(800)} for shard in range(8)
+    ]
+    models.write_model(model, shards)
+    assert (model / "tensor-cache.json").stat().st_size > 4 << 16
+    with held(server, 4, ndcache.load, server.url, processes=2, max_workers=2) as future:
+        assert server.peak_bodies == 4
+    assert len(future.result()) == 6400
+
+
 def test_required_digests_hold_in_helpers(server: FileServer, model: Path) -> None:
     digest = "sha256-" + "A" * 43 + "="
     with pytest.raises(ndcache.ChecksumError, match="params_shard_11"):
