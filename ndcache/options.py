@@ -118,8 +118,9 @@ class LoaderOptions:
         metadata=_describe(
             'int or "auto"',
             """Processes that download, this one included, each with `max_workers` threads, for `load`, `stream` and
-            `fetch`. One process cannot receive faster than one core decrypts; helpers put what they download into the
-            cache. ``"auto"`` decides by cores and missing bytes. Helpers are not used with a `session`.""",
+            `fetch`. Python's interpreter lock limits what one process receives over HTTPS; its helpers put what they
+            download into the cache. ``"auto"`` decides by cores and missing bytes. There are no helpers with a
+            `session`.""",
             types=(int, str),
             must_be="a number of at least 1, or 'auto'",
             is_valid=lambda value: value == "auto" if isinstance(value, str) else value >= 1,

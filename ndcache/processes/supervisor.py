@@ -18,7 +18,7 @@ __all__ = ["Supervisor"]
 #: Seconds between two looks at whether the load has ended.
 _LOOK = 0.05
 #: Seconds in which helpers must end after the load has; then they are killed.
-_GRACE = 1.0
+_GRACE = 0.75
 #: Seconds without a report after which a helper is killed, so that its locks are free. Time in which this process does
 #: not run either, because somebody stopped all of them, does not count.
 _PATIENCE = 15.0

@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import trustme
 
 import ndcache
 from ndcache.processes.command import absolute_paths, helper_arguments, helper_environ
@@ -19,6 +20,7 @@ from ndcache.processes.command import absolute_paths, helper_arguments, helper_e
 from ..helpers import models
 from ..helpers.processes import helpers_of, is_alive
 from ..helpers.servers import FileServer
+from ..helpers.transport import with_name
 from .children import Serve, wait_until
 
 pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
@@ -250,6 +252,17 @@ def test_a_relative_netrc_serves_the_helpers(server: FileServer, tmp_path: Path)
     environ = {"PYTHONPATH": str(ROOT), "NETRC": "netrc"}
     assert run(server, "-c", LOAD, cwd=tmp_path, environ=environ) == EXPECTED
     assert {request.headers["authorization"] for request in server.requests} == {"Basic dXNlcjpzZWNyZXQ="}
+
+
+def test_a_private_authority_serves_the_helpers(server: FileServer, tmp_path: Path) -> None:
+    """Its file is given by a relative path."""
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "authority.pem")
+    plain = server._server.socket
+    server._server.socket = with_name(authority, "127.0.0.1").wrap_socket(plain, server_side=True)
+    server.url = server.url.replace("http:", "https:")
+    environ = {"PYTHONPATH": str(ROOT), "REQUESTS_CA_BUNDLE": "authority.pem"}
+    assert run(server, "-c", LOAD, cwd=tmp_path, environ=environ) == EXPECTED
 
 
 def test_a_working_directory_that_was_removed(server: FileServer, tmp_path: Path) -> None:

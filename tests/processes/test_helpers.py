@@ -12,7 +12,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import pytest
 import requests
 
 import ndcache
-from ndcache.processes import supervisor
+from ndcache.processes import beside, supervisor
 from ndcache.processes.how_many import process_count
 
 from ..helpers import kills, models
@@ -43,10 +43,20 @@ def server(model: Path, serve: Serve) -> FileServer:
 
 
 @pytest.fixture(autouse=True)
-def _no_process_is_left() -> Iterator[None]:
-    before = children_of(os.getpid())
+def _no_process_and_no_pipe_is_left() -> Iterator[None]:
+    """Look right after each test: when a load has ended, all its processes have been waited for."""
+    processes, pipes = children_of(os.getpid()), open_pipes()
     yield
-    wait_until(lambda: set(children_of(os.getpid())) <= set(before))
+    assert set(children_of(os.getpid())) <= set(processes)
+    assert open_pipes() <= pipes
+
+
+def open_pipes() -> set[str]:
+    found = set()
+    for descriptor in os.listdir("/proc/self/fd"):
+        with suppress(OSError):
+            found.add(os.readlink(f"/proc/self/fd/{descriptor}"))
+    return {name for name in found if name.startswith(("pipe:", "anon_inode:"))}
 
 
 @contextmanager
@@ -187,6 +197,14 @@ def test_row_72_a_session_is_used_by_one_process(server: FileServer, monkeypatch
     with requests.Session() as session, pytest.warns(RuntimeWarning, match="session") as caught:
         ndcache.load(server.url, processes=4, session=session)
     assert [warning.filename for warning in caught] == [__file__]
+    assert calls == []
+
+
+def test_auto_says_nothing_about_a_session(server: FileServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(beside, "process_count", lambda *_: 4)
+    calls = popen_calls(monkeypatch)
+    with requests.Session() as session:
+        ndcache.load(server.url, processes="auto", session=session)
     assert calls == []
 
 
