@@ -6,17 +6,18 @@ import functools
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from ..errors import NdcacheError
+from ..context import LoadContext
+from ..errors import AuthError, IntegrityError, NdcacheError, TransferError
 from ..format.manifest import Shard
 from ..http.retry import RetryPolicy
 from ..location import locate
 from ..options import LoaderOptions
 from ..resources import LoaderResources
-from ..sources.remote import open_known_model
+from ..sources.remote import RemoteModel, open_known_model
 from ..stats import LoadStats
 from ..workers.outcomes import Outcomes, Task
 from .messages import HelperReport, HelperRequest
@@ -50,41 +51,46 @@ def download(fields: dict[str, Any], reports: int, on_end: Callable[[Callable[[]
         logger.propagate = False
         logger.setLevel(request.log_level)
         on_end(context.cancellation.set)
+        is_done = False
         try:
             model = open_known_model(
                 location, context, request.manifest_name, request.manifest_text.encode(), request.commits
             )
-            shards = request.shards(model.manifest)
-            has_failed = False
-
-            def work(shard: Shard) -> None:
-                nonlocal has_failed
-                if has_failed:
-                    return
-                try:
-                    model.download_if_free(shard)
-                    if model.has_prefetched(shard):
-                        reporter.published.put(shard.data_path)
-                except (NdcacheError, OSError) as error:
-                    has_failed = True  # the parent meets it, too, and decides
-                    logger.debug("a helper process could not download %s: %s", shard.data_path, str(error))
-
             reporter.report()  # from now on, there may be something to keep
-            context.pool.start(len(shards))
-            outcomes = Outcomes[None](context.cancellation)
-            for index, shard in enumerate(shards):
-                context.pool.submit(Task(functools.partial(work, shard), outcomes, index))
-            for index in range(len(shards)):
-                outcomes.wait_for(index, reporter.tick)
-                outcomes.take(index)
-                reporter.tick()
+            _download_free(model, request.shards(model.manifest), context, reporter)
+            is_done = True
+        finally:
+            if not is_done:
+                context.cancellation.set()
             context.pool.shutdown()
-            reporter.report(is_done=True)
-        except BaseException:
-            context.cancellation.set()
-            context.pool.shutdown()
-            reporter.report()
-            raise
+            reporter.report(is_done=is_done)
+
+
+def _download_free(model: RemoteModel, shards: Sequence[Shard], context: LoadContext, reporter: _Reporter) -> None:
+    """Let the workers download all shards that nobody else has begun, in no fixed order."""
+    is_useless = False
+
+    def work(shard: Shard) -> None:
+        nonlocal is_useless
+        if is_useless:
+            return
+        try:
+            model.download_if_free(shard)
+            if model.has_prefetched(shard):
+                reporter.published.put(shard.data_path)
+        except (NdcacheError, OSError) as error:
+            # The parent meets it, too, and decides. Only the error of a single file leaves others to try.
+            is_useless |= isinstance(error, AuthError) or not isinstance(error, (TransferError, IntegrityError))
+            logger.debug("a helper process could not download %s: %s", shard.data_path, str(error))
+
+    context.pool.start(len(shards))
+    outcomes = Outcomes[None](context.cancellation)
+    for index, shard in enumerate(shards):
+        context.pool.submit(Task(functools.partial(work, shard), outcomes, index))
+    for index in range(len(shards)):
+        outcomes.wait_for(index, reporter.tick)
+        outcomes.take(index)
+        reporter.tick()
 
 
 def _loader_options(*, retries: dict[str, Any], timeout: list[float], **others: Any) -> LoaderOptions:

@@ -59,7 +59,7 @@ def streams(name: str) -> None:
 
 
 def with_a_loader(name: str) -> None:
-    with ndcache.Loader(max_workers=3, retries=ndcache.RetryPolicy(2), verify="always") as loader:
+    with ndcache.Loader(max_workers=3, processes="auto", retries=ndcache.RetryPolicy(2), verify="always") as loader:
         assert_type(loader, ndcache.Loader)
         assert_type(loader.load(URL), Weights[Array])
         assert_type(loader.load(URL, "gpu:0"), Weights[GPUTensor])
