@@ -78,7 +78,8 @@ def ndcache_together(given: Given) -> Measured:
 
     for process in processes:
         assert process.stdout is not None
-        process.stdout.readline()
+        if not process.stdout.readline():
+            raise SystemExit("a process of several ended before it could begin")
     measured = timed(work)
     figures["origin_bytes"] = logged_bytes(given["log"]) - sent
     return measured
