@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 import ndcache
+from ndcache.files import shared_note
 from ndcache.files.folder import Folder
 from ndcache.files.shared_note import SharedNote
 from ndcache.files.system import ProcessId
@@ -113,7 +114,7 @@ def test_row_67_a_server_that_refuses_nobody_costs_few_looks_and_no_file(
         permit = limit.acquire(Cancellation())
         permit.answered(200)
         permit.release()
-    assert 1 <= len(looks) <= 1 + (time.monotonic() - begun) / 0.1
+    assert 1 <= len(looks) <= 1 + (time.monotonic() - begun) / shared._LOOK
     assert not cache_dir.exists()
 
 
@@ -191,30 +192,29 @@ def test_row_67_origins_are_independent(folder: Folder) -> None:
     assert len(folder.entries()) == 1
 
 
-def test_row_67_nobody_waits_much_longer_than_the_others(member: Callable[[], OriginLimit]) -> None:
-    """A process learns of a free place at its next look; without precedence others would always be faster."""
-    one, other = member(), member()
-    refuse(one)
-    hold(one, max_in_flight=1)
-    stop = threading.Event()
+@pytest.mark.parametrize(
+    ("waits", "silent", "yields"),
+    [(1.0, 0.1, True), (0.4, 0.1, False), (1.0, 0.6, False), (None, 0.1, False)],
+)
+def test_row_67_nobody_waits_much_longer_than_the_others(waits: float | None, silent: float, yields: bool) -> None:
+    """A process learns of a free place only at its next look, so others would always be faster."""
+    since = None if waits is None else 100.0 - waits
+    state = LimitState(members={"other": Member(ProcessId(), 100.0 - silent, waiting_since=since)})
+    assert state.must_yield("own", 100.0, 100.0) is yields
+    assert not state.must_yield("other", 100.0, 100.0)
 
-    def work() -> None:
-        while not stop.is_set():
-            permit = one.acquire(Cancellation())
-            stop.wait(0.002)
-            permit.release()
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    try:
-        with waiting(other) as given:
-            wait_until(lambda: given)
-            given.pop().release()
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
+def test_row_67_who_has_waited_longer_goes_first(member: Callable[[], OriginLimit]) -> None:
+    limit = member()
+    refuse(limit)
+    hold(limit)
+    with limit._lock:
+        with limit._updated() as now:
+            limit.state.members["other"] = Member(ProcessId(), now, waiting_since=now - 10)
+        permit, seconds = limit._try(time.monotonic())
+        assert permit is None
+        assert seconds < 0.1
+    limit.acquire(Cancellation()).release()  # the other one did not come
 
 
 def test_row_67_waiting_for_others_can_be_cancelled(member: Callable[[], OriginLimit]) -> None:
@@ -234,6 +234,7 @@ def test_row_67_waiting_for_others_can_be_cancelled(member: Callable[[], OriginL
 _HOLDER = """
 import sys, signal, time
 from pathlib import Path
+from ndcache.files import shared_note
 from ndcache.files.folder import Folder
 from ndcache.http.limits.rate_limits import RateLimits
 from ndcache.workers.cancellation import Cancellation
@@ -275,13 +276,20 @@ def test_row_67_a_killed_process_frees_its_share(member: Callable[[], OriginLimi
 
 
 def test_row_67_a_process_that_is_stopped_with_the_lock_blocks_nobody(
-    member: Callable[[], OriginLimit], folder: Folder
+    member: Callable[[], OriginLimit], folder: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stop = """
     with limit._lock, limit._updated():
         print("ready", flush=True)
         signal.pause()
     """
+    tries, lock = list[float](), shared_note._lock
+
+    def try_lock(handle: int, patience: float) -> bool:
+        tries.append(patience)
+        return lock(handle, patience)
+
+    monkeypatch.setattr(shared_note, "_lock", try_lock)
     with child(folder, stop):
         begun = time.monotonic()
         limit = member()
@@ -289,7 +297,10 @@ def test_row_67_a_process_that_is_stopped_with_the_lock_blocks_nobody(
             permit = limit.acquire(Cancellation())
             permit.answered(200)
             permit.release()
-        assert time.monotonic() - begun < 20  # each could wait for the lock, three times
+        refuse(limit)
+        assert limit.state.is_limited
+        assert 1 <= len(tries) <= 1 + (time.monotonic() - begun) / shared._RETRY
+        assert max(tries) < 1
 
 
 @pytest.mark.parametrize(
@@ -343,6 +354,22 @@ def test_a_state_is_forgotten_after_a_minute_without_requests() -> None:
     assert state.is_limited
     state.forget_if_old(211.0)
     assert state == LimitState()
+
+
+def test_row_67_a_limit_of_an_hour_ago_slows_nobody_down(member: Callable[[], OriginLimit], folder: Folder) -> None:
+    one, other = member(), member()
+    refuse(one)
+    (path,) = (folder.path / name for name in folder.entries())
+    old = time.monotonic() - 3600
+    state = replace(limited(old), pause_until=old, trial=None)
+    path.write_text(json.dumps(to_note(state)) + "\n")
+    permits = [other.acquire(Cancellation()) for _ in range(3)]  # of which two are in flight at the look
+    assert other._shared is not None
+    other._shared._next_look = 0.0
+    for permit in permits:
+        permit.answered(200)
+        permit.release()
+    assert not other.state.is_limited
 
 
 def test_a_state_is_not_forgotten_while_a_request_is_in_flight() -> None:

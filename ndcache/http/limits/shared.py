@@ -1,8 +1,8 @@
 """Share the limits of one origin with the other processes that use the same cache.
 
 They lie in a small file of the cache, which exists only after the origin has refused a request. Each process then
-loads it, acts, and stores it, while it holds the file's lock. Until then a process looks ten times a second whether
-there is such a file, and that only when it makes a request.
+loads it, acts, and stores it, while it holds the file's lock. Until then a process looks now and then whether there is
+such a file, when it makes a request.
 
 Where this is impossible (the cache cannot be written, locks do not work, somebody holds one for too long, the file is
 damaged), each process keeps to the limits that it knows, as if it were alone.
@@ -31,8 +31,10 @@ __all__ = ["SharedState"]
 
 logger = logging.getLogger("ndcache")
 
-#: Seconds between two looks whether there is a file, and until the next attempt after the file could not be used.
-_LOOK, _RETRY = 0.1, 1.0
+#: Seconds between two looks whether there is a file, and the most of all time that they take.
+_LOOK, _SHARE_OF_LOOKS = 0.05, 0.02
+#: Seconds until the next attempt after the file could not be used.
+_RETRY = 1.0
 #: Seconds after which a member tells that it lives, if nothing else changes.
 _SIGN = 0.25
 #: Seconds without a change after which a file is removed. Nobody has read it for a long time then.
@@ -73,8 +75,9 @@ class SharedState:
         """Return whether others have stored something that is worth a load."""
         if now < self._next_look:
             return False
-        self._next_look = now + _LOOK
         version = self._note.version()
+        took = monotonic() - now  # long on a slow network file system
+        self._next_look = now + max(_LOOK, took / _SHARE_OF_LOOKS)
         return version is not None and version != self._useless
 
     @contextlib.contextmanager
@@ -111,7 +114,8 @@ class SharedState:
         elif not was_limited:
             pause = state.pause_until - now
             wait = f", wait {pause:,.0f} s" if pause > 1 else ""
-            logger.info("%s limits requests%s: another process that uses this cache was told so", self._origin, wait)
+            level = logging.WARNING if wait else logging.INFO
+            logger.log(level, "%s limits requests%s: another load was told so", self._origin, wait)
 
     def _store(self, held: HeldNote, stored: dict[str, Any] | None, state: LimitState, now: float) -> bool:
         """Store the state, unless nothing has changed; return whether nothing was there before."""

@@ -257,12 +257,12 @@ class LimitState:
         bool
             Whether it was taken over; not if it is too old.
         """
-        known.members.pop(own, None)
-        if own in self.members:
-            known.members[own] = self.members[own]
-        known.remove_dead(now, own)
+        known.members = {name: member for name, member in known.members.items() if name != own and member.counts(now)}
         if not known.is_limited or known._is_old(now):
             return False
+        if own in self.members:
+            known.members[own] = self.members[own]
+        known._end_orphaned_trial()
         if not self.is_limited:
             known.accepted_count += self.accepted_count + 1
         known.starts = max(known.starts, self.starts)
@@ -274,8 +274,7 @@ class LimitState:
         for name, member in list(self.members.items()):
             if name != own and not member.counts(now):
                 del self.members[name]
-        if self.trial is not None and self.trial[0] not in self.members:
-            self.trial = None  # nobody will ever say how it ended
+        self._end_orphaned_trial()
 
     # --- inside
 
@@ -291,6 +290,11 @@ class LimitState:
 
     def _end_trial(self, start: Start) -> None:
         if self.trial == (start.member, start.number):
+            self.trial = None
+
+    def _end_orphaned_trial(self) -> None:
+        """End the trial of a member that is gone, and will not say how it ended."""
+        if self.trial is not None and self.trial[0] not in self.members:
             self.trial = None
 
     def _learn(self, start: Start, now: float) -> None:
