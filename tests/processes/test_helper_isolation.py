@@ -6,9 +6,10 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from ndcache.processes.command import absolute_paths, helper_arguments, helper_e
 
 from ..helpers import models
 from ..helpers.processes import helpers_of, is_alive
-from ..helpers.servers import FileServer
+from ..helpers.servers import FileServer, Request
 from ..helpers.transport import with_name
 from .children import Serve, wait_until
 
@@ -226,12 +227,38 @@ def test_row_70_secrets_are_in_no_argument_environment_or_file(
             assert not [secret for secret in SECRETS if secret.encode() in path.read_bytes()], path
 
 
-def test_the_token_of_hugging_face_and_the_commit_reach_the_helpers(
-    tmp_path: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The token is the one that was set when the loader was made."""
-    models.simple_model(tmp_path / "o" / "m" / "resolve" / "main", shards=SHARDS)
-    server = serve(tmp_path)
+COMMIT = "0123456789abcdef" * 2 + "01234567"
+
+
+class Hub(FileServer):
+    """Names a commit in each response."""
+
+    def _answer_file(self, handler: BaseHTTPRequestHandler, request: Request) -> None:
+        end_headers = handler.end_headers
+
+        def end_with_commit() -> None:
+            handler.send_header("X-Repo-Commit", COMMIT)
+            end_headers()
+
+        handler.end_headers = end_with_commit  # type: ignore[method-assign]
+        try:
+            super()._answer_file(handler, request)
+        finally:
+            handler.end_headers = end_headers  # type: ignore[method-assign]
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    for revision in ("main", COMMIT):
+        models.simple_model(tmp_path / "hub" / "o" / "m" / "resolve" / revision, shards=SHARDS)
+    hub = Hub(tmp_path / "hub")
+    yield hub
+    hub.close()
+
+
+def test_the_token_of_hugging_face_and_the_commit_reach_the_helpers(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The token is the one that was set when the loader was made, and the commit that of the manifest."""
+    server = hub
     monkeypatch.setenv("HF_ENDPOINT", server.url.rstrip("/"))
     monkeypatch.setenv("HF_TOKEN", "hf_first")
     with ndcache.Loader(processes=2, max_workers=1) as loader:
@@ -245,6 +272,7 @@ def test_the_token_of_hugging_face_and_the_commit_reach_the_helpers(
             assert len(loading.result()) == SHARDS
     assert server.peak_bodies == 2
     assert {request.headers["authorization"] for request in server.requests} == {"Bearer hf_first"}
+    assert {request.path.split("/")[4] for request in server.shard_requests()} == {COMMIT}
 
 
 def test_a_relative_netrc_serves_the_helpers(server: FileServer, tmp_path: Path) -> None:

@@ -275,6 +275,23 @@ def test_row_68_a_helper_that_is_stopped_is_killed(
     assert "did not report" in caplog.text
 
 
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("early", [True, False], ids=["while it starts", "while it downloads"])
+def test_row_69_a_helper_leaves_ctrl_c_to_its_parent(
+    server: FileServer, early: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.gate.clear()
+    with ThreadPoolExecutor(1) as executor:
+        loading = executor.submit(ndcache.load, server.url, processes=2, max_workers=2)
+        wait_until(lambda: helpers_of(os.getpid()) if early else server.peak_bodies == 4)
+        os.kill(helpers_of(os.getpid())[0], signal.SIGINT)
+        wait_until(lambda: server.peak_bodies == 4 or caplog.records)
+        server.gate.set()
+        assert len(loading.result()) == SHARDS
+    assert caplog.records == []
+    assert len(server.shard_requests()) == SHARDS
+
+
 @pytest.mark.parametrize(
     "code",
     ["import does_not_exist", "print('{\"half')", "import time; time.sleep(300)", "import os; os.close(0)"],
