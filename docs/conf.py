@@ -27,9 +27,13 @@ default_role = "autolink"
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
 numpydoc_show_class_members = False
+# The pages need no cluster.
+autodoc_mock_imports = ["distributed", "ray"]
 nitpicky = True
 # What other projects document, which is not looked up (that would need a network), and attributes named in their class.
-nitpick_ignore_regex = [("py:.*", r"(numpy|wgpu|requests|threading|logging|pathlib|collections|typing)\..+")]
+nitpick_ignore_regex = [
+    ("py:.*", r"(numpy|wgpu|distributed|requests|threading|logging|pathlib|collections|typing)\..+")
+]
 nitpick_ignore = [("py:obj", "nbytes")]
 
 html_theme = "alabaster"

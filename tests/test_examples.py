@@ -62,6 +62,15 @@ def test_compute_pass() -> None:
 
 
 @pytest.mark.once
+@pytest.mark.usefixtures("gpu")
+def test_gpu_of_each_worker() -> None:
+    need_module("distributed")
+    first, *others = run("gpu_of_each_worker.py").splitlines()
+    assert first == "the model is on 1 node(s)"
+    assert others == ["1 tensors of 120,000 bytes on GPUDevice"] * 2
+
+
+@pytest.mark.once
 def test_stream_into_safetensors() -> None:
     need_module("safetensors")
     assert sorted(run("stream_into_safetensors.py").splitlines()) == [

@@ -25,7 +25,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from ..errors import CancelledError, NdcacheError, OfflineError
+from ..errors import CancelledError, ChecksumError, NdcacheError, OfflineError
 from ..format.integrity import parse_sri, verify_and_parse
 from ..format.manifest import Manifest, NameFilter
 from ..location import locate
@@ -275,6 +275,7 @@ class Coordinator(Generic[Handle]):
     def _survey(self, node: Node) -> None:
         """Publish the manifest on a node, and find out which shards it has."""
         node.is_surveying = True
+        wanted, manifest = tuple(self._state.shards), self._manifest_bytes()
 
         def lost() -> None:
             node.is_surveying = False
@@ -288,16 +289,14 @@ class Coordinator(Generic[Handle]):
                     self._state.loses(node, index)
                 for index, held in result.held.items():
                     self._state.gains(node, index, held)
-            elif result.is_passed_on:
-                self._have_manifest.clear()  # the node that should have had it does not: send what the client has
+            elif manifest is not self._file and (result.is_passed_on or isinstance(result.error, ChecksumError)):
+                # The node that should have the manifest does not, or sends another: send what the client has.
+                self._have_manifest.clear()
                 self._manifest = None
             elif not isinstance(result.error, CancelledError):
                 raise on_node(result.error, node.worker)
 
-        wanted = tuple(self._state.shards)
-        self._dispatcher.submit(
-            node.worker, tasks.survey, self._call, wanted, self._manifest_bytes(), done=done, lost=lost
-        )
+        self._dispatcher.submit(node.worker, tasks.survey, self._call, wanted, manifest, done=done, lost=lost)
 
     def _finish(self, node: Node) -> None:
         node.is_finishing = True

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..context import LoadContext
-from ..errors import CacheUnavailableError, DiskFullError
+from ..errors import CacheUnavailableError, ChecksumError, DiskFullError
 from ..files.folder import Folder
 from ..files.system import boot_id
 from ..format.integrity import new_hasher, update_from_file, verify_and_parse
@@ -89,7 +89,12 @@ class Here:
         """Publish the manifest that another node has fetched, with what the server calls its version."""
         digest = hashlib.sha256(manifest.data).hexdigest()
         if digest != self.call.manifest_sha256:
-            raise CacheUnavailableError("another node sent wrong bytes for the manifest", shard=manifest.name)
+            raise ChecksumError(
+                f"another node sent wrong bytes: their sha256 is {digest}, expected {self.call.manifest_sha256}",
+                shard=manifest.name,
+                expected=self.call.manifest_sha256,
+                received=digest,
+            )
         source = ManifestSource((self.location,), Client(self.context), self.cache)
         source.keep(manifest.name, ManifestBody(manifest.data, manifest.etag, manifest.last_modified, False), digest)
 

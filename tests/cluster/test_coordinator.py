@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import shutil
 import threading
 from collections import Counter
@@ -11,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import requests
 
 import ndcache
 from ndcache.cluster import members
@@ -49,8 +52,6 @@ def keep_times(path: Path, change: Callable[[Path], Any]) -> None:
     """Change a file, and give it its old times, as a failing disk does."""
     status = path.stat()
     change(path)
-    import os
-
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
@@ -167,7 +168,7 @@ def test_progress_counts_shards_that_are_everywhere(tmp_path: Path, serve: Serve
 # --- wrong bytes --------------------------------------------------------------------------------------
 
 
-def test_fault_73_wrong_bytes_of_a_damaged_cache_are_refused(tmp_path: Path, serve: Serve) -> None:
+def test_row_73_wrong_bytes_of_a_damaged_cache_are_refused(tmp_path: Path, serve: Serve) -> None:
     arrays = simple_model(tmp_path / "model", shards=3)
     server, engine = serve(tmp_path / "model"), engine_of(tmp_path, "a", "b", "c")
     directory = ndcache.fetch(server.url, cache_dir=engine.homes["a"])
@@ -179,7 +180,7 @@ def test_fault_73_wrong_bytes_of_a_damaged_cache_are_refused(tmp_path: Path, ser
     assert len(list(engine.homes["a"].rglob("aside/*"))) == 1
 
 
-def test_fault_73_a_refusal_does_not_count_against_the_file_that_replaced_the_bad_one(
+def test_row_73_a_refusal_does_not_count_against_the_file_that_replaced_the_bad_one(
     tmp_path: Path, serve: Serve
 ) -> None:
     """Two nodes are sent the bad file, and the second refuses it when the first refusal has had its effect."""
@@ -190,13 +191,14 @@ def test_fault_73_a_refusal_does_not_count_against_the_file_that_replaced_the_ba
     engine.is_last = lambda worker, name, others: worker == "c" and name == "write" and others > 0
     fetch_to_nodes(engine, server.url, {})
     assert bodies(server) == {"/params_shard_0.bin": 2}
+    assert engine.counts["survey"] == 3 + 1  # the bad file is looked at again only once
     for home in engine.homes.values():
         assert_same(ndcache.load(server.url, cache_dir=home, offline=True, verify="always"), arrays)
 
 
 @pytest.mark.parametrize("memory_limit", [1 << 20, 4 * 10 * KIB], ids=["whole", "in pieces"])
 @pytest.mark.parametrize("md5", [True, False], ids=["md5", "no digest"])
-def test_fault_73_bytes_that_change_on_the_way_come_from_the_origin(
+def test_row_73_bytes_that_change_on_the_way_come_from_the_origin(
     tmp_path: Path, serve: Serve, memory_limit: int, md5: bool
 ) -> None:
     arrays = {"x": random_array((8 * KIB,))}
@@ -216,7 +218,7 @@ def test_fault_73_bytes_that_change_on_the_way_come_from_the_origin(
         assert partial_files(home) == []
 
 
-def test_fault_73_the_error_names_shard_and_node_if_the_origin_sends_other_bytes_to_each(
+def test_row_73_the_error_names_shard_and_node_if_the_origin_sends_other_bytes_to_each(
     tmp_path: Path, serve: Serve
 ) -> None:
     write_model(tmp_path / "model", [{"x": random_array((8,))}], md5=False)
@@ -234,6 +236,29 @@ def test_fault_73_the_error_names_shard_and_node_if_the_origin_sends_other_bytes
     assert caught.value.shard == "params_shard_0.bin"
     assert caught.value.node in ("a", "b")
     assert engine.left == 0
+
+
+def test_row_73_wrong_bytes_of_the_manifest_are_refused(tmp_path: Path, serve: Serve) -> None:
+    arrays = simple_model(tmp_path / "model")
+    server, engine = serve(tmp_path / "model"), engine_of(tmp_path, "a", "b", "c")
+
+    def damage(worker: str, name: str, result: Any) -> Any:
+        return dataclasses.replace(result, data=result.data + b" ") if name == "cached_manifest" else result
+
+    engine.change = damage
+    fetch_to_nodes(engine, server.url, {})
+    assert requested(server)["/tensor-cache.json"] == 1
+    for home in engine.homes.values():
+        assert_same(ndcache.load(server.url, cache_dir=home, offline=True), arrays)
+
+
+def test_without_digests_if_none_are_wanted(tmp_path: Path, serve: Serve) -> None:
+    arrays = simple_model(tmp_path / "model")
+    server, engine = serve(tmp_path / "model"), engine_of(tmp_path, "a", "b")
+    fetch_to_nodes(engine, server.url, {"verify": "never"})
+    assert set(requested(server).values()) == {1}
+    for home in engine.homes.values():
+        assert_same(ndcache.load(server.url, cache_dir=home, offline=True, verify="always"), arrays)
 
 
 # --- workers that come and go -------------------------------------------------------------------------
@@ -262,7 +287,7 @@ def kill_at(engine: LocalEngine, name: str, at: int) -> list[str]:
         *((name, at) for name in ("identify", "survey", "obtain", "begin", "read", "write", "finish") for at in (1, 2)),
     ],
 )
-def test_fault_74_a_lost_worker_costs_only_its_share(tmp_path: Path, serve: Serve, name: str, at: int) -> None:
+def test_row_74_a_lost_worker_costs_only_its_share(tmp_path: Path, serve: Serve, name: str, at: int) -> None:
     arrays = simple_model(tmp_path / "model", shards=6, shard_bytes=16 * KIB)
     server, engine = serve(tmp_path / "model"), engine_of(tmp_path, "a", "b", "c")
     killed = kill_at(engine, name, at)
@@ -284,7 +309,7 @@ def test_fault_74_a_lost_worker_costs_only_its_share(tmp_path: Path, serve: Serv
 
 
 @pytest.mark.parametrize("name", ["survey", "obtain", "read", "write", "begin", "finish"])
-def test_fault_74_another_worker_of_the_node_takes_over(tmp_path: Path, serve: Serve, name: str) -> None:
+def test_row_74_another_worker_of_the_node_takes_over(tmp_path: Path, serve: Serve, name: str) -> None:
     arrays = simple_model(tmp_path / "model", shards=6, shard_bytes=16 * KIB)
     server, engine = serve(tmp_path / "model"), engine_of(tmp_path, "a1", "b1", "a2", "b2")
     killed = kill_at(engine, name, 2)
@@ -298,7 +323,7 @@ def test_fault_74_another_worker_of_the_node_takes_over(tmp_path: Path, serve: S
 
 
 @pytest.mark.parametrize("name", ["identify", "survey", "obtain", "write", "finish"])
-def test_fault_75_a_late_worker_catches_up(tmp_path: Path, serve: Serve, name: str) -> None:
+def test_row_75_a_late_worker_catches_up(tmp_path: Path, serve: Serve, name: str) -> None:
     arrays = simple_model(tmp_path / "model", shards=6)
     server, engine = serve(tmp_path / "model"), engine_of(tmp_path, "a", "b")
 
@@ -312,7 +337,7 @@ def test_fault_75_a_late_worker_catches_up(tmp_path: Path, serve: Serve, name: s
     assert_same(ndcache.load(server.url, cache_dir=tmp_path / "home-c", offline=True), arrays)
 
 
-def test_fault_74_a_half_received_file_continues_on_another_worker_of_the_node(tmp_path: Path, serve: Serve) -> None:
+def test_row_74_a_half_received_file_continues_on_another_worker_of_the_node(tmp_path: Path, serve: Serve) -> None:
     arrays = simple_model(tmp_path / "model", shards=1, shard_bytes=100 * KIB)
     server, engine = serve(tmp_path / "model"), engine_of(tmp_path, "a1", "b1", "b2", "a2")
     killed = kill_at(engine, "write", 7)
@@ -331,7 +356,7 @@ def test_fault_74_a_half_received_file_continues_on_another_worker_of_the_node(t
         assert partial_files(home) == []
 
 
-def test_fault_74_no_worker_at_all(tmp_path: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_74_no_worker_at_all(tmp_path: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(members, "_PATIENCE_SECONDS", 0.0)
     simple_model(tmp_path / "model")
     server, engine = serve(tmp_path / "model"), engine_of(tmp_path, "a")
@@ -343,7 +368,7 @@ def test_fault_74_no_worker_at_all(tmp_path: Path, serve: Serve, monkeypatch: py
 # --- the origin fails ---------------------------------------------------------------------------------
 
 
-def test_fault_76_the_error_of_a_missing_shard_names_shard_and_node(tmp_path: Path, serve: Serve) -> None:
+def test_row_76_the_error_of_a_missing_shard_names_shard_and_node(tmp_path: Path, serve: Serve) -> None:
     simple_model(tmp_path / "model", shards=4)
     server, engine = serve(tmp_path / "model"), engine_of(tmp_path, "a", "b")
     server.status["/params_shard_2.bin"] = 404
@@ -355,7 +380,7 @@ def test_fault_76_the_error_of_a_missing_shard_names_shard_and_node(tmp_path: Pa
     assert engine.left == 0
 
 
-def test_fault_76_a_shard_that_one_node_cannot_get_is_tried_by_another(tmp_path: Path, serve: Serve) -> None:
+def test_row_76_a_shard_that_one_node_cannot_get_is_tried_by_another(tmp_path: Path, serve: Serve) -> None:
     simple_model(tmp_path / "model", shards=4)
     server, engine = serve(tmp_path / "model"), engine_of(tmp_path, "a", "b", "c")
     server.status["/params_shard_2.bin"] = 502
@@ -365,7 +390,7 @@ def test_fault_76_a_shard_that_one_node_cannot_get_is_tried_by_another(tmp_path:
     assert len({error.node for error in (caught.value, *caught.value.others)}) == 2
 
 
-def test_fault_76_a_manifest_that_is_not_there(tmp_path: Path, serve: Serve) -> None:
+def test_row_76_a_manifest_that_is_not_there(tmp_path: Path, serve: Serve) -> None:
     (tmp_path / "model").mkdir()
     server, engine = serve(tmp_path / "model"), engine_of(tmp_path, "a", "b")
     with pytest.raises(ndcache.NotFoundError) as caught:
@@ -374,7 +399,7 @@ def test_fault_76_a_manifest_that_is_not_there(tmp_path: Path, serve: Serve) -> 
     assert len(server.requests) == 2
 
 
-def test_fault_76_offline_nodes_share_what_one_of_them_has(tmp_path: Path, serve: Serve) -> None:
+def test_row_76_offline_nodes_share_what_one_of_them_has(tmp_path: Path, serve: Serve) -> None:
     arrays = simple_model(tmp_path / "model")
     server, engine = serve(tmp_path / "model"), engine_of(tmp_path, "a", "b", "c")
     with pytest.raises(ndcache.OfflineError):
@@ -403,7 +428,7 @@ def test_a_callback_that_raises_ends_the_call_and_leaves_nothing(tmp_path: Path,
     assert engine.left == 0
 
 
-def test_fault_77_cancel(tmp_path: Path, serve: Serve) -> None:
+def test_row_77_cancel(tmp_path: Path, serve: Serve) -> None:
     simple_model(tmp_path / "model")
     server, engine, cancel = serve(tmp_path / "model"), engine_of(tmp_path, "a", "b"), threading.Event()
     engine.before.append(lambda worker, name, args: cancel.set() if name == "obtain" else None)
@@ -431,8 +456,6 @@ def test_an_update_replaces_what_changed_on_every_node(tmp_path: Path, serve: Se
     [({"session": ...}, "session"), ({"max_workers": 0}, "max_workers"), ({"processes": 2}, "processes")],
 )
 def test_options_that_cannot_travel(tmp_path: Path, options: dict[str, Any], message: str) -> None:
-    import requests
-
     options = {name: requests.Session() if value is ... else value for name, value in options.items()}
     with pytest.raises((ValueError, TypeError), match=message):
         fetch_to_nodes(engine_of(tmp_path, "a"), "http://127.0.0.1:1/", options)

@@ -131,7 +131,7 @@ def test_workers_that_share_a_cache_are_one_node(
     assert_cached(server, [tmp_path / "home0", tmp_path / "home2"], arrays)
 
 
-def test_fault_73_wrong_bytes_of_a_worker_are_refused(
+def test_row_73_wrong_bytes_of_a_worker_are_refused(
     client: Any, shared: DaskCluster, tmp_path: Path, serve: Serve
 ) -> None:
     arrays = {f"x{number}": random_array((MIB // 4,), seed=number) for number in range(3)}
@@ -153,7 +153,7 @@ def test_fault_73_wrong_bytes_of_a_worker_are_refused(
     assert "sent wrong bytes" not in shared.logs()  # nothing of it fails as a task of Dask
 
 
-def test_fault_76_the_error_names_shard_and_worker_and_hides_secrets(
+def test_row_78_errors_tasks_and_logs_have_no_secrets(
     client: Any, shared: DaskCluster, tmp_path: Path, serve: Serve
 ) -> None:
     simple_model(tmp_path / "model", shards=6)
@@ -174,7 +174,7 @@ def test_fault_76_the_error_names_shard_and_worker_and_hides_secrets(
     assert "5ecret" not in "".join(seen) + str(caught.value) + repr(caught.value.__dict__) + shared.logs()
 
 
-def test_fault_77_cancel_ends_the_tasks(client: Any, tmp_path: Path, serve: Serve) -> None:
+def test_row_77_cancel_ends_the_tasks(client: Any, tmp_path: Path, serve: Serve) -> None:
     simple_model(tmp_path / "model", shards=6)
     server, cancel = serve(tmp_path / "model"), threading.Event()
     server.gate.clear()
@@ -193,7 +193,7 @@ def test_fault_77_cancel_ends_the_tasks(client: Any, tmp_path: Path, serve: Serv
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_fault_77_an_interrupt_ends_the_tasks(client: Any, tmp_path: Path, serve: Serve) -> None:
+def test_row_77_an_interrupt_ends_the_tasks(client: Any, tmp_path: Path, serve: Serve) -> None:
     simple_model(tmp_path / "model", shards=6)
     server = serve(tmp_path / "model")
     server.gate.clear()
@@ -282,7 +282,7 @@ def test_workers_in_this_process_are_one_node(tmp_path: Path, serve: Serve) -> N
 
 
 @pytest.mark.once
-def test_fault_74_a_killed_worker_costs_only_its_share(
+def test_row_74_a_killed_worker_costs_only_its_share(
     start: Callable[[], DaskCluster], tmp_path: Path, serve: Serve
 ) -> None:
     arrays = simple_model(tmp_path / "model", shards=16)
@@ -315,7 +315,7 @@ def test_fault_74_a_killed_worker_costs_only_its_share(
 
 
 @pytest.mark.once
-def test_fault_75_a_late_worker_catches_up(start: Callable[[], DaskCluster], tmp_path: Path, serve: Serve) -> None:
+def test_row_75_a_late_worker_catches_up(start: Callable[[], DaskCluster], tmp_path: Path, serve: Serve) -> None:
     arrays = simple_model(tmp_path / "model", shards=16)
     server, cluster = serve(tmp_path / "model"), start()
     homes = [tmp_path / f"home{number}" for number in range(3)]

@@ -165,6 +165,12 @@ def fetch_in_task(url: str) -> int:
     return len(ndcache.dask.fetch(distributed.get_client(), url))
 
 
+def peak_memory() -> int:
+    """Return the most bytes that this process has had in memory at once."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) << 10
+
+
 # --- the program
 
 
