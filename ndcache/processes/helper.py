@@ -11,6 +11,7 @@ import select
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from queue import SimpleQueue
 
@@ -87,10 +88,9 @@ class _Life:
                 self.requests.put(bytes(line))
                 line.clear()
         if self._cancel is not None:
-            threading.Timer(_GRACE, os._exit, (1,)).start()
             self._cancel()
-        else:
-            os._exit(1)
+            time.sleep(_GRACE)  # the main thread exits earlier, if nothing blocks it
+        os._exit(1)
 
     def _has_parent(self) -> bool:
         # A fork of the parent may keep the pipe open.

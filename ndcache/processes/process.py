@@ -61,6 +61,11 @@ class HelperProcess:
         return bool(self.last.counts)
 
     @property
+    def has_exited(self) -> bool:
+        """Return whether the process has ended, although a fork of this process may hold its pipes open."""
+        return self._process.poll() is not None
+
+    @property
     def last_words(self) -> str:
         """Return why it has ended: the signal, or what it printed last."""
         status, lines = self._process.returncode, redact(self._printed.decode("utf-8", "replace")).split("\n")
@@ -71,13 +76,14 @@ class HelperProcess:
 
     def move(self) -> list[HelperReport]:
         """Send and receive what the pipes can take and have; return the reports that are complete."""
+        has_exited = self.has_exited  # before the last look into the pipes
         if self._unsent:
             self._send()
         self._printed = (self._printed + self._receive(self._stderr))[-_PRINTED_BYTES:]
         *lines, self._unread = (self._unread + self._receive(self._stdout)).split(b"\n")
         if lines:
             self.silence = 0.0
-        if self._stdout.closed:
+        if has_exited or self._stdout.closed:
             self.kill()  # it has ended, or would be of no use
         with contextlib.suppress(ValueError):  # from another version
             return [HelperReport.decode(line) for line in lines]
@@ -88,7 +94,7 @@ class HelperProcess:
         self._close(self._stdin)
 
     def kill(self) -> None:
-        """Wait for its end, which it has announced by closing its pipes; otherwise kill it first."""
+        """Wait for its end, which it has announced by closing its pipes; otherwise kill it first. Close the pipes."""
         if not self.is_running:
             return
         self.is_running = False

@@ -22,6 +22,8 @@ _GRACE = 0.75
 #: Seconds without a report after which a helper is killed, so that its locks are free. Time in which this process does
 #: not run either, because somebody stopped all of them, does not count.
 _PATIENCE = 15.0
+#: What prevents the start of a process; a RuntimeError, if Python is shutting down.
+_START_ERRORS = (OSError, RuntimeError, subprocess.SubprocessError)
 
 logger = logging.getLogger("ndcache")
 
@@ -80,7 +82,7 @@ class Supervisor:
                         helper.kill()
                 deadline = time.monotonic() + _GRACE
                 while any(helper.is_running for helper in helpers) and time.monotonic() < deadline:
-                    self._read(selector)
+                    self._read(helpers, selector)
                 for helper in helpers:
                     helper.kill()
 
@@ -92,11 +94,7 @@ class Supervisor:
                 return
             try:
                 helpers.append(start_helper(arguments, environ, request, selector))
-            except (
-                OSError,
-                RuntimeError,
-                subprocess.SubprocessError,
-            ) as error:  # RuntimeError: Python is shutting down
+            except _START_ERRORS as error:
                 self.problem = (
                     f"a helper process could not start ({error}):"
                     f" {1 + len(helpers)} of {1 + self._count} processes download"
@@ -106,7 +104,7 @@ class Supervisor:
     def _follow(self, helpers: list[HelperProcess], selector: selectors.BaseSelector) -> None:
         """Read what has come, and kill helpers that do not report any more."""
         begun = time.monotonic()
-        self._read(selector)
+        self._read(helpers, selector)
         spent = min(time.monotonic() - begun, 2 * _LOOK)
         for helper in helpers:
             helper.silence += spent
@@ -114,11 +112,12 @@ class Supervisor:
                 helper.kill()
                 self._warn("it did not report any more")
 
-    def _read(self, selector: selectors.BaseSelector) -> None:
+    def _read(self, helpers: list[HelperProcess], selector: selectors.BaseSelector) -> None:
         """Move what can be moved through the pipes, for a moment."""
-        for key, _ in selector.select(_LOOK):
-            helper: HelperProcess = key.data
-            was_running = helper.is_running
+        ready = {id(key.data) for key, _ in selector.select(_LOOK)}
+        for helper in helpers:
+            if not helper.is_running or not (id(helper) in ready or helper.has_exited):
+                continue
             for report in helper.move():
                 counts, seconds = report.since(helper.last)
                 helper.last = report
@@ -126,7 +125,7 @@ class Supervisor:
                 self._stats.add_seconds(seconds)
                 self.published.update(report.published)
                 self._log(report)
-            if was_running and not (helper.is_running or helper.last.is_done or self._is_ending):
+            if not (helper.is_running or helper.last.is_done or self._is_ending):
                 self._warn(helper.last_words)
 
     def _log(self, report: HelperReport) -> None:

@@ -33,6 +33,8 @@ pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /
 
 SHARDS = 12
 NBYTES = SHARDS << 16
+#: Ends at once, but leaves a process that holds its pipes open.
+ORPHAN = "import subprocess; subprocess.Popen(['sleep', '20'])"
 
 
 @pytest.fixture
@@ -294,7 +296,7 @@ def test_row_69_a_helper_leaves_ctrl_c_to_its_parent(
 
 @pytest.mark.parametrize(
     "code",
-    ["import does_not_exist", "print('{\"half')", "import time; time.sleep(300)", "import os; os.close(0)"],
+    ["import does_not_exist", "print('{\"half')", "import time; time.sleep(300)", "import os; os.close(0)", ORPHAN],
 )
 def test_row_68_helpers_of_no_use_fail_no_load(
     server: FileServer, monkeypatch: pytest.MonkeyPatch, code: str, caplog: pytest.LogCaptureFixture
