@@ -126,10 +126,12 @@ class Folder:
 
     def exists(self) -> bool:
         """Return whether there is such a folder."""
-        if any(folder is self for folder, _ in _held.handles):
+        above = self._nearest_held()
+        depth = 0 if above is None else above[0]  # whatever led there when it was opened was not a link
+        if depth and depth == len(self.names):
             return True
         mode = 0
-        for path in self._way:
+        for path in self._way[depth:]:
             try:
                 mode = os.lstat(path).st_mode
             except OSError as error:

@@ -52,8 +52,11 @@ def write_note(folder: Folder, name: str, content: Mapping[str, Any], temporary:
     fresh, fresh_name = temporary
     with fresh.held():
         try:
-            with open(fresh.create(fresh_name), "wb") as file:
-                file.write(json.dumps(content).encode())  # json.dump would write it token by token
+            # Without a buffer, which would ask the system what kind of file it is.
+            with open(fresh.create(fresh_name), "wb", buffering=0) as file:
+                data = json.dumps(content).encode()  # json.dump would write it token by token
+                while data:
+                    data = data[file.write(data) :]
             fresh.replace(fresh_name, folder, name)
         except BaseException:
             with contextlib.suppress(OSError):

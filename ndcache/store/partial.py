@@ -3,7 +3,7 @@
 A partial file is opened with ``O_EXCL`` under a random name, so that nobody else ever writes to it, and all its bytes
 come from one version of one file on one server. A note beside it says which. An interrupted writer leaves both behind.
 The next one copies the bytes into a partial file of its own, and continues from there if the server still has that
-version.
+version. A small file gets its note only if it is left behind: most are published a moment later.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ __all__ = ["PartialFile", "read_at", "remove_partial"]
 _NOTE_BYTES = 4 << 20
 #: Seconds between two signs of life of a writer that waits for a server. Others wait for such a sign for much longer.
 _TOUCH_SECONDS = 5.0
+#: The most bytes that may be there without a note, and so be lost if the process is killed. For a shard of 4 KiB, the
+#: note would take a seventh of all system calls.
+_MAX_WITHOUT_NOTE = 16 << 10
 #: For systems that cannot read and write at an offset without moving the file's own position.
 _position_lock = threading.Lock()
 
@@ -63,6 +66,7 @@ class PartialFile:
     """
 
     source: PartialSource | None
+    _is_noted: bool  # whether there is a note that names the source
     _has_holes: bool  # then the note must say which bytes there are: the size alone does not
     _not_noted: int  # bytes that have been written since the last note
 
@@ -118,6 +122,9 @@ class PartialFile:
             with self._lock:
                 self._has_holes = True
                 self._write_note()  # before the file's size promises more than is there
+        elif not self._is_noted and start + len(data) > _MAX_WITHOUT_NOTE:
+            with self._lock:
+                self._write_note()
         rest, at = memoryview(data), start
         while rest:
             count = _write_at(self.file, rest, at)  # a disk that fills up takes a part first
@@ -132,8 +139,13 @@ class PartialFile:
     def set_source(self, url: str, etag: str, content_id: str, sha256: str | None) -> None:
         """Note where the bytes that are written from now on come from; see `PartialSource`."""
         self.source = PartialSource.of_this_boot(url, etag, content_id, sha256)
+        self._is_noted = False
+
+    def ensure_note(self) -> None:
+        """Write the note, unless it has been written: from now on, others may rely on the bytes that are there."""
         with self._lock:
-            self._write_note()
+            if not self._is_noted:
+                self._write_note()
 
     def keep_with_holes(self, nbytes: int) -> BinaryIO:
         """Keep what was written of a file of `nbytes` bytes, and return it open for reading, with its holes."""
@@ -174,8 +186,9 @@ class PartialFile:
 
     def close(self) -> None:
         """Stop writing, and leave the file to others."""
+        is_to_be_noted = self._has_holes or not (self._is_noted or self.file.closed)  # it is closed once published
         with contextlib.suppress(OSError), self._lock:
-            if self._has_holes and self.folder.status(self.file_name) is not None:
+            if is_to_be_noted and self.ranges and self.folder.status(self.file_name) is not None:
                 self._write_note()
         self.file.close()
 
@@ -190,7 +203,7 @@ class PartialFile:
         self.ranges = ByteRanges()
         self.source = None
         self.hasher = InOrderHasher(self.ranges, functools.partial(_read_back, file, self.path))
-        self._has_holes = False
+        self._is_noted = self._has_holes = False
         self._not_noted = 0
 
     @staticmethod
@@ -201,7 +214,7 @@ class PartialFile:
     def _write_note(self) -> None:
         if self.source is not None:
             PartialNote(self.source, self.ranges if self._has_holes else None).write(self.folder, self.file_name)
-            self._not_noted = 0
+            self._is_noted, self._not_noted = True, 0
 
 
 def remove_partial(folder: Folder, file_name: str) -> None:

@@ -48,6 +48,7 @@ class PartialFiles:
         """Create a partial file of the file `name`; close it after the block, and keep it if others can continue."""
         with self.layout.translate_errors(name):
             self.layout.make(self.folder)
+            # Held until the file is published, so that each step need not go down from the root once more.
             with _closing(PartialFile.open_new(self.folder, flatten(name))) as partial:
                 yield partial
 
@@ -97,6 +98,7 @@ class PartialFiles:
             for one in found:
                 if one.source is not None and one.ranges.nbytes and not partial.ranges.nbytes:
                     self._copy(one.file_name, one.source, one.ranges, partial, check)
+                    partial.ensure_note()  # before the other file is removed
         if is_exclusive:
             for one in found:
                 self.remove(one.file_name)
