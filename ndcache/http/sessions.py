@@ -60,6 +60,10 @@ class Sessions:
             pair = self._by_process.setdefault(pid, self._new_pair())
         return pair[0 if with_secrets else 1]
 
+    def is_given(self, session: requests.Session) -> bool:
+        """Return whether a session is the caller's."""
+        return session is self._given
+
     def auth(self, url: Url, *, is_source: bool) -> Auth | None:
         """Return what authenticates requests for `url`: its user and password, or the token of its origin.
 

@@ -116,10 +116,14 @@ class _WatchedConnection(HTTPConnection):
         self._give_to_watch()
         super().request(*args, **kwargs)
         self._is_used = True
+        if watch is not None:
+            watch.before_wait()
 
     def _new_conn(self) -> socket.socket:
         """Connect as urllib3 does, but let the socket be shut while it connects, and during the TLS handshake."""
         watch: StallWatch | None = getattr(_current, "watch", None)
+        if watch is not None:
+            watch.before_wait()
         try:
             with watch.paused() if watch is not None else contextlib.nullcontext():
                 sock = self._connect_first(watch)

@@ -79,6 +79,7 @@ class _Get(NamedTuple):
     may_be_encoded: bool
     is_source: bool
     auth: Auth | None
+    before_wait: Callable[[], None]
 
 
 class Transport:
@@ -119,6 +120,7 @@ class Transport:
         acquire: Callable[[str], Permit] | None = None,
         may_be_encoded: bool = False,
         start: str | None = None,
+        before_wait: Callable[[], None] = lambda: None,
     ) -> Response:
         """Send a GET and return the response, its body not yet read.
 
@@ -142,6 +144,8 @@ class Transport:
             Whether the body may have a Content-Encoding. It is not decoded here.
         start : str, optional
             Another URL of the same origin to ask instead of `url`.
+        before_wait : callable, optional
+            Called, perhaps more than once, before this thread waits for a server.
 
         Raises
         ------
@@ -156,7 +160,7 @@ class Transport:
         asked = parse(url)
         is_source = source_url is None or parse(source_url).origin == asked.origin
         auth = self._sessions.auth(asked, is_source=is_source)
-        get = _Get(asked, headers, cancellation, acquire, may_be_encoded, is_source, auth)
+        get = _Get(asked, headers, cancellation, acquire, may_be_encoded, is_source, auth, before_wait)
         redirects = {} if redirects is None else redirects
         known = redirects.get(url)
         while True:
@@ -225,9 +229,11 @@ class Transport:
         server (RFC 9112, 9.3.1).
         """
         is_first = get.url.origin not in _answered
+        if self._sessions.is_given(session):
+            get.before_wait()  # its connections may be of any kind
         self._sessions.check_settings(session, url)
         for is_last in (False, True):
-            watch, hooks = StallWatch(timeout=self._timeout[1]), _Hooks()
+            watch, hooks = StallWatch(self._timeout[1], before_wait=get.before_wait), _Hooks()
             get.cancellation.add(watch)
             try:
                 with watching(watch, url.origin, self._routes):

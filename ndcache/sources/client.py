@@ -51,31 +51,37 @@ class Client:
         """Call `Transport.get` when the server's limits allow it, and count the request.
 
         A branch stays at the commit that it had at the first request. `waiting` is called again and again until the
-        limits allow the request.
+        limits allow the request. A turn of this thread ends, see `Turns`.
         """
-        context, name = self.context, branch_url(url)
+        context, name, turns = self.context, branch_url(url), self.context.pool.turns
         cancellation = cancellation or context.cancellation
         commit = self.commits.get(name) if name else None
         context.stats.count(requests=1)
         with context.stats.timed("request", url=redact(url), range=headers.get("Range")) as others:
 
             def acquire(url: str) -> Permit:
-                begun = time.perf_counter()
+                begun, limit = time.perf_counter(), context.limits.of(url)
+                if limit.state.is_limited:
+                    turns.release()  # there may be a wait
                 try:
-                    return context.limits.of(url).acquire(cancellation, waiting)
+                    return limit.acquire(cancellation, waiting)
                 finally:
                     others["rate_limit"] = others.get("rate_limit", 0.0) + time.perf_counter() - begun
 
-            response = context.transport.get(
-                url,
-                headers,
-                cancellation,
-                source_url=source_url,
-                redirects=redirects,
-                acquire=acquire,
-                may_be_encoded=may_be_encoded,
-                start=at_commit(url, commit) if commit else None,
-            )
+            try:
+                response = context.transport.get(
+                    url,
+                    headers,
+                    cancellation,
+                    source_url=source_url,
+                    redirects=redirects,
+                    acquire=acquire,
+                    may_be_encoded=may_be_encoded,
+                    start=at_commit(url, commit) if commit else None,
+                    before_wait=turns.release,
+                )
+            finally:
+                turns.release()
         if name and response.commit:
             self.commits.setdefault(name, response.commit)
         self._activity.record(origin_of(response.url))

@@ -249,7 +249,13 @@ class Downloader:
         if not transfer.plan.keeps_slot:
             self._context.pool.release_slot()
         with self._context.stats.timed("publish", file=name):
-            file = self.cache.publish(transfer.partial, name, etag=transfer.source_etag, content_id=content_id)
+            file = self.cache.publish(
+                transfer.partial,
+                name,
+                etag=transfer.source_etag,
+                content_id=content_id,
+                syncing=self._context.pool.turns.paused,
+            )
         return DownloadResult(file, checked=tuple(transfer.expected_digests))
 
     def _keep_ranges(self, transfer: Transfer) -> DownloadResult:

@@ -131,7 +131,7 @@ class RemoteModel(Model):
                     return found
                 if self._context.offline:
                     raise offline_error(self._locations[0], [shard.data_path])
-                with self._lock(attempt) as lock:
+                with self._context.pool.turns, self._lock(attempt) as lock:
                     if lock is None:
                         continue  # another process has published a file: this version, or another one
                     if (found := self._find_cached(shard)) is not None:
@@ -161,7 +161,7 @@ class RemoteModel(Model):
         attempt.begin()
         if self.is_ready(shard):
             return Prefetch.NOT_NEEDED
-        with self._cache.try_lock(name, attempt.is_published) as is_mine:
+        with self._context.pool.turns, self._cache.try_lock(name, attempt.is_published) as is_mine:
             if not is_mine:
                 return Prefetch.BUSY
             if self.is_ready(shard):
@@ -242,6 +242,7 @@ class RemoteModel(Model):
         context, name = self._context, attempt.name
 
         def sleep(seconds: float) -> None:
+            context.pool.turns.release()
             with context.stats.timed("lock", file=name):
                 context.cancellation.sleep(seconds)
 

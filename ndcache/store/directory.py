@@ -201,6 +201,7 @@ class ModelDirectory:
         etag: str | None = None,
         last_modified: str | None = None,
         content_id: str | None = None,
+        syncing: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> BinaryIO:
         """Give a complete and checked partial file its name, and return it open for reading.
 
@@ -212,6 +213,8 @@ class ModelDirectory:
             What the server calls this version.
         content_id : str, optional
             Identifies a shard's content; see `FileMetadata.compare_content`. None for other files.
+        syncing : callable, optional
+            Returns a context manager, which is entered while the disk syncs.
 
         Raises
         ------
@@ -220,7 +223,8 @@ class ModelDirectory:
         CacheError
         """
         with self.layout.translate_errors(name), self.layout.model.held(), self.partials.folder.held():
-            sync(partial.file.fileno())
+            with syncing():
+                sync(partial.file.fileno())
             status, named = os.fstat(partial.file.fileno()), partial.folder.status(partial.file_name)
             has_stable_inodes = named is not None and os.path.samestat(named, status)
             partial.file.close()
@@ -228,7 +232,8 @@ class ModelDirectory:
             folder.make()
             file = give_name(partial, folder, last, lambda: self.quarantine(name))
             try:
-                folder.sync()
+                with syncing():
+                    folder.sync()
                 known = FileMetadata.of(
                     status, partial.hasher.hexdigests, etag=etag, last_modified=last_modified, content_id=content_id
                 )

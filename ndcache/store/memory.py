@@ -117,10 +117,13 @@ class FallbackDirectory(ModelDirectory):
         etag: str | None = None,
         last_modified: str | None = None,
         content_id: str | None = None,
+        syncing: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> BinaryIO:
         if isinstance(partial, MemoryPartialFile):
             return partial.reopen()
-        return super().publish(partial, name, etag=etag, last_modified=last_modified, content_id=content_id)
+        return super().publish(
+            partial, name, etag=etag, last_modified=last_modified, content_id=content_id, syncing=syncing
+        )
 
     def quarantine(self, name: str, file: BinaryIO | None = None) -> None:
         try:

@@ -17,6 +17,7 @@ from .outcomes import Outcomes, Task
 from .serial import SerialQueue
 from .slots import Slots
 from .threads import join_thread, main_thread_has_ended, raise_hidden_interrupt
+from .turns import Turns
 
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
@@ -55,6 +56,11 @@ class WorkerPool:
         Whether to have one more thread, for the `SerialQueue`.
     has_side_thread : bool
         Whether to have one more thread, for `run_beside`.
+
+    Attributes
+    ----------
+    turns : Turns
+        The workers' turns at short steps in Python. A task that takes one releases it, however the task ends.
     """
 
     # Ctrl-C can come between any two steps of the main thread. So it shares queues with the workers, and no lock that
@@ -84,6 +90,7 @@ class WorkerPool:
         self._starting = threading.Lock()
         self._tasks: SimpleQueue[Task[Any] | None] = SimpleQueue()
         self._slots = Slots(max_workers)
+        self.turns = Turns(max_workers + _SPARE_THREADS)
         self._goodbyes: SimpleQueue[None] = SimpleQueue()
         self._this_thread = threading.local()
 

@@ -34,6 +34,8 @@ class StallWatch:
         Whether the request went out on a connection that had been used before.
     is_connected : bool
         Whether the connection is ready, TLS included.
+    before_wait : callable
+        The request's own thread calls this before it waits for the server.
     is_woken : bool
         Whether the wait was ended, for whatever reason.
     """
@@ -44,6 +46,7 @@ class StallWatch:
     is_stalled: bool = False
     is_reused: bool = False
     is_connected: bool = False
+    before_wait: Callable[[], None] = lambda: None
     is_woken: bool = field(default=False, init=False)
     _nbytes: int = 0
     _samples: deque[tuple[float, int]] = field(default_factory=deque)  # time, and bytes received until then
