@@ -31,6 +31,8 @@ _RECORD_BYTES = 1 << 14
 #: The least bytes that are asked for in a tight loop. One read of so many from the buffered file, which has read the
 #: headers, empties its buffer.
 _LOOP_BYTES = max(_RECORD_BYTES, io.DEFAULT_BUFFER_SIZE)
+#: The private name of the object behind an `ssl.SSLSocket`.
+_TLS_OBJECT = "_sslobj"
 #: The most interim responses to one request that are skipped.
 _MAX_INTERIM = 1000
 #: Raised by a socket without a timeout for which nothing has arrived.
@@ -184,7 +186,7 @@ def _reader(sock: socket.socket | SSLTransport) -> _Read:
     For TLS, that is the object behind an `ssl.SSLSocket`, if it has one: 16 threads read 1.2 times as much through it
     as through `SSLSocket.recv_into`, which adds two Python frames to each record.
     """
-    read: Callable[[int, memoryview], int] | None = getattr(getattr(sock, "_sslobj", None), "read", None)
+    read: Callable[[int, memoryview], int] | None = getattr(getattr(sock, _TLS_OBJECT, None), "read", None)
     return sock.recv_into if read is None else functools.partial(read, _RECORD_BYTES)  # type: ignore[return-value]
 
 

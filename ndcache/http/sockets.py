@@ -21,6 +21,7 @@ from urllib3 import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import ConnectTimeoutError, NameResolutionError, NewConnectionError
 from urllib3.util import parse_url
+from urllib3.util.ssltransport import SSLTransport
 
 from ..urls.redact import printable
 from ..urls.url import Origin
@@ -33,7 +34,9 @@ __all__ = ["WatchedAdapter", "WrongOriginError", "waker", "watch_adapter", "watc
 _current = threading.local()
 
 
-def _shut(sock: socket.socket) -> None:
+def _shut(sock: socket.socket | SSLTransport) -> None:
+    while isinstance(sock, SSLTransport):  # TLS through a proxy that speaks TLS itself
+        sock = sock.socket
     try:
         # Not sock.shutdown(): SSLSocket's would drop the TLS state that the reading thread is using.
         socket.socket.shutdown(sock, socket.SHUT_RDWR)

@@ -27,8 +27,8 @@ from .transfer import Action, Transfer
 __all__ = ["DownloadResult", "Downloader"]
 
 #: The most bytes that are read at once: few enough to stay in the CPU's cache until they are hashed and written, and
-#: enough that workers do not wake each other all the time. On 16 cores, 8 workers receive 1.24 times as much over TLS as
-#: with 1 MiB, and 1.05 times as much without; on 2 cores the CPU time is the same.
+#: enough that workers do not wake each other all the time. On 16 cores, 8 workers receive 1.24 times as much over TLS,
+#: and 1.05 times as much without, as with 1 MiB; on 2 cores the CPU time is the same.
 _READ_BYTES = 2 << 20
 #: Several ranges of a file that has more bytes than this are received at once.
 RANGE_THRESHOLD = 64 << 20
