@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,17 @@ def test_gpu_of_each_worker() -> None:
     first, *others = run("gpu_of_each_worker.py").splitlines()
     assert first == "the model is on 1 node(s)"
     assert others == ["1 tensors of 120,000 bytes on GPUDevice"] * 2
+
+
+@pytest.mark.once
+@pytest.mark.usefixtures("gpu")
+def test_gpu_of_each_actor(monkeypatch: pytest.MonkeyPatch) -> None:
+    need_module("ray")
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:  # Ray's sockets need a short path
+        monkeypatch.setenv("RAY_TMPDIR", folder)
+        monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        lines = run("gpu_of_each_actor.py").splitlines()
+    assert lines[-2:] == ["the model is on 1 node(s)", "1 tensors of 120,000 bytes on GPUDevice"]
 
 
 @pytest.mark.once

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -130,7 +131,7 @@ def test_in_a_task(cluster: RayCluster, server: FileServer, model: Path, tmp_pat
 
 
 @pytest.mark.once
-def test_wrong_bytes_of_another_node_are_refused(cluster: RayCluster, server: FileServer, model: Path) -> None:
+def test_row_73_wrong_bytes_of_another_node_are_refused(cluster: RayCluster, server: FileServer, model: Path) -> None:
     found = cluster.run(fetch, server.url)
     bad, other = found.values()
     shutil.rmtree(other)
@@ -141,7 +142,7 @@ def test_wrong_bytes_of_another_node_are_refused(cluster: RayCluster, server: Fi
     assert_complete(found, cluster, server, model)
 
 
-def test_an_error_of_the_origin_names_the_shard_and_the_node(cluster: RayCluster, server: FileServer) -> None:
+def test_row_76_an_error_of_the_origin_names_the_shard_and_the_node(cluster: RayCluster, server: FileServer) -> None:
     server.status["/params_shard_5.bin"] = 404
     with pytest.raises(ndcache.NotFoundError) as caught:
         cluster.run(fetch, server.url, retries=QUICK)
@@ -157,7 +158,9 @@ def under_way(home: Path, server: FileServer) -> int:
 
 
 @pytest.mark.once
-def test_an_actor_that_is_killed_costs_only_its_share(cluster: RayCluster, server: FileServer, model: Path) -> None:
+def test_row_74_an_actor_that_is_killed_costs_only_its_share(
+    cluster: RayCluster, server: FileServer, model: Path
+) -> None:
     server.gate.clear()
     fetching = cluster.start(fetch, server.url)
     victim = next(iter(cluster.homes))
@@ -170,7 +173,7 @@ def test_an_actor_that_is_killed_costs_only_its_share(cluster: RayCluster, serve
 
 
 @pytest.mark.once
-def test_a_node_that_joins_later_gets_the_model_from_the_others(
+def test_a_node_that_joins_later_gets_the_model_from_others(
     cluster: RayCluster, server: FileServer, model: Path, tmp_path: Path
 ) -> None:
     cluster.run(fetch, server.url)
@@ -185,7 +188,9 @@ def test_a_node_that_joins_later_gets_the_model_from_the_others(
 
 
 @pytest.mark.once
-def test_nodes_that_come_and_go_meanwhile(cluster: RayCluster, server: FileServer, model: Path, tmp_path: Path) -> None:
+def test_row_74_and_75_nodes_that_come_and_go_meanwhile(
+    cluster: RayCluster, server: FileServer, model: Path, tmp_path: Path
+) -> None:
     lost = cluster.add_node(tmp_path / "lost")
     server.gate.clear()
     fetching = cluster.start(fetch, server.url)
@@ -203,8 +208,49 @@ def test_nodes_that_come_and_go_meanwhile(cluster: RayCluster, server: FileServe
         cluster.kill_node(late)
 
 
+def fetch_until(url: str, stop: Path) -> float:
+    """Cancel a fetch as soon as a file is there, and return the seconds that this took."""
+    cancel, cancelled = threading.Event(), []
+
+    def watch() -> None:
+        wait_until(stop.exists, TIMEOUT)
+        cancelled.append(time.monotonic())
+        cancel.set()
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        with pytest.raises(ndcache.CancelledError):
+            fetch(url, cancel=cancel)
+        return time.monotonic() - cancelled[0]
+    finally:
+        thread.join()
+
+
 @pytest.mark.once
-def test_secrets_are_in_no_file_and_no_command_line(cluster: RayCluster, server: FileServer) -> None:
+def test_row_77_a_fetch_that_is_cancelled(cluster: RayCluster, server: FileServer, model: Path, tmp_path: Path) -> None:
+    server.gate.clear()
+    fetching = cluster.start(fetch_until, server.url, tmp_path / "stop")
+    wait_until(lambda: len(server.shard_requests()) >= 8, TIMEOUT)
+    (tmp_path / "stop").touch()
+    assert fetching.result(TIMEOUT) < 30  # while the server sends nothing, and no request has timed out
+    server.gate.set()
+    assert_complete(cluster.run(fetch, server.url), cluster, server, model)
+
+
+@pytest.mark.once
+def test_row_77_a_driver_that_is_killed(cluster: RayCluster, server: FileServer, model: Path) -> None:
+    server.gate.clear()
+    fetching = cluster.start(fetch, server.url)
+    wait_until(lambda: len(server.shard_requests()) >= 8, TIMEOUT)
+    fetching.kill()
+    cluster.run(wait_for_nothing)
+    server.gate.set()
+    assert_complete(cluster.run(fetch, server.url), cluster, server, model)
+
+
+@pytest.mark.once
+def test_row_78_secrets_are_in_no_file_and_no_command_line(cluster: RayCluster, server: FileServer) -> None:
     source = server.url.replace("http://", f"http://user:{SECRET}@")
     server.gate.clear()
     fetching = cluster.start(fetch, source)
