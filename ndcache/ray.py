@@ -9,6 +9,7 @@ Each shard leaves the origin once, and then travels from node to node through Ra
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import Counter
@@ -120,10 +121,17 @@ class NdcacheWorker:
 
 
 @dataclass(frozen=True)
+class _Handle:
+    """The number of a task. Only the engine has references to objects: Ray keeps an object while there is one."""
+
+    number: int
+
+
+@dataclass(frozen=True)
 class _Task:
     """A task whose result was not released yet; `sources` are the workers that made its inputs."""
 
-    number: int
+    ref: Any
     worker: str
     sources: tuple[str, ...]
 
@@ -150,9 +158,9 @@ class _RayEngine:
         )(NdcacheWorker)
         self._actors: dict[str, Any] = {}
         self._deaths: Counter[str] = Counter()
-        self._started = 0
-        self._tasks: dict[Any, _Task] = {}
-        self._awaited: set[Any] = set()
+        self._numbers = itertools.count()
+        self._tasks: dict[_Handle, _Task] = {}
+        self._awaited: dict[Any, _Handle] = {}  # by the reference to a result that `collect` is to return
 
     def workers(self) -> Collection[str]:
         nodes = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
@@ -162,45 +170,44 @@ class _RayEngine:
             self._start_actor(node)
         return list(self._actors)
 
-    def submit(self, worker: str, function: Callable[..., Any], *args: Any, stays: bool = False) -> Any:
-        inputs = tuple(each for each in args if isinstance(each, (ray.ObjectRef, _Lost)))
-        if worker not in self._actors or any(isinstance(each, _Lost) for each in inputs):
-            return _Lost()
-        self._started += 1
+    def submit(self, worker: str, function: Callable[..., Any], *args: Any, stays: bool = False) -> _Handle:
+        handle = _Handle(next(self._numbers))
+        inputs = [each for each in args if isinstance(each, _Handle)]
+        if worker not in self._actors or not self._tasks.keys() >= set(inputs):
+            return handle  # the worker, or what the task needs, was lost just now
         run = self._actors[worker].run
         if function in tasks.LONG:
             run = run.options(concurrency_group="long")
-        handle = run.remote(self._started, function, *args)
-        self._tasks[handle] = _Task(self._started, worker, tuple(self._tasks[each].worker for each in inputs))
+        values = (self._tasks[each].ref if isinstance(each, _Handle) else each for each in args)
+        ref = run.remote(handle.number, function, *values)
+        self._tasks[handle] = _Task(ref, worker, tuple(self._tasks[each].worker for each in inputs))
         if not stays:
-            self._awaited.add(handle)
+            self._awaited[ref] = handle
         return handle
 
-    def collect(self, timeout: float) -> list[tuple[Any, Any]]:
-        awaited = list(self._awaited)
-        if not awaited:
+    def collect(self, timeout: float) -> list[tuple[_Handle, Any]]:
+        if not self._awaited:
             time.sleep(timeout)
             return []
         # Nothing is brought here to wait for it; `get` only brings what `collect` returns.
-        ended, _ = ray.wait(awaited, timeout=timeout, fetch_local=False)
+        ended, _ = ray.wait(list(self._awaited), timeout=timeout, fetch_local=False)
         if ended:
-            ended, _ = ray.wait(awaited, num_returns=len(awaited), timeout=0, fetch_local=False)
-        self._awaited.difference_update(ended)
+            ended, _ = ray.wait(list(self._awaited), num_returns=len(self._awaited), timeout=0, fetch_local=False)
         results = []
-        for handle in ended:
+        for handle in [self._awaited.pop(ref) for ref in ended]:
+            task = self._tasks[handle]
             try:
-                results.append((handle, ray.get(handle)))
+                results.append((handle, ray.get(task.ref)))
             except RayError as error:
-                self._handle(error, self._tasks[handle])
+                self._handle(error, task)
         return results
 
-    def release(self, handles: Iterable[Any]) -> None:
+    def release(self, handles: Iterable[_Handle]) -> None:
         by_worker: dict[str, list[int]] = {}
         for handle in handles:
             task = self._tasks.pop(handle, None)
-            if task is not None and handle in self._awaited:
-                self._awaited.remove(handle)
-                by_worker.setdefault(task.worker, []).append(task.number)
+            if task is not None and self._awaited.pop(task.ref, None) is not None:
+                by_worker.setdefault(task.worker, []).append(handle.number)
         for worker, numbers in by_worker.items():
             if worker in self._actors:
                 self._actors[worker].release.options(concurrency_group="release").remote(numbers)
@@ -210,6 +217,7 @@ class _RayEngine:
         for worker in list(self._actors):
             self._forget(worker)
         self._tasks.clear()
+        self._awaited.clear()
 
     def _start_actor(self, node: str) -> None:
         deaths = self._deaths[node]
@@ -220,7 +228,7 @@ class _RayEngine:
     def _forget(self, worker: str) -> None:
         """End the actor if it is not dead, and wait for its tasks no more."""
         ray.kill(self._actors.pop(worker))
-        self._awaited -= {handle for handle in self._awaited if self._tasks[handle].worker == worker}
+        self._awaited = {ref: each for ref, each in self._awaited.items() if self._tasks[each].worker != worker}
 
     def _handle(self, error: Exception, task: _Task) -> None:
         """Forget the workers that are lost, by what a task failed with; raise everything else."""
@@ -246,7 +254,3 @@ class _RayEngine:
             self._deaths[node] += 1
         if self._deaths[node] > _MOST_DEATHS:
             raise RuntimeError(f"the actor on the Ray node {node} died {self._deaths[node]} times") from error
-
-
-class _Lost:
-    """The handle of a task that was not started, because its worker, or what it needs, was lost already."""

@@ -130,7 +130,7 @@ def open_ray_cluster(*homes: Path) -> Iterator[RayCluster]:
 
 
 def wait_for_nothing() -> None:
-    """Wait, in a driver, until the cluster has no actor and nothing in its object stores; fail after some time."""
+    """Wait, in a driver, until the cluster has no actor, and the driver refers to no object; fail after some time."""
     end = time.monotonic() + TIMEOUT / 3
     while left := _what_is_left():
         assert time.monotonic() < end, left
@@ -138,17 +138,12 @@ def wait_for_nothing() -> None:
 
 
 def _what_is_left() -> list[str]:
-    import ray
-    from ray._private.internal_api import node_stats
     from ray._private.state import actors
+    from ray._private.worker import global_worker
 
-    left = [f"actor: {each['ActorClassName']}" for each in actors().values() if each["State"] != "DEAD"]
-    for node in ray.nodes():
-        if node["Alive"]:
-            stats = node_stats(node["NodeManagerAddress"], node["NodeManagerPort"], include_memory_info=False)
-            if count := stats.store_stats.object_store_bytes_primary_copy:
-                left.append(f"{count} bytes on {node['NodeID']}")
-    return left
+    left = [f"actor {each['ActorClassName']}" for each in actors().values() if each["State"] != "DEAD"]
+    # Ray frees objects to which their owner, here the driver, has no reference.
+    return left + [f"object {each}" for each in global_worker.core_worker.get_all_reference_counts()]
 
 
 # --- the driver's process ------------------------------------------------------------------------------
