@@ -188,7 +188,7 @@ def test_a_node_that_joins_later_gets_the_model_from_others(
 
 
 @pytest.mark.once
-def test_row_74_and_75_nodes_that_come_and_go_meanwhile(
+def test_row_75_nodes_that_come_and_go_meanwhile(
     cluster: RayCluster, server: FileServer, model: Path, tmp_path: Path
 ) -> None:
     lost = cluster.add_node(tmp_path / "lost")
