@@ -44,7 +44,7 @@ def refusals(
     names = model_of_each(folder / "models", processes, SHARDS, 1000 if is_rate else 25_000)
     server = serve(folder / "models", rate=None if is_rate else 100_000, limit=limit)
     children = load_all(zygote, server.url, names[:1], folder / "cache")
-    wait_until(lambda: limit.refused >= 5)
+    wait_until(lambda: limit.refused)
     children += load_all(zygote, server.url, names[1:], folder / "cache")
     for child in children:
         child.result()
@@ -58,7 +58,8 @@ def test_row_67_processes_are_refused_as_seldom_as_one(
 ) -> None:
     alone = refusals(zygote, serve, tmp_path / "one", make(), 1)
     together = refusals(zygote, serve, tmp_path / "many", make(), PROCESSES)
-    assert together <= alone + 10  # without sharing, each of the three others is refused 6 or 7 times at first
+    # Without sharing, each of the three others is refused 6 or 7 times at first, and again and again later.
+    assert together <= alone + 18
 
 
 @pytest.mark.once
