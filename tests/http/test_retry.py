@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 import weakref
@@ -172,6 +173,21 @@ def test_row_36_stopping_ends_the_wait_for_the_next_try() -> None:
 
     with pytest.raises(ndcache.CancelledError):
         with_retries(attempt, cancellation=Cancellation(cancel))
+
+
+def test_row_67_a_long_wait_shows_that_the_worker_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept, signs, calls = list[float](), list[float](), list[int]()
+    monkeypatch.setattr(Cancellation, "sleep", lambda self, seconds: slept.append(seconds))
+    policy = RetryPolicy(retries=1)
+    waiting = functools.partial(signs.append, 1.0)
+    for attempt in attempts(policy, Cancellation(), LoadStats(), OriginActivity(), waiting=waiting):
+        with attempt:
+            calls.append(1)
+            if len(calls) == 1:
+                raise rate_limited(25)
+    assert sum(slept) == 25
+    assert max(slept) <= 10
+    assert len(signs) == 2
 
 
 def test_no_frame_of_the_retries_is_on_the_stack_of_the_work() -> None:

@@ -54,6 +54,18 @@ def test_a_partial_file_gets_its_name_when_it_is_published(cache: ModelDirectory
     assert list((cache.directory / ".ndcache" / "parts").iterdir()) == []
 
 
+def test_row_67_a_writer_that_waits_shows_now_and_then_that_it_lives(cache: ModelDirectory) -> None:
+    with cache.partials.create("a.bin") as partial:
+        os.utime(partial.path, (0, 0))
+        before = cache.partials.progress("a.bin")
+        partial.touch()
+        after = cache.partials.progress("a.bin")
+        assert after != before
+        os.utime(partial.path, (0, 0))
+        partial.touch()
+        assert cache.partials.progress("a.bin") == before
+
+
 def test_a_partial_file_that_is_not_published_leaves_nothing(cache: ModelDirectory) -> None:
     with pytest.raises(ZeroDivisionError), cache.partials.create("a.bin") as partial:
         partial.write(b"abc")
