@@ -18,9 +18,11 @@ __all__ = ["STATUSES", "OriginLimit", "Permit"]
 #: The statuses of servers that get too many requests; nginx's own limits answer 503.
 STATUSES = (429, 503)
 
-#: Seconds that a thread waits for its turn before it checks whether it was cancelled; and before it looks whether the
-#: requests of other processes have ended.
-_TICK, _LOOK = 0.1, 0.02
+#: Seconds that a thread waits for its turn before it checks whether it was cancelled.
+_TICK = 0.1
+#: Seconds until it looks whether requests of other processes have ended: at least, and for each process, so that many
+#: of them together do not look too often.
+_LOOK, _LOOK_OF_EACH = 0.02, 0.005
 #: Seconds between two notes that the origin sends something.
 _NOTE = 0.25
 
@@ -154,8 +156,9 @@ class OriginLimit:
             if delay <= 0 and not must_yield:
                 return Permit(self, self.state.start(now, self._name)), 0.0
             self.state.member(self._name, now).waiting_since = since
-        if len(self.state.members) > 1 and (must_yield or self.state.in_flight >= self.state.max_in_flight):
-            return None, _LOOK
+        members = len(self.state.members)
+        if members > 1 and (must_yield or self.state.in_flight >= self.state.max_in_flight):
+            return None, min(max(_LOOK, members * _LOOK_OF_EACH), _TICK)
         return None, min(delay, _TICK)
 
     @contextlib.contextmanager

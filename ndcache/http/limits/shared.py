@@ -92,7 +92,8 @@ class SharedState:
         with self._note.held(creates=creates) if is_possible else contextlib.nullcontext() as held:
             now = monotonic()
             if held is None:
-                self._next_try = max(self._next_try, now + _RETRY) if is_possible else self._next_try
+                if is_possible:
+                    self._next_try = now + _RETRY
                 state.remove_dead(now, self.name)
                 state.forget_if_old(now)
                 yield now
