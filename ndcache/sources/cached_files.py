@@ -1,20 +1,25 @@
-"""Open shards in the cache, and hold them open until their turn comes."""
+"""Open shards in the cache, hold them open until their turn comes, and try again after other processes' changes."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import TracebackType
 from typing import BinaryIO
 
 from ..errors import CacheUnavailableError, NdcacheError
 from ..files.descriptors import affordable
+from ..files.folder import is_gone
 from ..format.manifest import Shard
 from ..store.directory import ModelDirectory
+from ..store.lock import Patience
 from ..store.metadata import FileMetadata, Match
 
-__all__ = ["CachedFile", "HeldFiles", "open_cached", "unreadable"]
+__all__ = ["CachedFile", "HeldFiles", "ObtainAttempt", "open_cached", "unreadable"]
 
+#: How many attempts to make at a shard that other processes keep deleting or replacing.
+_ATTEMPTS = 5
 #: The most files that all loads of this process hold: descriptors are scarce.
 _MAX_HELD = 128
 #: Free descriptors that there must be for each held file, so that these use a quarter at most.
@@ -122,3 +127,61 @@ def unreadable(shard: Shard, error: OSError) -> CacheUnavailableError | None:
     )
     failure.__cause__ = error
     return failure
+
+
+class ObtainAttempt:
+    """An attempt to obtain a shard, as a context manager that suppresses errors after which there is another attempt.
+
+    Other processes may delete the model, or publish other versions of the shard, at any time.
+
+    Attributes
+    ----------
+    name : str
+        The shard's path.
+    is_disturbed : bool
+        Whether an error has been suppressed.
+    patience : Patience
+        How long to wait for somebody else who downloads the shard.
+    """
+
+    is_disturbed: bool = False
+
+    def __init__(self, shard: Shard, cache: ModelDirectory) -> None:
+        self.name = shard.data_path
+        self._shard = shard
+        self._cache = cache
+        self._version: object = None  # of the file that was there at the beginning
+        self._looks = 0  # since the last error
+        self._errors = 0
+        self.patience = Patience()
+
+    def is_published(self) -> bool:
+        """Return whether another process has published a file since the attempt began."""
+        # Some file systems give the same file another time at each look: after some looks, wait for the lock alone.
+        return self._looks <= _ATTEMPTS and self._cache.version(self.name) not in (None, self._version)
+
+    def postpone(self) -> None:
+        """Note that time passes before the next look."""
+        self._looks = 0
+
+    def begin(self) -> None:
+        """Note which file is there now."""
+        self._looks += 1
+        self._version = self._cache.version(self.name)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> bool:
+        failure = unreadable(self._shard, error) if isinstance(error, OSError) else None
+        if failure is None:
+            return False
+        self._errors += 1
+        self._looks, self.is_disturbed = 0, True
+        if self._errors < _ATTEMPTS and is_gone(error):
+            return True  # another process has taken the file away just now
+        if self._errors <= _ATTEMPTS and self._cache.fall_back(failure):
+            return True
+        if failure is error:
+            return False
+        raise failure

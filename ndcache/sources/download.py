@@ -185,13 +185,15 @@ class Downloader:
         count, partial = len(transfer.plan.urls), transfer.partial
         for index in sorted(range(count), key=lambda index: index in self._failing):
             transfer.use_url(index)
-            for attempt in self.client.attempts(progress=lambda: partial.furthest, waiting=partial.touch):
+            for attempt in self.client.attempts(
+                transfer.plan.policy, progress=lambda: partial.furthest, waiting=partial.touch
+            ):
                 current = _UrlAttempt(attempt, errors, index)
                 while not current.has_failed:
                     yield current
             error = errors[index]
             error.shard = transfer.plan.shard.data_path
-            if error.retryable and type(error).max_retries is None:
+            if transfer.plan.policy is None and error.retryable and type(error).max_retries is None:
                 self._failing.add(index)  # it failed at every attempt: other shards try it last
         first, *others = (errors[index] for index in range(count))
         first.others = tuple(others)
@@ -246,8 +248,7 @@ class Downloader:
 
     def _publish(self, transfer: Transfer) -> DownloadResult:
         name, content_id = transfer.plan.shard.data_path, transfer.plan.content_id
-        if not transfer.plan.keeps_slot:
-            self._context.pool.release_slot()
+        self._context.pool.release_slot()
         with self._context.stats.timed("publish", file=name):
             file = self.cache.publish(
                 transfer.partial,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from types import TracebackType
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NoReturn
 
 from ..caller import warn_caller
 from ..context import LoadContext
@@ -16,14 +17,16 @@ from ..files.folder import is_gone
 from ..format.manifest import Manifest, Shard
 from ..format.parse import parse_manifest
 from ..format.strict_json import MAX_MANIFEST_BYTES
+from ..http.retry import RetryPolicy
 from ..location import Location
 from ..store.cleanup import check_free_space, evict_partials, prune
 from ..store.directory import ModelDirectory
 from ..store.lock import DownloadLock
 from ..store.metadata import Match
 from ..store.ranges import ByteRanges
-from ..workers.prefetch_queue import Prefetch, PrefetchQueue
-from .cached_files import CachedFile, HeldFiles, open_cached, unreadable
+from ..workers.postponed import Postponed
+from ..workers.prefetch_queue import PrefetchQueue
+from .cached_files import CachedFile, HeldFiles, ObtainAttempt, open_cached
 from .client import Client
 from .download import Downloader, DownloadResult
 from .manifest import ManifestSource, OpenedManifest, offline_error, open_manifest
@@ -33,8 +36,8 @@ from .verifier import ShardVerifier
 
 __all__ = ["RemoteModel", "open_known_model", "open_remote_model"]
 
-#: How many attempts to make at a shard that other processes keep deleting or replacing.
-_ATTEMPTS = 5
+#: For shards that are downloaded ahead of their turn: if one fails, its own turn tries again.
+_ONCE = RetryPolicy(retries=0)
 
 logger = logging.getLogger("ndcache")
 
@@ -69,10 +72,9 @@ class RemoteModel(Model):
         self._downloader = Downloader(client, cache)
         self._verifier = ShardVerifier(client.context, cache, opened)
         self._held = HeldFiles()
-        self._missing: dict[str, Shard] = {}  # when the load began
-        self._queue = PrefetchQueue[str]()
+        self._postponed: dict[str, ObtainAttempt] = {}
+        self._prefetches = _Prefetches()
         self._prefetched: set[str] = set()
-        self._failures: dict[str, NdcacheError] = {}  # those of prefetches that are not worth another attempt
         self._record_counts = {shard.data_path: len(shard.records) for shard in opened.manifest.shards}
         self._has_warned = False
 
@@ -102,7 +104,7 @@ class RemoteModel(Model):
     @property
     def missing(self) -> list[Shard]:
         """Return what `prepare` found missing."""
-        return list(self._missing.values())
+        return list(self._prefetches.shards.values())
 
     def prepare(self, shards: Sequence[Shard]) -> None:
         missing, room = [], HeldFiles.room()
@@ -116,14 +118,14 @@ class RemoteModel(Model):
         if missing and self._context.offline:
             raise offline_error(self._locations[0], [shard.data_path for shard in missing])
         if missing:
-            self._missing = {shard.data_path: shard for shard in missing}
-            self._queue = PrefetchQueue(self._missing)
+            self._prefetches = _Prefetches(missing, lambda shard: self.download_if_free(shard, _ONCE))
+            self._context.pool.set_spare_work(self._next_prefetch, self._sleep)
             self._check_free_space(missing)
             self.warn_if_not_kept()
 
     def obtain(self, shard: Shard) -> ShardFile:
-        self._queue.discard(shard.data_path)
-        attempt = _Attempt(shard, self._cache)
+        self._prefetches.begin(shard)
+        attempt = self._postponed.pop(shard.data_path, None) or ObtainAttempt(shard, self._cache)
         while True:
             with attempt:
                 attempt.begin()
@@ -136,43 +138,44 @@ class RemoteModel(Model):
                         continue  # another process has published a file: this version, or another one
                     if (found := self._find_cached(shard)) is not None:
                         return found  # another process was faster, or its metadata came a moment after the file
-                    if (failure := self._failures.pop(shard.data_path, None)) is not None:
-                        raise failure
+                    if not self._context.pool.has_slot:
+                        self._postpone(attempt, attempt.patience.pause)
+                    self._prefetches.raise_failure(shard)
                     # After a disturbance, do not delete partial files that another process may be writing.
                     is_exclusive = lock.is_exclusive and not attempt.is_disturbed
                     plan = self._plan(shard)
                     return self._shard_file(plan, self._downloader.download_shard(plan, is_exclusive=is_exclusive))
 
-    def download_if_free(self, shard: Shard, *, keeps_slot: bool = False) -> Prefetch:
-        """Download a shard into the cache, unless it is there or somebody else has begun it.
+    def download_if_free(self, shard: Shard, policy: RetryPolicy | None = None) -> bool:
+        """Download a shard into the cache, unless it is there; return False if somebody else is downloading it.
 
         Parameters
         ----------
         shard : Shard
-        keeps_slot : bool
-            See `DownloadPlan`.
+        policy : RetryPolicy, optional
+            How often to try; by default, as the load does.
 
         Raises
         ------
         NdcacheError, OSError
             It cannot be downloaded, or the cache cannot be written.
         """
-        name, attempt = shard.data_path, _Attempt(shard, self._cache)
+        name, attempt = shard.data_path, ObtainAttempt(shard, self._cache)
         attempt.begin()
         if self.is_ready(shard):
-            return Prefetch.NOT_NEEDED
+            return True
         with self._context.pool.turns, self._cache.try_lock(name, attempt.is_published) as is_mine:
-            if not is_mine:
-                return Prefetch.BUSY
-            if self.is_ready(shard):
-                return Prefetch.NOT_NEEDED  # it was published between the two looks
-            self._prefetched.add(name)  # before others see the file
-            plan = self._plan(shard, keeps_slot=keeps_slot)
-            obtained = self._shard_file(plan, self._downloader.download_shard(plan, is_exclusive=True))
-            obtained.file.close()
-            if obtained.from_cache:
-                self._prefetched.discard(name)
-        return Prefetch.TRIED
+            if is_mine and not self.is_ready(shard):  # it may have been published between the two looks
+                self._prefetched.add(name)  # before others see the file
+                is_downloaded, plan = False, self._plan(shard, policy)
+                try:
+                    obtained = self._shard_file(plan, self._downloader.download_shard(plan, is_exclusive=True))
+                    obtained.file.close()
+                    is_downloaded = not obtained.from_cache
+                finally:
+                    if not is_downloaded:
+                        self._prefetched.discard(name)
+            return is_mine
 
     def has_prefetched(self, shard: Shard) -> bool:
         """Return whether `download_if_free` has downloaded a shard."""
@@ -193,6 +196,7 @@ class RemoteModel(Model):
 
     def close(self) -> None:
         self._held.close()
+        self._prefetches = _Prefetches()  # those of the load refer to this model
 
     def warn_if_not_kept(self) -> None:
         """Warn once, on the caller's thread, if fetched files go to memory."""
@@ -237,46 +241,34 @@ class RemoteModel(Model):
             return None
         return plan_ranges(shard)
 
-    def _lock(self, attempt: _Attempt) -> contextlib.AbstractContextManager[DownloadLock | None]:
+    def _lock(self, attempt: ObtainAttempt) -> contextlib.AbstractContextManager[DownloadLock | None]:
         """Wait for the lock to download a shard, or until another process has published it."""
-        context, name = self._context, attempt.name
 
-        def sleep(seconds: float) -> None:
-            context.pool.turns.release()
-            with context.stats.timed("lock", file=name):
-                context.cancellation.sleep(seconds)
+        def wait(seconds: float) -> None:
+            if self._context.pool.can_postpone:
+                self._postpone(attempt, seconds)
+            if (prefetch := self._next_prefetch()) is not None:
+                prefetch()
+            else:
+                self._sleep(seconds)
 
-        return self._cache.acquire_or_wait(name, attempt.is_published, sleep, self._prefetch_next)
+        return self._cache.acquire_or_wait(attempt.name, attempt.is_published, wait, attempt.patience)
 
-    def _prefetch_next(self) -> bool:
-        """Download a shard that nobody has begun, into the cache only; return False if there is none.
+    def _sleep(self, seconds: float) -> None:
+        self._context.pool.turns.release()
+        with self._context.stats.timed("lock"):
+            self._context.cancellation.sleep(seconds)
 
-        A worker calls this when somebody else downloads the shard that it wants.
-        """
+    def _postpone(self, attempt: ObtainAttempt, seconds: float) -> NoReturn:
+        attempt.postpone()
+        self._postponed[attempt.name] = attempt
+        raise Postponed(seconds)
+
+    def _next_prefetch(self) -> Callable[[], None] | None:
         # What the cache cannot keep would go to memory, beyond the limit.
-        return self._cache.why_not_kept is None and self._queue.prefetch_next(self._prefetch)
+        return self._prefetches.next() if self.is_kept else None
 
-    def _prefetch(self, name: str) -> Prefetch:
-        shard = self._missing[name]
-        try:
-            return self.download_if_free(shard, keeps_slot=True)
-        except CancelledError:
-            raise
-        except (NdcacheError, OSError) as error:
-            self._note_failure(shard, error)
-        return Prefetch.TRIED
-
-    def _note_failure(self, shard: Shard, error: NdcacheError | OSError) -> None:
-        """Leave the error of a prefetch to the shard's own turn, which it may never come to."""
-        logger.debug("%s was not prefetched: %s", shard.data_path, error)
-        self._prefetched.discard(shard.data_path)
-        if isinstance(error, (TransferError, IntegrityError)):
-            if not error.retryable or error.max_retries is not None:
-                self._failures[shard.data_path] = error.with_traceback(None)
-        elif not is_gone(error):
-            self._queue.clear()  # the disk is full, say
-
-    def _plan(self, shard: Shard, *, keeps_slot: bool = False) -> DownloadPlan:
+    def _plan(self, shard: Shard, policy: RetryPolicy | None = None) -> DownloadPlan:
         name = shard.data_path
         # Without a digest, only the server knows whether a file of another version of the manifest is still right.
         may_be_right = not shard.digests and self.has(shard) and self._cache.is_intact(name)
@@ -286,7 +278,7 @@ class RemoteModel(Model):
             self._verifier.content_id(shard),
             cached=self._cache.metadata(name) if may_be_right else None,
             ranges=self._wanted_ranges(shard),
-            keeps_slot=keeps_slot,
+            policy=policy,
         )
 
     def _shard_file(self, plan: DownloadPlan, result: DownloadResult) -> ShardFile:
@@ -360,52 +352,49 @@ def open_known_model(
     return RemoteModel(opened, locations, client, context.open_directory(location))
 
 
-class _Attempt:
-    """An attempt to obtain a shard, as a context manager that suppresses errors after which there is another attempt.
+class _Prefetches:
+    """Shards that workers download into the cache ahead of their turn, while others download those in turn.
 
-    Other processes may delete the model, or publish other versions of the shard, at any time.
+    A failure is left to the shard's own turn, when somebody else may have published it.
 
-    Attributes
+    Parameters
     ----------
-    name : str
-        The shard's path.
-    is_disturbed : bool
-        Whether an error has been suppressed.
+    shards : sequence of Shard
+        Those that the load wants and that were not ready when it began.
+    download : callable
+        Download one of them into the cache; return False if somebody else is doing so.
     """
 
-    is_disturbed: bool = False
+    def __init__(self, shards: Sequence[Shard] = (), download: Callable[[Shard], bool] = lambda _: True) -> None:
+        self.shards = {shard.data_path: shard for shard in shards}
+        self._download = download
+        self._queue = PrefetchQueue(self.shards)
+        self._failures: dict[str, NdcacheError] = {}  # those after which another attempt would be in vain
 
-    def __init__(self, shard: Shard, cache: ModelDirectory) -> None:
-        self.name = shard.data_path
-        self._shard = shard
-        self._cache = cache
-        self._version: object = None  # of the file that was there at the beginning
-        self._looks = 0  # since the last error
-        self._errors = 0
+    def begin(self, shard: Shard) -> None:
+        """Leave a shard to its own turn, which has come."""
+        self._queue.discard(shard.data_path)
 
-    def is_published(self) -> bool:
-        """Return whether another process has published a file since the attempt began."""
-        # Some file systems give the same file another time at each look: after some looks, wait for the lock alone.
-        return self._looks <= _ATTEMPTS and self._cache.version(self.name) not in (None, self._version)
+    def next(self) -> Callable[[], None] | None:
+        """Return a function that downloads a shard unless somebody else does; None if all are there or begun."""
+        name = self._queue.take()
+        return None if name is None else functools.partial(self._prefetch, self.shards[name])
 
-    def begin(self) -> None:
-        """Note which file is there now."""
-        self._looks += 1
-        self._version = self._cache.version(self.name)
+    def raise_failure(self, shard: Shard) -> None:
+        """Raise the error of a shard that need not be requested again, if there was one."""
+        if (failure := self._failures.pop(shard.data_path, None)) is not None:
+            raise failure
 
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> bool:
-        failure = unreadable(self._shard, error) if isinstance(error, OSError) else None
-        if failure is None:
-            return False
-        self._errors += 1
-        self._looks, self.is_disturbed = 0, True
-        if self._errors < _ATTEMPTS and is_gone(error):
-            return True  # another process has taken the file away just now
-        if self._errors <= _ATTEMPTS and self._cache.fall_back(failure):
-            return True
-        if failure is error:
-            return False
-        raise failure
+    def _prefetch(self, shard: Shard) -> None:
+        try:
+            if not self._download(shard):
+                self._queue.put_back(shard.data_path)
+        except CancelledError:
+            raise
+        except (NdcacheError, OSError) as error:
+            logger.debug("%s was not fetched ahead of its turn: %s", shard.data_path, str(error))
+            if isinstance(error, (TransferError, IntegrityError)):
+                if not error.retryable or error.max_retries == 0:
+                    self._failures[shard.data_path] = error.with_traceback(None)
+            elif not is_gone(error):
+                self._queue.clear()  # the disk is full, say

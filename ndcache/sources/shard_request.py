@@ -8,6 +8,7 @@ from ..errors import NdcacheError, ProtocolError, RangeError, SizeMismatchError,
 from ..format.manifest import Shard
 from ..format.strict_json import WEB_PAGE_HINT
 from ..http.response import Response
+from ..http.retry import RetryPolicy
 from ..store.metadata import FileMetadata, may_blame_condition
 from ..store.ranges import ByteRange, ByteRanges
 from .range_queue import RangeTask
@@ -34,8 +35,8 @@ class DownloadPlan:
         The metadata of a cached file that may still be right: the source is asked whether it has changed.
     ranges : ByteRanges or None
         The wanted ranges; None for the whole shard.
-    keeps_slot : bool
-        Whether the worker keeps its slot in the pool while the shard is published, because it goes on to another one.
+    policy : RetryPolicy or None
+        How often to try at each URL; None for the load's own policy.
     """
 
     shard: Shard
@@ -43,7 +44,7 @@ class DownloadPlan:
     content_id: str
     cached: FileMetadata | None = None
     ranges: ByteRanges | None = None
-    keeps_slot: bool = False
+    policy: RetryPolicy | None = None
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from ..files.notes import read_note
 from ..format.manifest import Shard
 from ..format.paths import flatten
 from .layout import Layout
-from .lock import DownloadLock, acquire_or_wait, try_lock
+from .lock import DownloadLock, Patience, acquire_or_wait, try_lock
 from .metadata import FileMetadata, Match
 from .partial import PartialFile
 from .partial_files import PartialFiles
@@ -178,7 +178,7 @@ class ModelDirectory:
         name: str,
         is_there: Callable[[], bool],
         sleep: Callable[[float], None],
-        work_meanwhile: Callable[[], bool] = lambda: False,
+        patience: Patience | None = None,
     ) -> AbstractContextManager[DownloadLock | None]:
         """Wait until this thread should download the file `name`, or it is there; see `lock.acquire_or_wait`."""
         return acquire_or_wait(
@@ -186,7 +186,7 @@ class ModelDirectory:
             is_there=is_there,
             progress=lambda: self.partials.progress(flatten(name)),
             sleep=sleep,
-            work_meanwhile=work_meanwhile,
+            patience=patience,
         )
 
     def try_lock(self, name: str, is_there: Callable[[], bool]) -> AbstractContextManager[bool]:

@@ -28,7 +28,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["DownloadLock", "acquire_or_wait", "try_lock"]
+__all__ = ["DownloadLock", "Patience", "acquire_or_wait", "try_lock"]
 
 _OPEN = os.O_RDWR | NO_LINKS
 _CREATE = _OPEN | os.O_CREAT
@@ -69,6 +69,33 @@ class DownloadLock:
     is_exclusive: bool
 
 
+class Patience:
+    """How long to wait for the holder of a lock, and how often to look.
+
+    Attributes
+    ----------
+    pause : float
+        Seconds until the next look.
+    """
+
+    def __init__(self) -> None:
+        self.pause = _PAUSE
+        self._limit = random.uniform(*_PATIENCE)
+        self._seen: Hashable = None
+        self._since = 0.0  # when it was first seen
+
+    def is_exhausted(self, progress: Hashable, look_seconds: float) -> bool:
+        """Return whether `progress` has not changed for too long. If not, set `pause`, by how long a look takes."""
+        now = time.monotonic()
+        if progress != self._seen:
+            self._seen, self._since = progress, now
+        elif now - self._since > self._limit:
+            return True
+        longest = _LONGEST_PAUSE if now - self._since > _PROMPT else _LOOK_TO_PAUSE * look_seconds
+        self.pause = min(max(_PAUSE, longest), self.pause * 1.5, _LONGEST_PAUSE)
+        return False
+
+
 @contextlib.contextmanager
 def acquire_or_wait(
     path: Path,
@@ -76,7 +103,7 @@ def acquire_or_wait(
     is_there: Callable[[], bool],
     progress: Callable[[], Hashable],
     sleep: Callable[[float], None],
-    work_meanwhile: Callable[[], bool] = lambda: False,
+    patience: Patience | None = None,
 ) -> Iterator[DownloadLock | None]:
     """Wait until this thread should download a file, or somebody else has done so.
 
@@ -90,9 +117,8 @@ def acquire_or_wait(
         Return a value that changes while somebody downloads the file.
     sleep : callable
         Wait for a number of seconds; may raise to stop waiting.
-    work_meanwhile : callable, optional
-        Do some other work while somebody holds the lock, and return whether there was any; otherwise this thread
-        sleeps.
+    patience : Patience, optional
+        That of an earlier call, whose wait this one continues.
 
     Yields
     ------
@@ -100,7 +126,7 @@ def acquire_or_wait(
         None if the file is there.
     """
     lock = _lock(path)
-    result = _wait(lock, is_there, progress, sleep, work_meanwhile)
+    result = _wait(lock, is_there, progress, sleep, patience or Patience())
     if result is _Result.NOT_NEEDED:
         yield None
         return
@@ -143,26 +169,18 @@ def _wait(
     is_there: Callable[[], bool],
     progress: Callable[[], Hashable],
     sleep: Callable[[float], None],
-    work_meanwhile: Callable[[], bool],
+    patience: Patience,
 ) -> _Result:
     """Wait for the lock, or the file; return `_Result.BUSY` once its holder has shown no progress for too long."""
-    patience, pause, since = random.uniform(*_PATIENCE), _PAUSE, time.monotonic()
-    seen: Hashable = None
     result = _try(lock)
     while result is _Result.BUSY:
-        if not work_meanwhile():
-            sleep(pause * random.uniform(0.5, 1.0))
         begun = perf_counter()
+        if patience.is_exhausted(progress(), perf_counter() - begun):
+            return result
+        sleep(patience.pause * random.uniform(0.5, 1.0))
         if is_there():
             return _Result.NOT_NEEDED
-        now, at = progress(), time.monotonic()
-        if now != seen:
-            seen, since = now, at
-        elif at - since > patience:
-            return _Result.BUSY
         result = _try(lock)
-        longest = _LONGEST_PAUSE if at - since > _PROMPT else _LOOK_TO_PAUSE * (perf_counter() - begun)
-        pause = min(max(_PAUSE, longest), pause * 1.5, _LONGEST_PAUSE)
     return result
 
 

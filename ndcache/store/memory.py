@@ -23,7 +23,7 @@ from ..files.descriptors import check_exhausted, check_shortage
 from ..files.folder import Folder
 from ..format.manifest import Shard
 from .directory import ModelDirectory
-from .lock import DownloadLock
+from .lock import DownloadLock, Patience
 from .partial import PartialFile
 from .partial_files import PartialFiles
 from .ranges import ByteRanges
@@ -102,10 +102,10 @@ class FallbackDirectory(ModelDirectory):
         name: str,
         is_there: Callable[[], bool],
         sleep: Callable[[float], None],
-        work_meanwhile: Callable[[], bool] = lambda: False,
+        patience: Patience | None = None,
     ) -> AbstractContextManager[DownloadLock | None]:
         if self.why_not_kept is None:
-            return super().acquire_or_wait(name, is_there, sleep, work_meanwhile)
+            return super().acquire_or_wait(name, is_there, sleep, patience)
         # A file in memory is of no use to anybody else, so nobody waits for it.
         return contextlib.nullcontext(DownloadLock(is_exclusive=False))
 

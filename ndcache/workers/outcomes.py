@@ -11,6 +11,7 @@ from typing import Generic, TypeVar
 
 from ..errors import CancelledError, NdcacheError
 from .cancellation import Cancellation
+from .postponed import Postponed
 
 __all__ = ["Outcomes", "Task"]
 
@@ -103,7 +104,8 @@ class Task(Generic[T]):
             if task.is_wanted:
                 task.finish(task.work())
 
-    Tracebacks have one frame less than if the task made the call.
+    Tracebacks have one frame less than if the task made the call. If the work raises `Postponed`, the task has no
+    outcome yet, and is to be run again.
 
     Parameters
     ----------
@@ -112,7 +114,15 @@ class Task(Generic[T]):
         Receives the result or the error. Without it, they are dropped.
     index : int
         The number of the task in `outcomes`.
+
+    Attributes
+    ----------
+    work
+    postponed_seconds : float or None
+        After how many seconds to run the task again; None if it is done.
     """
+
+    postponed_seconds: float | None = None
 
     def __init__(self, work: Callable[[], T], outcomes: Outcomes[T] | None = None, index: int = 0) -> None:
         self.work = work
@@ -130,9 +140,12 @@ class Task(Generic[T]):
             self._outcomes.put_result(self._index, result)
 
     def __enter__(self) -> Task[T]:
+        self.postponed_seconds = None
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> bool:
-        if error is not None and self._outcomes is not None:
+        if isinstance(error, Postponed):
+            self.postponed_seconds = error.seconds
+        elif error is not None and self._outcomes is not None:
             self._outcomes.put_error(self._index, error)
         return True

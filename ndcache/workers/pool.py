@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from queue import Empty, SimpleQueue
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ..errors import CancelledError, NdcacheError
 from .cancellation import Cancellation
 from .outcomes import Outcomes, Task
+from .postponed import PostponedTasks
 from .serial import SerialQueue
 from .slots import Slots
 from .threads import join_thread, main_thread_has_ended, raise_hidden_interrupt
@@ -29,8 +31,10 @@ __all__ = ["WorkerPool"]
 #: as long (6 pairs of runs). With more spare threads, a load that is limited by the CPU takes longer
 #: (benchmarks/fetch.py).
 _SPARE_THREADS = 2
-#: Seconds after which an idle thread checks whether the load is still wanted.
+#: Seconds after which an idle thread checks whether the load is still wanted, and whether there are postponed tasks.
 _IDLE_CHECK = 1.0
+#: The same, once a task was postponed.
+_POSTPONED_CHECK = 0.05
 #: Seconds after which `shutdown` checks for threads that ended without saying so.
 _SHUTDOWN_CHECK = 0.05
 
@@ -46,6 +50,9 @@ class WorkerPool:
     All threads start at the beginning, because none can start after the main thread has ended. If none can start at all
     (the main thread has ended already, or the system allows no more), or if the pool was never started, the thread that
     submits a task runs it.
+
+    A task may be postponed, see `Postponed`. It is then run again before tasks that have not begun; without a slot, if
+    none is free.
 
     Parameters
     ----------
@@ -92,6 +99,10 @@ class WorkerPool:
         self._slots = Slots(max_workers)
         self.turns = Turns(max_workers + _SPARE_THREADS)
         self._goodbyes: SimpleQueue[None] = SimpleQueue()
+        self._postponed = PostponedTasks[Task[Any]]()
+        self._check_seconds = _IDLE_CHECK
+        self._next_spare_work: Callable[[], Callable[[], object] | None] = _do_nothing
+        self._sleep: Callable[[float], None] = self.cancellation.sleep
         self._this_thread = threading.local()
 
     def start(self, tasks: int | None = None) -> None:
@@ -141,6 +152,32 @@ class WorkerPool:
         """Call `work` when a worker has nothing else to do. It may never be called; its exceptions are dropped."""
         if self.has_threads:
             self._tasks.put(Task(work))
+
+    @property
+    def can_postpone(self) -> bool:
+        """Return whether the calling thread runs a task that it may postpone by raising `Postponed`."""
+        return getattr(self._this_thread, "is_worker", False)
+
+    @property
+    def has_slot(self) -> bool:
+        """Return whether the calling thread may use a connection: only a postponed task may run without a slot."""
+        return self._slots.is_held or not self.can_postpone
+
+    def set_spare_work(
+        self,
+        next_work: Callable[[], Callable[[], object] | None],
+        sleep: Callable[[float], None] | None = None,
+    ) -> None:
+        """Set what workers do while tasks are postponed and there are no others.
+
+        Parameters
+        ----------
+        next_work : callable
+            Return something to call, or None if there is nothing to do. Exceptions of that call are dropped.
+        sleep : callable, optional
+            Wait for a number of seconds until a postponed task is due; by default `Cancellation.sleep`.
+        """
+        self._next_spare_work, self._sleep = next_work, sleep or self.cancellation.sleep
 
     def release_slot(self) -> None:
         """Let the next task begin. A task calls this when it has not ended but needs no connection any more."""
@@ -204,6 +241,7 @@ class WorkerPool:
         if self._executor is None or self._is_shut_down:
             return
         self._wanted = 0
+        self._next_spare_work, self._sleep = _do_nothing, self.cancellation.sleep  # not what refers to this pool
         self._executor.shutdown(wait=False, cancel_futures=True)
         with suppress(Empty):
             while True:
@@ -258,8 +296,11 @@ class WorkerPool:
         self._this_thread.is_worker = True
         self._start_next_thread()
         while True:
-            self._slots.acquire()
-            task = self._next_task()
+            has_slot = self._slots.acquire(self._check_seconds)
+            # While all slots are taken, a postponed task can still be completed if what it waited for is there.
+            task = self._next_task() if has_slot else self._postponed.take()
+            if task is None and not has_slot:
+                continue
             if task is None:
                 self._end_threads()  # so that the next thread ends, too
                 self._goodbyes.put(None)
@@ -267,16 +308,34 @@ class WorkerPool:
             with task:
                 if task.is_wanted:
                     task.finish(task.work())
+            if task.postponed_seconds is not None:
+                self._postpone(task, task.postponed_seconds)
             del task  # frees what it holds while this thread waits
             self.release_slot()
 
     def _next_task(self) -> Task[Any] | None:
         while True:
-            try:
-                return self._tasks.get(timeout=_IDLE_CHECK)
-            except Empty:
-                with suppress(CancelledError):
-                    self.cancellation.check()  # cancels itself if no thread waits for the load any more
+            if (task := self._postponed.take()) is not None:
+                return task
+            with suppress(Empty):
+                if self._postponed:
+                    return self._tasks.get_nowait()
+                return self._tasks.get(timeout=self._check_seconds)
+            with suppress(CancelledError):
+                self.cancellation.check()  # cancels itself if no thread waits for the load any more
+                if (seconds := self._postponed.seconds_left()) is None:
+                    continue
+                if (work := self._next_spare_work()) is not None:
+                    return Task(work)
+                self._sleep(min(seconds, _POSTPONED_CHECK))
+
+    def _postpone(self, task: Task[Any], seconds: float) -> None:
+        # With many of them, each is looked at less often.
+        self._postponed.add(task, seconds * max(1.0, len(self._postponed) / self.max_workers))
+        if self._check_seconds == _IDLE_CHECK:  # it is the first one
+            self._check_seconds = _POSTPONED_CHECK
+            for _ in range(self.max_workers):
+                self.submit_helper(_let_others_wake)
 
     def _end_threads(self) -> None:
         """Let the threads end after the tasks that were submitted so far."""
@@ -293,3 +352,8 @@ class WorkerPool:
 
 def _do_nothing() -> None:
     pass
+
+
+def _let_others_wake() -> None:
+    """Take a moment. Otherwise the worker that is awake already could take all that was submitted to wake others."""
+    time.sleep(0.001)

@@ -1,34 +1,26 @@
-"""A queue of items that a worker begins ahead of their turn, instead of waiting for an item that others work on."""
+"""A queue of items that workers begin ahead of their turn, while others work on the items whose turn it is."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
-from enum import Enum, auto
+from collections.abc import Iterable
+from contextlib import suppress
 from typing import Generic, TypeVar
 
-__all__ = ["Prefetch", "PrefetchQueue"]
+__all__ = ["PrefetchQueue"]
 
-#: Seconds after which the items that others had begun are looked at again: whoever began them may have died.
+#: Seconds after which the items that others had begun are handed out again: whoever began them may have died.
 _RECHECK = 0.5
 
 T = TypeVar("T")
 
 
-class Prefetch(Enum):
-    """How an attempt to prefetch an item ended."""
-
-    TRIED = auto()  # it is there now, or it failed; its own turn will tell
-    NOT_NEEDED = auto()  # it is there
-    BUSY = auto()  # somebody else works on it
-
-
 class PrefetchQueue(Generic[T]):
-    """Hold the items that nobody is known to have begun, in their order.
+    """Hand out, in order, the items that nobody is known to have begun.
 
-    Every item is handed out once, and again only if somebody else had begun it by then. So the queue costs the same for
-    each item, however many workers and processes there are. Workers share it without a lock.
+    Each item is handed out once, and again only if it is put back. So the cost of looking for an item that nobody has
+    begun does not grow with their number. Workers share the queue without a lock.
 
     Parameters
     ----------
@@ -37,41 +29,33 @@ class PrefetchQueue(Generic[T]):
     """
 
     def __init__(self, items: Iterable[T] = ()) -> None:
-        self._unseen = deque(items)
-        self._busy: deque[T] = deque()
-        self._begun: set[T] = set()
+        self._items = deque(items)
+        self._put_back = deque[T]()
+        self._begun = set[T]()
         self._recheck_at = 0.0
 
     def discard(self, item: T) -> None:
-        """Note that this process has begun an item."""
+        """Do not hand out an item any more, because its turn has come."""
         self._begun.add(item)
 
     def clear(self) -> None:
-        """Forget all items."""
-        self._unseen.clear()
-        self._busy.clear()
+        """Hand out nothing any more."""
+        self._items.clear()
+        self._put_back.clear()
 
-    def prefetch_next(self, prefetch: Callable[[T], Prefetch]) -> bool:
-        """Call ``prefetch(item)`` for one item after the other until one was tried; return whether one was."""
-        if not self._unseen and self._busy and time.monotonic() >= self._recheck_at:
+    def put_back(self, item: T) -> None:
+        """Hand out an item again, after a while, because somebody else is working on it."""
+        if not self._put_back:
             self._recheck_at = time.monotonic() + _RECHECK
-            self._move_busy()
-        while True:
-            try:
-                item = self._unseen.popleft()
-            except IndexError:
-                return False
-            if item in self._begun:
-                continue
-            result = prefetch(item)
-            if result is Prefetch.BUSY:
-                self._busy.append(item)
-            elif result is Prefetch.TRIED:
-                return True
+        self._put_back.append(item)
 
-    def _move_busy(self) -> None:
-        for _ in range(len(self._busy)):
-            try:
-                self._unseen.append(self._busy.popleft())
-            except IndexError:
-                return  # another worker moves them, too
+    def take(self) -> T | None:
+        """Return the next item; None if there is none now."""
+        with suppress(IndexError):  # another worker may take the last one at any moment
+            if not self._items and self._put_back and time.monotonic() >= self._recheck_at:
+                for _ in range(len(self._put_back)):
+                    self._items.append(self._put_back.popleft())
+            while True:
+                if (item := self._items.popleft()) not in self._begun:
+                    return item
+        return None

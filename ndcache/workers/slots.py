@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 
 __all__ = ["Slots"]
 
@@ -25,14 +25,23 @@ class Slots:
         for _ in range(count):
             self.add()
 
-    def acquire(self) -> None:
-        """Wait for a free slot, which this thread then holds."""
-        self._free.get()
+    def acquire(self, timeout: float | None = None) -> bool:
+        """Wait for a free slot, so many seconds at most; return whether this thread holds one now."""
+        try:
+            self._free.get(timeout=timeout)
+        except Empty:
+            return False
         self._this_thread.holds_slot = True
+        return True
+
+    @property
+    def is_held(self) -> bool:
+        """Return whether this thread holds a slot."""
+        return getattr(self._this_thread, "holds_slot", False)
 
     def release(self) -> None:
         """Free the slot of this thread, if it still holds one."""
-        if getattr(self._this_thread, "holds_slot", False):
+        if self.is_held:
             self._this_thread.holds_slot = False
             self._free.put(None)
 

@@ -15,7 +15,7 @@ import pytest
 
 import ndcache
 from ndcache.store import lock as locks
-from ndcache.store.lock import DownloadLock, acquire_or_wait, try_lock
+from ndcache.store.lock import DownloadLock, Patience, acquire_or_wait, try_lock
 
 
 def never() -> bool:
@@ -110,6 +110,46 @@ def test_row_28_waiting_ends_when_the_holder_shows_no_progress(
     with filelock.FileLock(path), acquire_or_wait(path, is_there=never, progress=progress, sleep=sleep) as mine:
         assert mine == DownloadLock(is_exclusive=False)
     assert 28 <= sleep.seconds - 25 * moves <= 35
+
+
+def test_row_28_a_wait_that_is_continued_later_has_the_same_patience(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sleep, patience = Sleeper(), Patience()
+    monkeypatch.setattr(locks, "time", Clock(sleep))
+
+    def leave(seconds: float) -> None:
+        sleep(5.0)
+        raise TimeoutError
+
+    with filelock.FileLock(path):
+        for _ in range(10):
+            try:
+                with acquire_or_wait(path, is_there=never, progress=int, sleep=leave, patience=patience) as mine:
+                    break
+            except TimeoutError:
+                continue
+    assert mine == DownloadLock(is_exclusive=False)
+    assert 28 <= sleep.seconds <= 35
+
+
+def test_looks_are_frequent_while_there_is_progress_and_looking_costs_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    sleep, patience = Sleeper(), Patience()
+    monkeypatch.setattr(locks, "time", Clock(sleep))
+
+    def pauses(count: int, progress: Callable[[], int], look_seconds: float) -> list[float]:
+        found = []
+        for _ in range(count):
+            assert not patience.is_exhausted(progress(), look_seconds)
+            found.append(patience.pause)
+            sleep(patience.pause)
+        return found
+
+    moving = itertools.count().__next__
+    assert max(pauses(50, moving, 0.0005)) <= 0.05
+    assert pauses(100, lambda: -1, 0.0005)[-1] == 0.5
+    assert max(pauses(50, moving, 0.0005)[1:]) <= 0.05
+    assert pauses(50, moving, 0.005)[-1] == 0.25  # a network file system
 
 
 def test_waiting_can_be_cancelled(path: Path) -> None:
