@@ -10,7 +10,6 @@ extra ``ndcache[dask]``, on the client and on the workers.
 from __future__ import annotations
 
 import contextlib
-import functools
 import queue
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -29,9 +28,6 @@ except ImportError as error:
     raise ImportError("ndcache.dask needs dask and distributed: pip install 'ndcache[dask]'") from error
 
 __all__ = ["fetch"]
-
-#: Seconds to wait for results that are ready, before looking whether their workers are still there.
-_GATHER_SECONDS = 5.0
 
 
 @hide_keywords
@@ -100,6 +96,9 @@ def _outside_of_the_worker() -> Iterator[None]:
 class _DaskEngine:
     """A Dask cluster as the coordinator's engine; its handles are tasks' keys.
 
+    All that waits for the scheduler or a worker does so on the client's event loop, in one coroutine for each task.
+    So a worker that is slow to answer delays nobody else.
+
     Parameters
     ----------
     client : distributed.Client
@@ -108,14 +107,24 @@ class _DaskEngine:
     def __init__(self, client: distributed.Client) -> None:
         self._client = client
         self._futures: dict[_Key, distributed.Future] = {}
-        self._ended: queue.SimpleQueue[_Key] = queue.SimpleQueue()
+        self._ended: queue.SimpleQueue[tuple[_Key, Any]] = queue.SimpleQueue()
+        self._workers: list[str] = []
+        self._failure: Exception | None = None  # of the last look at the workers
+        self._is_looking = False
 
     def workers(self) -> Collection[str]:
-        return list(self._client.nthreads())
+        if self._failure is not None:
+            raise self._failure
+        if not self._workers:
+            self._workers = list(self._client.nthreads())
+        elif not self._is_looking:
+            self._is_looking = True
+            self._client.loop.add_callback(self._look)
+        return self._workers
 
     def submit(self, worker: str, function: Callable[..., Any], *args: Any, stays: bool = False) -> _Key:
         key = _Key(f"ndcache-{function.__name__}-{uuid.uuid4().hex}")
-        self._futures[key] = future = self._client.submit(
+        self._futures[key] = self._client.submit(
             _run,
             function,
             *(self._futures[each] if isinstance(each, _Key) else each for each in args),
@@ -125,27 +134,20 @@ class _DaskEngine:
             pure=False,
         )
         if not stays:
-            future.add_done_callback(lambda _: self._ended.put(key))
+            self._client.loop.add_callback(self._bring, key, self._futures[key])
         return key
 
     def collect(self, timeout: float) -> list[tuple[_Key, Any]]:
-        finished: dict[_Key, distributed.Future] = {}
-        for key in self._wait(timeout):
-            future = self._futures.get(key)
-            if future is not None and future.status == "error":
-                raise future.exception()  # Dask's own: tasks return what fails
-            if future is not None and future.status != "cancelled":
-                finished[key] = future
-        if not finished:
-            return []
-        gather = functools.partial(self._client.gather, finished, errors="skip", asynchronous=True)
-        try:
-            results = self._client.sync(gather, callback_timeout=_GATHER_SECONDS)
-        except distributed.TimeoutError:
-            for key in finished:  # a worker was lost with its results: the coordinator releases them when it notices
-                self._ended.put(key)
-            return []
-        return list(results.items())
+        results: list[tuple[_Key, Any]] = []
+        with contextlib.suppress(queue.Empty):
+            results.append(self._ended.get(timeout=timeout))
+            while True:
+                results.append(self._ended.get_nowait())
+        results = [(key, result) for key, result in results if key in self._futures]
+        for _, result in results:
+            if isinstance(result, Exception):
+                raise result  # Dask's own: tasks return what fails
+        return results
 
     def release(self, handles: Iterable[_Key]) -> None:
         for key in handles:
@@ -153,15 +155,24 @@ class _DaskEngine:
             if future is not None:
                 future.release()
 
-    def _wait(self, timeout: float) -> list[_Key]:
-        """Return the keys of tasks that have ended; wait for the first."""
-        keys: list[_Key] = []
+    async def _look(self) -> None:
         try:
-            keys.append(self._ended.get(timeout=timeout))
-            while True:
-                keys.append(self._ended.get_nowait())
-        except queue.Empty:
-            return keys
+            self._workers = list(await self._client.nthreads(asynchronous=True))
+        except Exception as error:
+            self._failure = error
+        finally:
+            self._is_looking = False
+
+    async def _bring(self, key: _Key, future: distributed.Future) -> None:
+        """Wait for a task's end, or its release, and bring its result here."""
+        try:
+            results = await self._client.gather({key: future}, errors="skip", asynchronous=True)
+            if key in results:
+                self._ended.put((key, results[key]))
+            elif future.status == "error":
+                self._ended.put((key, await future.exception(asynchronous=True)))
+        except Exception as error:
+            self._ended.put((key, error))
 
 
 class _Key(str):

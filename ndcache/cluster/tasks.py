@@ -10,7 +10,6 @@ import contextlib
 import functools
 import sys
 from collections.abc import Callable, Collection, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import numpy as np
@@ -35,9 +34,6 @@ __all__ = [
     "survey",
     "write",
 ]
-
-#: Threads that write shards which came together.
-_WRITERS = 4
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -217,14 +213,10 @@ def write(
     dict
         By shard: None if it is published, how far it is otherwise, or a `Failure`.
     """
-    parts = _split(pieces, data)
-    # Publishing waits for the disk, so several small shards are written at once.
-    with open_here(call, cancel) as here, ThreadPoolExecutor(min(_WRITERS, len(parts)), "ndcache-write") as pool:
-
-        def work(piece: Piece, part: memoryview) -> PartialState | Failure | None:
-            return _write(here, piece, held[piece.index], part, partial)
-
-        return dict(zip((piece.index for piece in pieces), pool.map(work, *zip(*parts, strict=True)), strict=True))
+    with open_here(call, cancel) as here:
+        return {
+            piece.index: _write(here, piece, held[piece.index], part, partial) for piece, part in _split(pieces, data)
+        }
 
 
 def _write(
