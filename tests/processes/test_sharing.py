@@ -326,9 +326,9 @@ def test_row_36_ctrl_c_ends_what_is_fetched_ahead(
 def test_four_processes_load_a_model_in_a_third_of_the_time_of_one(
     model: Path, counting: Serve, zygote: Zygote, tmp_path: Path
 ) -> None:
-    """Each shard takes a second; 32 workers need two of them, and 8 workers need eight."""
-    arrays = models.simple_model(model, shards=64, shard_bytes=MIB // 4)
-    server = counting(model, rate=MIB // 4)
+    """Each shard takes two seconds: 8 workers need 16 of them, and 32 workers need 4."""
+    arrays = models.simple_model(model, shards=64, shard_bytes=SHARD_BYTES)
+    server = counting(model, rate=SHARD_BYTES // 2)
 
     def seconds(processes: int, cache_dir: Path) -> float:
         server.gated_manifest = True
@@ -346,7 +346,7 @@ def test_four_processes_load_a_model_in_a_third_of_the_time_of_one(
     for attempt in range(3):  # the machine may be busy
         sent, asked = server.sent_bytes, len(server.shard_requests())
         ratios.append(seconds(4, tmp_path / f"shared{attempt}") / alone)
-        assert server.sent_bytes - sent <= 1.05 * 64 * (MIB // 4)
+        assert server.sent_bytes - sent <= 1.05 * 64 * SHARD_BYTES
         assert len(server.shard_requests()) - asked == 64
         if ratios[-1] <= 0.3:
             return
