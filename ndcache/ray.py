@@ -22,6 +22,7 @@ from typing import Any
 from ._version import __version__
 from .cluster import tasks
 from .cluster.coordinator import fetch_to_nodes
+from .errors import NdcacheError
 from .format.manifest import NameFilter
 from .options import OPTION_NAMES, check_keywords, hide_keywords
 from .progress import Progress
@@ -59,8 +60,8 @@ def fetch(source: str, *, names: NameFilter = None, progress: Progress = None, *
         See `ndcache.load`. Shards come whole. A shard counts as done when all nodes have it.
     **options
         Those of `ndcache.fetch`, for each node: `max_workers` connections to the origin, and `memory_limit` bytes on
-        their way from and to other nodes. `cache_dir` is a path on the nodes. `session` cannot be used. Each node
-        reads NDCACHE_HOME and HF_TOKEN in its own environment.
+        their way from and to other nodes. `cache_dir` is a path on the nodes. `session` and `processes` cannot be
+        used. Each node reads NDCACHE_HOME and HF_TOKEN in its own environment.
 
     Returns
     -------
@@ -89,8 +90,12 @@ def fetch(source: str, *, names: NameFilter = None, progress: Progress = None, *
         raise RuntimeError(
             "Ray is not initialised in this process. To choose the cluster, call ray.init(address=...) before."
         )
-    with closing(_RayEngine()) as engine:
-        found = fetch_to_nodes(engine, source, options, names=names, progress=progress)
+    try:
+        with closing(_RayEngine()) as engine:
+            found = fetch_to_nodes(engine, source, options, names=names, progress=progress)
+    except NdcacheError as error:
+        error.node = error.node and _node(error.node)
+        raise
     return {_node(worker): directory for worker, directory in found.items()}
 
 
@@ -186,21 +191,11 @@ class _RayEngine:
         return handle
 
     def collect(self, timeout: float) -> list[tuple[_Handle, Any]]:
-        if not self._awaited:
-            time.sleep(timeout)
-            return []
-        # Nothing is brought here to wait for it; `get` only brings what `collect` returns.
-        ended, _ = ray.wait(list(self._awaited), timeout=timeout, fetch_local=False)
-        if ended:
-            ended, _ = ray.wait(list(self._awaited), num_returns=len(self._awaited), timeout=0, fetch_local=False)
-        results = []
-        for handle in [self._awaited.pop(ref) for ref in ended]:
-            task = self._tasks[handle]
-            try:
-                results.append((handle, ray.get(task.ref)))
-            except RayError as error:
-                self._handle(error, task)
-        return results
+        ended = [(handle, self._get(handle)) for handle in self._wait(timeout)]
+        for handle, result in ended:
+            if isinstance(result, RayError):
+                self._failed(handle, result)
+        return [(handle, result) for handle, result in ended if not isinstance(result, RayError)]
 
     def release(self, handles: Iterable[_Handle]) -> None:
         by_worker: dict[str, list[int]] = {}
@@ -219,6 +214,25 @@ class _RayEngine:
         self._tasks.clear()
         self._awaited.clear()
 
+    def _wait(self, timeout: float) -> list[_Handle]:
+        """Return the tasks that have ended; wait for the first."""
+        if not self._awaited:
+            time.sleep(timeout)
+            return []
+        refs = list(self._awaited)
+        # Nothing is brought here to wait for it; `get` only brings what `collect` returns.
+        ended, _ = ray.wait(refs, timeout=timeout, fetch_local=False)
+        if ended:
+            ended, _ = ray.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False)
+        return [self._awaited.pop(ref) for ref in ended]
+
+    def _get(self, handle: _Handle) -> Any:
+        try:
+            return ray.get(self._tasks[handle].ref)
+        except RayError as error:
+            # Its traceback leads to references, and to itself.
+            return error.with_traceback(None)
+
     def _start_actor(self, node: str) -> None:
         deaths = self._deaths[node]
         strategy = NodeAffinitySchedulingStrategy(node, soft=False)
@@ -230,13 +244,13 @@ class _RayEngine:
         ray.kill(self._actors.pop(worker))
         self._awaited = {ref: each for ref, each in self._awaited.items() if self._tasks[each].worker != worker}
 
-    def _handle(self, error: Exception, task: _Task) -> None:
+    def _failed(self, handle: _Handle, error: Exception) -> None:
         """Forget the workers that are lost, by what a task failed with; raise everything else."""
-        workers: Collection[str] = (task.worker,)
         cause = error
+        workers: tuple[str, ...] = (self._tasks[handle].worker,)
         if isinstance(error, RayTaskError):
             cause = error.cause
-            workers = task.sources  # if what one of them has made is lost
+            workers = self._tasks[handle].sources  # if what one of them has made is lost
         if not isinstance(cause, _LOST):
             raise error
         for worker in workers:
