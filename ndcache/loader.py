@@ -44,9 +44,6 @@ __all__ = ["Loader"]
 
 #: How often a model is verified that is being updated meanwhile.
 _VERIFY_TRIES = 4
-#: Files that a worker may have open at once: a socket or two, a lock, the file it writes and reads, two folders that it
-#: publishes in and one on the way there, the folder that is synced, and spare ones.
-_FILES_PER_WORKER = 12
 #: The limit of a single file, whose size no manifest gives; it keeps an endless body from filling the disk.
 _MAX_FILE_BYTES = 64 << 30
 

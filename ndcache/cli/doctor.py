@@ -19,7 +19,7 @@ from .describe import adapter_words, format_size
 
 __all__ = ["facts"]
 
-_PACKAGES = ("requests", "urllib3", "numpy", "ml_dtypes", "wgpu", "filelock", "platformdirs", "tqdm", "click", "rich")
+_PACKAGES = ("requests", "urllib3", "numpy", "ml_dtypes", "wgpu", "platformdirs", "tqdm", "click", "rich")
 _OPTIONAL_PACKAGES = ("safetensors",)
 _PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
 
