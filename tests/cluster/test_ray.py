@@ -20,8 +20,6 @@ from ..helpers.models import random_array, simple_model, write_model
 from ..helpers.ray_cluster import TIMEOUT, RayCluster, open_ray_cluster, wait_for_nothing
 from ..helpers.servers import FileServer
 
-pytestmark = pytest.mark.xdist_group("ray")
-
 SHARDS = 24
 SECRET = "lindwurm"
 

@@ -18,7 +18,7 @@ from ndcache.ray import _RayEngine
 from ..helpers.loads import wait_until
 from ..helpers.ray_cluster import TIMEOUT, RayCluster, open_ray_cluster, wait_for_nothing
 
-pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.once]
+pytestmark = pytest.mark.once
 
 
 @pytest.fixture(scope="module")
