@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import queue
+import sys
 import uuid
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from .cluster import tasks
 from .cluster.coordinator import fetch_to_nodes
@@ -207,6 +209,43 @@ def _run(function: Callable[..., Any], *args: Any) -> Any:
     """Run a task on a worker; leave the worker's thread to other tasks if it takes long."""
     worker = distributed.get_worker()
     released = _Released(worker, worker.get_current_task())
-    if function in tasks.LONG:
+    if function not in tasks.LONG:
+        return function(*args, cancel=released)
+    with _PauseOfProfiler(worker) if _PROFILER_CAN_HANG else contextlib.nullcontext():
         distributed.secede()
-    return function(*args, cancel=released)
+        return function(*args, cancel=released)
+
+
+#: Dask's profiler calls `sys._current_frames`, which can hang a process that starts threads, as downloads do:
+#: https://github.com/python/cpython/issues/106883, mended in 3.11.9.
+_PROFILER_CAN_HANG = (3, 11) <= sys.version_info < (3, 11, 9)
+
+
+class _PauseOfProfiler:
+    """A block in which a worker is not profiled; blocks of several threads may overlap.
+
+    Parameters
+    ----------
+    worker : distributed.Worker
+    """
+
+    _counts: ClassVar[Counter[str]] = Counter()  # of blocks, by worker; only event loops change it
+
+    def __init__(self, worker: distributed.Worker) -> None:
+        self._worker = worker
+
+    def __enter__(self) -> None:
+        self._worker.loop.add_callback(self._change, 1)
+
+    def __exit__(self, *_: object) -> None:
+        self._worker.loop.add_callback(self._change, -1)
+
+    def _change(self, step: int) -> None:
+        self._counts[self._worker.address] += step
+        profiler = self._worker.periodic_callbacks.get("profile")
+        if profiler is None:
+            return
+        if self._counts[self._worker.address]:
+            profiler.stop()
+        elif not profiler.is_running():
+            profiler.start()

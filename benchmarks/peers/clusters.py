@@ -12,15 +12,11 @@ if TYPE_CHECKING:
     from .timing import Given, Measured
 
 
-#: Dask's profiler can hang a worker: https://github.com/python/cpython/issues/106883.
-_NO_PROFILER = {"DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED": "False"}
-
-
 def dask_fetch(given: Given) -> Measured:
     """Call `ndcache.dask.fetch` in a cluster of workers that have a directory each. Their start is not timed."""
     distributed, ndcache_dask = need("distributed"), need("ndcache.dask")
     workers = {
-        number: {"cls": distributed.Nanny, "options": {"nthreads": 1, "env": {**_home(given, number), **_NO_PROFILER}}}
+        number: {"cls": distributed.Nanny, "options": {"nthreads": 1, "env": _home(given, number)}}
         for number in range(given["nodes"])
     }
     scheduler = {"cls": distributed.Scheduler, "options": {"dashboard": False, "port": 0, "host": "127.0.0.1"}}

@@ -42,9 +42,6 @@ class DaskProcess:
             "PYTHONPATH": os.pathsep.join(paths),
             "DASK_TEMPORARY_DIRECTORY": str(folder / "scratch"),
             "DASK_DISTRIBUTED__WORKER__MEMORY__TERMINATE": "0.95",
-            # Dask's profiler calls sys._current_frames, which can hang a process that starts threads, in Python 3.11.7
-            # for one: https://github.com/python/cpython/issues/106883.
-            "DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED": "False",
         }
         with open(self.log, "w") as log:
             self._process = subprocess.Popen(
