@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -241,6 +242,8 @@ def test_row_36_a_load_stops_while_it_waits(
     kept = sorted(partial_files(cache_dir))
     assert published(cache_dir) == ([] if where == manifest else ["tensor-cache.json"])
     scripted.script = good
+    if phase == "a retry":
+        shutil.rmtree(cache_dir / ".ndcache" / "limits")  # or the next load would wait as long as the server asked
     if phase == "a shard's body":
         assert [path.suffix == ".json" for path in kept] == [False, True]
         assert kept[0].read_bytes() == data[:HALF]
