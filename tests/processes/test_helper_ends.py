@@ -163,7 +163,11 @@ def test_row_69_ctrl_c_while_helpers_start(server: CountingServer) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_row_69_signals_that_end_the_parent_end_the_helpers(server: CountingServer, number: int) -> None:
-    with running(FETCH, server.url) as process:
+    not_ignored = f"""
+    import signal
+    signal.signal({number:d}, signal.SIG_DFL)  # tests may run under nohup
+    """
+    with running(textwrap.dedent(not_ignored) + textwrap.dedent(FETCH), server.url) as process:
         helpers = busy_helpers(server, process.pid)
         process.send_signal(number)
         process.wait(60)
