@@ -7,8 +7,8 @@ and a way to wake a thread that waits for a socket.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
-import encodings.idna  # noqa: F401 - see netrc
 import netrc  # noqa: F401 - else imported within the first request: a fork at that moment would hang at the import's lock
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -38,6 +38,9 @@ from .translate import (
 )
 
 __all__ = ["RedirectTarget", "Transport"]
+
+# Imported now, as netrc is. Also, Python 3.13.0 cannot look it up in a working directory that was removed.
+codecs.lookup("idna")
 
 _MAX_REDIRECTS = 10
 _REDIRECTS = (301, 302, 303, 307, 308)
