@@ -14,7 +14,7 @@ __all__ = ["Call", "Failure", "Held", "ManifestFile", "NodeId", "PartialState", 
 
 @dataclass(frozen=True)
 class Call:
-    """What each task of a call needs to know. It hides what may have secrets, as engines log the arguments of tasks.
+    """Describe a call to its tasks. Its repr hides possible secrets, as engines log the arguments of tasks.
 
     Attributes
     ----------
@@ -34,7 +34,7 @@ class Call:
 
 @dataclass(frozen=True)
 class NodeId:
-    """What distinguishes a node from others: a node is what shares a cache directory.
+    """Identify a node: all workers that share a cache directory.
 
     Attributes
     ----------
@@ -89,7 +89,7 @@ class Held:
 
 @dataclass(frozen=True)
 class Survey:
-    """What a node has of a model.
+    """List the files of a model that a node has.
 
     Attributes
     ----------
@@ -135,7 +135,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class PartialState:
-    """How far a node has come with a shard that it receives in several pieces.
+    """Record the progress of a node with a shard that it receives in several pieces.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""What the coordinator needs of an engine such as Dask or Ray.
+"""The interface of an engine such as Dask or Ray, as the coordinator uses it.
 
 An adapter implements `Engine` for one running cluster. The engine starts functions on workers, and carries their
 results to other workers by its own means. Nothing here knows how.

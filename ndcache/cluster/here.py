@@ -1,4 +1,4 @@
-"""What a task sees on its worker: the model's directory in this node's cache, with the options of the call."""
+"""The view of a task on its worker: the model's directory in the node's cache, with the options of the call."""
 
 from __future__ import annotations
 

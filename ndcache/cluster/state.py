@@ -1,4 +1,4 @@
-"""What the coordinator knows: the nodes, and which of them have which shards."""
+"""The state of the coordinator: the nodes, and the shards that each of them has."""
 
 from __future__ import annotations
 

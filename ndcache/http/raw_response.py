@@ -45,7 +45,7 @@ _numbers = itertools.count()
 
 
 class _ThisThread(threading.local):
-    """What a thread keeps for the next response: its buffer, and a number."""
+    """Keep a buffer and a number for the next response of this thread."""
 
     def __init__(self) -> None:
         self.buffer = memoryview(b"")

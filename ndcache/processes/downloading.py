@@ -1,4 +1,4 @@
-"""What a helper process does: download the shards that nobody else has begun, and report."""
+"""The work of a helper process: download the shards that nobody else has begun, and report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a parent and its helper processes tell each other: one request, then reports, each a line of JSON."""
+"""The messages between a parent and its helper processes: one request, then reports, each a line of JSON."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _COUNTS = ("network_bytes", "resumed_bytes", "requests", "retries")
 
 @dataclass(frozen=True)
 class HelperRequest:
-    """What a helper needs in order to download shards. It may hold secrets, so it goes through a pipe only.
+    """Tell a helper how to download shards. It may hold secrets, so it goes through a pipe only.
 
     Attributes
     ----------
@@ -79,7 +79,7 @@ def wanted_shards(manifest: Manifest, shards: Iterable[Shard]) -> list[Wanted]:
 
 @dataclass(frozen=True)
 class HelperReport:
-    """What a helper has done so far.
+    """Count the work of a helper so far.
 
     Attributes
     ----------

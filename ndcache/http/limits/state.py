@@ -1,4 +1,4 @@
-"""What the responses of an origin show about its limits, and when the next request may begin.
+"""The limits of an origin, as its responses show them, and the time of the next request.
 
 - A refusal means that one of two settings was too high: the requests in flight, or their rate. A setting that was
   accepted before is not to blame, so the other one is cut: to the requests in flight, or to half the rate.
