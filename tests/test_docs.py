@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,6 +45,14 @@ def test_the_examples(
     if page != "guide/index.rst":
         run_examples(DOCS / "guide" / "index.rst", replace=address)
     run_examples(DOCS / page, replace=address, skip=lambda shown: "needs a GPU" in shown and not has_gpu)
+
+
+def test_the_shader_of_the_guide_is_that_of_the_example() -> None:
+    """A test of the example runs it."""
+    (shown,) = re.findall(
+        r"code-block:: wgsl\n\n((?:    .*\n|\n)+)", (DOCS / "guide" / "quantised.rst").read_text("utf-8")
+    )
+    assert textwrap.dedent(shown).strip() in (ROOT / "examples" / "quantised_layer.wgsl").read_text("utf-8")
 
 
 # --- links --------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ def test_all_examples_are_tested_and_short() -> None:
     assert examples
     for path in examples:
         assert f'run("{path.name}"' in tests
-        assert len(path.read_text("utf-8").splitlines()) <= 60
+        assert len(path.read_text("utf-8").splitlines()) <= 70
 
 
 def test_plain_load() -> None:
@@ -60,6 +60,25 @@ def test_plain_load_of_a_url(tmp_path: Path, serve: Any) -> None:
 @pytest.mark.usefixtures("gpu")  # to skip where there is none
 def test_compute_pass() -> None:
     assert run("compute_pass.py").splitlines()[-1] == "the GPU and NumPy agree"
+
+
+@pytest.mark.once
+@pytest.mark.usefixtures("gpu")
+def test_quantised_layer() -> None:
+    assert run("quantised_layer.py").splitlines()[-3:] == [
+        "layer.q_weight: uint32 (301, 124)",
+        "layer.q_scale: float16 (301, 31)",
+        "(3, 970) times (970, 301): 903 of 903 products are those of NumPy",
+    ]
+
+
+@pytest.mark.once
+@pytest.mark.usefixtures("gpu")
+def test_quantised_layer_of_a_url(tmp_path: Path, serve: Any) -> None:
+    params = {"up.q_weight": random_array((70, 8), "uint32"), "up.q_scale": np.ones((70, 2), np.float16)}
+    ndcache.dump({**params, "down.q_weight": random_array((3, 4), "uint32")}, tmp_path)
+    lines = run("quantised_layer.py", serve(tmp_path).url, "up").splitlines()
+    assert lines[-1] == "(3, 64) times (64, 70): 210 of 210 products are those of NumPy"
 
 
 @pytest.mark.once
