@@ -23,6 +23,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from .context import LoadContext
 from .devices.base import Device, Upload
+from .devices.segments import Segment
 from .format.manifest import Manifest, Shard
 from .processes.beside import HelperProcesses
 from .progress import Progress, Reporter
@@ -56,11 +57,12 @@ def place_tensors(
 ) -> Generator[tuple[str, Tensor], None, None]:
     """Yield names and tensors in manifest order. Workers obtain and stage the shards, this thread places them."""
     stats = context.stats
+    segments = {shard: Segment(shard, shard.records, shard.nbytes) for shard in shards}
     with wrap_stop_iteration():
         context.cancellation.resume()
         context.pool.start(1)
         upload: Upload[Any, Tensor] = device.open_upload(
-            shards,
+            list(segments.values()),
             pool=context.pool,
             stats=stats,
             decode=decode,
@@ -72,12 +74,12 @@ def place_tensors(
         def work(shard: Shard) -> tuple[ShardFile, Any]:
             obtained = model.obtain(shard)
             with obtained.file:
-                return obtained, upload.stage(obtained.file, shard)
+                return obtained, upload.stage(obtained.file, segments[shard])
 
         # The upload is closed last, when no worker is in `stage` any more.
         with upload, _map_shards(model, context, shards, work, progress, helpers, memory_limit) as (arriving, done):
             for shard, nbytes, (obtained, staged) in arriving:
-                placed = upload.place(staged, shard)
+                placed = upload.place(staged, segments[shard])
                 for record, tensor in stats.timed_iterator("place", placed, file=shard.data_path):
                     stats.tensors += 1
                     yield record.name, tensor

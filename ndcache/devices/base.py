@@ -10,6 +10,7 @@ from typing import Any, BinaryIO, Generic, TypeVar
 from ..format.manifest import Record, Shard
 from ..stats import LoadStats
 from ..workers.pool import WorkerPool
+from .segments import Segment
 
 __all__ = ["Device", "Upload"]
 
@@ -29,11 +30,17 @@ class Device(ABC, Generic[Tensor]):
         A description of the device, for log messages.
     needs_serial_thread : bool
         Whether its uploads need a thread for `WorkerPool.open_serial_queue`.
+    segment_bytes : int
+        The most bytes of a segment, unless it is a single larger record.
+    cuts_records : bool
+        Whether such a record becomes several segments.
     """
 
     handle: Any
     name: str
     needs_serial_thread = False
+    segment_bytes: int
+    cuts_records: bool
 
     @abstractmethod
     def check_limits(self, shards: Sequence[Shard], *, decode: bool) -> None:
@@ -54,7 +61,7 @@ class Device(ABC, Generic[Tensor]):
     @abstractmethod
     def open_upload(
         self,
-        shards: Sequence[Shard],
+        segments: Sequence[Segment],
         *,
         pool: WorkerPool,
         stats: LoadStats,
@@ -67,8 +74,8 @@ class Device(ABC, Generic[Tensor]):
 
         Parameters
         ----------
-        shards : sequence of Shard
-            The shards to come, in manifest order.
+        segments : sequence of Segment
+            The segments to come, in manifest order.
         pool : WorkerPool
             The load's threads, already started.
         stats : LoadStats
@@ -78,7 +85,7 @@ class Device(ABC, Generic[Tensor]):
         copy : bool
             Give each tensor memory of its own, even where a view of the file would do.
         memory_limit : int
-            Bytes of memory for shards that are not placed yet.
+            Bytes of memory for segments that are not placed yet.
         keeps_all : bool
             Whether the load keeps all its tensors, so that memory for all of them may be allocated now.
         """
@@ -94,25 +101,25 @@ class Device(ABC, Generic[Tensor]):
 class Upload(ABC, Generic[Staged, Tensor]):
     """The upload of one load to a device.
 
-    Workers stage the bytes of shards; the caller's thread places them as tensors. An upload is a context manager that
+    Workers stage the bytes of segments; the caller's thread places them as tensors. An upload is a context manager that
     closes itself at the end.
     """
 
     @abstractmethod
-    def stage(self, file: BinaryIO, shard: Shard) -> Staged:
-        """Read a shard from its open file, and prepare it for `place`. Several workers call this at once."""
+    def stage(self, file: BinaryIO, segment: Segment) -> Staged:
+        """Read a segment from its shard's open file, and prepare it for `place`. Several workers call this at once."""
 
     @abstractmethod
-    def place(self, staged: Staged, shard: Shard) -> Iterator[tuple[Record, Tensor]]:
-        """Yield the shard's tensors in the order of its records.
+    def place(self, staged: Staged, segment: Segment) -> Iterator[tuple[Record, Tensor]]:
+        """Yield the segment's tensors in the order of its records; that of a cut record with its last part.
 
-        Only the caller's thread calls this, once for each shard, in manifest order.
+        Only the caller's thread calls this, once for each segment, in manifest order.
 
         Parameters
         ----------
         staged
             The result of `stage`.
-        shard : Shard
+        segment : Segment
         """
 
     @abstractmethod

@@ -16,13 +16,14 @@ from ..stats import LoadStats
 from ..workers.pool import WorkerPool
 from .base import Device, Upload
 from .reading import check_size, read_shard
+from .segments import Segment
 
 __all__ = ["CpuDevice", "CpuUpload"]
 
 logger = logging.getLogger("ndcache")
 
-#: Loads with more shards than this read files instead of mapping them. It is a quarter of the maps that Linux allows a
-#: process, as thread stacks and large arrays need maps, too.
+#: Loads with more segments than this read files instead of mapping them. It is a quarter of the maps that Linux allows
+#: a process, as thread stacks and large arrays need maps, too.
 _MAX_MAPS = 16_384
 
 Array = npt.NDArray[Any]
@@ -34,13 +35,15 @@ class CpuDevice(Device[Array]):
 
     handle = "cpu"
     name = "cpu"
+    segment_bytes = 64 << 20
+    cuts_records = False  # a tensor is one array over one range of the file
 
     def check_limits(self, shards: Sequence[Shard], *, decode: bool) -> None:
         """Do nothing: memory has no limit for a single tensor."""
 
     def open_upload(
         self,
-        shards: Sequence[Shard],
+        segments: Sequence[Segment],
         *,
         pool: WorkerPool,
         stats: LoadStats,
@@ -49,7 +52,7 @@ class CpuDevice(Device[Array]):
         memory_limit: int,
         keeps_all: bool,
     ) -> CpuUpload:
-        return CpuUpload(stats, decode=decode, copy=copy, may_map=len(shards) <= _MAX_MAPS)
+        return CpuUpload(stats, decode=decode, copy=copy, may_map=len(segments) <= _MAX_MAPS)
 
     def discard(self, tensors: dict[str, Array]) -> None:
         tensors.clear()  # an array's memory is freed with the last reference to it
@@ -73,15 +76,16 @@ class CpuUpload(Upload[list[Array], Array]):
         self._copy = copy
         self._may_map = may_map
 
-    def stage(self, file: BinaryIO, shard: Shard) -> list[Array]:
+    def stage(self, file: BinaryIO, segment: Segment) -> list[Array]:
+        shard = segment.shard
         with self._stats.timed("read", file=shard.data_path):
             data = self._map_or_read(file, shard)
         with self._stats.timed("decode", file=shard.data_path):
-            arrays = [self._decode(record, data) for record in shard.records]
+            arrays = [self._decode(record, data) for record in segment.records]
             return [array if array.flags.writeable else array.copy() for array in arrays] if self._copy else arrays
 
-    def place(self, staged: list[Array], shard: Shard) -> Iterator[tuple[Record, Array]]:
-        return zip(shard.records, staged, strict=True)
+    def place(self, staged: list[Array], segment: Segment) -> Iterator[tuple[Record, Array]]:
+        return zip(segment.records, staged, strict=True)
 
     def finish(self) -> None:
         pass

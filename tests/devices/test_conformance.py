@@ -21,6 +21,7 @@ from ndcache.devices import open_device
 from ndcache.devices.base import Device, Upload
 from ndcache.devices.cpu import CpuDevice, CpuUpload
 from ndcache.devices.gpu.upload import GpuUpload
+from ndcache.devices.segments import Segment
 from ndcache.format.numpy_dtypes import DTYPES
 from ndcache.stats import LoadStats
 from ndcache.workers.pool import WorkerPool
@@ -38,7 +39,7 @@ def upload_to(device: Device[Any], manifest: ndcache.Manifest, **options: Any) -
     with WorkerPool(2, has_serial_thread=device.needs_serial_thread) as pool:
         pool.start()
         upload = device.open_upload(
-            manifest.shards,
+            [whole(shard) for shard in manifest.shards],
             pool=pool,
             stats=LoadStats(),
             **{"decode": True, "copy": False, "memory_limit": 1 << 20, "keeps_all": True, **options},
@@ -49,7 +50,11 @@ def upload_to(device: Device[Any], manifest: ndcache.Manifest, **options: Any) -
 
 def stage(upload: Upload[Any, Any], directory: Path, shard: ndcache.Shard) -> Any:
     with open(directory / shard.data_path, "rb") as file:
-        return upload.stage(file, shard)
+        return upload.stage(file, whole(shard))
+
+
+def whole(shard: ndcache.Shard) -> Segment:
+    return Segment(shard, shard.records, shard.nbytes)
 
 
 class DeviceConformance:
@@ -147,7 +152,7 @@ class DeviceConformance:
             with ThreadPoolExecutor(3) as pool:
                 futures = [pool.submit(stage, upload, tmp_path, shard) for shard in reversed(manifest.shards)]
             for shard, future in zip(manifest.shards, reversed(futures), strict=True):
-                for record, tensor in upload.place(future.result(), shard):
+                for record, tensor in upload.place(future.result(), whole(shard)):
                     tensors[record.name] = tensor
             upload.finish()
         assert_tensors(tensors, arrays)
@@ -175,7 +180,7 @@ class DeviceConformance:
         original = getattr(self.upload_type, call)
 
         def fail(upload: Any, *arguments: Any) -> Any:
-            if call == "finish" or arguments[1].data_path == "params_shard_2.bin":
+            if call == "finish" or arguments[1].shard.data_path == "params_shard_2.bin":
                 raise ZeroDivisionError
             return original(upload, *arguments)
 
@@ -275,8 +280,8 @@ class TestCpu(DeviceConformance):
         arrays: list[weakref.ref[Any]] = []
         original = CpuUpload.stage
 
-        def stage(upload: CpuUpload, file: Any, shard: ndcache.Shard) -> Any:
-            staged = original(upload, file, shard)
+        def stage(upload: CpuUpload, file: Any, segment: Segment) -> Any:
+            staged = original(upload, file, segment)
             arrays.extend(weakref.ref(array) for array in staged)
             return staged
 

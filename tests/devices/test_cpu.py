@@ -12,6 +12,7 @@ import pytest
 
 import ndcache
 from ndcache.devices import cpu as cpu_module
+from ndcache.devices.segments import Segment
 from ndcache.stats import LoadStats
 
 from ..helpers import models
@@ -67,4 +68,4 @@ def test_a_file_that_shrinks_before_it_is_mapped_is_refused(tmp_path: Path) -> N
     os.truncate(tmp_path / "params_shard_0.bin", 5)
     upload = cpu_module.CpuUpload(LoadStats(), decode=True, copy=False, may_map=True)
     with open(tmp_path / "params_shard_0.bin", "rb") as file, pytest.raises(ndcache.SizeMismatchError):
-        upload.stage(file, shard)
+        upload.stage(file, Segment(shard, shard.records, shard.nbytes))

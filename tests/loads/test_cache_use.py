@@ -14,6 +14,7 @@ import pytest
 
 import ndcache
 from ndcache.devices.cpu import CpuUpload
+from ndcache.devices.segments import Segment
 from ndcache.sources.manifest import ManifestSource
 
 from ..helpers import models
@@ -189,10 +190,10 @@ def test_the_file_that_was_checked_is_the_one_that_is_read(
     directory = ndcache.fetch(server.url)
     stage = CpuUpload.stage
 
-    def too_late(self: CpuUpload, file: Any, shard: ndcache.Shard) -> Any:
+    def too_late(self: CpuUpload, file: Any, segment: Segment) -> Any:
         (directory / "new").write_bytes(bytes(1 << 16))
         os.replace(directory / "new", directory / "params_shard_0.bin")
-        return stage(self, file, shard)
+        return stage(self, file, segment)
 
     monkeypatch.setattr(CpuUpload, "stage", too_late)
     assert_same(ndcache.load(server.url, verify="always"), arrays)

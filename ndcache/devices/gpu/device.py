@@ -9,6 +9,7 @@ from ...format.manifest import Shard
 from ...stats import LoadStats
 from ...workers.pool import WorkerPool
 from ..base import Device
+from ..segments import Segment
 from .adapters import adapter_lock, adapter_name, find_adapter
 from .buffers import tensor_nbytes
 from .limits import check_limits
@@ -35,6 +36,8 @@ class GpuDevice(Device[GPUTensor]):
     """
 
     needs_serial_thread = True
+    segment_bytes = 32 << 20
+    cuts_records = True
 
     def __init__(self, handle: wgpu.GPUDevice, *, is_ours: bool) -> None:
         self.handle = handle
@@ -49,7 +52,7 @@ class GpuDevice(Device[GPUTensor]):
 
     def open_upload(
         self,
-        shards: Sequence[Shard],
+        segments: Sequence[Segment],
         *,
         pool: WorkerPool,
         stats: LoadStats,
@@ -62,7 +65,7 @@ class GpuDevice(Device[GPUTensor]):
         upload = GpuUpload(self.handle, self._fence, calls, serial, stats, decode=decode, memory_limit=memory_limit)
         self._upload = upload  # for `discard`, if an interrupt keeps the caller from closing it
         if keeps_all:
-            upload.request_buffers(shards)
+            upload.request_buffers(segments)
         return upload
 
     def discard(self, tensors: dict[str, GPUTensor]) -> None:

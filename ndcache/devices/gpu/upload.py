@@ -12,6 +12,7 @@ from ...stats import LoadStats
 from ...workers.serial import SerialQueue
 from ..base import Upload
 from ..reading import check_size, read_into
+from ..segments import Segment
 from .buffers import BufferMaker, tensor_dtype
 from .expand import Expander
 from .layout import WORD, plan_batches
@@ -73,12 +74,13 @@ class GpuUpload(Upload[StagedShard, GPUTensor]):
         self._staged: set[StagedShard] = set()  # those that are not placed yet
         self._ready: deque[StagedShard] = deque()  # those whose bytes are all in staging memory
 
-    def request_buffers(self, shards: Iterable[Shard]) -> None:
-        """Begin to make the buffers of these shards' tensors."""
-        for shard in shards:
-            self._maker.request(shard)
+    def request_buffers(self, segments: Iterable[Segment]) -> None:
+        """Begin to make the buffers of these segments' tensors."""
+        for segment in segments:
+            self._maker.request(segment.shard)
 
-    def stage(self, file: BinaryIO, shard: Shard) -> StagedShard:
+    def stage(self, file: BinaryIO, segment: Segment) -> StagedShard:
+        shard = segment.shard
         check_size(file, shard)
         unread = list(plan_batches(shard.records, self._batch_bytes, decode=self._decode))
         with translated_errors():
@@ -92,7 +94,8 @@ class GpuUpload(Upload[StagedShard, GPUTensor]):
                 staged.file = open(os.dup(file.fileno()), "rb", buffering=0)  # noqa: SIM115 - open until it is placed
         return staged
 
-    def place(self, staged: StagedShard, shard: Shard) -> Iterator[tuple[Record, GPUTensor]]:
+    def place(self, staged: StagedShard, segment: Segment) -> Iterator[tuple[Record, GPUTensor]]:
+        shard = segment.shard
         with translated_errors():
             with self._stats.timed("wait_buffers", file=shard.data_path):
                 buffers = staged.buffers.result()
