@@ -32,6 +32,7 @@ def load(
     names: NameFilter = None,
     decode: bool = True,
     copy: bool = False,
+    into: Mapping[str, Array] | None = None,
     progress: Progress = None,
     trace: str | os.PathLike[str] | None = None,
     max_workers: int = 8,
@@ -102,6 +103,33 @@ def load(
 ) -> Weights[Array | GPUTensor]: ...
 
 
+@overload
+def load(
+    source: Source,
+    device: str | GPUDeviceLike = "cpu",
+    *,
+    names: NameFilter = None,
+    decode: bool = True,
+    copy: bool = False,
+    into: Mapping[str, Any],
+    progress: Progress = None,
+    trace: str | os.PathLike[str] | None = None,
+    max_workers: int = 8,
+    processes: int | Literal["auto"] = 1,
+    cache_dir: str | os.PathLike[str] | None = None,
+    scope: str = "default",
+    timeout: float | tuple[float, float] = (10.0, 30.0),
+    retries: int | RetryPolicy = 6,
+    verify: VerifyMode = "download",
+    offline: bool = False,
+    session: requests.Session | None = None,
+    mirrors: Sequence[str] = (),
+    integrity: Mapping[str, str] | None = None,
+    memory_limit: int = 512 << 20,
+    cancel: threading.Event | None = None,
+) -> Weights[Any]: ...
+
+
 @hide_keywords
 def load(
     source: Source,
@@ -110,6 +138,7 @@ def load(
     names: NameFilter = None,
     decode: bool = True,
     copy: bool = False,
+    into: Mapping[str, Any] | None = None,
     progress: Progress = None,
     trace: str | os.PathLike[str] | None = None,
     **options: Any,
@@ -135,6 +164,13 @@ def load(
     copy : bool, default False
         Copy each array into writable memory, so that the shard file can be closed. By default, arrays whose stored
         bytes are their values are read-only views of the mapped shard. GPU tensors always have memory of their own.
+    into : mapping of str to memory, optional
+        Your own memory for some of the tensors, by name; nothing else is allocated for them, and the result holds your
+        objects. On the CPU: a writable, C-contiguous `numpy.ndarray` of the tensor's shape and dtype. On a GPU: a
+        `GPUTensor`, a ``wgpu.GPUBuffer`` with usage COPY_DST, or a tuple of buffer and offset (a multiple of 4), of the
+        device that you load with. All are checked before a shard is requested. Until the call returns, or `stream`
+        yields the tensor, their content is undefined. If the call fails, the exception's ``undefined``, a tuple of
+        names, says which of them may be incomplete.
     progress : True, callable, or iterable of callables, optional
         True draws a bar on standard error. A callable is called with each `ProgressReport`, on this thread.
     trace : path-like, optional
@@ -145,7 +181,8 @@ def load(
     Returns
     -------
     Weights
-        A mapping from names to `numpy.ndarray`, or to `GPUTensor` if the tensors are on a GPU.
+        A mapping from names to `numpy.ndarray`, or to `GPUTensor` if the tensors are on a GPU, or to your objects of
+        `into`.
 
     Warns
     -----
@@ -160,7 +197,9 @@ def load(
     KeyError
         A name or pattern matches no tensor.
     ValueError, TypeError
-        An argument is unknown, or has a type or a value that it must not have.
+        An argument is unknown, or has a type or a value that it must not have. Or memory of `into` does not fit: it is
+        not for a tensor that is loaded, it has another shape, dtype or device, cannot be written, or overlaps other
+        memory of `into`.
 
     Examples
     --------
@@ -172,7 +211,9 @@ def load(
     """
     check_keywords(load, options.keys() - OPTION_NAMES)
     with Loader(**options) as loader:
-        return loader.load(source, device, names=names, decode=decode, copy=copy, progress=progress, trace=trace)
+        return loader.load(
+            source, device, names=names, decode=decode, copy=copy, into=into, progress=progress, trace=trace
+        )
 
 
 @overload
@@ -183,6 +224,7 @@ def stream(
     names: NameFilter = None,
     decode: bool = True,
     copy: bool = False,
+    into: Mapping[str, Array] | None = None,
     progress: Progress = None,
     trace: str | os.PathLike[str] | None = None,
     max_workers: int = 8,
@@ -253,6 +295,33 @@ def stream(
 ) -> Iterator[tuple[str, Array | GPUTensor]]: ...
 
 
+@overload
+def stream(
+    source: Source,
+    device: str | GPUDeviceLike = "cpu",
+    *,
+    names: NameFilter = None,
+    decode: bool = True,
+    copy: bool = False,
+    into: Mapping[str, Any],
+    progress: Progress = None,
+    trace: str | os.PathLike[str] | None = None,
+    max_workers: int = 8,
+    processes: int | Literal["auto"] = 1,
+    cache_dir: str | os.PathLike[str] | None = None,
+    scope: str = "default",
+    timeout: float | tuple[float, float] = (10.0, 30.0),
+    retries: int | RetryPolicy = 6,
+    verify: VerifyMode = "download",
+    offline: bool = False,
+    session: requests.Session | None = None,
+    mirrors: Sequence[str] = (),
+    integrity: Mapping[str, str] | None = None,
+    memory_limit: int = 512 << 20,
+    cancel: threading.Event | None = None,
+) -> Iterator[tuple[str, Any]]: ...
+
+
 @hide_keywords
 def stream(
     source: Source,
@@ -261,6 +330,7 @@ def stream(
     names: NameFilter = None,
     decode: bool = True,
     copy: bool = False,
+    into: Mapping[str, Any] | None = None,
     progress: Progress = None,
     trace: str | os.PathLike[str] | None = None,
     **options: Any,
@@ -272,7 +342,7 @@ def stream(
 
     Parameters
     ----------
-    source, device, names, decode, copy, progress, trace
+    source, device, names, decode, copy, into, progress, trace
         See `load`.
     {options}
 
@@ -296,7 +366,9 @@ def stream(
     check_keywords(stream, options.keys() - OPTION_NAMES)
     loader = Loader(**options)
     try:
-        tensors = loader.stream(source, device, names=names, decode=decode, copy=copy, progress=progress, trace=trace)
+        tensors = loader.stream(
+            source, device, names=names, decode=decode, copy=copy, into=into, progress=progress, trace=trace
+        )
     except BaseException:
         loader.close()
         raise

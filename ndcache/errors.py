@@ -116,9 +116,13 @@ class NdcacheError(Exception):
         Errors of other shards of the same load.
     node : str or None
         In a cluster, the worker on whose node it happened.
+    undefined : tuple of str
+        Tensors of the ``into`` option that the failed call may not have written completely. (Other exceptions that end
+        such a call, such as KeyboardInterrupt, have this attribute, too.)
     """
 
     node: str | None = None
+    undefined: tuple[str, ...] = ()
     #: The class's default; an instance may differ.
     retryable: bool = False
     #: The most retries that ndcache itself makes, or None to leave that to the `RetryPolicy`.

@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Literal, overload
 
 import requests
 
 from .context import VerifyMode
-from .devices.base import Device
 from .devices.cpu import Array
 from .devices.gpu.tensor import GPUTensor
+from .devices.into import LentMemory
 from .errors import CacheUnavailableError, ManifestError, NotFoundError, OfflineError, redact
 from .format.manifest import Manifest, NameFilter
 from .http.retry import RetryPolicy
@@ -37,7 +37,7 @@ from .sources.client import Client
 from .sources.download import Downloader
 from .sources.file_url import choose_model, delete_file, file_url, find_file
 from .sources.model import Flaw
-from .weights import Weights
+from .weights import Weights, collected
 from .workers.stop_iteration import WrappedStopIteration, unwrap_stop_iteration
 
 __all__ = ["Loader"]
@@ -46,8 +46,6 @@ __all__ = ["Loader"]
 _VERIFY_TRIES = 4
 #: The limit of a single file, whose size no manifest gives; it keeps an endless body from filling the disk.
 _MAX_FILE_BYTES = 64 << 30
-
-Tensor = TypeVar("Tensor")
 
 
 @document_options
@@ -118,6 +116,7 @@ class Loader:
         names: NameFilter = None,
         decode: bool = True,
         copy: bool = False,
+        into: Mapping[str, Array] | None = None,
         progress: Progress = None,
         trace: str | os.PathLike[str] | None = None,
     ) -> Weights[Array]: ...
@@ -148,6 +147,20 @@ class Loader:
         trace: str | os.PathLike[str] | None = None,
     ) -> Weights[Array | GPUTensor]: ...
 
+    @overload
+    def load(
+        self,
+        source: Source,
+        device: str | GPUDeviceLike = "cpu",
+        *,
+        names: NameFilter = None,
+        decode: bool = True,
+        copy: bool = False,
+        into: Mapping[str, Any],
+        progress: Progress = None,
+        trace: str | os.PathLike[str] | None = None,
+    ) -> Weights[Any]: ...
+
     @hide_keywords
     def load(
         self,
@@ -157,6 +170,7 @@ class Loader:
         names: NameFilter = None,
         decode: bool = True,
         copy: bool = False,
+        into: Mapping[str, Any] | None = None,
         progress: Progress = None,
         trace: str | os.PathLike[str] | None = None,
         **unknown: Any,
@@ -164,30 +178,29 @@ class Loader:
         """Load a model's weights, downloading what is not cached: see `ndcache.load`."""
         check_keywords(Loader.load, unknown)
         with (
+            LentMemory(into) as lent,
             tracing(trace) as events,
             unwrap_stop_iteration(),
-            _collected(target := self._resources.open_device(device)) as tensors,
+            collected(target := self._resources.open_device(device), lent.objects) as tensors,
             self._resources.open_model(source, device=target, trace=events) as (model, context),
         ):
-            shards = model.manifest.select(names)
-            target.check_limits(shards, decode=decode)
-            limit = self._options.memory_limit
             placed = place_tensors(
                 model,
                 context,
                 target,
-                shards,
+                names,
+                lent,
                 progress,
                 self._helpers(source),
                 decode=decode,
                 copy=copy,
-                memory_limit=limit,
+                memory_limit=self._options.memory_limit,
                 keeps_all=True,
             )
             with closing(placed):
                 for name, tensor in placed:
                     tensors[name] = tensor
-        return Weights(tensors, manifest=model.manifest, device=target, stats=context.stats)
+        return Weights(tensors, manifest=model.manifest, device=target, stats=context.stats, into=lent.destinations)
 
     @overload
     def stream(
@@ -198,6 +211,7 @@ class Loader:
         names: NameFilter = None,
         decode: bool = True,
         copy: bool = False,
+        into: Mapping[str, Array] | None = None,
         progress: Progress = None,
         trace: str | os.PathLike[str] | None = None,
     ) -> Iterator[tuple[str, Array]]: ...
@@ -228,6 +242,20 @@ class Loader:
         trace: str | os.PathLike[str] | None = None,
     ) -> Iterator[tuple[str, Array | GPUTensor]]: ...
 
+    @overload
+    def stream(
+        self,
+        source: Source,
+        device: str | GPUDeviceLike = "cpu",
+        *,
+        names: NameFilter = None,
+        decode: bool = True,
+        copy: bool = False,
+        into: Mapping[str, Any],
+        progress: Progress = None,
+        trace: str | os.PathLike[str] | None = None,
+    ) -> Iterator[tuple[str, Any]]: ...
+
     @hide_keywords
     def stream(
         self,
@@ -237,13 +265,14 @@ class Loader:
         names: NameFilter = None,
         decode: bool = True,
         copy: bool = False,
+        into: Mapping[str, Any] | None = None,
         progress: Progress = None,
         trace: str | os.PathLike[str] | None = None,
         **unknown: Any,
     ) -> Iterator[tuple[str, Any]]:
         """Load a model, and yield each tensor as soon as it is there: see `ndcache.stream`."""
         check_keywords(Loader.stream, unknown)
-        arriving = self._stream(source, device, names, decode, copy, progress, trace)
+        arriving = self._stream(source, device, names, decode, copy, LentMemory(into), progress, trace)
         with unwrap_stop_iteration():
             next(arriving)  # raises here what is wrong with the model or the arguments
         return arriving
@@ -255,11 +284,12 @@ class Loader:
         names: NameFilter,
         decode: bool,
         copy: bool,
+        lent: LentMemory,
         progress: Progress,
         trace: str | os.PathLike[str] | None,
     ) -> Generator[tuple[str, Any], None, None]:
         """Yield once when the model is open, so that closing the generator closes it; then yield the tensors."""
-        with tracing(trace) as events:
+        with lent, tracing(trace) as events:
             target = self._resources.open_device(device)
             is_open = False
             try:
@@ -267,22 +297,21 @@ class Loader:
                     model,
                     context,
                 ):
-                    shards = model.manifest.select(names)
-                    target.check_limits(shards, decode=decode)
-                    is_open = True
-                    yield "", None
-                    limit = self._options.memory_limit
-                    yield from place_tensors(
+                    placed = place_tensors(
                         model,
                         context,
                         target,
-                        shards,
+                        names,
+                        lent,
                         progress,
                         self._helpers(source),
                         decode=decode,
                         copy=copy,
-                        memory_limit=limit,
+                        memory_limit=self._options.memory_limit,
                     )
+                    is_open = True
+                    yield "", None
+                    yield from placed
             except BaseException as error:
                 if not is_open:
                     target.discard({})
@@ -407,14 +436,3 @@ class Loader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-@contextmanager
-def _collected(device: Device[Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Yield a dict for the device's tensors. If the block fails, they are freed, and the device too."""
-    tensors: dict[str, Tensor] = {}
-    try:
-        yield tensors
-    except BaseException:
-        device.discard(tensors)
-        raise

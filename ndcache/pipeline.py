@@ -23,8 +23,9 @@ from typing import Any, TypeAlias, TypeVar
 
 from .context import LoadContext
 from .devices.base import Device, Upload
+from .devices.into import LentMemory
 from .devices.segments import Segment
-from .format.manifest import Manifest, Shard
+from .format.manifest import Manifest, NameFilter, Shard
 from .processes.beside import HelperProcesses
 from .progress import Progress, Reporter
 from .sources.model import Flaw, Model, ShardFile
@@ -46,7 +47,8 @@ def place_tensors(
     model: Model,
     context: LoadContext,
     device: Device[Tensor],
-    shards: Sequence[Shard],
+    names: NameFilter,
+    lent: LentMemory,
     progress: Progress,
     helpers: HelperProcesses,
     *,
@@ -54,6 +56,39 @@ def place_tensors(
     copy: bool,
     memory_limit: int,
     keeps_all: bool = False,
+) -> Generator[tuple[str, Tensor], None, None]:
+    """Check at once what is wanted; return a generator of names and tensors, in manifest order."""
+    shards = model.manifest.select(names)
+    lent.check(device, shards, decode=decode)
+    placed = _place_tensors(
+        model,
+        context,
+        device,
+        shards,
+        lent,
+        progress,
+        helpers,
+        decode=decode,
+        copy=copy,
+        memory_limit=memory_limit,
+        keeps_all=keeps_all,
+    )
+    return lent.tracked(placed, completes_late=device.completes_late)
+
+
+def _place_tensors(
+    model: Model,
+    context: LoadContext,
+    device: Device[Tensor],
+    shards: Sequence[Shard],
+    lent: LentMemory,
+    progress: Progress,
+    helpers: HelperProcesses,
+    *,
+    decode: bool,
+    copy: bool,
+    memory_limit: int,
+    keeps_all: bool,
 ) -> Generator[tuple[str, Tensor], None, None]:
     """Yield names and tensors in manifest order. Workers obtain and stage the shards, this thread places them."""
     stats = context.stats
@@ -69,6 +104,7 @@ def place_tensors(
             copy=copy,
             memory_limit=memory_limit,
             keeps_all=keeps_all,
+            into=lent.destinations,
         )
 
         def work(shard: Shard) -> tuple[ShardFile, Any]:

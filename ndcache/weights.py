@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
 from .devices.base import Device
+from .devices.into import Destination
 from .format.manifest import Manifest
 from .stats import LoadStats
 
-__all__ = ["Weights"]
+__all__ = ["Weights", "collected"]
 
+T = TypeVar("T")
 Tensor = TypeVar("Tensor", covariant=True)
 
 
@@ -20,7 +24,8 @@ class Weights(Mapping[str, Tensor]):
 
     On the CPU the tensors are `numpy.ndarray`: read-only views of the mapped shard file where the stored bytes are the
     values, and arrays with memory of their own where float32 was stored as bfloat16. On a GPU they are `GPUTensor`.
-    Type checkers know which: ``Weights[numpy.ndarray]`` or ``Weights[GPUTensor]``.
+    Type checkers know which: ``Weights[numpy.ndarray]`` or ``Weights[GPUTensor]``. A tensor that was loaded into memory
+    of the caller's (``into``) is the caller's own object.
 
     Attributes
     ----------
@@ -30,7 +35,7 @@ class Weights(Mapping[str, Tensor]):
     device : "cpu" or wgpu.GPUDevice
         Where the tensors are.
     nbytes : int
-        Bytes of all tensors as they are in memory now.
+        Bytes of all tensors as they are in memory now, including the caller's.
     stats : LoadStats
         What the load cost.
 
@@ -54,16 +59,17 @@ class Weights(Mapping[str, Tensor]):
         manifest: Manifest,
         device: Device[Tensor],
         stats: LoadStats,
+        into: Mapping[str, Destination],
     ) -> None:
         self._tensors: dict[str, Tensor] | None = dict(tensors)
-        self._discard = device.discard
-        self._where = device.name
+        self._device = device
         self.manifest = manifest
         self.metadata = manifest.metadata
         self.device: Any = device.handle
         self.stats = stats
-        values: Iterable[Any] = self._tensors.values()
-        self.nbytes: int = sum(tensor.nbytes for tensor in values)
+        self._lent = frozenset(into)
+        ours: Iterable[Any] = (tensor for name, tensor in self._tensors.items() if name not in into)
+        self.nbytes: int = sum(each.nbytes for each in chain(ours, into.values()))
 
     def __getitem__(self, name: str) -> Tensor:
         return self._open()[name]
@@ -77,11 +83,12 @@ class Weights(Mapping[str, Tensor]):
     def close(self) -> None:
         """Release the tensors. On a GPU, destroy their buffers, and the device unless the caller opened it.
 
-        Arrays on the CPU stay valid as long as something refers to them. A second call does nothing.
+        Arrays on the CPU stay valid as long as something refers to them. The caller's own memory, of the ``into``
+        argument, is left alone. A second call does nothing.
         """
         if self._tensors is not None:
             tensors, self._tensors = self._tensors, None
-            self._discard(tensors)
+            _discard(self._device, tensors, self._lent)
 
     def __enter__(self) -> Weights[Tensor]:
         return self
@@ -98,7 +105,7 @@ class Weights(Mapping[str, Tensor]):
         if self._tensors is None:
             return "<Weights: closed>"
         number = f"{len(self)} tensor{'' if len(self) == 1 else 's'}"
-        return f"<Weights: {number}, {self.nbytes / 2**20:.1f} MiB, on {self._where}>"
+        return f"<Weights: {number}, {self.nbytes / 2**20:.1f} MiB, on {self._device.name}>"
 
     # Not Mapping's, which would compare arrays and has no hash.
     __eq__ = object.__eq__
@@ -111,3 +118,20 @@ class Weights(Mapping[str, Tensor]):
         if self._tensors is None:
             raise ValueError("these weights are closed")
         return self._tensors
+
+
+@contextmanager
+def collected(device: Device[T], lent: Collection[str]) -> Iterator[dict[str, T]]:
+    """Yield a dict for the device's tensors. If the block fails, free them, but not `lent` ones, and the device too."""
+    tensors: dict[str, T] = {}
+    try:
+        yield tensors
+    except BaseException:
+        _discard(device, tensors, lent)
+        raise
+
+
+def _discard(device: Device[T], tensors: dict[str, T], lent: Collection[str]) -> None:
+    for name in lent:
+        tensors.pop(name, None)
+    device.discard(tensors)

@@ -46,8 +46,8 @@ OPTIONS: Keywords = [
     ("module", "name", "count"),
     [
         (loader, "__init__", 1),
-        (api, "load", 3),
-        (api, "stream", 3),
+        (api, "load", 4),
+        (api, "stream", 4),
         *((cached, name, 1) for name in ("fetch", "read_manifest", "is_cached", "verify", "delete")),
     ],
 )

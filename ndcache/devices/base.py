@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, BinaryIO, Generic, TypeVar
 
 from ..format.manifest import Record, Shard
 from ..stats import LoadStats
 from ..workers.pool import WorkerPool
+from .into import Destination, find_destinations
 from .segments import Segment
 
 __all__ = ["Device", "Upload"]
@@ -34,6 +35,9 @@ class Device(ABC, Generic[Tensor]):
         The most bytes of a segment, unless it is a single larger record.
     cuts_records : bool
         Whether such a record becomes several segments.
+    completes_late : bool
+        Whether tensors that `Upload.place` has yielded may be incomplete, also for later work on the device, until
+        `Upload.finish` returns. If a load fails before, memory of the caller's then counts as undefined.
     """
 
     handle: Any
@@ -41,6 +45,7 @@ class Device(ABC, Generic[Tensor]):
     needs_serial_thread = False
     segment_bytes: int
     cuts_records: bool
+    completes_late = False
 
     @abstractmethod
     def check_limits(self, shards: Sequence[Shard], *, decode: bool) -> None:
@@ -58,6 +63,42 @@ class Device(ABC, Generic[Tensor]):
             A tensor exceeds a limit of the device.
         """
 
+    def check_into(
+        self, into: Mapping[str, object], shards: Sequence[Shard], *, decode: bool
+    ) -> dict[str, Destination]:
+        """Find the place of each tensor in the memory that the caller gave for it, before anything is fetched.
+
+        Parameters
+        ----------
+        into : mapping of str to object
+            Memory for some of the tensors, by their names.
+        shards : sequence of Shard
+        decode : bool
+            Whether float32 stored as bfloat16 will be expanded.
+
+        Raises
+        ------
+        ValueError
+            No tensor of a name is in `shards`, memory does not fit, or the ranges of two tensors overlap.
+        TypeError
+            Something is no memory.
+        """
+        return find_destinations(into, shards, lambda record, memory: self.find_destination(record, memory, decode))
+
+    @abstractmethod
+    def find_destination(self, record: Record, memory: object, decode: bool) -> Destination:
+        """Check the memory that the caller gave for a record's tensor, and return the range that receives it.
+
+        Nothing is written to it yet, and nothing allocated for it.
+
+        Raises
+        ------
+        ValueError
+            Another shape, dtype, size or device, or it cannot be written in place; see `into.misfit`.
+        TypeError
+            It is no memory; see `into.foreign_memory`.
+        """
+
     @abstractmethod
     def open_upload(
         self,
@@ -69,6 +110,7 @@ class Device(ABC, Generic[Tensor]):
         copy: bool,
         memory_limit: int,
         keeps_all: bool,
+        into: Mapping[str, Destination],
     ) -> Upload[Any, Tensor]:
         """Start the upload of one load. The caller must close it.
 
@@ -88,13 +130,16 @@ class Device(ABC, Generic[Tensor]):
             Bytes of memory for segments that are not placed yet.
         keeps_all : bool
             Whether the load keeps all its tensors, so that memory for all of them may be allocated now.
+        into : mapping of str to Destination
+            The result of `check_into`. These tensors are written there, and `Upload.place` yields their
+            `Destination.owner`. No thread writes to them any more when the upload is closed.
         """
 
     @abstractmethod
     def discard(self, tensors: dict[str, Tensor]) -> None:
         """Free tensors and empty `tensors`; free the device, too, unless the caller opened it.
 
-        The device cannot be used afterwards.
+        None of them is memory of the caller's. The device cannot be used afterwards.
         """
 
 

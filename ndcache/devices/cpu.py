@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -12,10 +12,12 @@ import numpy.typing as npt
 from ..files.mapping import map_file
 from ..format.codec import decode_record, view_record
 from ..format.manifest import Record, Shard
+from ..format.numpy_dtypes import DTYPES, dtype_name
 from ..stats import LoadStats
 from ..workers.pool import WorkerPool
 from .base import Device, Upload
-from .reading import check_size, read_shard
+from .into import Destination, check_fit, foreign_memory, misfit
+from .reading import check_size, read_record, read_shard
 from .segments import Segment
 
 __all__ = ["CpuDevice", "CpuUpload"]
@@ -41,6 +43,19 @@ class CpuDevice(Device[Array]):
     def check_limits(self, shards: Sequence[Shard], *, decode: bool) -> None:
         """Do nothing: memory has no limit for a single tensor."""
 
+    def find_destination(self, record: Record, memory: object, decode: bool) -> Destination:
+        if not isinstance(memory, np.ndarray):
+            raise foreign_memory(record, memory, "NumPy arrays")
+        name = dtype_name(memory.dtype)
+        is_little_endian = name is not None and memory.dtype == DTYPES[name]
+        check_fit(record, memory.shape, str(name if is_little_endian else memory.dtype), decode=decode)
+        if not memory.flags.writeable:
+            raise misfit(record, "is read-only")
+        if not memory.flags.c_contiguous:
+            raise misfit(record, "is not contiguous in C order")
+        flat = np.asarray(memory).reshape(-1)
+        return Destination(memory, flat, "memory", flat.ctypes.data, flat.nbytes)
+
     def open_upload(
         self,
         segments: Sequence[Segment],
@@ -51,8 +66,9 @@ class CpuDevice(Device[Array]):
         copy: bool,
         memory_limit: int,
         keeps_all: bool,
+        into: Mapping[str, Destination],
     ) -> CpuUpload:
-        return CpuUpload(stats, decode=decode, copy=copy, may_map=len(segments) <= _MAX_MAPS)
+        return CpuUpload(stats, decode=decode, copy=copy, may_map=len(segments) <= _MAX_MAPS, into=into)
 
     def discard(self, tensors: dict[str, Array]) -> None:
         tensors.clear()  # an array's memory is freed with the last reference to it
@@ -64,25 +80,45 @@ class CpuUpload(Upload[list[Array], Array]):
     Parameters
     ----------
     stats : LoadStats
-    decode, copy : bool
+    decode, copy, into
         See `Device.open_upload`.
     may_map : bool
         Whether files may be mapped instead of read.
     """
 
-    def __init__(self, stats: LoadStats, *, decode: bool, copy: bool, may_map: bool) -> None:
+    def __init__(
+        self, stats: LoadStats, *, decode: bool, copy: bool, may_map: bool, into: Mapping[str, Destination]
+    ) -> None:
         self._stats = stats
+        self._expands = decode
         self._decode = decode_record if decode else view_record
         self._copy = copy
         self._may_map = may_map
+        self._into = into
 
     def stage(self, file: BinaryIO, segment: Segment) -> list[Array]:
-        shard = segment.shard
+        if not self._into:
+            return self._make_arrays(file, segment.shard, segment.records)
+        others = [record for record in segment.records if record.name not in self._into]
+        made = iter(self._make_arrays(file, segment.shard, others) if others else ())
+        self._fill(file, segment)
+        return [self._into[each.name].owner if each.name in self._into else next(made) for each in segment.records]
+
+    def _make_arrays(self, file: BinaryIO, shard: Shard, records: Sequence[Record]) -> list[Array]:
         with self._stats.timed("read", file=shard.data_path):
             data = self._map_or_read(file, shard)
         with self._stats.timed("decode", file=shard.data_path):
-            arrays = [self._decode(record, data) for record in segment.records]
+            arrays = [self._decode(record, data) for record in records]
             return [array if array.flags.writeable else array.copy() for array in arrays] if self._copy else arrays
+
+    def _fill(self, file: BinaryIO, segment: Segment) -> None:
+        """Read the records that go into memory of the caller's."""
+        check_size(file, segment.shard)
+        with self._stats.timed("read", file=segment.shard.data_path):
+            for record in segment.records:
+                if (destination := self._into.get(record.name)) is not None:
+                    expand = self._expands and record.is_bf16_encoded
+                    read_record(file, record, segment.shard, destination.memory, expand=expand)
 
     def place(self, staged: list[Array], segment: Segment) -> Iterator[tuple[Record, Array]]:
         return zip(segment.records, staged, strict=True)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import threading
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import SizeMismatchError
-from ..format.manifest import Shard
+from ..format.manifest import Record, Shard
+from ..format.numpy_dtypes import DTYPES
 
-__all__ = ["check_size", "read_into", "read_shard"]
+__all__ = ["check_size", "read_into", "read_record", "read_shard"]
 
+#: How many values are expanded at a time: so few that they stay in the processor's cache between the two steps.
+_EXPANDED_AT_ONCE = 1 << 18
 #: Guards the position of a file where the system cannot read at an offset (Windows).
 _position_lock = threading.Lock()
 
@@ -62,6 +65,36 @@ def read_into(file: BinaryIO, offset: int, view: memoryview, shard: Shard) -> No
             raise _wrong_size(file, shard, os.fstat(file.fileno()).st_size)
         offset += count
         view = view[count:]
+
+
+def read_record(
+    file: BinaryIO, record: Record, shard: Shard, target: npt.NDArray[Any], *, expand: bool = False
+) -> None:
+    """Read a record's values from its shard's file into memory that is there, and allocate none for them.
+
+    Parameters
+    ----------
+    file : binary file
+    record : Record
+    shard : Shard
+    target : array, shape (values,)
+        Contiguous; of the stored dtype or, if the values are expanded, float32.
+    expand : bool, default False
+        Expand bfloat16 to float32.
+
+    Raises
+    ------
+    SizeMismatchError
+        The file is too short.
+    """
+    if not expand:
+        read_into(file, record.byte_offset, target.view(np.uint8).data, shard)
+        return
+    scratch = np.empty(min(target.size, _EXPANDED_AT_ONCE), DTYPES["bfloat16"])
+    for start in range(0, target.size, _EXPANDED_AT_ONCE):
+        stored = scratch[: target.size - start]
+        read_into(file, record.byte_offset + start * stored.itemsize, stored.view(np.uint8).data, shard)
+        target[start : start + stored.size] = stored
 
 
 def _wrong_size(file: BinaryIO, shard: Shard, size: int) -> SizeMismatchError:

@@ -42,7 +42,7 @@ def upload_to(device: Device[Any], manifest: ndcache.Manifest, **options: Any) -
             [whole(shard) for shard in manifest.shards],
             pool=pool,
             stats=LoadStats(),
-            **{"decode": True, "copy": False, "memory_limit": 1 << 20, "keeps_all": True, **options},
+            **{"decode": True, "copy": False, "memory_limit": 1 << 20, "keeps_all": True, "into": {}, **options},
         )
         with upload:
             yield upload

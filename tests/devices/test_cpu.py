@@ -66,6 +66,6 @@ def test_a_file_that_shrinks_before_it_is_mapped_is_refused(tmp_path: Path) -> N
     models.simple_model(tmp_path, shards=1)
     (shard,) = ndcache.read_manifest(tmp_path).shards
     os.truncate(tmp_path / "params_shard_0.bin", 5)
-    upload = cpu_module.CpuUpload(LoadStats(), decode=True, copy=False, may_map=True)
+    upload = cpu_module.CpuUpload(LoadStats(), decode=True, copy=False, may_map=True, into={})
     with open(tmp_path / "params_shard_0.bin", "rb") as file, pytest.raises(ndcache.SizeMismatchError):
         upload.stage(file, Segment(shard, shard.records, shard.nbytes))

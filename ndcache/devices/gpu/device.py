@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ...format.manifest import Shard
+from ...format.manifest import Record, Shard
 from ...stats import LoadStats
 from ...workers.pool import WorkerPool
 from ..base import Device
+from ..into import Destination, misfit
 from ..segments import Segment
 from .adapters import adapter_lock, adapter_name, find_adapter
 from .buffers import tensor_nbytes
@@ -50,6 +51,9 @@ class GpuDevice(Device[GPUTensor]):
         sizes = ((shard, record, tensor_nbytes(record, decode=decode)) for shard in shards for record in shard.records)
         check_limits(self.handle, sizes, is_ours=self._is_ours)
 
+    def find_destination(self, record: Record, memory: object, decode: bool) -> Destination:
+        raise misfit(record, "cannot receive a tensor: only NumPy arrays can")
+
     def open_upload(
         self,
         segments: Sequence[Segment],
@@ -60,6 +64,7 @@ class GpuDevice(Device[GPUTensor]):
         copy: bool,
         memory_limit: int,
         keeps_all: bool,
+        into: Mapping[str, Destination],
     ) -> GpuUpload:
         calls, serial = open_call_thread(), pool.open_serial_queue()
         upload = GpuUpload(self.handle, self._fence, calls, serial, stats, decode=decode, memory_limit=memory_limit)
