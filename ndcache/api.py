@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import requests
 
@@ -15,9 +15,21 @@ from .devices.gpu.tensor import GPUTensor
 from .format.manifest import NameFilter
 from .http.retry import RetryPolicy
 from .loader import Loader
-from .options import OPTION_NAMES, GPUDeviceLike, GPUName, Source, check_keywords, hide_keywords
+from .options import (
+    OPTION_NAMES,
+    CUDAName,
+    GPUDeviceLike,
+    GPUName,
+    Source,
+    TorchDeviceLike,
+    check_keywords,
+    hide_keywords,
+)
 from .progress import Progress
 from .weights import Weights
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["load", "stream"]
 
@@ -80,11 +92,12 @@ def load(
 @overload
 def load(
     source: Source,
-    device: str | GPUDeviceLike,
+    device: CUDAName | TorchDeviceLike,
     *,
     names: NameFilter = None,
     decode: bool = True,
     copy: bool = False,
+    into: Mapping[str, torch.Tensor] | None = None,
     progress: Progress = None,
     trace: str | os.PathLike[str] | None = None,
     max_workers: int = 8,
@@ -100,18 +113,18 @@ def load(
     integrity: Mapping[str, str] | None = None,
     memory_limit: int = 512 << 20,
     cancel: threading.Event | None = None,
-) -> Weights[Array | GPUTensor]: ...
+) -> Weights[torch.Tensor]: ...
 
 
 @overload
 def load(
     source: Source,
-    device: str | GPUDeviceLike = "cpu",
+    device: str | GPUDeviceLike | TorchDeviceLike,
     *,
     names: NameFilter = None,
     decode: bool = True,
     copy: bool = False,
-    into: Mapping[str, Any],
+    into: Mapping[str, Any] | None = None,
     progress: Progress = None,
     trace: str | os.PathLike[str] | None = None,
     max_workers: int = 8,
@@ -151,8 +164,9 @@ def load(
         The http(s) URL of a model directory or of its manifest, ``hf://owner/name[@revision][/folder]``, the page of a
         Hugging Face repository, ``file://`` or a local path. A local directory is read in place. While arrays of a load
         are in use, do not overwrite or truncate its files; replace them by renaming others over them.
-    device : {"cpu", "gpu", "gpu:N", "auto"} or wgpu.GPUDevice, default "cpu"
-        ``"gpu:1"`` is the second adapter that ``ndcache doctor`` lists. ``"auto"`` is the first adapter that is real
+    device : {"cpu", "gpu", "gpu:N", "cuda", "cuda:N", "auto"}, wgpu.GPUDevice or torch.device, default "cpu"
+        ``"gpu:1"`` is the second adapter that ``ndcache doctor`` lists, for wgpu. ``"cuda:1"`` is the second device of
+        CUDA, and gives tensors of PyTorch; so does a `torch.device`. ``"auto"`` is the first adapter that is real
         hardware, else the CPU; `Weights.device` tells which.
     names : str, iterable of str, or callable, optional
         Tensors to load: names, glob patterns (``"model.layers.0.*"``), or a predicate that is called with each name.
@@ -181,8 +195,8 @@ def load(
     Returns
     -------
     Weights
-        A mapping from names to `numpy.ndarray`, or to `GPUTensor` if the tensors are on a GPU, or to your objects of
-        `into`.
+        A mapping from names to `numpy.ndarray`, `GPUTensor` (if the tensors are in buffers of wgpu) or `torch.Tensor`;
+        or to your objects of `into`.
 
     Warns
     -----
@@ -207,7 +221,8 @@ def load(
     >>> weights["layer.0"].shape
     (16384,)
 
-    With ``device="gpu"``, the tensors are in GPU buffers: ``weights["layer.0"].buffer``.
+    With ``device="gpu"``, the tensors are in GPU buffers: ``weights["layer.0"].buffer``. With ``device="cuda"``, they
+    are tensors of PyTorch; `ndcache.torch` has more for them.
     """
     check_keywords(load, options.keys() - OPTION_NAMES)
     with Loader(**options) as loader:
@@ -272,11 +287,12 @@ def stream(
 @overload
 def stream(
     source: Source,
-    device: str | GPUDeviceLike,
+    device: CUDAName | TorchDeviceLike,
     *,
     names: NameFilter = None,
     decode: bool = True,
     copy: bool = False,
+    into: Mapping[str, torch.Tensor] | None = None,
     progress: Progress = None,
     trace: str | os.PathLike[str] | None = None,
     max_workers: int = 8,
@@ -292,18 +308,18 @@ def stream(
     integrity: Mapping[str, str] | None = None,
     memory_limit: int = 512 << 20,
     cancel: threading.Event | None = None,
-) -> Iterator[tuple[str, Array | GPUTensor]]: ...
+) -> Iterator[tuple[str, torch.Tensor]]: ...
 
 
 @overload
 def stream(
     source: Source,
-    device: str | GPUDeviceLike = "cpu",
+    device: str | GPUDeviceLike | TorchDeviceLike,
     *,
     names: NameFilter = None,
     decode: bool = True,
     copy: bool = False,
-    into: Mapping[str, Any],
+    into: Mapping[str, Any] | None = None,
     progress: Progress = None,
     trace: str | os.PathLike[str] | None = None,
     max_workers: int = 8,
@@ -349,7 +365,7 @@ def stream(
     Yields
     ------
     name : str
-    tensor : numpy.ndarray or GPUTensor
+    tensor : numpy.ndarray, GPUTensor or torch.Tensor
 
     Raises
     ------

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import requests
 
@@ -20,10 +20,12 @@ from .format.manifest import Manifest, NameFilter
 from .http.retry import RetryPolicy
 from .location import locate
 from .options import (
+    CUDAName,
     GPUDeviceLike,
     GPUName,
     LoaderOptions,
     Source,
+    TorchDeviceLike,
     check_keywords,
     document_options,
     hide_keywords,
@@ -39,6 +41,9 @@ from .sources.file_url import choose_model, delete_file, file_url, find_file
 from .sources.model import Flaw
 from .weights import Weights, collected
 from .workers.stop_iteration import WrappedStopIteration, unwrap_stop_iteration
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["Loader"]
 
@@ -138,25 +143,26 @@ class Loader:
     def load(
         self,
         source: Source,
-        device: str | GPUDeviceLike,
+        device: CUDAName | TorchDeviceLike,
         *,
         names: NameFilter = None,
         decode: bool = True,
         copy: bool = False,
+        into: Mapping[str, torch.Tensor] | None = None,
         progress: Progress = None,
         trace: str | os.PathLike[str] | None = None,
-    ) -> Weights[Array | GPUTensor]: ...
+    ) -> Weights[torch.Tensor]: ...
 
     @overload
     def load(
         self,
         source: Source,
-        device: str | GPUDeviceLike = "cpu",
+        device: str | GPUDeviceLike | TorchDeviceLike,
         *,
         names: NameFilter = None,
         decode: bool = True,
         copy: bool = False,
-        into: Mapping[str, Any],
+        into: Mapping[str, Any] | None = None,
         progress: Progress = None,
         trace: str | os.PathLike[str] | None = None,
     ) -> Weights[Any]: ...
@@ -233,25 +239,26 @@ class Loader:
     def stream(
         self,
         source: Source,
-        device: str | GPUDeviceLike,
+        device: CUDAName | TorchDeviceLike,
         *,
         names: NameFilter = None,
         decode: bool = True,
         copy: bool = False,
+        into: Mapping[str, torch.Tensor] | None = None,
         progress: Progress = None,
         trace: str | os.PathLike[str] | None = None,
-    ) -> Iterator[tuple[str, Array | GPUTensor]]: ...
+    ) -> Iterator[tuple[str, torch.Tensor]]: ...
 
     @overload
     def stream(
         self,
         source: Source,
-        device: str | GPUDeviceLike = "cpu",
+        device: str | GPUDeviceLike | TorchDeviceLike,
         *,
         names: NameFilter = None,
         decode: bool = True,
         copy: bool = False,
-        into: Mapping[str, Any],
+        into: Mapping[str, Any] | None = None,
         progress: Progress = None,
         trace: str | os.PathLike[str] | None = None,
     ) -> Iterator[tuple[str, Any]]: ...
@@ -280,7 +287,7 @@ class Loader:
     def _stream(
         self,
         source: Source,
-        device: str | GPUDeviceLike,
+        device: str | GPUDeviceLike | TorchDeviceLike,
         names: NameFilter,
         decode: bool,
         copy: bool,

@@ -25,10 +25,12 @@ from .http.retry import RetryPolicy
 
 __all__ = [
     "OPTION_NAMES",
+    "CUDAName",
     "GPUDeviceLike",
     "GPUName",
     "LoaderOptions",
     "Source",
+    "TorchDeviceLike",
     "check_keywords",
     "document_options",
     "hide_keywords",
@@ -44,6 +46,9 @@ Source: TypeAlias = str | os.PathLike[str]
 #: Devices that type checkers know to be GPUs; every other string may also be the CPU.
 GPUName: TypeAlias = Literal["gpu", "gpu:0", "gpu:1", "gpu:2", "gpu:3", "gpu:4", "gpu:5", "gpu:6", "gpu:7"]
 
+#: Names of devices with tensors of PyTorch, whatever is installed.
+CUDAName: TypeAlias = Literal["cuda", "cuda:0", "cuda:1", "cuda:2", "cuda:3", "cuda:4", "cuda:5", "cuda:6", "cuda:7"]
+
 
 class GPUDeviceLike(Protocol):
     """A `wgpu.GPUDevice`, in types that need no wgpu, which has none of its own."""
@@ -51,6 +56,20 @@ class GPUDeviceLike(Protocol):
     @property
     def create_buffer(self) -> Callable[..., Any]:
         """Return the method that makes a buffer."""
+        ...
+
+
+class TorchDeviceLike(Protocol):
+    """A `torch.device`, in types that need no PyTorch."""
+
+    @property
+    def type(self) -> str:
+        """Return the kind of device: ``"cuda"``."""
+        ...
+
+    @property
+    def index(self) -> int | None:
+        """Return its number."""
         ...
 
 

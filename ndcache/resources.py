@@ -14,7 +14,7 @@ from .http.retry import RetryPolicy
 from .http.transport import Transport
 from .location import Location, locate, locate_mirror
 from .location.hub import Login
-from .options import GPUDeviceLike, LoaderOptions, Source
+from .options import GPUDeviceLike, LoaderOptions, Source, TorchDeviceLike
 from .sources import open_model
 from .sources.model import Model
 from .store.inventory import cache_scope
@@ -75,7 +75,7 @@ class LoaderResources:
         """Close the kept connections."""
         self._transport.close()
 
-    def open_device(self, device: str | GPUDeviceLike) -> Device[Any]:
+    def open_device(self, device: str | GPUDeviceLike | TorchDeviceLike) -> Device[Any]:
         """Open a device; the `cancel` option ends the wait for a driver."""
         from .devices import open_device  # needs NumPy, which processes that only download do not
 

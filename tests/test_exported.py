@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 import ndcache
+import ndcache.torch
 from ndcache import api, cached, dump, errors, tvm
 
 API = [
@@ -80,7 +81,7 @@ def test_no_module_has_the_name_of_a_public_function() -> None:
 def test_import_is_light() -> None:
     loaded = modules_after("import ndcache")
     assert "ndcache" in loaded
-    assert not loaded & {"numpy", "requests", "tqdm", "wgpu", "rich", "click", "safetensors", "tvm"}
+    assert not loaded & {"numpy", "requests", "tqdm", "wgpu", "torch", "rich", "click", "safetensors", "tvm"}
 
 
 @pytest.mark.parametrize(
@@ -89,7 +90,7 @@ def test_import_is_light() -> None:
 def test_what_is_used_is_imported_as_a_whole(statement: str) -> None:
     loaded = modules_after(statement)
     assert {"ndcache", "numpy", "requests"} <= loaded
-    assert not loaded & {"wgpu", "rich", "click", "safetensors", "tvm"}
+    assert not loaded & {"wgpu", "torch", "rich", "click", "safetensors", "tvm"}
 
 
 def modules_after(statement: str) -> set[str]:
@@ -115,7 +116,7 @@ def test_names_that_are_not_there() -> None:
     assert {"load", "NdcacheError", "__version__", "tvm"} <= set(dir(ndcache))
 
 
-@pytest.mark.parametrize("name", ["wgpu", "rich", "click", "safetensors"])
+@pytest.mark.parametrize("name", ["wgpu", "torch", "rich", "click", "safetensors"])
 def test_imports_without(name: str) -> None:
     code = f"import sys; sys.modules[{name!r}] = None; import ndcache; ndcache.Loader().close()"
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -137,7 +138,7 @@ def documented(value: Any, where: str) -> Iterator[tuple[str, str | None]]:
             yield f"{where}.{name}", inspect.getdoc(getattr(value, name))
 
 
-@pytest.mark.parametrize("module", [ndcache, tvm])
+@pytest.mark.parametrize("module", [ndcache, tvm, ndcache.torch])
 def test_docstrings(module: ModuleType) -> None:
     found = {module.__name__: module.__doc__}
     for name in module.__all__:

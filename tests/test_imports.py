@@ -12,11 +12,11 @@ import sys
 import ndcache
 
 
-def test_every_module_imports_without_wgpu() -> None:
-    """Importing wgpu loads a native library, so ndcache does it only when somebody asks for a GPU."""
+def test_every_module_imports_without_wgpu_and_pytorch() -> None:
+    """Importing them loads native libraries, so ndcache does it only when somebody asks for their devices."""
     code = """
 import importlib, sys
-sys.modules["wgpu"] = None
+sys.modules["wgpu"] = sys.modules["torch"] = None
 for name in sys.argv[1:]:
     importlib.import_module(name)
 """

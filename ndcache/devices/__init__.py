@@ -1,4 +1,4 @@
-"""Devices for tensors: the CPU, with NumPy arrays, and GPUs, with buffers."""
+"""Devices for tensors: the CPU, with NumPy arrays, GPUs, with buffers of wgpu, and those of PyTorch."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from ..files.descriptors import check_exhausted
 from .base import Device
 from .cpu import CpuDevice
 from .gpu import GpuDevice, open_gpu
+from .torch.library import is_torch_device
+from .torch.opening import open_torch_device
 
 __all__ = ["is_device_name", "open_device"]
 
@@ -20,7 +22,7 @@ logger = logging.getLogger("ndcache")
 
 def is_device_name(text: str) -> bool:
     """Return whether `open_device` accepts this string."""
-    return re.fullmatch(r"cpu|auto|gpu(:[0-9]{1,4})?", text) is not None
+    return re.fullmatch(r"cpu|auto|(gpu|cuda)(:[0-9]{1,4})?", text) is not None
 
 
 def open_device(device: object, poll: Callable[[], None] | None = None) -> Device[Any]:
@@ -28,7 +30,7 @@ def open_device(device: object, poll: Callable[[], None] | None = None) -> Devic
 
     Parameters
     ----------
-    device : {"cpu", "gpu", "gpu:N", "auto"} or wgpu.GPUDevice
+    device : {"cpu", "gpu", "gpu:N", "cuda", "cuda:N", "auto"}, wgpu.GPUDevice or torch.device
     poll : callable, optional
         Called about every 0.1 s while a driver is busy; an exception that it raises ends the wait.
 
@@ -39,15 +41,19 @@ def open_device(device: object, poll: Callable[[], None] | None = None) -> Devic
     DeviceError
         There is no such GPU, or it cannot be used.
     """
+    if is_torch_device(device):
+        return open_torch_device(device)
     if not isinstance(device, str):
         # Recognised by a method, so that wgpu need not be imported.
         if not hasattr(device, "create_buffer"):
-            raise TypeError(f"device must be a string or a wgpu.GPUDevice, not {device!r}")
+            raise TypeError(f"device must be a string, a wgpu.GPUDevice or a torch.device, not {device!r}")
         return GpuDevice(device, is_ours=False)
     if not is_device_name(device):
-        raise ValueError(f"device must be 'cpu', 'gpu', 'gpu:N' or 'auto', not {device!r}")
+        raise ValueError(f"device must be 'cpu', 'gpu', 'gpu:N', 'cuda', 'cuda:N' or 'auto', not {device!r}")
     if device == "cpu":
         return CpuDevice()
+    if device.startswith("cuda"):
+        return open_torch_device(device)
     try:
         opened = open_gpu(device, poll) or CpuDevice()
     except DeviceError:

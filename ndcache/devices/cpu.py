@@ -20,7 +20,7 @@ from .into import Destination, check_fit, foreign_memory, misfit
 from .reading import check_size, read_record, read_shard
 from .segments import Segment
 
-__all__ = ["CpuDevice", "CpuUpload"]
+__all__ = ["CpuDevice", "CpuUpload", "may_map"]
 
 logger = logging.getLogger("ndcache")
 
@@ -30,6 +30,11 @@ _MAX_MAPS = 16_384
 
 Array = npt.NDArray[Any]
 Bytes = npt.NDArray[np.uint8]
+
+
+def may_map(segments: Sequence[Segment]) -> bool:
+    """Return whether a load of these segments may map their files: each takes a map."""
+    return len(segments) <= _MAX_MAPS
 
 
 class CpuDevice(Device[Array]):
@@ -68,7 +73,7 @@ class CpuDevice(Device[Array]):
         keeps_all: bool,
         into: Mapping[str, Destination],
     ) -> CpuUpload:
-        return CpuUpload(stats, decode=decode, copy=copy, may_map=len(segments) <= _MAX_MAPS, into=into)
+        return CpuUpload(stats, decode=decode, copy=copy, may_map=may_map(segments), into=into)
 
     def discard(self, tensors: dict[str, Array]) -> None:
         tensors.clear()  # an array's memory is freed with the last reference to it
@@ -84,10 +89,19 @@ class CpuUpload(Upload[list[Array], Array]):
         See `Device.open_upload`.
     may_map : bool
         Whether files may be mapped instead of read.
+    writable : bool
+        Whether views may be written to, which never reaches the file.
     """
 
     def __init__(
-        self, stats: LoadStats, *, decode: bool, copy: bool, may_map: bool, into: Mapping[str, Destination]
+        self,
+        stats: LoadStats,
+        *,
+        decode: bool,
+        copy: bool,
+        may_map: bool,
+        into: Mapping[str, Destination],
+        writable: bool = False,
     ) -> None:
         self._stats = stats
         self._expands = decode
@@ -95,6 +109,7 @@ class CpuUpload(Upload[list[Array], Array]):
         self._copy = copy
         self._may_map = may_map
         self._into = into
+        self._writable = writable
 
     def stage(self, file: BinaryIO, segment: Segment) -> list[Array]:
         if not self._into:
@@ -130,13 +145,13 @@ class CpuUpload(Upload[list[Array], Array]):
         pass
 
     def _map_or_read(self, file: BinaryIO, shard: Shard) -> Bytes:
-        """Return the shard's bytes as a read-only array."""
+        """Return the shard's bytes as an array."""
         check_size(file, shard)  # reading past the end of a map would kill the process
         if self._may_map and shard.nbytes > 0:  # an empty file cannot be mapped
             try:
-                return map_file(file, shard.nbytes)
+                return map_file(file, shard.nbytes, writable=self._writable)
             except (OSError, ValueError) as error:
                 # Some network and FUSE file systems cannot map files, and the number of a process's maps is limited.
                 self._may_map = False
                 logger.debug("shards are read into memory, as %s cannot be mapped: %s", shard.data_path, error)
-        return read_shard(file, shard)
+        return read_shard(file, shard, writable=self._writable)

@@ -28,8 +28,8 @@ def check_size(file: BinaryIO, shard: Shard) -> None:
         raise _wrong_size(file, shard, size)
 
 
-def read_shard(file: BinaryIO, shard: Shard) -> npt.NDArray[np.uint8]:
-    """Return a shard's bytes as a read-only array with memory of its own.
+def read_shard(file: BinaryIO, shard: Shard, *, writable: bool) -> npt.NDArray[np.uint8]:
+    """Return a shard's bytes as an array with memory of its own.
 
     Raises
     ------
@@ -42,7 +42,7 @@ def read_shard(file: BinaryIO, shard: Shard) -> npt.NDArray[np.uint8]:
     except MemoryError as error:
         raise MemoryError(f"no memory for the {shard.nbytes:,} bytes of {shard.data_path}") from error
     read_into(file, 0, data.data, shard)
-    data.flags.writeable = False
+    data.flags.writeable = writable
     return data
 
 

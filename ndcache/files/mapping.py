@@ -30,10 +30,11 @@ _CALL_SYSTEM = (
 )
 
 
-def map_file(file: BinaryIO, nbytes: int) -> npt.NDArray[np.uint8]:
-    """Return the first `nbytes` bytes of an open file, at least one, as a read-only array over its mapped pages.
+def map_file(file: BinaryIO, nbytes: int, *, writable: bool = False) -> npt.NDArray[np.uint8]:
+    """Return the first `nbytes` bytes of an open file, at least one, as an array over its mapped pages.
 
-    The file may be closed afterwards; the pages are unmapped when no array refers to them any more.
+    The array is read-only, or else private: writing to it copies a page, and never reaches the file. The file may be
+    closed afterwards; the pages are unmapped when no array refers to them any more.
 
     Raises
     ------
@@ -44,26 +45,30 @@ def map_file(file: BinaryIO, nbytes: int) -> npt.NDArray[np.uint8]:
     """
     if _CALL_SYSTEM:
         system = _system()
-        address = system.mmap(None, nbytes, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
-        return np.asarray(_Pages(address, nbytes, system.munmap))
+        protection, flags = mmap.PROT_READ, mmap.MAP_SHARED
+        if writable:
+            protection, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE
+        address = system.mmap(None, nbytes, protection, flags, file.fileno(), 0)
+        return np.asarray(_Pages(address, nbytes, system.munmap, writable=writable))
+    access = mmap.ACCESS_COPY if writable else mmap.ACCESS_READ
     if sys.version_info >= (3, 13):
-        pages = mmap.mmap(file.fileno(), nbytes, access=mmap.ACCESS_READ, trackfd=False)
+        pages = mmap.mmap(file.fileno(), nbytes, access=access, trackfd=False)
     else:
-        pages = mmap.mmap(file.fileno(), nbytes, access=mmap.ACCESS_READ)
+        pages = mmap.mmap(file.fileno(), nbytes, access=access)
     return np.frombuffer(pages, np.uint8)
 
 
 class _Pages:
     """Mapped pages of a file, which are unmapped when the last array over them is gone.
 
-    numpy keeps this object as the base of the array that it makes of it. There is no buffer that could be written, so
-    the array cannot be made writeable, either.
+    numpy keeps this object as the base of the array that it makes of it. Unless it is made writable, there is no buffer
+    that could be written, so the array cannot be made writeable, either.
     """
 
-    def __init__(self, address: int, nbytes: int, unmap: Callable[[int, int], object]) -> None:
+    def __init__(self, address: int, nbytes: int, unmap: Callable[[int, int], object], *, writable: bool) -> None:
         # Bound here: when the interpreter exits, the module's names may be gone before this object is.
         self._unmap = functools.partial(unmap, address, nbytes)
-        self.__array_interface__ = {"version": 3, "shape": (nbytes,), "typestr": "|u1", "data": (address, True)}
+        self.__array_interface__ = {"version": 3, "shape": (nbytes,), "typestr": "|u1", "data": (address, not writable)}
 
     def __del__(self) -> None:
         self._unmap()

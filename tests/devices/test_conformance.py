@@ -22,12 +22,16 @@ from ndcache.devices.base import Device, Upload
 from ndcache.devices.cpu import CpuDevice, CpuUpload
 from ndcache.devices.gpu.upload import GpuUpload
 from ndcache.devices.segments import Segment
+from ndcache.devices.torch import opening
+from ndcache.devices.torch.cpu import TorchCpuUpload
+from ndcache.devices.torch.other import OtherDevice, OtherUpload
 from ndcache.format.numpy_dtypes import DTYPES
 from ndcache.stats import LoadStats
 from ndcache.workers.pool import WorkerPool
 
 from ..helpers import models
 from ..helpers.devices import SHAPES, BufferWatch, assert_tensors, relabel, stop
+from ..helpers.requirements import need_module
 
 #: Bytes that no device holds in one buffer.
 TOO_LARGE = 1 << 50
@@ -268,6 +272,30 @@ class DeviceConformance:
             assert open_device(device).name in repr(weights)
 
 
+def watch_tensors(monkeypatch: pytest.MonkeyPatch, kind: type[Upload[Any, Any]]) -> Callable[[], int]:
+    """Return a function that counts the live ones of all tensors that an upload staged and placed in this process."""
+    found: dict[int, weakref.ref[Any]] = {}
+    stage, place = kind.stage, kind.place
+
+    def watched_stage(upload: Any, file: Any, segment: Segment) -> Any:
+        staged = stage(upload, file, segment)
+        found.update((id(tensor), weakref.ref(tensor)) for tensor in staged)
+        return staged
+
+    def watched_place(*arguments: Any) -> Any:
+        for record, tensor in place(*arguments):
+            found[id(tensor)] = weakref.ref(tensor)
+            yield record, tensor
+
+    def count() -> int:
+        gc.collect()
+        return sum(tensor() is not None for tensor in found.values())
+
+    monkeypatch.setattr(kind, "stage", watched_stage)
+    monkeypatch.setattr(kind, "place", watched_place)
+    return count
+
+
 class TestCpu(DeviceConformance):
     upload_type = CpuUpload
 
@@ -277,20 +305,7 @@ class TestCpu(DeviceConformance):
 
     @pytest.fixture
     def alive(self, device: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
-        arrays: list[weakref.ref[Any]] = []
-        original = CpuUpload.stage
-
-        def stage(upload: CpuUpload, file: Any, segment: Segment) -> Any:
-            staged = original(upload, file, segment)
-            arrays.extend(weakref.ref(array) for array in staged)
-            return staged
-
-        def count() -> int:
-            gc.collect()
-            return sum(array() is not None for array in arrays)
-
-        monkeypatch.setattr(CpuUpload, "stage", stage)
-        return count
+        return watch_tensors(monkeypatch, CpuUpload)
 
     def over_the_limits(self) -> AbstractContextManager[Any]:
         return nullcontext()
@@ -299,6 +314,33 @@ class TestCpu(DeviceConformance):
         models.simple_model(tmp_path, shards=1)
         assert isinstance(open_device("cpu"), CpuDevice)
         assert ndcache.load(tmp_path).device == "cpu"
+
+
+@pytest.mark.torch
+class TestTorchCpu(DeviceConformance):
+    upload_type: type[Upload[Any, Any]] = TorchCpuUpload
+
+    @pytest.fixture
+    def device(self) -> Any:
+        return need_module("torch").device("cpu")
+
+    @pytest.fixture
+    def alive(self, device: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+        return watch_tensors(monkeypatch, self.upload_type)
+
+    def over_the_limits(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+
+class TestOtherDeviceOfTorch(TestTorchCpu):
+    """The path of devices such as ``mps``, forced onto the CPU."""
+
+    upload_type = OtherUpload
+
+    @pytest.fixture
+    def device(self, monkeypatch: pytest.MonkeyPatch) -> Any:
+        monkeypatch.setattr(opening, "TorchCpuDevice", OtherDevice)
+        return need_module("torch").device("cpu")
 
 
 class TestGpu(DeviceConformance):

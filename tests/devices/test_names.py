@@ -7,9 +7,9 @@ import pytest
 from ndcache.devices import open_device
 
 
-@pytest.mark.parametrize("device", ["gpuu", "GPU", "gpu:", "gpu:-1", "cuda", "", "cpu:0"])
+@pytest.mark.parametrize("device", ["gpuu", "GPU", "gpu:", "gpu:-1", "cuda:", "mps", "", "cpu:0"])
 def test_an_unknown_device_name_is_refused(device: str) -> None:
-    with pytest.raises(ValueError, match="device must be 'cpu', 'gpu', 'gpu:N' or 'auto'"):
+    with pytest.raises(ValueError, match="device must be 'cpu', 'gpu', 'gpu:N', 'cuda', 'cuda:N' or 'auto'"):
         open_device(device)
 
 

@@ -77,6 +77,23 @@ def test_a_mapping_cannot_be_made_writeable(file: Path) -> None:
     assert array.data.readonly
 
 
+@linux_only
+def test_writing_to_a_private_mapping_does_not_reach_the_file(file: Path) -> None:
+    before = file.read_bytes()
+    descriptors = len(os.listdir("/proc/self/fd"))
+    with open(file, "rb") as opened:
+        array = map_file(opened, 1 << 14, writable=True)
+        other = map_file(opened, 1 << 14)
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+    array[:] = 255
+    array[5000:].view(np.uint32)[3] = 7
+    assert file.read_bytes() == before == other.tobytes()
+    assert maps_of(file) == 2
+    del array
+    gc.collect()
+    assert maps_of(file) == 1
+
+
 def test_a_pipe_cannot_be_mapped(tmp_path: Path) -> None:
     reader, writer = os.pipe()
     with open(reader, "rb", buffering=0) as pipe, open(writer, "wb"), pytest.raises((OSError, ValueError)):
@@ -153,7 +170,7 @@ def test_row_56_a_mapping_that_fails_is_logged_once(
 ) -> None:
     arrays = models.simple_model(model, shards=20)
 
-    def refuse(*_: object) -> Any:
+    def refuse(*_: object, **__: object) -> Any:
         raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
 
     monkeypatch.setattr("ndcache.devices.cpu.map_file", refuse)

@@ -1,0 +1,1 @@
+"""Devices of PyTorch, with tensors that are `torch.Tensor`: CUDA, the CPU, and others through the CPU."""

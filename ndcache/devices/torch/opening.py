@@ -1,0 +1,81 @@
+"""Open the device that a `torch.device` names."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from ...errors import NoAdapterError
+from ..base import Device
+from .cpu import TorchCpuDevice
+from .library import first_line, import_torch, is_torch_device
+from .other import OtherDevice
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["open_torch_device", "parse_device"]
+
+
+def open_torch_device(device: str | torch.device) -> Device[Any]:
+    """Open the device of this name, for tensors that are `torch.Tensor`.
+
+    Raises
+    ------
+    ValueError
+        The name means nothing to PyTorch, or a device without memory.
+    DeviceError
+        PyTorch cannot be imported.
+    NoAdapterError
+        There is no such device, or this PyTorch was built without it.
+    """
+    torch = import_torch()
+    handle = parse_device(device)
+    if handle.type == "meta":
+        raise ValueError("tensors on the device 'meta' have no memory to load weights into")
+    if handle.type == "cpu":
+        return TorchCpuDevice(handle)
+    try:
+        torch.empty(0, device=handle)
+    except Exception as error:  # backends raise anything for devices that they do not have
+        raise _missing(torch, handle, error) from error
+    return OtherDevice(handle)
+
+
+def parse_device(device: str | torch.device) -> torch.device:
+    """Return the `torch.device` of this name; one is returned as it is.
+
+    Raises
+    ------
+    ValueError
+        The name means nothing to PyTorch.
+    TypeError
+        It is neither.
+    DeviceError
+        PyTorch cannot be imported.
+    """
+    if is_torch_device(device):
+        return device
+    if not isinstance(device, str):
+        raise TypeError(f"device must be a string or a torch.device, not {device!r}")
+    torch = import_torch()
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"{device!r} is no device of PyTorch: {first_line(error)}") from error
+
+
+def _missing(torch: ModuleType, handle: torch.device, error: Exception) -> NoAdapterError:
+    if handle.type != "cuda":
+        reason = f"cannot use the device {str(handle)!r}: {first_line(error).partition('. ')[0]}"
+        hint = "Load onto 'cpu', or install a PyTorch that was built for this device: see https://pytorch.org."
+    elif torch.version.cuda is None and torch.version.hip is None:
+        reason = f"was built without CUDA, and {str(handle)!r} needs it"
+        hint = "Install a PyTorch with CUDA: see https://pytorch.org. 'gpu' loads through wgpu, 'cpu' needs neither."
+    elif count := torch.cuda.device_count():
+        reason = f"finds {count} device{'s'[: count != 1]} of CUDA, and so no {str(handle)!r}"
+        hint = "`ndcache doctor` lists them; CUDA_VISIBLE_DEVICES may hide some."
+    else:
+        reason = f"finds no device of CUDA: {first_line(error)}"
+        hint = "Install NVIDIA's driver, and look at CUDA_VISIBLE_DEVICES and nvidia-smi. 'cpu' needs no GPU."
+    return NoAdapterError(f"PyTorch {torch.__version__} {reason}", hint=hint)
