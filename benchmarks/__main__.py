@@ -9,8 +9,9 @@ import traceback
 from pathlib import Path
 
 from . import report, servers
-from .harness import Settings, machine
+from .harness import Settings
 from .inputs import NoRoom
+from .machine import machine
 from .suites import SERVED, SUITES
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
@@ -30,7 +31,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--size", type=size, help="size of the model, such as 4GiB; default: depends on the suite")
     parser.add_argument("--rounds", type=int, help="how often each contender runs (default: 5, or 1 with --quick)")
     parser.add_argument("--quick", action="store_true", help="tiny inputs, to see that everything runs, not how fast")
-    parser.add_argument("--minutes", type=float, help="start no round of a suite after this time (warm-gpu: 4.5)")
+    parser.add_argument(
+        "--minutes", type=float, help="end each suite after about this time; its first round may be cut"
+    )
+    parser.add_argument("--only", default="", metavar="PATTERN", help="run only contenders that this matches")
+    parser.add_argument("--settings", type=Path, metavar="JSON", help="use the settings that an earlier run chose")
     parser.add_argument("--profile", action="store_true", help="show where the threads of ndcache are")
     parser.add_argument("--folder", type=Path, help="directory for inputs and outputs; default: the system's")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
@@ -47,16 +52,21 @@ def main() -> int:
     here = machine()
     print(", ".join(f"{name}: {value}" for name, value in here.items()), flush=True)
     results, failed = [], False
+    chosen = report.read_settings(options.settings) if options.settings else {}
     for name in options.suites or SUITES:
         if name in SERVED and servers.program() is None:
             print(f"\n{name}: skipped, as nginx is not installed", flush=True)
             continue
         print(f"\n{name}", flush=True)
-        minutes = options.minutes or (4.5 if name == "warm-gpu" else float("inf"))
+        minutes = options.minutes or float("inf")
         rounds = options.rounds or (1 if options.quick else 5)
         for part in SUITES[name]:
             deadline = time.monotonic() + 60 * minutes / len(SUITES[name])
-            settings = Settings(options.size, rounds, options.quick, deadline, options.folder, options.profile)
+            settings = Settings(
+                *(options.size, rounds, options.quick, deadline, options.folder, options.profile),
+                only=options.only,
+                chosen=chosen,
+            )
             try:
                 result = part(settings).to_json()
             except NoRoom as error:

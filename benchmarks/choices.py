@@ -1,11 +1,12 @@
-"""The settings among which the fastest of each downloader is chosen.
+"""The settings among which the fastest of each peer is chosen.
 
-More connections help on many cores and cost on two, and so do more ranges.
+More connections help a downloader on many cores and cost on two, and so do more ranges.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from . import servers
 from .harness import Contender
@@ -29,6 +30,19 @@ HF_TRANSFER = (
 HUGGINGFACE_HUB = tuple({"threads": count} for count in _AT_ONCE)
 OBSTORE = tuple({"threads": count} for count in _AT_ONCE)
 
+#: The first of each is the peer's own default on 16 cores.
+INSTANTTENSOR = (
+    {"backend": "default"},
+    {"backend": "buffered"},
+    {"backend": "default", "threads": 16},
+    {"backend": "default", "MiB": 4},
+)
+PREFETCH = tuple({"threads": count} for count in (8, 16, 12))
+FASTSAFETENSORS = ({"threads": 16, "MiB": 16}, {"threads": 16, "MiB": 4}, {"threads": 8, "MiB": 16})
+RUNAI = ({"threads": 16}, {"threads": 32}, {"threads": 16, "strategy": "sync_buffered"})
+LOAD_FILE = tuple({"how": how} for how in ("mmap", "pread", "CPU first"))
+PAGE_CACHE = tuple({"threads": count} for count in (16, 8))
+
 
 def downloaders(make: Callable[..., Contender]) -> list[Contender]:
     """Make the contenders that can use plain HTTP as well as TLS, without a digest."""
@@ -37,4 +51,15 @@ def downloaders(make: Callable[..., Contender]) -> list[Contender]:
         make("hf_transfer", "hf_transfer", settings=HF_TRANSFER),
         make("curl --parallel", "curl", settings=CURL),
         make("aria2c", "aria2c", settings=ARIA2C),
+    ]
+
+
+def onto_cuda(make: Callable[..., Contender], **more: Any) -> list[Contender]:
+    """Make the contenders that load safetensors files onto a GPU through CUDA."""
+    return [
+        make("InstantTensor", "instanttensor", settings=INSTANTTENSOR, package="instanttensor", **more),
+        make("safetensors prefetch", "safetensors_prefetch", settings=PREFETCH, package="safetensors", **more),
+        make("fastsafetensors", "fastsafetensors", settings=FASTSAFETENSORS, package="fastsafetensors", **more),
+        make("Run:ai streamer", "runai", settings=RUNAI, package="runai-model-streamer", **more),
+        make("safetensors load_file", "safetensors_load_file", settings=LOAD_FILE, package="safetensors", **more),
     ]

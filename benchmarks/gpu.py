@@ -1,9 +1,9 @@
 """Time whole loads onto a GPU from the page cache, against another checkout of ndcache if one is given.
 
-Run it as ``python benchmarks/gpu.py [--against DIRECTORY]``; it needs ndcache and a GPU that wgpu can use. It writes
+Run it as ``python benchmarks/gpu.py [--against DIRECTORY]``; it needs ndcache and a GPU. It writes
 models of float32, raw and stored as bfloat16, to memory (or to ``--directory``). Fresh processes load them, and the
-checkouts take turns (A B A B …). The second load of each process counts, when the device's driver is warm. With torch
-and CUDA, the copy from pinned memory is measured too, which is the limit of the bus.
+checkouts take turns (A B A B …). The second load of each process counts, when the device's driver is warm. With
+``--device cuda``, they load through CUDA, with torch, instead of wgpu.
 """
 
 from __future__ import annotations
@@ -29,8 +29,13 @@ import json, os, sys, time
 import ndcache
 assert os.path.dirname(os.path.dirname(ndcache.__file__)) == os.environ["PYTHONPATH"].split(":")[0], ndcache.__file__
 directory, workers, decode = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "decode"
-from ndcache.devices.gpu import open_gpu  # this name is older than the package
-device = open_gpu("gpu").handle
+if sys.argv[5] == "cuda":
+    import torch
+    torch.zeros(1).to("cuda")
+    device = "cuda"
+else:
+    from ndcache.devices.gpu import open_gpu  # this name is older than the package
+    device = open_gpu("gpu").handle
 load = ndcache.load  # with all that it imports
 times, stats = [], None
 for _ in range(int(sys.argv[4])):
@@ -40,14 +45,6 @@ for _ in range(int(sys.argv[4])):
     stats = weights.stats
     weights.close()
 print(json.dumps({"times": times, "nbytes": stats.nbytes, "seconds": stats.seconds}))
-"""
-_PINNED = """
-import time, torch
-host = torch.empty(1 << 30, dtype=torch.uint8).pin_memory()
-device = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-for _ in range(4):
-    start = time.perf_counter(); device.copy_(host); torch.cuda.synchronize(); seconds = time.perf_counter() - start
-print(2**30 / 1e9 / seconds)
 """
 
 #: How tensors are stored, and how many bytes they have for each stored byte.
@@ -62,10 +59,10 @@ def tensors(gib: float, nbytes: int, *, unlike: bool) -> Iterator[tuple[str, Any
         yield f"t{index}", block[: rng.integers(1, len(block)) if unlike else nbytes // 4]
 
 
-def load(checkout: Path, directory: Path, workers: int, how: str, loads: int) -> dict[str, Any]:
+def load(checkout: Path, directory: Path, workers: int, how: str, loads: int, device: str) -> dict[str, Any]:
     """Load a model several times in a fresh process; return the seconds of each load, and the last one's statistics."""
     path = os.pathsep.join([str(checkout.resolve()), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
-    command = [sys.executable, "-c", _LOAD, str(directory), str(workers), how, str(loads)]
+    command = [sys.executable, "-c", _LOAD, str(directory), str(workers), how, str(loads), device]
     child = subprocess.run(
         command, cwd=checkout, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False
     )
@@ -96,6 +93,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tensor-mib", type=float, default=8, help="of float32")
     parser.add_argument("--unlike", action="store_true", help="tensors, and so shards, of many sizes")
     parser.add_argument("--workers", type=int, nargs="+", default=[8])
+    parser.add_argument("--device", choices=["gpu", "cuda"], default="gpu", help="through wgpu, or through CUDA")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--directory", default="/dev/shm" if os.path.isdir("/dev/shm") else None)
     return parser.parse_args()
@@ -104,8 +102,6 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     options = parse_arguments()
     checkouts = [ROOT, *([options.against] if options.against else [])]
-    limit = subprocess.run([sys.executable, "-c", _PINNED], capture_output=True, text=True, check=False).stdout.strip()
-    print(f"copy from pinned memory: {limit or 'not measured'} GB/s", flush=True)
     with tempfile.TemporaryDirectory(dir=options.directory) as folder:
         for encode, factor in _ENCODINGS:
             directory = Path(folder) / encode
@@ -114,7 +110,7 @@ def main() -> None:
             for workers in options.workers:
                 for how in ["decode"] if encode == "raw" else ["decode", "stored"]:
                     rounds = [
-                        [load(checkout, directory, workers, how, 3) for checkout in checkouts]
+                        [load(checkout, directory, workers, how, 3, options.device) for checkout in checkouts]
                         for _ in range(options.rounds)
                     ]
                     compare(f"{encode:12}{how:7} {workers:2} workers", rounds, checkouts)

@@ -5,12 +5,9 @@ Of a contender with several settings, the first round finds the fastest, which i
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
-import platform
-import shutil
-import ssl
+import re
 import statistics
 import subprocess
 import sys
@@ -22,12 +19,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from . import servers
+from .machine import version_of
 
 ROOT = Path(__file__).parent.parent
-_PACKAGES = (
-    *("ndcache", "requests", "numpy", "ml_dtypes", "wgpu", "hf_transfer", "huggingface_hub", "obstore", "safetensors"),
-    *("apache-tvm", "torch", "runai-model-streamer", "fastsafetensors", "dask", "distributed", "ray"),
-)
+#: The share of a suite's time in which settings may be chosen.
+_CHOOSING = 0.5
+#: The seconds after which a contender is ended, at the most and at the least.
+_TIMEOUT, _LEAST_TIMEOUT = 600, 20
 
 
 @dataclass(frozen=True)
@@ -42,11 +40,15 @@ class Settings:
     quick : bool
         Whether inputs are tiny.
     deadline : float
-        The time by `time.monotonic` after which no round starts.
+        The time by `time.monotonic` at which the suite should end.
     folder : pathlib.Path or None
         The directory for inputs and outputs.
     profile : bool
         Whether ndcache shows where its threads are.
+    only : str
+        A regular expression; contenders that it does not match are left out.
+    chosen : dict
+        For some contenders, the text of the setting to use, which an earlier run chose.
     """
 
     size: int | None
@@ -55,6 +57,8 @@ class Settings:
     deadline: float = float("inf")
     folder: Path | None = None
     profile: bool = False
+    only: str = ""
+    chosen: dict[str, str] = field(default_factory=dict)
 
     def bytes_or(self, usual: int, tiny: int = 4 << 20) -> int:
         """Return the bytes of the model, by default `usual`, or `tiny` with tiny inputs."""
@@ -78,6 +82,10 @@ class Contender:
         The bytes of its files, from which its speed is computed; 0 if it has none.
     settings : tuple of dict
         The settings to choose from, one of which is added to `given`; empty if there is no choice.
+    package : str
+        The distribution whose version the report has beside the label, if any.
+    setting : str
+        The setting that was chosen and is part of `given`, as the report shows it.
     """
 
     label: str
@@ -86,6 +94,12 @@ class Contender:
     expect: int
     file_bytes: int
     settings: tuple[dict[str, Any], ...] = ()
+    package: str = ""
+    setting: str = ""
+
+    def using(self, setting: dict[str, Any]) -> Contender:
+        """Return the same contender with one of its settings."""
+        return replace(self, given={**self.given, **setting}, setting=setting_text(setting))
 
 
 @dataclass(frozen=True)
@@ -129,7 +143,8 @@ class Result:
     Attributes
     ----------
     trials : dict
-        For each contender with a choice of settings, what was measured with each of them, in seconds.
+        For each contender with a choice of settings, what was measured with each of them, in seconds; of one that loads
+        several times, the first load and the median of the later ones together.
     """
 
     suite: str
@@ -152,15 +167,18 @@ class Result:
                 rows.append(
                     {
                         "label": contender.label,
+                        "version": version_of(contender.package),
                         "peer": contender.peer,
                         "seconds": seconds,
                         "median": median,
+                        "later": self.values(contender.label, "later"),
                         "bytes": contender.expect,
                         "file_bytes": contender.file_bytes,
                         "gb_per_second": contender.file_bytes / median / 1e9,
                         "peak": max(self.values(contender.label, "peak"), default=None),
                         "ratio": self.ratio(contender.label, self.contenders[0].label),
                         "profile": self._profile(contender.label, median),
+                        "setting": contender.setting,
                         "settings": [
                             {"setting": setting_text(setting), "seconds": seconds}
                             for setting, seconds in self.trials.get(contender.label, [])
@@ -212,61 +230,102 @@ def maker(given: dict[str, Any], model: dict[str, Any]) -> Callable[..., Contend
     """Return a function that makes contenders that load or download the same model."""
 
     def make(
-        label: str, peer: str, *, loaded: bool = False, settings: tuple[dict[str, Any], ...] = (), **more: Any
+        label: str,
+        peer: str,
+        *,
+        loaded: bool = False,
+        settings: tuple[dict[str, Any], ...] = (),
+        package: str = "",
+        **more: Any,
     ) -> Contender:
         expect = model["loaded" if loaded else "stored"]
-        return Contender(label, peer, {**given, **more}, expect, model["stored"], settings)
+        return Contender(label, peer, {**given, **more}, expect, model["stored"], settings, package)
 
     return make
 
 
 def rounds(result: Result, settings: Settings, folder: Path, *, warm: Sequence[Path] = ()) -> Result:
-    """Choose the settings of the contenders, and run them in turn. No round starts after the deadline.
+    """Choose the settings of the contenders, and run them in turn, until the rounds are done or the time is up.
 
+    No round begins that would not end in time if it took as long as the one before; the first one begins in any case.
     The files of `warm` are read first, so that they are in the page cache.
     """
     read(warm)
-    result.contenders = [_choose(result, contender, settings, folder) for contender in result.contenders]
+    result.contenders = [each for each in result.contenders if re.search(settings.only, each.label)]
+    now = time.monotonic()
+    choose_until = now + _CHOOSING * (settings.deadline - now)
+    result.contenders = [_choose(result, contender, settings, folder, choose_until) for contender in result.contenders]
+    taken = 0.0
     for number in range(settings.rounds):
-        if number and time.monotonic() > settings.deadline:
+        start = time.monotonic()
+        if number and start + taken > settings.deadline:
             print(f"  stopped after {number} rounds, as the time is up", flush=True)
             break
-        current: dict[str, dict[str, Any]] = {}
-        result.rounds.append(current)
-        for contender in result.contenders:
-            if contender.label in result.left_out:
-                continue
-            measured = measure(contender, folder, profile=settings.profile and contender.peer.startswith("ndcache"))
-            if problem := measured.get("unavailable") or measured.get("failed"):
-                result.left_out[contender.label] = problem
-                print(f"  {contender.label}: left out: {problem}", flush=True)
-                continue
-            current[contender.label] = measured
-            measured["gb_per_second"] = speed = contender.file_bytes / measured["seconds"] / 1e9
-            print(f"  {number + 1} {contender.label:34} {measured['seconds']:9.4f} s {speed:8.2f} GB/s", flush=True)
+        result.rounds.append(_run_round(result, settings, folder))
+        taken = time.monotonic() - start
     return result
 
 
-def _choose(result: Result, contender: Contender, settings: Settings, folder: Path) -> Contender:
-    """Return the contender with the fastest of its settings, which run in turn, twice if there are many rounds."""
+def _run_round(result: Result, settings: Settings, folder: Path) -> dict[str, dict[str, Any]]:
+    """Run each contender once, as long as there is time, and return what was measured."""
+    current: dict[str, dict[str, Any]] = {}
+    number = len(result.rounds) + 1
+    for contender in result.contenders:
+        label = contender.label
+        if label in result.left_out:
+            continue
+        if time.monotonic() > settings.deadline:
+            if number == 1:
+                result.left_out[label] = "the time was up"
+            continue
+        profile = settings.profile and contender.peer.startswith("ndcache")
+        measured = measure(contender, folder, settings.deadline, profile=profile)
+        if problem := measured.get("unavailable") or measured.get("failed"):
+            result.left_out[label] = problem
+            print(f"  {label}: left out: {problem}", flush=True)
+            continue
+        current[label] = measured
+        measured["gb_per_second"] = speed = contender.file_bytes / measured["seconds"] / 1e9
+        text = f"  {number} {label:34} {measured['seconds']:9.4f} s {speed:8.2f} GB/s"
+        if "later" in measured:
+            measured["later_gb_per_second"] = speed = contender.file_bytes / measured["later"] / 1e9
+            text += f", later {measured['later']:9.4f} s {speed:8.2f} GB/s"
+        print(text, flush=True)
+    return current
+
+
+def _choose(result: Result, contender: Contender, settings: Settings, folder: Path, until: float) -> Contender:
+    """Return the contender with the fastest of its settings, which run in turn, twice if there are rounds and time.
+
+    If an earlier run chose one, it is used; after `until`, so is the fastest so far, or else the first.
+    """
+    for setting in contender.settings:
+        if setting_text(setting) == settings.chosen.get(contender.label):
+            return contender.using(setting)
     best: dict[str, tuple[dict[str, Any], float]] = {}
     problem = None
-    for setting in contender.settings * (1 if settings.rounds < 5 else 2):
+    for setting in contender.settings * (1 if settings.rounds < 5 or until < float("inf") else 2):
+        if time.monotonic() > until:
+            print(f"  {contender.label}: no more settings are tried, as the time is up", flush=True)
+            break
         text = setting_text(setting)
-        measured = measure(replace(contender, given={**contender.given, **setting}), folder)
+        # One later load is enough to choose.
+        few = {"loads": min(2, contender.given.get("loads", 1))}
+        measured = measure(contender.using(setting | few), folder, settings.deadline)
         if problem := measured.get("unavailable") or measured.get("failed"):
             print(f"  {contender.label}, {text}: {problem}", flush=True)
             if "unavailable" in measured:
                 break
             continue
-        print(f"  - {contender.label:34} {measured['seconds']:9.4f} s, {text}", flush=True)
-        best[text] = (setting, min(measured["seconds"], best.get(text, (setting, float("inf")))[1]))
+        seconds = measured["seconds"] + measured.get("later", 0)
+        print(f"  - {contender.label:34} {seconds:9.4f} s, {text}", flush=True)
+        best[text] = (setting, min(seconds, best.get(text, (setting, float("inf")))[1]))
     if not best:
         if problem:
             result.left_out[contender.label] = problem
-        return contender
+        return contender.using(contender.settings[0]) if contender.settings else contender
     trials = result.trials[contender.label] = sorted(best.values(), key=lambda trial: trial[1])
-    return replace(contender, given={**contender.given, **trials[0][0]})
+    return contender.using(trials[0][0])
 
 
 def setting_text(setting: dict[str, Any]) -> str:
@@ -274,9 +333,15 @@ def setting_text(setting: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in setting.items())
 
 
-def measure(contender: Contender, folder: Path, timeout: float = 600, *, profile: bool = False) -> dict[str, Any]:
-    """Run a contender once, in a fresh process, after everything of an earlier run is written to disk."""
+def measure(
+    contender: Contender, folder: Path, deadline: float = float("inf"), *, profile: bool = False
+) -> dict[str, Any]:
+    """Run a contender once, in a fresh process, after everything of an earlier run is written to disk.
+
+    It is ended after `_TIMEOUT`, or shortly after the deadline if that is earlier.
+    """
     os.sync()
+    timeout = min(_TIMEOUT, max(_LEAST_TIMEOUT, deadline - time.monotonic()))
     with tempfile.TemporaryDirectory(dir=folder, prefix="out-") as out:
         given = {**contender.given, "out": out, "expect": contender.expect, "profile": profile}
         given.setdefault("memory", contender.expect + contender.file_bytes)
@@ -291,13 +356,20 @@ def measure(contender: Contender, folder: Path, timeout: float = 600, *, profile
                 command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=timeout, check=False
             )
         except subprocess.TimeoutExpired:
-            return {"failed": f"took more than {timeout} s"}
-    lines = done.stdout.strip().splitlines()
-    if done.returncode or not lines:
-        return {"failed": (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]}
-    measured: dict[str, Any] = json.loads(lines[-1])
-    if "bytes" in measured and measured["bytes"] != contender.expect:
-        return {"failed": f"{measured['bytes']:,} bytes instead of {contender.expect:,}"}
+            return {"failed": f"took more than {timeout:.0f} s"}
+    return _parse(done, contender.expect)
+
+
+def _parse(done: subprocess.CompletedProcess[str], expect: int) -> dict[str, Any]:
+    """Return the figures that a contender printed, or why there are none."""
+    # Some libraries print to standard output, too.
+    figures = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or not figures:
+        errors = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit status {done.returncode}"]
+        return {"failed": next((line for line in reversed(errors) if re.match(r"[\w.]+: ", line)), errors[-1])}
+    measured: dict[str, Any] = json.loads(figures[-1])
+    if "bytes" in measured and measured["bytes"] != expect:
+        return {"failed": f"{measured['bytes']:,} bytes instead of {expect:,}"}
     return measured
 
 
@@ -307,57 +379,3 @@ def read(paths: Sequence[Path]) -> None:
         with open(path, "rb", buffering=0) as file:
             while file.read(16 << 20):
                 pass
-
-
-def machine() -> dict[str, Any]:
-    """Describe this machine, as published figures must."""
-    versions = {}
-    for name in _PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    for name, program, option in (
-        ("curl", shutil.which("curl"), "--version"),
-        ("aria2c", shutil.which("aria2c"), "--version"),
-        ("nginx", servers.program(), "-v"),
-    ):
-        if program:
-            versions[name] = (_output(program, option, errors=True).splitlines() or [""])[0]
-    versions["OpenSSL"] = ssl.OPENSSL_VERSION
-    return {
-        "cpu": _cpu_model(),
-        "cores": servers.cores(),
-        "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "versions": versions,
-        "gpu": _gpu(),
-        "commit": _output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD").strip() or None,
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-    }
-
-
-def _cpu_model() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor()
-
-
-def _gpu() -> str | None:
-    code = "import wgpu; i = wgpu.gpu.request_adapter_sync().info; print(i['device'], '/', i['description'])"
-    lines = _output(sys.executable, "-c", code).strip().splitlines()
-    return lines[-1] if lines else None
-
-
-def _output(*command: str, errors: bool = False) -> str:
-    """Return what a command prints to standard output, and with `errors` to standard error."""
-    stderr = subprocess.STDOUT if errors else subprocess.DEVNULL
-    try:
-        return subprocess.run(command, stdout=subprocess.PIPE, stderr=stderr, text=True, timeout=60, check=False).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return ""

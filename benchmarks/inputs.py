@@ -77,6 +77,7 @@ def synthetic(
     shard_bytes: int = SHARD_BYTES,
     safetensors: bool = False,
     first_shard: int = 1,
+    least_shards: int = 8,
 ) -> dict[str, Any]:
     """Write a model directory of about `nbytes` stored bytes, with digests, and return its description.
 
@@ -88,9 +89,11 @@ def synthetic(
         Whether to write the same tensors to ``model.safetensors``, too.
     first_shard : int
         The size of the first shard, in sizes of the others.
+    least_shards : int
+        There are at least so many, if need be with fewer bytes each than `shard_bytes`.
     """
     directory.mkdir(parents=True)
-    shard_bytes = min(shard_bytes, max(4, nbytes // 8))
+    shard_bytes = min(shard_bytes, max(4, nbytes // least_shards))
     tensor_bytes = max(4, min(tensor_bytes, shard_bytes) & ~3)
     per_shard = shard_bytes // tensor_bytes
     sizes = [per_shard * tensor_bytes] * max(1, round(nbytes / (per_shard * tensor_bytes)))
@@ -148,6 +151,11 @@ def describe(directory: Path) -> dict[str, Any]:
         ),
         "tensors": len(records),
     }
+
+
+def files(folder: Path) -> list[Path]:
+    """Return all files below a folder."""
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def _records(first: int, count: int, tensor_bytes: int, *, bf16: bool) -> list[dict[str, Any]]:

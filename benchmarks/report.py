@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
 
 def table(result: dict[str, Any], *, quick: bool) -> str:
     """Return a suite's medians, its ratios to the first contender, its targets, and where the time went."""
-    columns = f"{'seconds':>9} {'GB/s':>8} {'CPU s':>7} {'cores':>5} {'peak MiB':>9}"
+    later = f" {'later s':>9} {'GB/s':>8}" if any(row["later"] for row in result["rows"]) else ""
+    columns = f"{'seconds':>9} {'GB/s':>8}{later} {'CPU s':>7} {'cores':>5} {'peak MiB':>9}"
     lines = [f"{result['suite']:34} {columns}   ratio to the first"]
     for row in result["rows"]:
         peak = f"{row['peak'] / 2**20:9,.0f}" if row["peak"] else " " * 9
@@ -17,8 +19,11 @@ def table(result: dict[str, Any], *, quick: bool) -> str:
         ratio = _range(row["ratio"]) if row["ratio"] else ""
         spent = row["profile"].get("user", 0) + row["profile"].get("system", 0)
         busy = row["profile"].get("busy_cores", 0)
-        lines.append(f"{row['label']:34} {row['median']:9.4f} {speed} {spent:7.2f} {busy:5.1f} {peak}   {ratio}")
-    lines += [_settings(row) for row in result["rows"] if row["settings"]]
+        if later:
+            seconds, again = _later(row)
+            speed += f" {seconds:>9} {again:>8}"
+        lines.append(f"{_label(row):34} {row['median']:9.4f} {speed} {spent:7.2f} {busy:5.1f} {peak}   {ratio}")
+    lines += [_settings(row) for row in result["rows"] if row["setting"]]
     lines += [f"left out: {label} ({reason})" for label, reason in result["left_out"].items()]
     for target in result["targets"]:
         if "median" not in target:
@@ -40,14 +45,18 @@ def table(result: dict[str, Any], *, quick: bool) -> str:
 
 def rst_table(result: dict[str, Any]) -> str:
     """Return a suite's medians and ratios as a table of reStructuredText, as docs/benchmarks.rst has them."""
-    lines = [(result["suite"], "seconds", "GB/s", "CPU s", "to the first", "setting")]
+    lines = [(result["suite"], "seconds", "GB/s", "later, GB/s", "CPU s", "MiB", "to the first", "setting")]
     for row in result["rows"]:
         spent = row["profile"].get("user", 0) + row["profile"].get("system", 0)
         seconds = {"median": row["median"], "lowest": min(row["seconds"]), "highest": max(row["seconds"])}
         speed = f"{row['gb_per_second']:.2f}" if row["file_bytes"] else ""
-        setting = row["settings"][0]["setting"] if row["settings"] else ""
         ratio = _range(row["ratio"]) if row["ratio"] else ""
-        lines.append((row["label"], _range(seconds), speed, f"{spent:.1f}", ratio, setting))
+        peak = f"{row['peak'] / 2**20:,.0f}" if row["peak"] else ""
+        figures = (_range(seconds), speed, _later(row)[1], f"{spent:.1f}", peak, ratio, row["setting"])
+        lines.append((_label(row), *figures))
+    # Only some suites have later loads, and only some contenders settings.
+    columns = [column for index, column in enumerate(zip(*lines, strict=True)) if not index or any(column[1:])]
+    lines = list(zip(*columns, strict=True))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rule = "  ".join("=" * width for width in widths)
     texts = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
@@ -66,6 +75,12 @@ def write_json(path: Path, machine: dict[str, Any], results: list[dict[str, Any]
     temporary = path.with_name(f"{path.name}.new")
     temporary.write_text(json.dumps({"machine": machine, "quick": quick, "suites": results}, indent=1) + "\n")
     temporary.replace(path)
+
+
+def read_settings(path: Path) -> dict[str, str]:
+    """Return the setting of each contender that has one in the figures of an earlier run."""
+    suites = json.loads(path.read_text())["suites"]
+    return {row["label"]: row["setting"] for suite in suites for row in suite["rows"] if row["setting"]}
 
 
 def write_png(folder: Path, machine: dict[str, Any], result: dict[str, Any]) -> Path:
@@ -107,8 +122,22 @@ def write_png(folder: Path, machine: dict[str, Any], result: dict[str, Any]) -> 
 
 
 def _settings(row: dict[str, Any]) -> str:
+    if not row["settings"]:
+        return f"setting of {row['label']}: {row['setting']}, without a comparison in this run"
     best, *others = (f"{trial['setting']} ({trial['seconds']:.3g} s)" for trial in row["settings"])
     return f"setting of {row['label']}: {best}; slower: {', '.join(others) or 'none'}"
+
+
+def _label(row: dict[str, Any]) -> str:
+    return f"{row['label']} {row['version']}".rstrip()
+
+
+def _later(row: dict[str, Any]) -> tuple[str, str]:
+    """Return the median seconds of a contender's later loads, and its speed in them, if it has any."""
+    if not row["later"]:
+        return "", ""
+    seconds = statistics.median(row["later"])
+    return f"{seconds:.4f}", f"{row['file_bytes'] / seconds / 1e9:.2f}"
 
 
 def _verdict(target: dict[str, Any], *, quick: bool) -> str:

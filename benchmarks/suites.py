@@ -9,7 +9,7 @@ from typing import Any
 from ndcache.devices.gpu.adapters import is_software, list_adapters
 from ndcache.errors import NdcacheError
 
-from . import choices, inputs, many_cores, servers
+from . import choices, gpu_suites, inputs, many_cores, servers
 from .cluster import cluster
 from .harness import Contender, Result, Settings, Target, maker, rounds
 
@@ -80,10 +80,13 @@ def rate(settings: Settings) -> Result:
         large = inputs.synthetic(
             folder / "large", size, shard_bytes=max(size // 32, MIB // 8), tensor_bytes=MIB // 8, first_shard=16
         )
+        file = inputs.synthetic(folder / "file", size, shard_bytes=size, least_shards=1, tensor_bytes=MIB // 8)
         with (
             servers.nginx(folder / "model", rate=speed) as (url, _),
             servers.nginx(folder / "large", rate=speed) as (large_url, _),
+            servers.nginx(folder / "file", rate=speed) as (file_url, _),
         ):
+            make_file = maker({**file, "url": file_url}, file)
             make, make_large = maker({**model, "url": url}, model), maker({**large, "url": large_url}, large)
             result = Result(
                 "rate",
@@ -94,11 +97,13 @@ def rate(settings: Settings) -> Result:
                     make("four quarters", "quarters"),
                     make_large("large shard, ranges", "ndcache_load", loaded=True),
                     make_large("large shard, no ranges", "ndcache_load", loaded=True, no_ranges=True),
+                    make_file("one file, 8 workers", "ndcache_load", loaded=True),
                 ],
                 targets=[
                     Target("1 worker / 8 workers", "ndcache load, 1 worker", "ndcache load, 8 workers", ">=", 7.6),
                     Target("four quarters / ndcache", "four quarters", "ndcache load, 8 workers", ">=", 1.9),
                     Target("no ranges / ranges", "large shard, no ranges", "large shard, ranges", ">=", 2.0),
+                    Target("many shards / one file", "ndcache load, 8 workers", "one file, 8 workers", ">=", 0.9),
                     Target("load / fetch", "ndcache load, 8 workers", "ndcache fetch, 8 workers", "<=", 1.05),
                 ],
             )
@@ -151,39 +156,24 @@ def warm_cpu(settings: Settings) -> Result:
                 Target("raw: TVM C++ / ndcache", "TVM C++ raw", "ndcache raw", ">=", 50),
             ],
         )
-        return rounds(result, settings, folder, warm=_files(folder))
+        return rounds(result, settings, folder, warm=inputs.files(folder))
 
 
-def warm_gpu(settings: Settings) -> Result:
-    """Load a local directory from the page cache into GPU buffers."""
+def large_file(settings: Settings) -> Result:
+    """Load the same tensors from one file and from many into memory."""
     with inputs.working_folder(settings, memory=True) as folder:
-        size = settings.bytes_or(4 << 30)
-        bf16 = inputs.synthetic(folder / "bf16", size, bf16=True)
-        raw = inputs.synthetic(folder / "raw", size, safetensors=True)
-        # It takes the GPU's memory, so none is touched before; that saves time on an expensive machine.
-        make, make_raw = maker({**bf16, "memory": 0}, bf16), maker({**raw, "memory": 0}, raw)
-        result = Result(
-            "warm-gpu",
-            [
-                make_raw("ndcache raw", "ndcache_load", loaded=True, gpu=True),
-                make("ndcache bf16", "ndcache_load", loaded=True, gpu=True),
-                make_raw("safetensors to cuda", "safetensors_cuda"),
-                make_raw("Run:ai streamer", "runai"),
-                make_raw("fastsafetensors", "fastsafetensors"),
-                make_raw("pinned copy (limit)", "pinned_copy"),
-                make("one at a time bf16", "one_at_a_time", loaded=True, gpu=True),
-            ],
-            targets=[
-                Target("raw GB/s", "ndcache raw", None, ">=", 30, "gb_per_second"),
-                Target("bf16 GB/s of files", "ndcache bf16", None, ">=", 20, "gb_per_second"),
-                Target("safetensors / ndcache raw", "safetensors to cuda", "ndcache raw", ">=", 3.5),
-                Target("Run:ai / ndcache raw", "Run:ai streamer", "ndcache raw", ">=", 4),
-                Target("bf16: one at a time / ndcache", "one at a time bf16", "ndcache bf16", ">=", 15),
-                Target("raw, fraction of pinned copy", "pinned copy (limit)", "ndcache raw", ">=", 0),
-                Target("bf16, fraction of pinned copy", "pinned copy (limit)", "ndcache bf16", ">=", 0),
-            ],
-        )
-        return rounds(result, settings, folder, warm=_files(folder))
+        size = settings.bytes_or(2 << 30)
+        contenders, targets = [], []
+        for kind in ("bf16", "raw"):
+            shards = inputs.synthetic(folder / kind, size, bf16=kind == "bf16")
+            file = inputs.synthetic(
+                folder / f"{kind}-file", size, bf16=kind == "bf16", shard_bytes=size, least_shards=1
+            )
+            many, one = f"{kind}, {len(shards['shards'])} shards", f"{kind}, one file"
+            contenders += [maker(shards, shards)(many, "ndcache_load", loaded=True)]
+            contenders += [maker(file, file)(one, "ndcache_load", loaded=True)]
+            targets.append(Target(f"{many} / one file", many, one, ">=", 0.9))
+        return rounds(Result("large-file", contenders, targets=targets), settings, folder, warm=inputs.files(folder))
 
 
 def many(settings: Settings) -> Result:
@@ -204,7 +194,7 @@ def many(settings: Settings) -> Result:
                 Target("GPU: ndcache / bare loop", "ndcache, GPU", "bare loop, GPU", "<=", 1.5),
             ],
         )
-        return rounds(result, settings, folder, warm=_files(folder))
+        return rounds(result, settings, folder, warm=inputs.files(folder))
 
 
 def memory(settings: Settings) -> Result:
@@ -264,7 +254,7 @@ def growth(settings: Settings) -> Result:
             model = inputs.synthetic(folder / f"tensors{count}", count * 1024, tensor_bytes=1024)
             contenders.append(maker(model, model)(f"{count:,} tensors", "ndcache_load", loaded=True))
         result = Result("growth", contenders)
-        return rounds(result, settings, folder, warm=_files(folder))
+        return rounds(result, settings, folder, warm=inputs.files(folder))
 
 
 def imports(settings: Settings) -> Result:
@@ -293,7 +283,13 @@ SUITES: dict[str, tuple[Callable[[Settings], Result], ...]] = {
     "processes": (many_cores.processes, many_cores.together),
     "cluster": (cluster,),
     "warm-cpu": (warm_cpu,),
-    "warm-gpu": (warm_gpu,),
+    "large-file": (large_file,),
+    "gpu": (gpu_suites.raw,),
+    "gpu-bf16": (gpu_suites.bf16,),
+    "gpu-sizes": gpu_suites.sizes,
+    "gpu-large-file": (gpu_suites.large_file,),
+    "two-gpus": (gpu_suites.two_gpus,),
+    "torch-cpu": (gpu_suites.torch_cpu,),
     "many": (many,),
     "memory": (memory,),
     "memory-gpu": (memory_gpu,),
@@ -314,7 +310,3 @@ def _has_software_gpu() -> bool:
 def _more_memory(label: str, above: str, below: str, mebibytes: float) -> Target:
     """Bound the memory that one contender takes more than another, in MiB."""
     return Target(label, above, below, "<=", mebibytes, "peak", 1 / MIB, difference=True)
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())

@@ -44,11 +44,13 @@ def run(tmp_path: Path, *arguments: str, **environ: str) -> tuple[dict[str, Any]
         ("small", ["ndcache load, 8 workers", "ndcache load, 1 worker"]),
         ("memory", ["fetch, small", "fetch, 8 times as large"]),
         ("warm-cpu", ["ndcache bf16", "one at a time bf16", "ndcache raw"]),
+        ("large-file", ["raw, 8 shards", "raw, one file", "bf16, 8 shards", "bf16, one file"]),
+        ("rate", ["ndcache load, 8 workers", "one file, 8 workers"]),
         ("import", ["import ndcache", "import requests, numpy"]),
     ],
 )
 def test_a_quick_run(tmp_path: Path, suite: str, contenders: list[str]) -> None:
-    if suite in ("cold", "tls", "small", "memory"):
+    if suite in ("cold", "tls", "small", "memory", "rate"):
         need_program("nginx")
     figures, _ = run(tmp_path, suite)
     assert figures["quick"] is True
@@ -79,6 +81,62 @@ def test_the_suites_for_many_cores(tmp_path: Path) -> None:
     sent = results["processes-together"]["targets"][1]
     assert sent["label"] == "bytes sent / model"
     assert 1 <= sent["median"] < 1.5  # the model and its manifest, once
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(
+    ("suites", "ours", "others"),
+    [
+        (("gpu", "gpu-bf16"), "ndcache wgpu", {"InstantTensor", "fastsafetensors", "Run:ai streamer"}),
+        (("gpu-sizes",), "ndcache wgpu", {"ndcache CUDA", "InstantTensor", "safetensors prefetch"}),
+        (("gpu-large-file",), "wgpu, one file", {"wgpu, 8 shards", "CUDA, 8 shards", "CUDA, one file"}),
+        (("two-gpus",), "wgpu, two GPUs", {"wgpu, one GPU", "CUDA, one GPU", "CUDA, two GPUs"}),
+        (("torch-cpu",), "NumPy, raw", {"torch, raw", "torch, bf16", "NumPy, bf16"}),
+    ],
+)
+def test_the_suites_for_gpus(tmp_path: Path, suites: tuple[str, ...], ours: str, others: set[str]) -> None:
+    """Peers that need CUDA, or are not installed, are left out, but each is named."""
+    figures, printed = run(tmp_path, *suites)
+    assert len(figures["suites"]) >= len(suites)
+    for result in figures["suites"]:
+        _check(result)
+        rows = {row["label"]: row for row in result["rows"]}
+        measured = [row for label, row in rows.items() if label.startswith(ours)]
+        assert measured, result["left_out"]
+        assert all(len(row["later"]) == 1 and row["later"][0] > 0 and row["peak"] > 0 for row in measured)
+        assert others <= rows.keys() | result["left_out"].keys()
+        assert not [reason for reason in result["left_out"].values() if "bytes instead of" in reason]
+    assert "later s" in printed
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_contender_that_crashes_does_not_stop_the_others(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("import os; os.abort()")
+    figures, _ = run(
+        tmp_path, "gpu", "--only", "wgpu|fast|page", PYTHONPATH=os.pathsep.join([str(tmp_path), str(_ROOT)])
+    )
+    (result,) = figures["suites"]
+    assert [row["label"] for row in result["rows"]] == ["ndcache wgpu", "page cache (limit)"]
+    assert result["left_out"] == {"fastsafetensors": "exit status -6"}
+
+
+def test_settings_of_an_earlier_run(tmp_path: Path) -> None:
+    (tmp_path / "first").mkdir()
+    (first,) = run(tmp_path / "first", "gpu", "--only", "page cache")[0]["suites"][0]["rows"]
+    assert len(first["settings"]) >= 2
+    assert first["setting"] == first["settings"][0]["setting"]
+    chosen = str(tmp_path / "first" / "figures.json")
+    figures, printed = run(tmp_path, "gpu", "--only", "page cache", "--settings", chosen)
+    (second,) = figures["suites"][0]["rows"]
+    assert (second["setting"], second["settings"]) == (first["setting"], [])
+    assert f"setting of page cache (limit): {first['setting']}, without a comparison in this run" in printed
+
+
+def test_the_time_is_up(tmp_path: Path) -> None:
+    figures, _ = run(tmp_path, "large-file", "--minutes", "0.0001", "--rst", str(tmp_path / "tables.rst"))
+    (result,) = figures["suites"]
+    assert result["rows"] == []
+    assert set(result["left_out"].values()) == {"the time was up"}
 
 
 def test_the_suite_for_clusters(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .machine import import_torch
-from .timing import alive, timed
+from .timing import alive, figures, timed, timed_loads
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -77,19 +77,48 @@ def pages_alone(given: Given) -> Measured:
 
 def pinned_copy(given: Given) -> Measured:
     """Copy 256 MiB from pinned memory to the GPU, again and again, until the model's bytes are copied."""
-    torch = import_torch()
+    torch, device = import_torch(given)
     nbytes = min(256 << 20, given["stored"])
-    host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-    there = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
+    host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=device != "cpu")
+    there = torch.empty(nbytes, dtype=torch.uint8, device=device)
     there.copy_(host)
-    torch.cuda.synchronize()
     count = max(1, given["stored"] // nbytes)
 
     def work() -> int:
         for _ in range(count):
             there.copy_(host, non_blocking=True)
-        torch.cuda.synchronize()
+        if device != "cpu":
+            torch.cuda.synchronize()
         return int(count * nbytes)
 
-    seconds, copied = timed(work)
-    return seconds * given["stored"] / copied, given["expect"]
+    seconds, copied = timed_loads(given, work)
+    scale = given["stored"] / copied
+    if "later" in figures:
+        figures["later"] *= scale
+    return seconds * scale, given["expect"]
+
+
+def page_cache_reads(given: Given) -> Measured:
+    """Read all files in pieces of 4 MiB, in several threads, each into the same memory again and again."""
+    import os
+    from concurrent.futures import ThreadPoolExecutor
+
+    nbytes = 4 << 20
+    files = [os.open(f"{given['directory']}/{name}", os.O_RDONLY) for name in given["shards"]]
+    pieces = [
+        (file, start, min(nbytes, size - start))
+        for file, size in zip(files, given["sizes"], strict=True)
+        for start in range(0, size, nbytes)
+    ]
+
+    count = given["threads"]
+    memory = [memoryview(bytearray(nbytes)) for _ in range(count)]
+
+    def read(number: int) -> int:
+        return sum(os.preadv(file, [memory[number][:size]], start) for file, start, size in pieces[number::count])
+
+    def work() -> int:
+        with ThreadPoolExecutor(count) as pool:
+            return sum(pool.map(read, range(count)))
+
+    return timed_loads(given, work)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from .machine import import_torch, need, open_gpu
+from .machine import need, open_gpu
 from .timing import alive, timed
 
 TYPE_CHECKING = False
@@ -112,52 +112,6 @@ def safetensors_numpy(given: Given) -> Measured:
     def work() -> int:
         alive.append(module.load_file(f"{given['directory']}/model.safetensors"))
         return sum(array.nbytes for array in alive[0].values())
-
-    return timed(work)
-
-
-def safetensors_cuda(given: Given) -> Measured:
-    """Call ``safetensors.torch.load_file(device="cuda")``; bfloat16 stays as it is stored."""
-    torch = import_torch()
-    module = need("safetensors.torch")
-
-    def work() -> int:
-        alive.append(module.load_file(f"{given['directory']}/model.safetensors", device="cuda:0"))
-        torch.cuda.synchronize()
-        return sum(tensor.nbytes for tensor in alive[0].values())
-
-    return timed(work)
-
-
-def runai(given: Given) -> Measured:
-    """Use Run:ai's streamer (16 threads by default), and copy each tensor to the GPU when it arrives."""
-    torch = import_torch()
-    streamer_class = need("runai_model_streamer").SafetensorsStreamer
-
-    def work() -> int:
-        with streamer_class() as streamer:
-            streamer.stream_file(f"{given['directory']}/model.safetensors")
-            for _, tensor in streamer.get_tensors():
-                alive.append(tensor.to("cuda:0", non_blocking=False))
-        torch.cuda.synchronize()
-        return sum(tensor.nbytes for tensor in alive)
-
-    return timed(work)
-
-
-def fastsafetensors(given: Given) -> Measured:
-    """Use fastsafetensors without GPUDirect Storage."""
-    torch = import_torch()
-    module = need("fastsafetensors")
-
-    def work() -> int:
-        loader = module.SafeTensorsFileLoader(None, torch.device("cuda:0"), nogds=True)
-        loader.add_filenames({0: [f"{given['directory']}/model.safetensors"]})
-        buffers = loader.copy_files_to_device()
-        alive.append(buffers)
-        nbytes = sum(buffers.get_tensor(name).nbytes for name in list(loader.get_keys()))
-        torch.cuda.synchronize()
-        return int(nbytes)
 
     return timed(work)
 

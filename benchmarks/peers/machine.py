@@ -6,6 +6,8 @@ TYPE_CHECKING = False  # `typing` is not imported here: `import_ndcache` times i
 if TYPE_CHECKING:
     from typing import Any
 
+    from .timing import Given
+
 
 class Unavailable(Exception):
     """Something that the contender needs is not on this machine."""
@@ -21,27 +23,33 @@ def need(name: str) -> Any:
         raise Unavailable(f"{name}: {error}") from error
 
 
-def open_gpu() -> Any:
+def open_gpu(name: str = "gpu") -> Any:
     """Return the `wgpu.GPUDevice` that ndcache itself would open."""
     from ndcache.devices.gpu import open_gpu as open_device
     from ndcache.errors import NoAdapterError
 
     try:
-        opened = open_device("gpu")
+        opened = open_device(name)
     except NoAdapterError as error:
         raise Unavailable(str(error)) from error
     assert opened is not None
     return opened.handle
 
 
-def import_torch() -> Any:
-    """Import torch, with CUDA ready."""
+def import_torch(given: Given) -> tuple[Any, str]:
+    """Import torch, with CUDA ready on one GPU or ``given["count"]``, and return it and the name of its first device.
+
+    In a quick run without CUDA, the device is the CPU, to see that the contender runs.
+    """
     torch = need("torch")
-    if not torch.cuda.is_available():
-        raise Unavailable("torch finds no CUDA")
-    torch.zeros(1).to("cuda")  # its first copy is not timed, nor is the first submission of ndcache's device
-    torch.cuda.synchronize()
-    return torch
+    if torch.cuda.is_available():
+        for index in range(min(given.get("count", 1), torch.cuda.device_count())):
+            torch.zeros(1).to(f"cuda:{index}")  # the first copy is not timed, nor the first submission of a wgpu device
+            torch.cuda.synchronize(index)
+        return torch, "cuda:0"
+    if given.get("quick"):
+        return torch, "cpu"
+    raise Unavailable("torch finds no CUDA")
 
 
 def peak_bytes() -> int | None:

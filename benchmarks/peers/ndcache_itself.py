@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .machine import Unavailable, open_gpu
-from .timing import alive, figures, logged_bytes, profile, timed, written
+from .machine import Unavailable, import_torch, need, open_gpu
+from .timing import alive, figures, logged_bytes, profile, timed, timed_loads, written
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,11 +28,73 @@ def ndcache_load(given: Given) -> Measured:
 
     def work() -> int:
         weights = load(source, device, **options)
-        alive.append(weights)
-        profile["stages"] = {name: seconds for name, seconds in weights.stats.seconds.items() if seconds >= 0.001}
-        return sum(tensor.nbytes for tensor in weights.values())
+        return _kept(weights)
 
-    return timed(work)
+    return timed_loads(given, work)
+
+
+def ndcache_torch(given: Given) -> Measured:
+    """Load tensors of torch onto ``given["device"]``: a GPU through CUDA, or the CPU."""
+    need("ndcache.api")  # what every load imports
+    load = need("ndcache.torch").load
+    torch, device = import_torch(given) if given["device"] == "cuda" else (need("torch"), "cpu")
+
+    def work() -> int:
+        weights = load(given["directory"], device)
+        if device != "cpu":
+            torch.cuda.synchronize()
+        return _kept(weights)
+
+    return timed_loads(given, work)
+
+
+def ndcache_gpus(given: Given) -> Measured:
+    """Load a model onto each of the first GPUs, one or two, all at once in threads of this process."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from ndcache import load
+
+    devices = _cuda_devices(given) if given["device"] == "cuda" else _wgpu_devices(given)
+
+    def work() -> int:
+        with ThreadPoolExecutor(len(devices)) as pool:
+            return sum(_kept(weights) for weights in pool.map(lambda each: load(given["directory"], each), devices))
+
+    return timed_loads(given, work)
+
+
+def _cuda_devices(given: Given) -> list[Any]:
+    """Return the names of ``given["count"]`` devices of torch."""
+    need("ndcache.torch")
+    torch, device = import_torch(given)
+    found = [device] if device == "cpu" else [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    return _first(given, found)
+
+
+def _wgpu_devices(given: Given) -> list[Any]:
+    """Open ``given["count"]`` GPUs, hardware unless there is none."""
+    from ndcache.devices.gpu.adapters import is_software, list_adapters
+
+    found = list_adapters()
+    names = [f"gpu:{index}" for index, adapter in enumerate(found) if not is_software(adapter)]
+    return [open_gpu(name) for name in _first(given, names or ["gpu"])]
+
+
+def _first(given: Given, found: list[str]) -> list[str]:
+    """Return as many devices as are needed; in a quick run, one may take the place of several."""
+    count = given["count"]
+    if len(found) < count and not given.get("quick"):
+        raise Unavailable(f"{count} GPUs are needed, and there is {len(found)}")
+    return [found[index % len(found)] for index in range(count)]
+
+
+def _kept(weights: Any) -> int:
+    """Keep weights until they are freed, note their stages, and return their bytes."""
+    alive.append(weights)
+    # Of several loads, the first is the one that the profile is of.
+    stages = {name: seconds for name, seconds in weights.stats.seconds.items() if seconds >= 0.001}
+    profile.setdefault("stages", stages)
+    return sum(tensor.nbytes for tensor in weights.values())
 
 
 def ndcache_fetch(given: Given) -> Measured:
