@@ -314,7 +314,7 @@ def _choose(result: Result, contender: Contender, settings: Settings, folder: Pa
         measured = measure(contender.using(setting | few), folder, settings.deadline)
         if problem := measured.get("unavailable") or measured.get("failed"):
             print(f"  {contender.label}, {text}: {problem}", flush=True)
-            if "unavailable" in measured:
+            if "unavailable" in measured or "hangs" in measured:
                 break
             continue
         seconds = measured["seconds"] + measured.get("later", 0)
@@ -338,10 +338,11 @@ def measure(
 ) -> dict[str, Any]:
     """Run a contender once, in a fresh process, after everything of an earlier run is written to disk.
 
-    It is ended after `_TIMEOUT`, or shortly after the deadline if that is earlier.
+    It is ended after `_TIMEOUT`, or a quarter of the time that is left if that is less, so that one that hangs leaves
+    time for the others.
     """
     os.sync()
-    timeout = min(_TIMEOUT, max(_LEAST_TIMEOUT, deadline - time.monotonic()))
+    timeout = min(_TIMEOUT, max(_LEAST_TIMEOUT, (deadline - time.monotonic()) / 4))
     with tempfile.TemporaryDirectory(dir=folder, prefix="out-") as out:
         given = {**contender.given, "out": out, "expect": contender.expect, "profile": profile}
         given.setdefault("memory", contender.expect + contender.file_bytes)
@@ -356,7 +357,7 @@ def measure(
                 command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=timeout, check=False
             )
         except subprocess.TimeoutExpired:
-            return {"failed": f"took more than {timeout:.0f} s"}
+            return {"failed": f"took more than {timeout:.0f} s", "hangs": True}
     return _parse(done, contender.expect)
 
 
