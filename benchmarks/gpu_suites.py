@@ -162,7 +162,8 @@ def torch_cpu(settings: Settings) -> Result:
             model = inputs.synthetic(folder / kind, size, tensor_bytes=4 * KIB, bf16=kind == "bf16")
             make = _maker(settings, model)
             torch, numpy = f"torch, {kind}", f"NumPy, {kind}"
-            contenders += [make(numpy, "ndcache_load"), make(torch, "ndcache_torch", device="cpu")]
+            # Both import torch, as Python's garbage collector takes longer where more modules are imported.
+            contenders += [make(numpy, "ndcache_load", beside="torch"), make(torch, "ndcache_torch", device="cpu")]
             for word, figure in (("first", "seconds"), ("later", "later")):
                 label, scale = f"{kind}, {word}: µs a tensor more", 1e6 / model["tensors"]
                 targets.append(Target(label, torch, numpy, "<=", 10, figure, scale, difference=True))

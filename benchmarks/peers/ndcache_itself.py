@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 def ndcache_load(given: Given) -> Measured:
     """Load all weights; from a URL into an empty cache this checks md5 and syncs each file to disk."""
+    import contextlib
+
     import ndcache.sources.download
     from ndcache import load
 
@@ -23,7 +25,9 @@ def ndcache_load(given: Given) -> Measured:
             raise Unavailable("this ndcache has no byte ranges for large shards")
         ndcache.sources.download.RANGE_THRESHOLD = 1 << 62
     device = open_gpu() if given.get("gpu") else "cpu"
-
+    if "beside" in given:
+        with contextlib.suppress(Unavailable):
+            need(given["beside"])
     source, options = given.get("url") or given["directory"], _options(given)
 
     def work() -> int:
