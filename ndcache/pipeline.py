@@ -3,8 +3,11 @@
 ::
 
     source ─ locate ─> Location ─ open_model ─> Model, with its manifest ─ select ─> shards
-    shards ─ obtain (the cached file | download ─> check ─> publish) ─ stage ─>    in workers, with limited look-ahead
+    shards ─ obtain (the cached file | download ─> check ─> publish)               in workers, with limited look-ahead
+           ─ cut ─> segments ─ stage ─>                                            in workers
            ─ place ─> tensors ─> Weights                                           on the caller's thread, in order
+
+A usual shard is one segment; a large file has many, which several workers stage. The first one's task obtains the file.
 
 A `Loader` opens the model, and consumes one of the generators and loops below. Whatever fails, in whichever thread,
 sets the load's `Cancellation`: sleepers wake, sockets are shut, partial files are closed, and workers are joined.
@@ -12,6 +15,7 @@ sets the load's `Cancellation`: sleepers wake, sockets are shut, partial files a
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import sys
@@ -24,20 +28,25 @@ from typing import Any, TypeAlias, TypeVar
 from .context import LoadContext
 from .devices.base import Device, Upload
 from .devices.into import LentMemory
-from .devices.segments import Segment
+from .devices.segments import Segment, cut_shard
 from .format.manifest import Manifest, NameFilter, Shard
 from .processes.beside import HelperProcesses
 from .progress import Progress, Reporter
 from .sources.model import Flaw, Model, ShardFile
 from .trace import Trace, open_trace
 from .workers.ordered import map_ordered
+from .workers.shared import SharedResource
 from .workers.stop_iteration import wrap_stop_iteration
 
 __all__ = ["VerifyReport", "check_shards", "fetch_shards", "place_tensors", "tracing"]
 
 T = TypeVar("T")
+Staged = TypeVar("Staged")
 Tensor = TypeVar("Tensor")
 logger = logging.getLogger("ndcache")
+
+#: Segments are smaller than the device prefers if `memory_limit` is, but not smaller than this.
+_MIN_SEGMENT_BYTES = 1 << 20
 
 #: Marks a shard as done: the bytes that it counts, and the file that they came from.
 _Done: TypeAlias = Callable[[Shard, int, ShardFile], None]
@@ -90,14 +99,16 @@ def _place_tensors(
     memory_limit: int,
     keeps_all: bool,
 ) -> Generator[tuple[str, Tensor], None, None]:
-    """Yield names and tensors in manifest order. Workers obtain and stage the shards, this thread places them."""
+    """Yield names and tensors in manifest order. Workers obtain and stage the files, this thread places the tensors."""
     stats = context.stats
-    segments = {shard: Segment(shard, shard.records, shard.nbytes) for shard in shards}
+    segment_bytes = max(min(device.segment_bytes, memory_limit), _MIN_SEGMENT_BYTES)
+    files = [cut_shard(shard, segment_bytes, cuts_records=device.cuts_records) for shard in shards]
+    segments = list(itertools.chain.from_iterable(files))
     with wrap_stop_iteration():
         context.cancellation.resume()
         context.pool.start(1)
         upload: Upload[Any, Tensor] = device.open_upload(
-            list(segments.values()),
+            segments,
             pool=context.pool,
             stats=stats,
             decode=decode,
@@ -107,23 +118,55 @@ def _place_tensors(
             into=lent.destinations,
         )
 
-        def work(shard: Shard) -> tuple[ShardFile, Any]:
-            obtained = model.obtain(shard)
-            with obtained.file:
-                return obtained, upload.stage(obtained.file, segments[shard])
-
-        # The upload is closed last, when no worker is in `stage` any more.
-        with upload, _map_shards(model, context, shards, work, progress, helpers, memory_limit) as (arriving, done):
-            for shard, nbytes, (obtained, staged) in arriving:
-                placed = upload.place(staged, segments[shard])
-                for record, tensor in stats.timed_iterator("place", placed, file=shard.data_path):
+        # The files and the upload are closed last, when no worker is in `stage` any more.
+        with (
+            upload,
+            _staging(model, context, upload, files) as work,
+            _map_files(model, context, files, work, progress, helpers, memory_limit) as (arriving, done),
+        ):
+            for segment, nbytes, (obtained, staged) in arriving:
+                placed = upload.place(staged, segment)
+                for record, tensor in stats.timed_iterator("place", placed, file=segment.shard.data_path):
                     stats.tensors += 1
                     yield record.name, tensor
                     context.cancellation.resume()  # before the next one is made, which nobody would own
-                if shard is shards[-1]:
+                if segment is segments[-1]:
                     with stats.timed("finish"):
                         upload.finish()
-                done(shard, nbytes, obtained)
+                if nbytes is not None:
+                    done(segment.shard, nbytes, obtained)
+
+
+class _SharedFile(SharedResource[ShardFile]):
+    """The file of a shard that has several segments. The first one's task obtains it."""
+
+    def __init__(self, segments: Sequence[Segment]) -> None:
+        super().__init__(len(segments), lambda obtained: obtained.file.close())
+        self.first = segments[0]
+
+
+@contextmanager
+def _staging(
+    model: Model, context: LoadContext, upload: Upload[Staged, Any], files: Sequence[Sequence[Segment]]
+) -> Iterator[Callable[[Segment], tuple[ShardFile, Staged]]]:
+    """Yield the function that obtains a segment's file, unless another one's task does, and stages the segment."""
+    shared = {file[0].shard.data_path: _SharedFile(file) for file in files if len(file) > 1}
+
+    def work(segment: Segment) -> tuple[ShardFile, Staged]:
+        if (file := shared.get(segment.shard.data_path)) is None:
+            obtained = model.obtain(segment.shard)
+            with obtained.file:
+                return obtained, upload.stage(obtained.file, segment)
+        if segment is file.first:
+            file.provide(model.obtain(segment.shard), context.pool)
+        with file as obtained:
+            return obtained, upload.stage(obtained.file, segment)
+
+    try:
+        yield work
+    finally:
+        for file in shared.values():
+            file.abandon()
 
 
 def fetch_shards(
@@ -131,15 +174,17 @@ def fetch_shards(
 ) -> None:
     """Obtain the file of each shard, and close it again."""
 
-    def work(shard: Shard) -> ShardFile:
-        obtained = model.obtain(shard)
+    def work(segment: Segment) -> ShardFile:
+        obtained = model.obtain(segment.shard)
         obtained.file.close()
         return obtained
 
+    files = [[Segment(shard, shard.records, shard.nbytes)] for shard in shards]
     # Nothing waits for a device, so only the disk limits how far workers look ahead.
-    with _map_shards(model, context, shards, work, progress, helpers, sys.maxsize) as (arriving, done):
-        for shard, nbytes, obtained in arriving:
-            done(shard, nbytes, obtained)
+    with _map_files(model, context, files, work, progress, helpers, sys.maxsize) as (arriving, done):
+        for segment, nbytes, obtained in arriving:
+            assert nbytes is not None
+            done(segment.shard, nbytes, obtained)
 
 
 def check_shards(model: Model, context: LoadContext) -> dict[str, str | Flaw]:
@@ -155,39 +200,44 @@ def check_shards(model: Model, context: LoadContext) -> dict[str, str | Flaw]:
 
 
 @contextmanager
-def _map_shards(
+def _map_files(
     model: Model,
     context: LoadContext,
-    shards: Sequence[Shard],
-    work: Callable[[Shard], T],
+    files: Sequence[Sequence[Segment]],
+    work: Callable[[Segment], T],
     progress: Progress,
     helpers: HelperProcesses,
     memory_limit: int,
-) -> Iterator[tuple[Iterator[tuple[Shard, int, T]], _Done]]:
-    """Do the work for each shard in a worker, and report progress.
+) -> Iterator[tuple[Iterator[tuple[Segment, int | None, T]], _Done]]:
+    """Do the work for each segment of each shard's file in a worker, and report progress.
 
     Yields
     ------
     arriving : iterator
-        Of each shard, in manifest order: the shard, the bytes that it counts, and the result of its work.
+        Of each segment, in manifest order: the segment, the bytes that its shard counts if this is the last one of it,
+        else None, and the result of its work.
     done : callable
-        To be called for each of them before the next is asked for.
+        To be called for each of these last segments before the next is asked for.
     """
     stats = context.stats
     with wrap_stop_iteration(), closing(model):
+        shards = [file[0].shard for file in files]
         model.prepare(shards)
         sizes = [model.nbytes(shard) for shard in shards]
         cache_only = all(model.is_ready(shard) for shard in shards)
-        context.pool.start(len(shards) if cache_only else None)
+        context.pool.start(sum(map(len, files)) if cache_only else None)
         helpers.start(model, context)
         reporter = Reporter(
             progress, sizes, cache_only=cache_only, received=lambda: stats.network_bytes + stats.resumed_bytes
         )
+        segments = list(itertools.chain.from_iterable(files))
+        begun, freed = _memory(files, sizes, in_memory=not (cache_only or model.is_kept))
         results = map_ordered(
-            shards,
+            segments,
             work,
             pool=context.pool,
-            sizes=sizes,
+            sizes=begun,
+            freed=freed,
             memory_limit=memory_limit,
             stats=stats,
             tick=reporter.tick,
@@ -199,13 +249,41 @@ def _map_shards(
                 helpers.note_cached(shard, nbytes)
             reporter.shard_done(nbytes)
 
+        ends = itertools.chain.from_iterable(
+            [*[None] * (len(file) - 1), nbytes] for file, nbytes in zip(files, sizes, strict=True)
+        )
         with closing(reporter), closing(results):
             reporter.start()
-            yield zip(shards, sizes, results, strict=True), done
+            yield zip(segments, ends, results, strict=True), done
         helpers.finish(context)
         model.finish()
     stats.seconds["total"] = time.perf_counter() - context.started
     logger.info("%s: %s", model.directory, stats)
+
+
+def _memory(
+    files: Sequence[Sequence[Segment]], sizes: Sequence[int], *, in_memory: bool
+) -> tuple[list[int], list[int]]:
+    """Return the bytes of memory that each segment takes when it begins, and those that it frees when it is placed.
+
+    A large file counts by segments if it lies on disk. If it is held in memory, it counts as a whole, from its first
+    segment to its last.
+    """
+    begun: list[int] = []
+    freed: list[int] = []
+    for file, nbytes in zip(files, sizes, strict=True):
+        if len(file) == 1:
+            each = [min(nbytes, file[0].nbytes)]
+        elif not in_memory:
+            each = [segment.nbytes for segment in file]
+        else:
+            others = [0] * (len(file) - 1)
+            begun += [nbytes, *others]
+            freed += [*others, nbytes]
+            continue
+        begun += each
+        freed += each
+    return begun, freed
 
 
 @dataclass(frozen=True)

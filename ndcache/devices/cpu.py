@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import mmap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
@@ -17,7 +18,7 @@ from ..stats import LoadStats
 from ..workers.pool import WorkerPool
 from .base import Device, Upload
 from .into import Destination, check_fit, foreign_memory, misfit
-from .reading import check_size, read_record, read_shard
+from .reading import check_size, read_record, read_records
 from .segments import Segment
 
 __all__ = ["CpuDevice", "CpuUpload", "may_map"]
@@ -27,6 +28,7 @@ logger = logging.getLogger("ndcache")
 #: Loads with more segments than this read files instead of mapping them. It is a quarter of the maps that Linux allows
 #: a process, as thread stacks and large arrays need maps, too.
 _MAX_MAPS = 16_384
+_PAGE = mmap.ALLOCATIONGRANULARITY
 
 Array = npt.NDArray[Any]
 Bytes = npt.NDArray[np.uint8]
@@ -113,17 +115,22 @@ class CpuUpload(Upload[list[Array], Array]):
 
     def stage(self, file: BinaryIO, segment: Segment) -> list[Array]:
         if not self._into:
-            return self._make_arrays(file, segment.shard, segment.records)
+            return self._make_arrays(file, segment, segment.records)
         others = [record for record in segment.records if record.name not in self._into]
-        made = iter(self._make_arrays(file, segment.shard, others) if others else ())
+        made = iter(self._make_arrays(file, segment, others) if others else ())
         self._fill(file, segment)
         return [self._into[each.name].owner if each.name in self._into else next(made) for each in segment.records]
 
-    def _make_arrays(self, file: BinaryIO, shard: Shard, records: Sequence[Record]) -> list[Array]:
+    def _make_arrays(self, file: BinaryIO, segment: Segment, records: Sequence[Record]) -> list[Array]:
+        shard = segment.shard
         with self._stats.timed("read", file=shard.data_path):
-            data = self._map_or_read(file, shard)
+            check_size(file, shard)  # reading past the end of a map would kill the process
+            pages = self._map(file, segment)
+            pieces = (
+                read_records(file, records, shard, writable=self._writable) if pages is None else [pages] * len(records)
+            )
         with self._stats.timed("decode", file=shard.data_path):
-            arrays = [self._decode(record, data) for record in records]
+            arrays = [self._decode(record, *piece) for record, piece in zip(records, pieces, strict=True)]
             return [array if array.flags.writeable else array.copy() for array in arrays] if self._copy else arrays
 
     def _fill(self, file: BinaryIO, segment: Segment) -> None:
@@ -144,14 +151,18 @@ class CpuUpload(Upload[list[Array], Array]):
     def close(self) -> None:
         pass
 
-    def _map_or_read(self, file: BinaryIO, shard: Shard) -> Bytes:
-        """Return the shard's bytes as an array."""
-        check_size(file, shard)  # reading past the end of a map would kill the process
-        if self._may_map and shard.nbytes > 0:  # an empty file cannot be mapped
-            try:
-                return map_file(file, shard.nbytes, writable=self._writable)
-            except (OSError, ValueError) as error:
-                # Some network and FUSE file systems cannot map files, and the number of a process's maps is limited.
-                self._may_map = False
-                logger.debug("shards are read into memory, as %s cannot be mapped: %s", shard.data_path, error)
-        return read_shard(file, shard, writable=self._writable)
+    def _map(self, file: BinaryIO, segment: Segment) -> tuple[Bytes, int] | None:
+        """Map the file, or the segment's part of it; return the bytes and the offset of the first, or None."""
+        shard, start, end = segment.shard, 0, segment.shard.nbytes
+        if len(segment.records) != len(shard.records):
+            start = min(record.byte_offset for record in segment.records) // _PAGE * _PAGE
+            end = max(record.byte_offset + record.nbytes for record in segment.records)
+        if not self._may_map or start >= end:  # no bytes cannot be mapped
+            return None
+        try:
+            return map_file(file, end - start, start, writable=self._writable), start
+        except (OSError, ValueError) as error:
+            # Some network and FUSE file systems cannot map files, and the number of a process's maps is limited.
+            self._may_map = False
+            logger.debug("shards are read into memory, as %s cannot be mapped: %s", shard.data_path, error)
+            return None

@@ -30,11 +30,18 @@ _CALL_SYSTEM = (
 )
 
 
-def map_file(file: BinaryIO, nbytes: int, *, writable: bool = False) -> npt.NDArray[np.uint8]:
-    """Return the first `nbytes` bytes of an open file, at least one, as an array over its mapped pages.
+def map_file(file: BinaryIO, nbytes: int, offset: int = 0, *, writable: bool = False) -> npt.NDArray[np.uint8]:
+    """Return some bytes of an open file, at least one, as an array over its mapped pages.
 
     The array is read-only, or else private: writing to it copies a page, and never reaches the file. The file may be
     closed afterwards; the pages are unmapped when no array refers to them any more.
+
+    Parameters
+    ----------
+    file : binary file
+    nbytes : int
+    offset : int
+        Of the first byte in the file; a multiple of `mmap.ALLOCATIONGRANULARITY`.
 
     Raises
     ------
@@ -48,13 +55,13 @@ def map_file(file: BinaryIO, nbytes: int, *, writable: bool = False) -> npt.NDAr
         protection, flags = mmap.PROT_READ, mmap.MAP_SHARED
         if writable:
             protection, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE
-        address = system.mmap(None, nbytes, protection, flags, file.fileno(), 0)
+        address = system.mmap(None, nbytes, protection, flags, file.fileno(), offset)
         return np.asarray(_Pages(address, nbytes, system.munmap, writable=writable))
     access = mmap.ACCESS_COPY if writable else mmap.ACCESS_READ
     if sys.version_info >= (3, 13):
-        pages = mmap.mmap(file.fileno(), nbytes, access=access, trackfd=False)
+        pages = mmap.mmap(file.fileno(), nbytes, access=access, offset=offset, trackfd=False)
     else:
-        pages = mmap.mmap(file.fileno(), nbytes, access=access)
+        pages = mmap.mmap(file.fileno(), nbytes, access=access, offset=offset)
     return np.frombuffer(pages, np.uint8)
 
 

@@ -20,39 +20,43 @@ _HUGE_PAGE = 2 << 20
 _BF16_MAX = np.uint32(0x7F7F0000).view(np.float32)  # the largest finite bfloat16
 
 
-def view_record(record: Record, shard: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
+def view_record(record: Record, data: npt.NDArray[np.uint8], start: int = 0) -> npt.NDArray[Any]:
     """Return the values of a record as they are stored: a view of its shard's bytes, at any alignment.
 
     Parameters
     ----------
     record : Record
-    shard : array of uint8, shape (nbytes of the shard,)
+    data : array of uint8, one dimension
+        Bytes of the shard.
+    start : int
+        The offset in the shard of the first of them.
 
     Returns
     -------
     array of the record's shape and `Record.stored_dtype`
-        Read-only if `shard` is.
+        Read-only if `data` is.
 
     Raises
     ------
     DecodeError
-        The shard is too short, or the dtype is unknown.
+        The bytes end before the record does, or the dtype is unknown.
     """
-    if record.byte_offset + record.nbytes > shard.size:
-        raise DecodeError(f"the shard ends at byte {shard.size}, before the end of tensor {record.name!r}")
+    offset = record.byte_offset - start
+    if offset + record.nbytes > data.size:
+        raise DecodeError(f"the shard ends at byte {start + data.size}, before the end of tensor {record.name!r}")
     dtype = DTYPES.get(record.stored_dtype)
     if dtype is None:
         raise UnsupportedDtypeError(f"tensor {record.name!r} has the unknown dtype {record.dtype!r}")
-    values: npt.NDArray[Any] = np.ndarray(record.shape, dtype, buffer=shard, offset=record.byte_offset)
+    values: npt.NDArray[Any] = np.ndarray(record.shape, dtype, buffer=data, offset=offset)
     return values
 
 
-def decode_record(record: Record, shard: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
+def decode_record(record: Record, data: npt.NDArray[np.uint8], start: int = 0) -> npt.NDArray[Any]:
     """Return the record's tensor. Where bfloat16 encodes float32, expand it into new memory.
 
     Parameters, result and errors are those of `view_record`, except that the dtype is ``record.dtype``.
     """
-    values = view_record(record, shard)
+    values = view_record(record, data, start)
     if not record.is_bf16_encoded:
         return values
     expanded = _empty_float32(record.shape)

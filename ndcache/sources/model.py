@@ -69,6 +69,11 @@ class Model(ABC):
         """Return whether `obtain` is likely to need no network; do not read the file."""
         return self.has(shard)
 
+    @property
+    def is_kept(self) -> bool:
+        """Return whether the files that are obtained lie on disk, and not in memory."""
+        return True
+
     def nbytes(self, shard: Shard) -> int:
         """Return how many bytes `obtain` reads or fetches; less than the shard has if only some ranges are wanted."""
         return shard.nbytes

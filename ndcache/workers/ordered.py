@@ -27,15 +27,16 @@ def map_ordered(
     *,
     pool: WorkerPool,
     sizes: Sequence[int],
+    freed: Sequence[int] | None = None,
     memory_limit: int,
     stats: LoadStats,
     tick: Callable[[], None] = lambda: None,
 ) -> Generator[T, None, None]:
     """Run ``work(item)`` for every item in `pool`; yield the results in the order of `items`.
 
-    Items that have begun count towards `memory_limit` until the result after theirs is requested. An item begins only
-    if it fits within the limit, or if its result is the next to be yielded. No thread is left when the generator ends
-    or is closed.
+    The bytes of items that have begun count towards `memory_limit` until they are freed. An item begins only if it fits
+    within the limit, or if its result is the next to be yielded. No thread is left when the generator ends or is
+    closed.
 
     Parameters
     ----------
@@ -46,6 +47,8 @@ def map_ordered(
         Already started; the caller must not use it for anything else from now on.
     sizes : sequence of int
         The bytes of each item.
+    freed : sequence of int, optional
+        The bytes that are freed when the result after that of each item is requested; by default `sizes`.
     memory_limit : int
         In bytes.
     stats : LoadStats
@@ -62,16 +65,17 @@ def map_ordered(
     max_workers = pool.max_workers if pool.has_threads else 0
     outcomes = Outcomes[T](pool.cancellation)
     begun = taken = in_flight = 0
+    freed = sizes if freed is None else freed
 
     def may_begin_next() -> bool:
         pending = begun - taken
-        has_room = in_flight + sizes[begun] <= memory_limit
+        has_room = not sizes[begun] or in_flight + sizes[begun] <= memory_limit
         return pending == 0 or (has_room and pending < _PENDING_PER_WORKER * max_workers)
 
     def is_limited_by_memory() -> bool:
         """Return whether a worker is idle because `memory_limit` lets no further item begin."""
-        is_full = begun < len(items) and in_flight + sizes[begun] > memory_limit
-        return is_full and begun - taken - len(outcomes) < max_workers
+        is_full = begun < len(items) and sizes[begun] and in_flight + sizes[begun] > memory_limit
+        return bool(is_full) and begun - taken - len(outcomes) < max_workers
 
     try:
         while taken < len(items):
@@ -84,7 +88,7 @@ def map_ordered(
                 with stats.timed("wait"):
                     outcomes.wait_for(taken, tick)
                 yield outcomes.take(taken)
-            in_flight -= sizes[taken]
+            in_flight -= freed[taken]
             taken += 1
     except BaseException as error:
         pool.cancellation.set()

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from types import TracebackType
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from ..errors import CancelledError, NdcacheError
 from .cancellation import Cancellation
-from .postponed import Postponed
+from .postponed import Gate, Postponed
 
 __all__ = ["Outcomes", "Task"]
 
@@ -120,9 +120,12 @@ class Task(Generic[T]):
     work
     postponed_seconds : float or None
         After how many seconds to run the task again; None if it is done.
+    gate : Gate or None
+        Instead, run it again when this gate is open.
     """
 
     postponed_seconds: float | None = None
+    gate: Gate[Task[Any]] | None = None
 
     def __init__(self, work: Callable[[], T], outcomes: Outcomes[T] | None = None, index: int = 0) -> None:
         self.work = work
@@ -140,12 +143,12 @@ class Task(Generic[T]):
             self._outcomes.put_result(self._index, result)
 
     def __enter__(self) -> Task[T]:
-        self.postponed_seconds = None
+        self.postponed_seconds = self.gate = None
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> bool:
         if isinstance(error, Postponed):
-            self.postponed_seconds = error.seconds
+            self.postponed_seconds, self.gate = error.seconds, error.gate
         elif error is not None and self._outcomes is not None:
             self._outcomes.put_error(self._index, error)
         return True

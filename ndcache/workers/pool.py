@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ..errors import CancelledError, NdcacheError
 from .cancellation import Cancellation
 from .outcomes import Outcomes, Task
-from .postponed import PostponedTasks
+from .postponed import Gate, PostponedTasks
 from .serial import SerialQueue
 from .slots import Slots
 from .threads import join_thread, main_thread_has_ended, raise_hidden_interrupt
@@ -152,6 +152,12 @@ class WorkerPool:
         """Call `work` when a worker has nothing else to do. It may never be called; its exceptions are dropped."""
         if self.has_threads:
             self._tasks.put(Task(work))
+
+    def open_gate(self, gate: Gate[Task[Any]]) -> None:
+        """Run the tasks that `gate` has held back, before those that have not begun."""
+        for task in gate.open():
+            self._postponed.add(task, 0.0)
+            self.submit_helper(_do_nothing)  # wakes a worker that waits for tasks
 
     @property
     def can_postpone(self) -> bool:
@@ -330,6 +336,10 @@ class WorkerPool:
                 self._sleep(min(seconds, _POSTPONED_CHECK))
 
     def _postpone(self, task: Task[Any], seconds: float) -> None:
+        if task.gate is not None:
+            if not task.gate.hold(task):
+                self._postponed.add(task, 0.0)  # it was opened just now
+            return
         # With many of them, each is looked at less often.
         self._postponed.add(task, seconds * max(1.0, len(self._postponed) / self.max_workers))
         if self._check_seconds == _IDLE_CHECK:  # it is the first one

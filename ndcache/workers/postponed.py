@@ -6,9 +6,9 @@ import heapq
 import itertools
 import threading
 import time
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
-__all__ = ["Postponed", "PostponedTasks"]
+__all__ = ["Gate", "Postponed", "PostponedTasks"]
 
 T = TypeVar("T")
 
@@ -20,15 +20,40 @@ class Postponed(Exception):
     ----------
     seconds : float
         After how many seconds.
+    gate : Gate, optional
+        Instead, as soon as this gate is open.
 
     Attributes
     ----------
-    seconds : float
+    seconds, gate
     """
 
-    def __init__(self, seconds: float) -> None:
-        super().__init__(seconds)
+    def __init__(self, seconds: float = 0.0, gate: Gate[Any] | None = None) -> None:
+        super().__init__(seconds, gate)
         self.seconds = seconds
+        self.gate = gate
+
+
+class Gate(Generic[T]):
+    """Hold tasks back until it opens, for good. Only workers may use this, as it has a lock; see `WorkerPool`."""
+
+    def __init__(self) -> None:
+        self._held: list[T] | None = []
+        self._lock = threading.Lock()
+
+    def hold(self, task: T) -> bool:
+        """Keep a task until the gate opens; return False if it is open."""
+        with self._lock:
+            if self._held is None:
+                return False
+            self._held.append(task)
+            return True
+
+    def open(self) -> list[T]:
+        """Open the gate, and return the tasks that were held, in their order."""
+        with self._lock:
+            held, self._held = self._held, None
+            return held or []
 
 
 class PostponedTasks(Generic[T]):

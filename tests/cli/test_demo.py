@@ -90,8 +90,8 @@ def test_expected_values_are_rounded_as_ml_dtypes_does() -> None:
 def flip_one_bit(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
     right = codec.decode_record
 
-    def decode(record: Any, shard: Any) -> Any:
-        values = right(record, shard)
+    def decode(record: Any, *data: Any) -> Any:
+        values = right(record, *data)
         if record.name != wrong:
             return values
         values = values.copy()

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+import threading
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...format.manifest import Record, Shard
+from ...format.manifest import Record
 from ...format.numpy_dtypes import DTYPES
 from ...stats import LoadStats
 from ...workers.serial import SerialQueue
+from ..segments import Segment
 from .layout import WORD, round_up
 
 if TYPE_CHECKING:
@@ -66,16 +68,21 @@ class BufferMaker:
         self._stats = stats
         self._decode = decode
         self._usage = tensor_usage()
-        self._requested: dict[str, Future[list[wgpu.GPUBuffer]]] = {}  # by the shard's data path
+        self._lock = threading.Lock()  # as two workers may begin with the same record
+        # By the name of the segment's first record, of which a cut record's parts are the same. (A shard's only segment
+        # may have none.)
+        self._requested: dict[str | None, Future[list[wgpu.GPUBuffer]]] = {}
 
-    def request(self, shard: Shard) -> Future[list[wgpu.GPUBuffer]]:
-        """Return a future of a shard's buffers, in the order of its records.
+    def request(self, segment: Segment) -> Future[list[wgpu.GPUBuffer]]:
+        """Return a future of the buffers of a segment's tensors, in the order of its records.
 
-        The caller must destroy the buffers that it removes from the list.
+        The parts of a record share its buffer. The caller must destroy the buffers that it removes from the list.
         """
-        if shard.data_path not in self._requested:
-            self._requested[shard.data_path] = self._serial.submit(self._make, shard)
-        return self._requested[shard.data_path]
+        key = segment.records[0].name if segment.records else None
+        with self._lock:
+            if key not in self._requested:
+                self._requested[key] = self._serial.submit(self._make, segment)
+            return self._requested[key]
 
     def close(self) -> None:
         """Stop, and destroy the buffers that are still in their lists. Call this through `shielded`."""
@@ -86,12 +93,12 @@ class BufferMaker:
                     buffer.destroy()
         self._requested.clear()
 
-    def _make(self, shard: Shard) -> list[wgpu.GPUBuffer]:
+    def _make(self, segment: Segment) -> list[wgpu.GPUBuffer]:
         if self.failure is not None:
             raise self.failure
-        sizes = [tensor_nbytes(record, decode=self._decode) for record in shard.records]
+        sizes = [tensor_nbytes(record, decode=self._decode) for record in segment.records]
         buffers: list[wgpu.GPUBuffer] = []
-        with self._stats.timed("buffers", file=shard.data_path, nbytes=sum(sizes)):
+        with self._stats.timed("buffers", file=segment.shard.data_path, nbytes=sum(sizes)):
             try:
                 for nbytes in sizes:
                     buffers.append(self._device.create_buffer(size=max(round_up(nbytes), WORD), usage=self._usage))

@@ -1,7 +1,7 @@
-"""The layout of staging memory: where the bytes of a shard lie in it, and to which tensor they are copied.
+"""The layout of staging memory: where the bytes of a segment lie in it, and to which tensor they are copied.
 
 Copies on a GPU begin and end at multiples of 4 bytes, but records begin anywhere in their file and have any size. So a
-file is read in ranges, each placed so that its records begin at multiples of 4; for most shards one range is enough.
+file is read in ranges, each placed so that its records begin at multiples of 4; for most segments one range is enough.
 The bytes after a tensor's last multiple of 4 are its tail. They get a word of their own, padded with zeros.
 """
 
@@ -47,7 +47,7 @@ class TensorCopy:
     Attributes
     ----------
     record_index : int
-        The record's index in its shard.
+        The record's index in its segment.
     staging_offset : int
         A multiple of 4.
     tensor_offset : int
@@ -67,7 +67,7 @@ class TensorCopy:
 
 @dataclass
 class Batch:
-    """The content of one staging buffer: a whole shard, or a part of a large one.
+    """The content of one staging buffer: a segment, or a part of one where the device's buffers are small.
 
     Attributes
     ----------
@@ -118,16 +118,21 @@ class Batch:
         return staging_offset
 
 
-def plan_batches(records: Sequence[Record], max_bytes: int, *, decode: bool) -> Iterator[Batch]:
-    """Plan how the records of a shard are staged.
+def plan_batches(
+    records: Sequence[Record], max_bytes: int, *, decode: bool, part: tuple[int, int] | None = None
+) -> Iterator[Batch]:
+    """Plan how records are staged.
 
     Parameters
     ----------
     records : sequence of Record
+        In any order.
     max_bytes : int
         The most bytes of a batch; a multiple of 4.
     decode : bool
         Whether float32 stored as bfloat16 is expanded.
+    part : tuple of int, optional
+        The start and end of the only record's bytes that are staged; multiples of 4, except for the record's end.
 
     Yields
     ------
@@ -138,11 +143,12 @@ def plan_batches(records: Sequence[Record], max_bytes: int, *, decode: bool) -> 
     for index, record in sorted(enumerate(records), key=lambda item: item[1].byte_offset):
         is_expanded = decode and record.is_bf16_encoded
         whole_words = round_up(record.nbytes) if is_expanded else record.nbytes & -WORD
-        done = 0
-        while done < whole_words:
+        done, end = (0, record.nbytes) if part is None else part
+        stop = whole_words if end == record.nbytes else end
+        while done < stop:
             staging_offset = batch.next_offset(record.byte_offset + done)
-            nbytes = min(whole_words - done, max_bytes - staging_offset)
-            if nbytes < min(whole_words - done, _MAX_GAP) and batch.reads:  # avoid a small copy at the end of a batch
+            nbytes = min(stop - done, max_bytes - staging_offset)
+            if nbytes < min(stop - done, _MAX_GAP) and batch.reads:  # avoid a small copy at the end of a batch
                 yield batch
                 batch = Batch()
                 continue
@@ -150,7 +156,7 @@ def plan_batches(records: Sequence[Record], max_bytes: int, *, decode: bool) -> 
             batch.add_read(record.byte_offset + done, staging_offset, stored)
             batch.copies.append(TensorCopy(index, staging_offset, done, stored, is_expanded))
             done += nbytes
-        if whole_words < record.nbytes:
+        if whole_words < end:
             if batch.nbytes + WORD > max_bytes:
                 yield batch
                 batch = Batch()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from ...stats import LoadStats
 from .buffers import tensor_usage
@@ -17,29 +17,23 @@ from .staging import StagingBuffer, StagingRing
 if TYPE_CHECKING:
     import wgpu
 
-__all__ = ["Fence", "StagedShard", "Submitter"]
+__all__ = ["Fence", "StagedSegment", "Submitter"]
 
 
 @dataclass(eq=False)
-class StagedShard:
-    """A shard between `Upload.stage` and `Upload.place`: its tensors' buffers, and staging memory with their bytes.
+class StagedSegment:
+    """A segment between `Upload.stage` and `Upload.place`: its tensors' buffers, and staging memory with their bytes.
 
     Attributes
     ----------
     buffers : Future of list of wgpu.GPUBuffer
-        In the order of the shard's records.
-    unread : list of Batch
-        Batches that are still to be read, if the shard is too large to be staged as a whole.
+        In the order of the segment's records.
     filled : list of tuple
         The staging buffers that hold bytes to be submitted, each with its batch.
-    file : binary file or None
-        An open file to read the rest from.
     """
 
     buffers: Future[list[wgpu.GPUBuffer]]
-    unread: list[Batch]
     filled: list[tuple[StagingBuffer, Batch]] = field(default_factory=list)
-    file: BinaryIO | None = None
 
 
 class Submitter:
@@ -73,9 +67,9 @@ class Submitter:
         # destructors would be lost.
         self._submitted: list[Any] = []
 
-    def submit(self, shards: Sequence[StagedShard]) -> None:
+    def submit(self, segments: Sequence[StagedSegment]) -> None:
         """Submit the copies of all filled batches at once, and give the staging memory back."""
-        filled = [(shard, staging, batch) for shard in shards for staging, batch in shard.filled]
+        filled = [(segment, staging, batch) for segment in segments for staging, batch in segment.filled]
         if self._expander is None and any(copy.is_expanded for _, _, batch in filled for copy in batch.copies):
             # The first expander of a process takes 0.12 s, in which cffi parses the names of C types. Made earlier, it
             # would hold up the workers that start to read. Now they are reading, and this thread has nothing to do.
@@ -83,10 +77,10 @@ class Submitter:
                 shielded(self._make_expander, thread=self._calls)
         with self._stats.timed("copy", nbytes=sum(batch.nbytes for _, _, batch in filled)):
             self._submit_copies(filled)
-        for shard in shards:
-            for staging, _ in shard.filled:
+        for segment in segments:
+            for staging, _ in segment.filled:
                 self._ring.release(staging)
-            shard.filled.clear()
+            segment.filled.clear()
 
     def close(self) -> None:
         """Free the expander's memory and drop wgpu's objects. Call this through `shielded`."""
@@ -98,11 +92,11 @@ class Submitter:
     def _make_expander(self) -> None:
         self._expander = Expander(self._device, self._batch_bytes)
 
-    def _submit_copies(self, filled: Sequence[tuple[StagedShard, StagingBuffer, Batch]]) -> None:
+    def _submit_copies(self, filled: Sequence[tuple[StagedSegment, StagingBuffer, Batch]]) -> None:
         encoder = self._device.create_command_encoder()
-        for shard, staging, batch in filled:
+        for segment, staging, batch in filled:
             staging.unmap()
-            self._encode(encoder, staging, batch, shard.buffers.result())
+            self._encode(encoder, staging, batch, segment.buffers.result())
         commands = encoder.finish()  # raises if the device was lost; submitting would then end the process
         self._submitted += [encoder, commands]
         self._device.queue.submit([commands])

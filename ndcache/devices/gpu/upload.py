@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, BinaryIO
@@ -15,10 +14,10 @@ from ..reading import check_size, read_into
 from ..segments import Segment
 from .buffers import BufferMaker, tensor_dtype
 from .expand import Expander
-from .layout import WORD, plan_batches
+from .layout import WORD, Batch, plan_batches
 from .shield import CallThread, nothing_to_undo, shielded
-from .staging import StagingRing
-from .submission import Fence, StagedShard, Submitter
+from .staging import StagingBuffer, StagingRing
+from .submission import Fence, StagedSegment, Submitter
 from .tensor import GPUTensor
 from .translate import translated_errors
 
@@ -27,12 +26,12 @@ if TYPE_CHECKING:
 
 __all__ = ["GpuUpload"]
 
-#: The most bytes of a batch. Shards have 32 MiB at most, unless a single tensor is larger.
+#: The most bytes of a batch: a segment, and the space that aligns its tensors.
 _BATCH_BYTES = 33 << 20
 
 
-class GpuUpload(Upload[StagedShard, GPUTensor]):
-    """Upload the shards of one load.
+class GpuUpload(Upload[StagedSegment, GPUTensor]):
+    """Upload the segments of one load.
 
     Workers read files straight into staging memory, while one thread makes the tensors' buffers ahead of them. The
     caller's thread submits the copies from there; each submission takes everything that is ready.
@@ -65,51 +64,39 @@ class GpuUpload(Upload[StagedShard, GPUTensor]):
         self._fence = fence
         self._stats = stats
         self._decode = decode
-        self._memory_limit = memory_limit
         self._batch_bytes = min(_BATCH_BYTES, device.limits["max-buffer-size"] & -WORD, Expander.max_bytes(device))
         self._calls = calls
         self._ring = StagingRing(device, memory_limit)
         self._maker = BufferMaker(device, serial, stats, decode=decode)
         self._submitter = Submitter(device, self._ring, stats, self._calls, self._batch_bytes)
-        self._staged: set[StagedShard] = set()  # those that are not placed yet
-        self._ready: deque[StagedShard] = deque()  # those whose bytes are all in staging memory
+        self._ready: deque[StagedSegment] = deque()  # those that are not submitted yet
 
     def request_buffers(self, segments: Iterable[Segment]) -> None:
         """Begin to make the buffers of these segments' tensors."""
         for segment in segments:
-            self._maker.request(segment.shard)
+            self._maker.request(segment)
 
-    def stage(self, file: BinaryIO, segment: Segment) -> StagedShard:
-        shard = segment.shard
-        check_size(file, shard)
-        unread = list(plan_batches(shard.records, self._batch_bytes, decode=self._decode))
+    def stage(self, file: BinaryIO, segment: Segment) -> StagedSegment:
+        check_size(file, segment.shard)
         with translated_errors():
-            staged = StagedShard(self._maker.request(shard), unread)
-            self._staged.add(staged)
-            if shard.nbytes <= self._memory_limit or len(unread) == 1:
-                while unread:
-                    self._fill(staged, file, shard)
-                self._ready.append(staged)
-            else:
-                staged.file = open(os.dup(file.fileno()), "rb", buffering=0)  # noqa: SIM115 - open until it is placed
+            staged = StagedSegment(self._maker.request(segment))
+            for batch in plan_batches(segment.records, self._batch_bytes, decode=self._decode, part=segment.part):
+                staged.filled.append((self._fill(batch, file, segment.shard), batch))
+            self._ready.append(staged)
         return staged
 
-    def place(self, staged: StagedShard, segment: Segment) -> Iterator[tuple[Record, GPUTensor]]:
-        shard = segment.shard
+    def place(self, staged: StagedSegment, segment: Segment) -> Iterator[tuple[Record, GPUTensor]]:
         with translated_errors():
-            with self._stats.timed("wait_buffers", file=shard.data_path):
+            with self._stats.timed("wait_buffers", file=segment.shard.data_path):
                 buffers = staged.buffers.result()
             if self._maker.failure is not None:
-                raise self._maker.failure  # at once, not only when the shard that failed is placed
+                raise self._maker.failure  # at once, not only when the segment that failed is placed
             if staged.filled:
                 self._submitter.submit([staged, *self._others_ready(staged)])
-            while staged.unread and staged.file is not None:
-                self._fill(staged, staged.file, shard)
-                self._submitter.submit([staged])
-        for record in shard.records:
-            dtype = tensor_dtype(record, decode=self._decode)
-            yield record, GPUTensor(buffers.pop(0), record.shape, dtype, self._device)
-        self._forget(staged)
+        if segment.ends_record:
+            for record in segment.records:
+                dtype = tensor_dtype(record, decode=self._decode)
+                yield record, GPUTensor(buffers.pop(0), record.shape, dtype, self._device)
 
     def finish(self) -> None:
         with translated_errors():
@@ -120,8 +107,6 @@ class GpuUpload(Upload[StagedShard, GPUTensor]):
 
     def _close(self) -> None:
         self._ready.clear()
-        for staged in list(self._staged):
-            self._forget(staged)
         self._submitter.close()
         self._maker.close()
         self._ring.destroy()
@@ -130,9 +115,9 @@ class GpuUpload(Upload[StagedShard, GPUTensor]):
             self._calls = None
         self._fence.destroy()
 
-    def _fill(self, staged: StagedShard, file: BinaryIO, shard: Shard) -> None:
-        """Read the shard's next batch into staging memory."""
-        ring, batch = self._ring, staged.unread[0]
+    def _fill(self, batch: Batch, file: BinaryIO, shard: Shard) -> StagingBuffer:
+        """Read a batch into staging memory."""
+        ring = self._ring
         with self._stats.timed("staging", nbytes=batch.nbytes):
             staging = shielded(lambda: ring.acquire(max(batch.nbytes, WORD)), thread=self._calls)
         with self._stats.timed("read", file=shard.data_path, nbytes=batch.nbytes):
@@ -141,11 +126,10 @@ class GpuUpload(Upload[StagedShard, GPUTensor]):
                 read_into(file, read.file_offset, staging.view[start:end], shard)
                 if read.is_tail:
                     staging.view[end : start + WORD] = bytes(WORD - read.nbytes)
-        staged.filled.append((staging, batch))
-        del staged.unread[0]
+        return staging
 
-    def _others_ready(self, staged: StagedShard) -> list[StagedShard]:
-        """Remove and return the later shards that are ready to be submitted together with this one.
+    def _others_ready(self, staged: StagedSegment) -> list[StagedSegment]:
+        """Remove and return the later segments that are ready to be submitted together with this one.
 
         A submission costs more than a copy.
         """
@@ -153,8 +137,3 @@ class GpuUpload(Upload[StagedShard, GPUTensor]):
         ready = [other for other in candidates if other.buffers.done() and other.buffers.exception() is None]
         self._ready.extend(other for other in candidates if other not in ready)
         return [other for other in ready if other is not staged]
-
-    def _forget(self, staged: StagedShard) -> None:
-        self._staged.discard(staged)
-        if staged.file is not None:
-            staged.file.close()
