@@ -101,7 +101,7 @@ def _place_tensors(
 ) -> Generator[tuple[str, Tensor], None, None]:
     """Yield names and tensors in manifest order. Workers obtain and stage the files, this thread places the tensors."""
     stats = context.stats
-    segment_bytes = max(min(device.segment_bytes, memory_limit), _MIN_SEGMENT_BYTES)
+    segment_bytes = min(device.segment_bytes, max(memory_limit, _MIN_SEGMENT_BYTES))
     files = [cut_shard(shard, segment_bytes, cuts_records=device.cuts_records) for shard in shards]
     segments = list(itertools.chain.from_iterable(files))
     with wrap_stop_iteration():

@@ -66,7 +66,7 @@ def _read_run(file: BinaryIO, start: int, end: int, shard: Shard, *, writable: b
     try:
         data = np.empty(end - start, np.uint8)
     except MemoryError as error:
-        raise MemoryError(f"no memory for {end - start:,} bytes of {shard.data_path}") from error
+        raise MemoryError(f"no memory for the {end - start:,} bytes of {shard.data_path}") from error
     read_into(file, start, data.data, shard)
     data.flags.writeable = writable
     return data
