@@ -14,18 +14,22 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from . import api
+from .devices.torch.library import import_torch
+from .devices.torch.module import plan_module
 from .devices.torch.opening import parse_device
 from .format.manifest import NameFilter
-from .options import Source, TorchDeviceLike
+from .loader import Loader
+from .options import OPTION_NAMES, Source, TorchDeviceLike, check_keywords, hide_keywords
 from .progress import Progress
 from .weights import Weights
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["load", "stream"]
+__all__ = ["load", "load_model", "stream"]
 
 
+@hide_keywords
 def load(
     source: Source,
     device: str | TorchDeviceLike = "cpu",
@@ -52,8 +56,7 @@ def load(
         of a private map of the shard: what is written to them never reaches the file.
     into : mapping of str to torch.Tensor, optional
         Contiguous tensors on the device, which receive the tensors of these names; see `ndcache.load`.
-    **options
-        The options of `ndcache.Loader`.
+    {options}
 
     Returns
     -------
@@ -90,6 +93,7 @@ def load(
     )
 
 
+@hide_keywords
 def stream(
     source: Source,
     device: str | TorchDeviceLike = "cpu",
@@ -106,8 +110,9 @@ def stream(
 
     Parameters
     ----------
-    source, device, names, decode, copy, into, progress, trace, **options
+    source, device, names, decode, copy, into, progress, trace
         See `load`.
+    {options}
 
     Yields
     ------
@@ -136,3 +141,85 @@ def stream(
         trace=trace,
         **options,
     )
+
+
+@hide_keywords
+def load_model(
+    module: torch.nn.Module,
+    source: Source,
+    device: str | TorchDeviceLike | None = None,
+    *,
+    strict: bool = True,
+    names: NameFilter = None,
+    decode: bool = True,
+    copy: bool = False,
+    progress: Progress = None,
+    trace: str | os.PathLike[str] | None = None,
+    **options: Any,
+) -> Any:
+    """Load a model's weights into the parameters and buffers of a module, as its ``load_state_dict`` does.
+
+    The bytes are read into the memory that the parameters and buffers have, wherever that is. Tensors that have another
+    dtype there, or are not contiguous, are loaded beside it first. Those on ``"meta"`` get memory.
+
+    Names and shapes are compared before any shard is requested.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        Its ``state_dict`` has the names of the model's tensors. Of tied parameters, one name is enough; of several, the
+        last one is loaded.
+    source, decode, progress, trace
+        See `load`. A module on several devices is loaded once for each of them.
+    device : str or torch.device, optional
+        Where tensors on ``"meta"`` go. Default: the device of the others, or the CPU.
+    strict : bool, default True
+        Raise an error if the module has tensors that the model does not have, or the other way round.
+    names : str, iterable of str, or callable, optional
+        The model's tensors to load, see `ndcache.load`; the others count as not there.
+    copy : bool, default False
+        Give tensors that were on ``"meta"`` memory of their own, even where a view of the file would do.
+    {options}
+
+    Returns
+    -------
+    NamedTuple
+        With ``missing_keys`` and ``unexpected_keys``, as PyTorch's ``load_state_dict`` returns it.
+
+    Raises
+    ------
+    RuntimeError
+        Shapes differ, or names do and `strict` is set. It lists them as PyTorch does. The module is unchanged.
+    NdcacheError, KeyError, ValueError, TypeError
+        See `load`. If the error has an attribute ``undefined``, it has the names of the tensors whose memory may hold
+        anything now; the module's other tensors are loaded or as they were.
+
+    Examples
+    --------
+    >>> with torch.device("meta"):
+    ...     module = Transformer(config)
+    >>> ndcache.torch.load_model(module, "https://host/model/", "cuda")
+    <All keys matched successfully>
+    """
+    torch = import_torch()
+    check_keywords(load_model, options.keys() - OPTION_NAMES)
+    target = None if device is None else parse_device(device)
+    with Loader(**options) as loader:
+        manifest = loader.read_manifest(source)
+        selected = {record.name: record for shard in manifest.shards_with(names) for record in shard.records}
+        plan = plan_module(module, selected, target, decode=decode, strict=strict)
+        for where, part in plan.parts.items():
+            weights = loader.load(
+                source,
+                where,
+                names=None if len(part.names) == len(manifest) else part.names,
+                decode=decode,
+                copy=copy,
+                into=part.into,
+                progress=progress,
+                trace=trace,
+            )
+            plan.finish(part, weights)
+    # The type of PyTorch's own results has no public name.
+    incompatible_keys = type(torch.nn.Module().load_state_dict({}))
+    return incompatible_keys(plan.missing, plan.unexpected)

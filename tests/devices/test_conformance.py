@@ -24,12 +24,17 @@ from ndcache.devices.gpu.upload import GpuUpload
 from ndcache.devices.segments import Segment
 from ndcache.devices.torch import opening
 from ndcache.devices.torch.cpu import TorchCpuUpload
+from ndcache.devices.torch.driver import TorchApi
+from ndcache.devices.torch.memory import Allocator
 from ndcache.devices.torch.other import OtherDevice, OtherUpload
+from ndcache.devices.torch.pinned import free_idle_lanes
+from ndcache.devices.torch.upload import CudaUpload
 from ndcache.format.numpy_dtypes import DTYPES
 from ndcache.stats import LoadStats
 from ndcache.workers.pool import WorkerPool
 
 from ..helpers import models
+from ..helpers.cuda import FakeApi, use_fake_cuda
 from ..helpers.devices import SHAPES, BufferWatch, assert_tensors, relabel, stop
 from ..helpers.requirements import need_module
 
@@ -296,6 +301,26 @@ def watch_tensors(monkeypatch: pytest.MonkeyPatch, kind: type[Upload[Any, Any]])
     return count
 
 
+def watch_allocations(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """Return a function that counts the live ones of all tensors that uploads to CUDA have allocated."""
+    found: list[weakref.ref[Any]] = []
+    for method in ("_empty", "bytes"):
+        original = getattr(Allocator, method)
+
+        def watched(allocator: Allocator, argument: Any, original: Any = original) -> Any:
+            tensor = original(allocator, argument)
+            found.append(weakref.ref(tensor))
+            return tensor
+
+        monkeypatch.setattr(Allocator, method, watched)
+
+    def count() -> int:
+        gc.collect()
+        return sum(tensor() is not None for tensor in found)
+
+    return count
+
+
 class TestCpu(DeviceConformance):
     upload_type = CpuUpload
 
@@ -341,6 +366,55 @@ class TestOtherDeviceOfTorch(TestTorchCpu):
     def device(self, monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(opening, "TorchCpuDevice", OtherDevice)
         return need_module("torch").device("cpu")
+
+
+class TestCudaOnTheCpu(TestTorchCpu):
+    """All of the path of CUDA but CUDA itself."""
+
+    upload_type = CudaUpload
+
+    @pytest.fixture
+    def device(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+        device = need_module("torch").device("cpu")
+        use_fake_cuda(monkeypatch, api := FakeApi(device))
+        yield device
+        free_idle_lanes()
+        assert api.registered == {}
+        assert api.events == {}
+
+    @pytest.fixture
+    def alive(self, device: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+        return watch_allocations(monkeypatch)
+
+    def over_the_limits(self) -> AbstractContextManager[Any]:
+        return pytest.raises(ndcache.OutOfDeviceMemoryError, match=f"'t' takes {TOO_LARGE:,} bytes")
+
+
+@pytest.mark.cuda
+class TestCuda(TestTorchCpu):
+    upload_type = CudaUpload
+
+    @pytest.fixture
+    def device(self) -> Any:
+        torch = need_module("torch")
+        return torch.device("cuda", torch.cuda.current_device())
+
+    @pytest.fixture
+    def alive(self, device: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+        return watch_allocations(monkeypatch)
+
+    def over_the_limits(self) -> AbstractContextManager[Any]:
+        return pytest.raises(ndcache.OutOfDeviceMemoryError, match=f"'t' takes {TOO_LARGE:,} bytes")
+
+
+class TestCudaThroughTorch(TestCuda):
+    """CUDA without the driver's library."""
+
+    @pytest.fixture
+    def device(self, monkeypatch: pytest.MonkeyPatch) -> Any:
+        monkeypatch.setattr(opening, "open_api", TorchApi)
+        torch = need_module("torch")
+        return torch.device("cuda", torch.cuda.current_device())
 
 
 class TestGpu(DeviceConformance):

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from ...errors import NoAdapterError
 from ..base import Device
 from .cpu import TorchCpuDevice
+from .cuda import CudaDevice
+from .driver import open_api
 from .library import first_line, import_torch, is_torch_device
 from .other import OtherDevice
 
@@ -39,7 +41,16 @@ def open_torch_device(device: str | torch.device) -> Device[Any]:
         torch.empty(0, device=handle)
     except Exception as error:  # backends raise anything for devices that they do not have
         raise _missing(torch, handle, error) from error
+    if handle.type == "cuda":
+        return _open_cuda(torch, handle)
     return OtherDevice(handle)
+
+
+def _open_cuda(torch: ModuleType, handle: torch.device) -> CudaDevice:
+    if handle.index is None:
+        handle = torch.device("cuda", torch.cuda.current_device())
+    properties = torch.cuda.get_device_properties(handle)
+    return CudaDevice(handle, open_api(handle), properties.name, properties.total_memory)
 
 
 def parse_device(device: str | torch.device) -> torch.device:
