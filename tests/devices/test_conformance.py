@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import threading
 import weakref
@@ -210,6 +211,74 @@ class DeviceConformance:
         del staged
         assert alive() == 0
         opened.discard({})
+
+    # --- memory of the caller's: here, tensors of an earlier load
+
+    @pytest.mark.parametrize("decode", [True, False])
+    @pytest.mark.parametrize("encoding", ["raw", "f32-to-bf16"])
+    @pytest.mark.parametrize("gap", [b"", b"x"], ids=["packed", "unaligned"])
+    def test_tensors_go_into_memory_of_the_callers(
+        self, device: Any, tmp_path: Path, gap: bytes, encoding: str, decode: bool
+    ) -> None:
+        arrays = {
+            f"{dtype} {shape}": models.random_array(shape, dtype, seed=n)
+            for n, (dtype, shape) in enumerate(itertools.product(DTYPES, SHAPES))
+        }
+        items = list(arrays.items())
+        shards = [dict(items[::3]), dict(items[1::3]), dict(items[2::3])]
+        models.write_model(tmp_path / "model", shards, encoding=encoding, gap=gap)
+        zeros = [{name: np.zeros_like(array) for name, array in shard.items()} for shard in shards]
+        models.write_model(tmp_path / "zeros", zeros, encoding=encoding)
+        expected = {name: array.copy() for name, array in ndcache.load(tmp_path / "model", decode=decode).items()}
+        with ndcache.load(tmp_path / "zeros", device, decode=decode, copy=True) as lent:
+            names = [name for name in lent if len(name) % 2]
+            into = {name: lent[name] for name in names}
+            for chosen in (names, None):
+                with ndcache.load(tmp_path / "model", device, names=chosen, into=into, decode=decode) as weights:
+                    assert_tensors(weights, {name: expected[name] for name in chosen or expected})
+                    assert all(weights[name] is into[name] for name in names)
+                    assert weights.nbytes == sum(expected[name].nbytes for name in weights)
+            zero = {name: np.zeros_like(expected[name]) for name in lent}
+            assert_tensors(lent, {name: (expected if name in names else zero)[name] for name in lent})
+
+    def test_a_stream_goes_into_memory_of_the_callers(self, device: Any, tmp_path: Path) -> None:
+        arrays = models.simple_model(tmp_path, shards=3)
+        with ndcache.load(tmp_path, device, copy=True) as lent:
+            streamed = dict(ndcache.stream(tmp_path, device, into=lent))
+            assert_tensors(streamed, arrays)
+            assert all(streamed[name] is lent[name] for name in lent)
+
+    def test_row_83_memory_of_another_shape_or_given_twice_is_refused(self, device: Any, tmp_path: Path) -> None:
+        models.write_model(tmp_path, [{"a": np.ones(8, np.float32), "b": np.ones(8, np.float32), "c": np.ones((4, 2))}])
+        with ndcache.load(tmp_path, device, copy=True) as lent:
+            for memory in (lent["c"], None, 3, "b"):
+                with pytest.raises(TypeError if memory is not lent["c"] else ValueError, match=r"^into\['b'\] "):
+                    ndcache.load(tmp_path, device, into={"b": memory})
+            with pytest.raises(ValueError, match=r"^into\['a'\] and into\['b'\] overlap"):
+                ndcache.load(tmp_path, device, into={"a": lent["a"], "b": lent["a"]})
+
+    @pytest.mark.parametrize("call", ["stage", "place"])
+    def test_row_84_a_failed_load_keeps_memory_of_the_callers(
+        self, device: Any, tmp_path: Path, alive: Callable[[], int], monkeypatch: pytest.MonkeyPatch, call: str
+    ) -> None:
+        arrays = models.simple_model(tmp_path, shards=4)
+        original = getattr(self.upload_type, call)
+
+        def fail(upload: Any, *arguments: Any) -> Any:
+            if arguments[1].shard.data_path == "params_shard_2.bin":
+                raise ZeroDivisionError
+            return original(upload, *arguments)
+
+        with ndcache.load(tmp_path, device, copy=True) as lent:
+            before = alive()
+            monkeypatch.setattr(self.upload_type, call, fail)
+            with pytest.raises(ZeroDivisionError) as caught:
+                ndcache.load(tmp_path, device, into={name: lent[name] for name in ("layer.3", "layer.2", "layer.0")})
+            undefined = getattr(caught.value, "undefined", ())
+            assert undefined[:2] == ("layer.3", "layer.2")
+            del caught
+            assert alive() == before
+            assert_tensors({"layer.0": lent["layer.0"]}, {"layer.0": arrays["layer.0"]})
 
     # --- errors
 

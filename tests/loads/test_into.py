@@ -159,7 +159,7 @@ def test_the_process_grows_by_no_tensor(model: Path, encoding: str) -> None:
     ],
     ids=["shape", "dtype", "contiguous", "no memory", "name", "overlap", "no mapping"],
 )
-def test_memory_that_does_not_fit_is_refused_before_any_shard_is_requested(
+def test_row_83_memory_that_does_not_fit_is_refused_before_any_shard_is_requested(
     model: Path, serve: Serve, call: Any, into: Any, kind: type[Exception], message: str
 ) -> None:
     models.simple_model(model)
@@ -175,7 +175,7 @@ def test_memory_that_does_not_fit_is_refused_before_any_shard_is_requested(
 # --- loads that fail
 
 
-def test_a_download_that_ends_early_leaves_its_tensor_undefined(model: Path, scripted: ScriptedServer) -> None:
+def test_row_84_a_download_that_ends_early_leaves_its_tensor_undefined(model: Path, scripted: ScriptedServer) -> None:
     arrays = scripted_model(scripted, model, shards=6)
     data = (model / "params_shard_3.bin").read_bytes()
     scripted.script["/params_shard_3.bin"] = [then_close(reply(200, data[:1000], length=len(data)))]
@@ -188,7 +188,7 @@ def test_a_download_that_ends_early_leaves_its_tensor_undefined(model: Path, scr
 
 
 @pytest.mark.parametrize("call", ["load", "stream"])
-def test_wrong_bytes_leave_the_tensor_as_it_was(model: Path, serve: Serve, call: str) -> None:
+def test_row_84_wrong_bytes_leave_the_tensor_as_it_was(model: Path, serve: Serve, call: str) -> None:
     arrays = models.simple_model(model, shards=6)
     flip(model / "params_shard_3.bin")
     into = filled_like(arrays)
@@ -203,7 +203,7 @@ def test_wrong_bytes_leave_the_tensor_as_it_was(model: Path, serve: Serve, call:
     assert (into["layer.3"].view(np.uint8) == 0xAB).all()
 
 
-def test_a_stream_names_what_it_has_not_yielded(model: Path, serve: Serve) -> None:
+def test_row_84_a_stream_names_what_it_has_not_yielded(model: Path, serve: Serve) -> None:
     arrays = models.simple_model(model, shards=6)
     server = serve(model)
     server.status["/params_shard_4.bin"] = 404
@@ -216,7 +216,7 @@ def test_a_stream_names_what_it_has_not_yielded(model: Path, serve: Serve) -> No
     assert assert_written_or_undefined(into, arrays, caught.value) == tuple(arrays)[len(arrived) :]
 
 
-def test_without_a_manifest_all_is_undefined(model: Path, serve: Serve) -> None:
+def test_row_84_without_a_manifest_all_is_undefined(model: Path, serve: Serve) -> None:
     arrays = models.simple_model(model)
     server = serve(model.parent / "nothing")
     with pytest.raises(ndcache.NotFoundError) as caught:
@@ -227,7 +227,9 @@ def test_without_a_manifest_all_is_undefined(model: Path, serve: Serve) -> None:
     assert caught.value.undefined == ()
 
 
-def test_a_local_file_that_shrinks_leaves_its_tensor_undefined(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_84_a_local_file_that_shrinks_leaves_its_tensor_undefined(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     arrays = models.simple_model(model)
 
     def cut(file: Any, shard: ndcache.Shard) -> None:
@@ -243,7 +245,7 @@ def test_a_local_file_that_shrinks_leaves_its_tensor_undefined(model: Path, monk
 
 
 @pytest.mark.parametrize("kind", [ZeroDivisionError, MemoryError, StopIteration, SystemExit])
-def test_exceptions_of_the_callers_own_name_what_is_undefined(
+def test_row_84_exceptions_of_the_callers_own_name_what_is_undefined(
     model: Path, serve: Serve, kind: type[BaseException]
 ) -> None:
     arrays = models.simple_model(model)
@@ -261,7 +263,7 @@ def test_exceptions_of_the_callers_own_name_what_is_undefined(
 @pytest.mark.skipif(os.name == "nt", reason="signals are POSIX's")
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("how", ["cancel", "Ctrl-C"])
-def test_a_load_that_is_stopped_names_what_is_undefined(model: Path, scripted: ScriptedServer, how: str) -> None:
+def test_row_85_a_load_that_is_stopped_names_what_is_undefined(model: Path, scripted: ScriptedServer, how: str) -> None:
     arrays = scripted_model(scripted, model, shards=5)
     cancel = threading.Event()
 
@@ -282,7 +284,7 @@ def test_a_load_that_is_stopped_names_what_is_undefined(model: Path, scripted: S
 
 
 @pytest.mark.parametrize("encoding", ["raw", "f32-to-bf16"])
-def test_nothing_is_written_after_the_call(model: Path, monkeypatch: pytest.MonkeyPatch, encoding: str) -> None:
+def test_row_85_nothing_is_written_after_the_call(model: Path, monkeypatch: pytest.MonkeyPatch, encoding: str) -> None:
     """A worker is in the middle of a tensor when the load fails: the call returns only when it has stopped."""
     arrays = {f"t{n}": models.random_array((1 << 12,), seed=n) for n in range(4)}
     models.write_model(model, [{name: array} for name, array in arrays.items()], encoding=encoding)

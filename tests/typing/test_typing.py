@@ -26,6 +26,7 @@ MISTAKES = {
     'ndcache.load("", device=3)': "call-overload",
     'ndcache.load("", verify="sometimes")': "call-overload",
     'ndcache.stream("", progres=True)': "call-overload",
+    'ndcache.load("", into=[1])': "call-overload",
     'ndcache.fetch("", max_worker=3)': "call-arg",
     'ndcache.verify("", timeout="3")': "arg-type",
     "ndcache.Loader(ofline=True)": "call-arg",

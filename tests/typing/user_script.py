@@ -59,6 +59,14 @@ def tensors_of_pytorch(name: str) -> None:
         print(weights["embedding"].untyped_storage())
 
 
+def memory_of_the_callers(array: Array, buffer: object, device: Device) -> None:
+    assert_type(ndcache.load(URL, into={"embedding": array}), Weights[Array])
+    assert_type(ndcache.load(URL, device, into={"embedding": buffer, "head": (buffer, 256)}), Weights[Any])
+    assert_type(ndcache.load(URL, into=ndcache.load(URL, copy=True)), Weights[Array])
+    for _, tensor in ndcache.stream(URL, device, into={"embedding": buffer}):
+        assert_type(tensor, Any)
+
+
 def streams(name: str) -> None:
     for _, array in ndcache.stream(URL):
         assert_type(array, Array)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from ...format.manifest import Record
 from ...format.numpy_dtypes import DTYPES
 from ...stats import LoadStats
 from ...workers.serial import SerialQueue
+from ..into import Destination
 from ..segments import Segment
 from .layout import WORD, round_up
 
@@ -54,6 +56,8 @@ class BufferMaker:
     stats : LoadStats
     decode : bool
         Whether float32 stored as bfloat16 is expanded.
+    into : mapping of str to Destination
+        The tensors for which the caller gave a buffer.
 
     Attributes
     ----------
@@ -61,12 +65,22 @@ class BufferMaker:
         The first error. After it, no more buffers are made.
     """
 
-    def __init__(self, device: wgpu.GPUDevice, serial: SerialQueue, stats: LoadStats, *, decode: bool) -> None:
+    def __init__(
+        self,
+        device: wgpu.GPUDevice,
+        serial: SerialQueue,
+        stats: LoadStats,
+        *,
+        decode: bool,
+        into: Mapping[str, Destination],
+    ) -> None:
         self.failure: BaseException | None = None
         self._device = device
         self._serial = serial
         self._stats = stats
         self._decode = decode
+        self._into = into
+        self._lent = {destination.memory for destination in into.values()}
         self._usage = tensor_usage()
         self._lock = threading.Lock()  # as two workers may begin with the same record
         # By the name of the segment's first record, of which a cut record's parts are the same. (A shard's only segment
@@ -76,7 +90,8 @@ class BufferMaker:
     def request(self, segment: Segment) -> Future[list[wgpu.GPUBuffer]]:
         """Return a future of the buffers of a segment's tensors, in the order of its records.
 
-        The parts of a record share its buffer. The caller must destroy the buffers that it removes from the list.
+        The parts of a record share its buffer. The caller must destroy the buffers that it removes from the list,
+        unless they are in `into`.
         """
         key = segment.records[0].name if segment.records else None
         with self._lock:
@@ -89,22 +104,28 @@ class BufferMaker:
         self._serial.cancel()
         for future in self._requested.values():
             if not future.cancelled() and future.exception() is None:
-                for buffer in future.result():
-                    buffer.destroy()
+                self._destroy(future.result())
         self._requested.clear()
+
+    def _destroy(self, buffers: Iterable[wgpu.GPUBuffer]) -> None:
+        for buffer in buffers:
+            if buffer not in self._lent:
+                buffer.destroy()
 
     def _make(self, segment: Segment) -> list[wgpu.GPUBuffer]:
         if self.failure is not None:
             raise self.failure
-        sizes = [tensor_nbytes(record, decode=self._decode) for record in segment.records]
+        sizes = {record.name: tensor_nbytes(record, decode=self._decode) for record in segment.records}
         buffers: list[wgpu.GPUBuffer] = []
-        with self._stats.timed("buffers", file=segment.shard.data_path, nbytes=sum(sizes)):
+        with self._stats.timed("buffers", file=segment.shard.data_path, nbytes=sum(sizes.values())):
             try:
-                for nbytes in sizes:
-                    buffers.append(self._device.create_buffer(size=max(round_up(nbytes), WORD), usage=self._usage))
+                for name, nbytes in sizes.items():
+                    if name in self._into:
+                        buffers.append(self._into[name].memory)
+                    else:
+                        buffers.append(self._device.create_buffer(size=max(round_up(nbytes), WORD), usage=self._usage))
             except BaseException as error:
                 self.failure = error
-                for buffer in buffers:
-                    buffer.destroy()
+                self._destroy(buffers)
                 raise
         return buffers

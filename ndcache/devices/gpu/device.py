@@ -9,10 +9,11 @@ from ...format.manifest import Record, Shard
 from ...stats import LoadStats
 from ...workers.pool import WorkerPool
 from ..base import Device
-from ..into import Destination, misfit
+from ..into import Destination
 from ..segments import Segment
 from .adapters import adapter_lock, adapter_name, find_adapter
 from .buffers import tensor_nbytes
+from .lent import check_alive, find_destination, read_bytes_beside
 from .limits import check_limits
 from .shield import open_call_thread, shielded
 from .submission import Fence
@@ -51,8 +52,16 @@ class GpuDevice(Device[GPUTensor]):
         sizes = ((shard, record, tensor_nbytes(record, decode=decode)) for shard in shards for record in shard.records)
         check_limits(self.handle, sizes, is_ours=self._is_ours)
 
+    def check_into(
+        self, into: Mapping[str, object], shards: Sequence[Shard], *, decode: bool
+    ) -> dict[str, Destination]:
+        destinations = super().check_into(into, shards, decode=decode)
+        if destinations:
+            shielded(lambda: check_alive(self.handle, destinations))
+        return destinations
+
     def find_destination(self, record: Record, memory: object, decode: bool) -> Destination:
-        raise misfit(record, "cannot receive a tensor: only NumPy arrays can")
+        return find_destination(self.handle, record, memory, decode=decode)
 
     def open_upload(
         self,
@@ -66,8 +75,20 @@ class GpuDevice(Device[GPUTensor]):
         keeps_all: bool,
         into: Mapping[str, Destination],
     ) -> GpuUpload:
+        with translated_errors():
+            kept = shielded(lambda: read_bytes_beside(self.handle, into)) if into else {}
         calls, serial = open_call_thread(), pool.open_serial_queue()
-        upload = GpuUpload(self.handle, self._fence, calls, serial, stats, decode=decode, memory_limit=memory_limit)
+        upload = GpuUpload(
+            self.handle,
+            self._fence,
+            calls,
+            serial,
+            stats,
+            decode=decode,
+            memory_limit=memory_limit,
+            into=into,
+            kept=kept,
+        )
         self._upload = upload  # for `discard`, if an interrupt keeps the caller from closing it
         if keeps_all:
             upload.request_buffers(segments)

@@ -28,11 +28,14 @@ class StagedSegment:
     ----------
     buffers : Future of list of wgpu.GPUBuffer
         In the order of the segment's records.
+    offsets : sequence of int
+        Where the tensors begin in these buffers.
     filled : list of tuple
         The staging buffers that hold bytes to be submitted, each with its batch.
     """
 
     buffers: Future[list[wgpu.GPUBuffer]]
+    offsets: Sequence[int]
     filled: list[tuple[StagingBuffer, Batch]] = field(default_factory=list)
 
 
@@ -96,7 +99,7 @@ class Submitter:
         encoder = self._device.create_command_encoder()
         for segment, staging, batch in filled:
             staging.unmap()
-            self._encode(encoder, staging, batch, segment.buffers.result())
+            self._encode(encoder, staging, batch, segment.buffers.result(), segment.offsets)
         commands = encoder.finish()  # raises if the device was lost; submitting would then end the process
         self._submitted += [encoder, commands]
         self._device.queue.submit([commands])
@@ -107,19 +110,20 @@ class Submitter:
         staging: StagingBuffer,
         batch: Batch,
         buffers: Sequence[wgpu.GPUBuffer],
+        offsets: Sequence[int],
     ) -> None:
         start, end = batch.expanded_range
         expander, encode_copy = self._expander, encoder.copy_buffer_to_buffer
         if expander is not None and end:
             self._submitted.append(expander.encode(encoder, staging.buffer, start, end))
         for copy in batch.copies:
-            target = buffers[copy.record_index]
+            target, begin = buffers[copy.record_index], offsets[copy.record_index]
             if copy.is_expanded:
                 assert expander is not None
                 offset = 2 * (copy.staging_offset - start)
-                encode_copy(expander.expanded, offset, target, 2 * copy.tensor_offset, 2 * copy.nbytes)
+                encode_copy(expander.expanded, offset, target, begin + 2 * copy.tensor_offset, 2 * copy.nbytes)
             else:
-                encode_copy(staging.buffer, copy.staging_offset, target, copy.tensor_offset, copy.nbytes)
+                encode_copy(staging.buffer, copy.staging_offset, target, begin + copy.tensor_offset, copy.nbytes)
 
 
 class Fence:

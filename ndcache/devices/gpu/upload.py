@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, BinaryIO
 
-from ...format.manifest import Record, Shard
+from ...format.manifest import Record
 from ...stats import LoadStats
 from ...workers.serial import SerialQueue
 from ..base import Upload
+from ..into import Destination
 from ..reading import check_size, read_into
 from ..segments import Segment
 from .buffers import BufferMaker, tensor_dtype
@@ -45,8 +46,10 @@ class GpuUpload(Upload[StagedSegment, GPUTensor]):
         Makes shielded calls; ends with this upload.
     serial : SerialQueue
         Its thread makes the tensors' buffers.
-    stats, decode, memory_limit
+    stats, decode, memory_limit, into
         See `Device.open_upload`.
+    kept : mapping of str to bytes
+        The result of `lent.read_bytes_beside`.
     """
 
     def __init__(
@@ -59,15 +62,19 @@ class GpuUpload(Upload[StagedSegment, GPUTensor]):
         *,
         decode: bool,
         memory_limit: int,
+        into: Mapping[str, Destination],
+        kept: Mapping[str, bytes],
     ) -> None:
         self._device = device
         self._fence = fence
         self._stats = stats
         self._decode = decode
+        self._into = into
+        self._kept = kept
         self._batch_bytes = min(_BATCH_BYTES, device.limits["max-buffer-size"] & -WORD, Expander.max_bytes(device))
         self._calls = calls
         self._ring = StagingRing(device, memory_limit)
-        self._maker = BufferMaker(device, serial, stats, decode=decode)
+        self._maker = BufferMaker(device, serial, stats, decode=decode, into=into)
         self._submitter = Submitter(device, self._ring, stats, self._calls, self._batch_bytes)
         self._ready: deque[StagedSegment] = deque()  # those that are not submitted yet
 
@@ -79,9 +86,10 @@ class GpuUpload(Upload[StagedSegment, GPUTensor]):
     def stage(self, file: BinaryIO, segment: Segment) -> StagedSegment:
         check_size(file, segment.shard)
         with translated_errors():
-            staged = StagedSegment(self._maker.request(segment))
+            lent = [self._into.get(record.name) for record in segment.records]
+            staged = StagedSegment(self._maker.request(segment), [0 if each is None else each.start for each in lent])
             for batch in plan_batches(segment.records, self._batch_bytes, decode=self._decode, part=segment.part):
-                staged.filled.append((self._fill(batch, file, segment.shard), batch))
+                staged.filled.append((self._fill(batch, file, segment), batch))
             self._ready.append(staged)
         return staged
 
@@ -95,8 +103,12 @@ class GpuUpload(Upload[StagedSegment, GPUTensor]):
                 self._submitter.submit([staged, *self._others_ready(staged)])
         if segment.ends_record:
             for record in segment.records:
+                buffer, lent = buffers.pop(0), self._into.get(record.name)
+                if lent is not None:
+                    yield record, lent.owner
+                    continue
                 dtype = tensor_dtype(record, decode=self._decode)
-                yield record, GPUTensor(buffers.pop(0), record.shape, dtype, self._device)
+                yield record, GPUTensor(buffer, record.shape, dtype, self._device)
 
     def finish(self) -> None:
         with translated_errors():
@@ -115,9 +127,9 @@ class GpuUpload(Upload[StagedSegment, GPUTensor]):
             self._calls = None
         self._fence.destroy()
 
-    def _fill(self, batch: Batch, file: BinaryIO, shard: Shard) -> StagingBuffer:
+    def _fill(self, batch: Batch, file: BinaryIO, segment: Segment) -> StagingBuffer:
         """Read a batch into staging memory."""
-        ring = self._ring
+        ring, shard = self._ring, segment.shard
         with self._stats.timed("staging", nbytes=batch.nbytes):
             staging = shielded(lambda: ring.acquire(max(batch.nbytes, WORD)), thread=self._calls)
         with self._stats.timed("read", file=shard.data_path, nbytes=batch.nbytes):
@@ -126,7 +138,17 @@ class GpuUpload(Upload[StagedSegment, GPUTensor]):
                 read_into(file, read.file_offset, staging.view[start:end], shard)
                 if read.is_tail:
                     staging.view[end : start + WORD] = bytes(WORD - read.nbytes)
+        if self._kept:
+            self._restore_kept(staging, batch, segment)
         return staging
+
+    def _restore_kept(self, staging: StagingBuffer, batch: Batch, segment: Segment) -> None:
+        """After the tails of tensors, put the bytes that lie there in the caller's buffers, instead of zeros."""
+        for copy in batch.copies:
+            record = segment.records[copy.record_index]
+            if record.name in self._kept and copy.tensor_offset + copy.nbytes > record.nbytes:
+                kept, end = self._kept[record.name], copy.staging_offset + copy.nbytes
+                staging.view[end - len(kept) : end] = kept
 
     def _others_ready(self, staged: StagedSegment) -> list[StagedSegment]:
         """Remove and return the later segments that are ready to be submitted together with this one.
