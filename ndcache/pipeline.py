@@ -101,8 +101,7 @@ def _place_tensors(
 ) -> Generator[tuple[str, Tensor], None, None]:
     """Yield names and tensors in manifest order. Workers obtain and stage the files, this thread places the tensors."""
     stats = context.stats
-    segment_bytes = min(device.segment_bytes, max(memory_limit, _MIN_SEGMENT_BYTES))
-    files = [cut_shard(shard, segment_bytes, cuts_records=device.cuts_records) for shard in shards]
+    files = _cut_files(shards, device, lent, memory_limit)
     segments = list(itertools.chain.from_iterable(files))
     with wrap_stop_iteration():
         context.cancellation.resume()
@@ -135,6 +134,16 @@ def _place_tensors(
                         upload.finish()
                 if nbytes is not None:
                     done(segment.shard, nbytes, obtained)
+
+
+def _cut_files(
+    shards: Sequence[Shard], device: Device[Any], lent: LentMemory, memory_limit: int
+) -> list[list[Segment]]:
+    """Cut the file of each shard into segments."""
+    segment_bytes = min(device.segment_bytes, max(memory_limit, _MIN_SEGMENT_BYTES))
+    return [
+        cut_shard(shard, segment_bytes, cuts_records=device.cuts_records, also_cut=lent.in_parts) for shard in shards
+    ]
 
 
 class _SharedFile(SharedResource[ShardFile]):

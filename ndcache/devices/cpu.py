@@ -61,7 +61,7 @@ class CpuDevice(Device[Array]):
         if not memory.flags.c_contiguous:
             raise misfit(record, "is not contiguous in C order")
         flat = np.asarray(memory).reshape(-1)
-        return Destination(memory, flat, "memory", flat.ctypes.data, flat.nbytes)
+        return Destination(memory, flat, "memory", flat.ctypes.data, flat.nbytes, takes_parts=True)
 
     def open_upload(
         self,
@@ -140,10 +140,10 @@ class CpuUpload(Upload[list[Array], Array]):
             for record in segment.records:
                 if (destination := self._into.get(record.name)) is not None:
                     expand = self._expands and record.is_bf16_encoded
-                    read_record(file, record, segment.shard, destination.memory, expand=expand)
+                    read_record(file, record, segment.shard, destination.memory, expand=expand, part=segment.part)
 
     def place(self, staged: list[Array], segment: Segment) -> Iterator[tuple[Record, Array]]:
-        return zip(segment.records, staged, strict=True)
+        return zip(segment.records, staged, strict=True) if segment.ends_record else iter(())
 
     def finish(self) -> None:
         pass

@@ -45,6 +45,8 @@ class Destination:
         What `start` counts in, such as one buffer: only ranges of equal spaces can overlap.
     start, nbytes : int
         The range, in bytes. Nothing outside it is written.
+    takes_parts : bool
+        Whether the device writes a large tensor in parts, from several segments, also if it does not cut other records.
     """
 
     owner: Any
@@ -52,6 +54,7 @@ class Destination:
     space: Hashable
     start: int
     nbytes: int
+    takes_parts: bool = False
 
 
 class LentMemory:
@@ -63,6 +66,8 @@ class LentMemory:
         What the caller gave, by the names of tensors.
     destinations : dict of str to Destination
         Where these tensors go, once `check` has found it.
+    in_parts : set of str
+        Those of them that take parts of tensors; see `Destination.takes_parts`.
     written : set of str
         The tensors that are complete in memory of the caller's.
 
@@ -77,11 +82,13 @@ class LentMemory:
             raise TypeError(f"into must be a mapping from tensor names to memory, not {type(into).__name__}")
         self.objects: dict[str, Any] = dict(into or {})  # copied, as the caller's own may change during the load
         self.destinations: dict[str, Destination] = {}
+        self.in_parts: set[str] = set()
         self.written: set[str] = set()
 
     def check(self, device: Device[Any], shards: Sequence[Shard], *, decode: bool) -> None:
         """Check what the caller gave, and what the device must hold besides, before anything is fetched."""
         self.destinations = device.check_into(self.objects, shards, decode=decode)
+        self.in_parts = {name for name, each in self.destinations.items() if each.takes_parts}
         device.check_limits(_without(shards, self.destinations), decode=decode)
 
     def tracked(self, tensors: _Tensors[T], *, completes_late: bool) -> _Tensors[T]:

@@ -94,7 +94,13 @@ def read_into(file: BinaryIO, offset: int, view: memoryview, shard: Shard) -> No
 
 
 def read_record(
-    file: BinaryIO, record: Record, shard: Shard, target: npt.NDArray[Any], *, expand: bool = False
+    file: BinaryIO,
+    record: Record,
+    shard: Shard,
+    target: npt.NDArray[Any],
+    *,
+    expand: bool = False,
+    part: tuple[int, int] | None = None,
 ) -> None:
     """Read a record's values from its shard's file into memory that is there, and allocate none for them.
 
@@ -107,20 +113,25 @@ def read_record(
         Contiguous; of the stored dtype or, if the values are expanded, float32.
     expand : bool, default False
         Expand bfloat16 to float32.
+    part : tuple of int, optional
+        The start and end in the record's stored bytes, if only these are read.
 
     Raises
     ------
     SizeMismatchError
         The file is too short.
     """
+    first, end = part or (0, record.nbytes)
     if not expand:
-        read_into(file, record.byte_offset, target.view(np.uint8).data, shard)
+        read_into(file, record.byte_offset + first, target.view(np.uint8).data[first:end], shard)
         return
-    scratch = np.empty(min(target.size, _EXPANDED_AT_ONCE), DTYPES["bfloat16"])
-    for start in range(0, target.size, _EXPANDED_AT_ONCE):
-        stored = scratch[: target.size - start]
-        read_into(file, record.byte_offset + start * stored.itemsize, stored.view(np.uint8).data, shard)
-        target[start : start + stored.size] = stored
+    dtype = DTYPES["bfloat16"]
+    values = target[first // dtype.itemsize : end // dtype.itemsize]
+    scratch = np.empty(min(values.size, _EXPANDED_AT_ONCE), dtype)
+    for start in range(0, values.size, _EXPANDED_AT_ONCE):
+        stored = scratch[: values.size - start]
+        read_into(file, record.byte_offset + first + start * dtype.itemsize, stored.view(np.uint8).data, shard)
+        values[start : start + stored.size] = stored
 
 
 def _wrong_size(file: BinaryIO, shard: Shard, size: int) -> SizeMismatchError:

@@ -6,7 +6,7 @@ workers at once, within the memory limit, like as many small shards.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from ..format.manifest import Record, Shard
@@ -44,7 +44,7 @@ class Segment:
         return self.part is None or self.part[1] == self.records[0].nbytes
 
 
-def cut_shard(shard: Shard, segment_bytes: int, *, cuts_records: bool) -> list[Segment]:
+def cut_shard(shard: Shard, segment_bytes: int, *, cuts_records: bool, also_cut: Collection[str] = ()) -> list[Segment]:
     """Cut a shard into segments.
 
     Parameters
@@ -54,6 +54,8 @@ def cut_shard(shard: Shard, segment_bytes: int, *, cuts_records: bool) -> list[S
         The most bytes of a segment, unless it is a single larger record.
     cuts_records : bool
         Whether such a record becomes several segments, of about the same size.
+    also_cut : collection of str
+        Names of records for which it does anyway.
 
     Returns
     -------
@@ -69,7 +71,7 @@ def cut_shard(shard: Shard, segment_bytes: int, *, cuts_records: bool) -> list[S
         if records and nbytes + record.nbytes > segment_bytes:
             segments.append(Segment(shard, tuple(records), nbytes))
             records, nbytes = [], 0
-        if cuts_records and record.nbytes > segment_bytes:
+        if record.nbytes > segment_bytes and (cuts_records or record.name in also_cut):
             segments += _cut_record(shard, record, segment_bytes)
         else:
             records.append(record)

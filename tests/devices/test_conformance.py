@@ -241,6 +241,21 @@ class DeviceConformance:
             zero = {name: np.zeros_like(expected[name]) for name in lent}
             assert_tensors(lent, {name: (expected if name in names else zero)[name] for name in lent})
 
+    @pytest.mark.parametrize("encoding", ["raw", "f32-to-bf16"])
+    def test_large_tensors_go_into_memory_of_the_callers(
+        self, device: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str
+    ) -> None:
+        """They are larger than a segment; some devices write them in parts."""
+        monkeypatch.setattr("ndcache.pipeline._MIN_SEGMENT_BYTES", 1 << 12)
+        sizes = {"float32": 10_001, "uint8": 30_003, "float16": 12_289}
+        arrays = {dtype: models.random_array((size,), dtype) for dtype, size in sizes.items()}
+        models.write_model(tmp_path, [arrays], encoding=encoding, gap=b"x")
+        expected = {name: array.copy() for name, array in ndcache.load(tmp_path).items()}
+        models.write_model(tmp_path / "zeros", [{name: np.zeros_like(array) for name, array in arrays.items()}])
+        with ndcache.load(tmp_path / "zeros", device, copy=True) as lent:
+            ndcache.load(tmp_path, device, into=lent, memory_limit=1 << 12).close()
+            assert_tensors(lent, expected)
+
     def test_a_stream_goes_into_memory_of_the_callers(self, device: Any, tmp_path: Path) -> None:
         arrays = models.simple_model(tmp_path, shards=3)
         with ndcache.load(tmp_path, device, copy=True) as lent:

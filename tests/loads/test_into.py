@@ -312,3 +312,27 @@ def test_row_85_nothing_is_written_after_the_call(model: Path, monkeypatch: pyte
     assert loading_threads() == []
     assert "t2" in getattr(caught.value, "undefined", ())
     assert {name: array.tobytes() for name, array in into.items()} == after
+
+
+@pytest.mark.parametrize("encoding", ["raw", "f32-to-bf16"])
+def test_several_workers_read_a_large_tensor(model: Path, monkeypatch: pytest.MonkeyPatch, encoding: str) -> None:
+    monkeypatch.setattr("ndcache.pipeline._MIN_SEGMENT_BYTES", 1 << 14)
+    arrays = {"small": models.random_array((7,)), "large": models.random_array((50_001,)), "last": np.ones(5, np.int8)}
+    models.write_model(model, [arrays], encoding=encoding, gap=b"x")
+    parts = []
+    original: Callable[..., Any] = CpuUpload.stage
+
+    def stage(upload: CpuUpload, file: Any, segment: Any) -> Any:
+        parts.append((segment.records[0].name, segment.part))
+        return original(upload, file, segment)
+
+    monkeypatch.setattr(CpuUpload, "stage", stage)
+    expected = {name: array.copy() for name, array in ndcache.load(model, memory_limit=1).items()}
+    assert [part for _, part in parts] == [None, None, None]  # views are not cut
+    parts.clear()
+    into = filled_like({"large": arrays["large"]})
+    assert_same(ndcache.load(model, memory_limit=1, into=into), expected)
+    large = sorted(part for name, part in parts if name == "large")
+    assert len(large) > 5
+    assert [start for start, _ in large[1:]] == [end for _, end in large[:-1]]
+    assert (large[0][0], large[-1][1]) == (0, ndcache.read_manifest(model)["large"].nbytes)

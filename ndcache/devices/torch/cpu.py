@@ -48,7 +48,7 @@ class TorchCpuDevice(Device["torch.Tensor"]):
     def find_destination(self, record: Record, memory: object, decode: bool) -> Destination:
         found = find_destination(record, memory, self.handle, decode=decode)
         dtype = DTYPES[record.dtype if decode else record.stored_dtype]
-        return replace(found, memory=as_bytes(found.owner).numpy().view(dtype))
+        return replace(found, memory=as_bytes(found.owner).numpy().view(dtype), takes_parts=True)
 
     def open_upload(
         self,
@@ -90,7 +90,7 @@ class TorchCpuUpload(Upload["list[torch.Tensor]", "torch.Tensor"]):
         return [self._tensor(record, array) for record, array in zip(segment.records, arrays, strict=True)]
 
     def place(self, staged: list[torch.Tensor], segment: Segment) -> Iterator[tuple[Record, torch.Tensor]]:
-        return zip(segment.records, staged, strict=True)
+        return zip(segment.records, staged, strict=True) if segment.ends_record else iter(())
 
     def finish(self) -> None:
         pass
