@@ -34,7 +34,7 @@ _READ_BYTES = 2 << 20
 RANGE_THRESHOLD = 64 << 20
 #: The least and the most bytes of such a range. Each range costs a round trip. Bytes that arrive before those in front
 #: of them are read back from the file later, to be hashed.
-RANGE_BYTES = (16 << 20, 64 << 20)
+RANGE_BYTES = (8 << 20, 64 << 20)
 
 logger = logging.getLogger("ndcache")
 

@@ -6,6 +6,7 @@ import errno
 import gc
 import json
 import logging
+import mmap
 import os
 import platform
 import sys
@@ -45,6 +46,16 @@ def file(tmp_path: Path) -> Path:
 def maps_of(path: Path) -> int:
     with open("/proc/self/maps") as maps:
         return sum(line.rstrip().endswith(str(path)) for line in maps)
+
+
+@pytest.mark.parametrize("writable", [False, True])
+def test_a_part_of_a_file_is_mapped(tmp_path: Path, writable: bool) -> None:
+    data = os.urandom(3 * mmap.ALLOCATIONGRANULARITY + 5)
+    (tmp_path / "file").write_bytes(data)
+    with open(tmp_path / "file", "rb") as opened:
+        array = map_file(opened, mmap.ALLOCATIONGRANULARITY + 5, 2 * mmap.ALLOCATIONGRANULARITY, writable=writable)
+    assert array.tobytes() == data[2 * mmap.ALLOCATIONGRANULARITY :]
+    assert array.flags.writeable is writable
 
 
 @linux_only

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import ndcache
 from ndcache.devices.gpu.layout import plan_batches
 from ndcache.devices.gpu.staging import StagingRing
+from ndcache.devices.segments import cut_shard
 from ndcache.format.manifest import Record
 
 from ...helpers import models
@@ -93,3 +94,26 @@ def test_every_byte_reaches_its_tensor(sizes: list[tuple[int, int, bool]], max_b
     for record, tensor in zip(records, tensors, strict=True):
         stored = file[record.byte_offset : record.byte_offset + record.nbytes]
         assert tensor == stored + bytes(len(tensor) - record.nbytes)
+
+
+@given(nbytes=st.integers(8194, 60_000), is_bf16=st.booleans(), max_bytes=st.sampled_from([4096, 8192, 1 << 20]))
+def test_every_byte_of_a_cut_record_reaches_its_tensor(nbytes: int, is_bf16: bool, max_bytes: int) -> None:
+    nbytes -= nbytes % 2 if is_bf16 else 0
+    dtype, encoding = ("float32", "f32-to-bf16") if is_bf16 else ("uint8", "raw")
+    record = Record("t", (nbytes // 2 if is_bf16 else nbytes,), dtype, encoding, 3, nbytes)
+    file = np.random.default_rng(nbytes).bytes(nbytes + 3)
+    shard = ndcache.Shard("a.bin", len(file), None, None, "raw-shard", (record,))
+    tensor = bytearray(-(-nbytes // 4) * 4)
+    segments = cut_shard(shard, 8192, cuts_records=True)
+    for segment in segments:
+        for batch in plan_batches(segment.records, max_bytes, decode=True, part=segment.part):
+            memory = bytearray(batch.nbytes)
+            for read in batch.reads:
+                data = file[read.file_offset : read.file_offset + read.nbytes]
+                memory[read.staging_offset : read.staging_offset + read.nbytes] = data
+            for copy in batch.copies:
+                assert copy.is_expanded == is_bf16
+                copied = memory[copy.staging_offset : copy.staging_offset + copy.nbytes]
+                tensor[copy.tensor_offset : copy.tensor_offset + copy.nbytes] = copied
+    assert len(segments) > 1
+    assert tensor == file[3:] + bytes(len(tensor) - nbytes)
