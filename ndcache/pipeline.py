@@ -82,7 +82,7 @@ def place_tensors(
         memory_limit=memory_limit,
         keeps_all=keeps_all,
     )
-    return lent.tracked(placed, completes_late=device.completes_late)
+    return lent.tracked(placed, completes_late=device.completes_late and keeps_all)
 
 
 def _place_tensors(

@@ -36,8 +36,9 @@ class Device(ABC, Generic[Tensor]):
     cuts_records : bool
         Whether such a record becomes several segments.
     completes_late : bool
-        Whether tensors that `Upload.place` has yielded may be incomplete, also for later work on the device, until
-        `Upload.finish` returns. If a load fails before, memory of the caller's then counts as undefined.
+        Whether, in a load that keeps all its tensors, those that `Upload.place` has yielded may be incomplete until
+        `Upload.finish` returns, also for later work on the device. If the load fails before, memory of the caller's
+        then counts as undefined.
     """
 
     handle: Any

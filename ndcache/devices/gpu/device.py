@@ -57,7 +57,8 @@ class GpuDevice(Device[GPUTensor]):
     ) -> dict[str, Destination]:
         destinations = super().check_into(into, shards, decode=decode)
         if destinations:
-            shielded(lambda: check_alive(self.handle, destinations))
+            with translated_errors():
+                shielded(lambda: check_alive(self.handle, destinations))
         return destinations
 
     def find_destination(self, record: Record, memory: object, decode: bool) -> Destination:

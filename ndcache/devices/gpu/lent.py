@@ -93,28 +93,26 @@ def check_alive(device: wgpu.GPUDevice, destinations: Mapping[str, Destination])
     }
     buffers, step = list(names), min(device.limits["max-storage-buffers-per-shader-stage"], _CHECKED_AT_ONCE)
     for first in range(0, len(buffers), step):
-        try:
-            _bind(device, buffers[first : first + step])
-        except wgpu.GPUValidationError:
-            for buffer in buffers[first : first + step]:
-                try:
-                    _bind(device, [buffer])
-                except wgpu.GPUValidationError as error:
+        some = buffers[first : first + step]
+        if _find_error(device, some) is not None:
+            for buffer in some:
+                if (error := _find_error(device, [buffer])) is not None:
                     raise ValueError(f"into[{names[buffer]!r}] cannot be used: {error}") from error
 
 
-def _bind(device: wgpu.GPUDevice, buffers: Sequence[wgpu.GPUBuffer]) -> None:
+def _find_error(device: wgpu.GPUDevice, buffers: Sequence[wgpu.GPUBuffer]) -> wgpu.GPUValidationError | None:
+    """Bind buffers and return the error that this raises, or None."""
     import wgpu
 
     kind = {"visibility": wgpu.ShaderStage.COMPUTE, "buffer": {"type": "read-only-storage"}}
     layout = device.create_bind_group_layout(entries=[{"binding": n, **kind} for n in range(len(buffers))])
-    device.create_bind_group(
-        layout=layout,
-        entries=[
-            {"binding": n, "resource": {"buffer": buffer, "offset": 0, "size": WORD}}
-            for n, buffer in enumerate(buffers)
-        ],
-    )
+    resources = [{"buffer": buffer, "offset": 0, "size": WORD} for buffer in buffers]
+    entries = [{"binding": n, "resource": resource} for n, resource in enumerate(resources)]
+    try:
+        device.create_bind_group(layout=layout, entries=entries)
+    except wgpu.GPUValidationError as error:
+        return error
+    return None
 
 
 def read_bytes_beside(device: wgpu.GPUDevice, destinations: Mapping[str, Destination]) -> dict[str, bytes]:

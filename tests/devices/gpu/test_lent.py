@@ -208,6 +208,19 @@ def test_row_83_one_destroyed_buffer_of_many_is_found(gpu: Any, tmp_path: Path, 
         ndcache.load(tmp_path, gpu, into=into)
 
 
+def test_row_38_a_lost_device_is_an_error_before_anything_is_fetched(
+    gpu: Any, tmp_path: Path, serve: Callable[..., FileServer]
+) -> None:
+    models.simple_model(tmp_path, shards=1)
+    server = serve(tmp_path)
+    lost = gpu.adapter.request_device_sync()
+    buffer = lost.create_buffer(size=1 << 16, usage=STORAGE | COPY_DST)
+    lost.destroy()
+    with pytest.raises(ndcache.DeviceError, match="lost"):
+        ndcache.load(server.url, lost, into={"layer.0": buffer})
+    assert server.shard_requests() == []
+
+
 def test_limits_do_not_count_for_memory_of_the_callers(gpu: Any, tmp_path: Path) -> None:
     array = models.random_array((1 << 15,), "uint8")
     models.write_model(tmp_path, [{"t": array}])
