@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ from ..helpers import models
 from ..helpers.loads import QUICK, Serve, assert_same, flip, loading_threads, scripted_model, wait_until
 from ..helpers.servers import Connection, Request, ScriptedServer, reply, then_close
 
-Arrays = dict[str, np.ndarray[Any, Any]]
+Arrays: TypeAlias = "dict[str, np.ndarray[Any, Any]]"
 
 
 def filled_like(arrays: Mapping[str, np.ndarray[Any, Any]], byte: int = 0xAB) -> Arrays:
