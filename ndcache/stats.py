@@ -62,7 +62,8 @@ class LoadStats:
         process that downloads the same file), ``request`` (until the headers arrive), ``network`` (receiving bodies),
         ``hash`` (computing digests), ``write`` (to files), ``publish`` (fsync and rename), ``backoff`` (waiting before
         a retry), ``rate_limit`` (waiting because the server limits requests or connections), ``read`` (reading or
-        mapping files), ``decode`` (on the CPU: expanding bfloat16, and copies). On a GPU also ``staging`` (making
+        mapping files), ``decode`` (on the CPU: expanding bfloat16, unless into memory of the caller's, and copies). On
+        a GPU also ``staging`` (making
         staging memory, and waiting until the GPU has copied from it) and, in a thread of its own, ``buffers`` (making
         the tensors' buffers).
     integrity : dict of str to int
