@@ -62,10 +62,9 @@ class LoadStats:
         process that downloads the same file), ``request`` (until the headers arrive), ``network`` (receiving bodies),
         ``hash`` (computing digests), ``write`` (to files), ``publish`` (fsync and rename), ``backoff`` (waiting before
         a retry), ``rate_limit`` (waiting because the server limits requests or connections), ``read`` (reading or
-        mapping files), ``decode`` (on the CPU: expanding bfloat16, unless into memory of the caller's, and copies). On
-        a GPU also ``staging`` (making
-        staging memory, and waiting until the GPU has copied from it) and, in a thread of its own, ``buffers`` (making
-        the tensors' buffers).
+        mapping files; with ``into=`` on the CPU also expanding), ``decode`` (on the CPU: expanding bfloat16, and
+        copies). On a GPU also ``staging`` (making staging memory, and waiting until the GPU has copied from it) and, in
+        a thread of its own, ``buffers`` (making the tensors' buffers).
     integrity : dict of str to int
         How many shards were checked by ``sha256``, by ``md5``, or by ``size`` alone, now or when they were fetched. A
         shard is checked by size alone if the manifest has no digest of it, or if the digest was not computed: with
