@@ -329,8 +329,8 @@ class WorkerPool:
                 return self._tasks.get(timeout=self._check_seconds)
             with suppress(CancelledError):
                 self.cancellation.check()  # cancels itself if no thread waits for the load any more
-                if (seconds := self._postponed.seconds_left()) is None:
-                    continue
+                if not (seconds := self._postponed.seconds_left()):
+                    continue  # there is none any more, or one is due
                 if (work := self._next_spare_work()) is not None:
                     return Task(work)
                 self._sleep(min(seconds, _POSTPONED_CHECK))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -140,6 +142,24 @@ def test_a_mirror_gives_a_large_file(tmp_path: Path, serve: Serve, device: Any) 
     with ndcache.load(server.url, device, mirrors=[mirror.url]) as weights:
         assert_tensors(weights, arrays)
     assert len(mirror.shard_requests()) >= 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what is mapped")
+def test_each_segment_maps_its_part_of_the_file(tmp_path: Path) -> None:
+    arrays = one_large(tmp_path, 6, 2 * SEGMENT)
+    tensors = dict(ndcache.stream(tmp_path))
+    del tensors["t1"], tensors["t4"]
+    gc.collect()
+    with open("/proc/self/maps") as maps:
+        sizes = [
+            int(end, 16) - int(start, 16)
+            for line in maps
+            if line.rstrip().endswith("params_shard_0.bin")
+            for start, end in [line.split()[0].split("-")]
+        ]
+    # Neighbours may be mapped next to each other, and are then one line.
+    assert sum(sizes) == 4 * 2 * SEGMENT
+    assert_tensors(tensors, {name: arrays[name] for name in tensors})
 
 
 def test_files_that_cannot_be_mapped_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

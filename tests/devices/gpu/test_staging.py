@@ -104,16 +104,18 @@ def test_every_byte_of_a_cut_record_reaches_its_tensor(nbytes: int, is_bf16: boo
     file = np.random.default_rng(nbytes).bytes(nbytes + 3)
     shard = ndcache.Shard("a.bin", len(file), None, None, "raw-shard", (record,))
     tensor = bytearray(-(-nbytes // 4) * 4)
-    segments = cut_shard(shard, 8192, cuts_records=True)
+    segments, bytes_read = cut_shard(shard, 8192, cuts_records=True), 0
     for segment in segments:
         for batch in plan_batches(segment.records, max_bytes, decode=True, part=segment.part):
             memory = bytearray(batch.nbytes)
             for read in batch.reads:
                 data = file[read.file_offset : read.file_offset + read.nbytes]
                 memory[read.staging_offset : read.staging_offset + read.nbytes] = data
+                bytes_read += read.nbytes
             for copy in batch.copies:
                 assert copy.is_expanded == is_bf16
                 copied = memory[copy.staging_offset : copy.staging_offset + copy.nbytes]
                 tensor[copy.tensor_offset : copy.tensor_offset + copy.nbytes] = copied
     assert len(segments) > 1
+    assert bytes_read == nbytes
     assert tensor == file[3:] + bytes(len(tensor) - nbytes)
