@@ -242,7 +242,9 @@ class LoaderOptions:
         default=512 << 20,
         metadata=_describe(
             "int",
-            "Bytes of shards that may be on their way or waiting for the device at once. Default 512 MiB.",
+            """Bytes of shards that may be on their way or waiting for the device at once. A large file counts by
+            segments of up to 64 MiB; a larger tensor on the CPU, and a file that the cache cannot keep, count as a
+            whole. Default 512 MiB.""",
             types=(int,),
             must_be="a positive number of bytes",
             is_valid=lambda value: value > 0,

@@ -52,11 +52,11 @@ class LoadStats:
     seconds : dict of str to float
         Seconds by phase.
 
-        On the caller's thread, one after another: ``manifest``; ``wait`` (for the next shard); ``place`` (making
+        On the caller's thread, one after another: ``manifest``; ``wait`` (for the next segment); ``place`` (making
         tensors); ``finish`` (waiting for the device). On a GPU, parts of ``place`` are ``wait_buffers`` (waiting for
         the tensors' buffers), ``shader`` (making the shader that expands bfloat16) and ``copy`` (letting the GPU copy
         and expand). ``total`` is the whole load, and ``memory_limit`` the part of it in which a worker was idle because
-        `memory_limit` let no further shard begin.
+        `memory_limit` let no further segment of a shard begin.
 
         In the workers, at the same time, and added up over all workers of all processes: ``lock`` (waiting for another
         process that downloads the same file), ``request`` (until the headers arrive), ``network`` (receiving bodies),
