@@ -26,7 +26,6 @@ from ndcache.devices.segments import Segment
 from ndcache.devices.torch import opening
 from ndcache.devices.torch.cpu import TorchCpuUpload
 from ndcache.devices.torch.driver import TorchApi
-from ndcache.devices.torch.memory import Allocator
 from ndcache.devices.torch.other import OtherDevice, OtherUpload
 from ndcache.devices.torch.pinned import free_idle_lanes
 from ndcache.devices.torch.upload import CudaUpload
@@ -35,7 +34,7 @@ from ndcache.stats import LoadStats
 from ndcache.workers.pool import WorkerPool
 
 from ..helpers import models
-from ..helpers.cuda import FakeApi, use_fake_cuda
+from ..helpers.cuda import FakeApi, use_fake_cuda, watch_allocations
 from ..helpers.devices import SHAPES, BufferWatch, assert_tensors, relabel, stop
 from ..helpers.requirements import need_module
 
@@ -382,26 +381,6 @@ def watch_tensors(monkeypatch: pytest.MonkeyPatch, kind: type[Upload[Any, Any]])
 
     monkeypatch.setattr(kind, "stage", watched_stage)
     monkeypatch.setattr(kind, "place", watched_place)
-    return count
-
-
-def watch_allocations(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
-    """Return a function that counts the live ones of all tensors that uploads to CUDA have allocated."""
-    found: list[weakref.ref[Any]] = []
-    for method in ("_empty", "bytes"):
-        original = getattr(Allocator, method)
-
-        def watched(allocator: Allocator, argument: Any, original: Any = original) -> Any:
-            tensor = original(allocator, argument)
-            found.append(weakref.ref(tensor))
-            return tensor
-
-        monkeypatch.setattr(Allocator, method, watched)
-
-    def count() -> int:
-        gc.collect()
-        return sum(tensor() is not None for tensor in found)
-
     return count
 
 

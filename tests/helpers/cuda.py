@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +15,7 @@ from ndcache.devices.torch import opening
 from ndcache.devices.torch.cuda import CudaDevice
 from ndcache.devices.torch.driver import CudaApi
 from ndcache.devices.torch.library import as_bytes
+from ndcache.devices.torch.memory import Allocator
 from ndcache.devices.torch.pinned import Slots
 
 
@@ -35,7 +38,7 @@ class FakeApi(CudaApi):
         self.registered: dict[int, int] = {}
         self.can_register = True
         self.streams: dict[int, list[tuple[Any, Any]]] = {0: []}
-        self.events: dict[int, tuple[int, int]] = {}
+        self.events: dict[int, int] = {}
         self.reserved: list[int] = []
         self.copied = 0
         self._lock = threading.Lock()
@@ -58,19 +61,17 @@ class FakeApi(CudaApi):
     def new_event(self) -> int:
         return self._number()
 
-    def handle(self, stream: Any) -> int:
-        return 0
-
     def record(self, event: int, stream: int) -> None:
         self._check()
-        self.events[event] = (stream, len(self.streams[stream]))
+        self.events[event] = stream
 
     def has_happened(self, event: int) -> bool:
         self._check()
         return False
 
     def wait(self, event: int) -> None:
-        self.synchronize(self.events[event][0])
+        if event in self.events:
+            self.synchronize(self.events[event])
 
     def follow(self, stream: int, other: int) -> None:
         self.synchronize(other)
@@ -107,11 +108,13 @@ class FakeApi(CudaApi):
     def free_event(self, event: int) -> None:
         self.events.pop(event, None)
 
-    def caller_stream(self) -> Any:
-        return None
+    def caller_stream(self) -> int:
+        return 0
 
     @contextmanager
-    def on(self, stream: Any) -> Iterator[None]:
+    def on(self, stream: int) -> Iterator[None]:
+        with self.active():
+            self.synchronize(stream)  # what comes in the context comes after what the stream was given
         yield
 
     def reserve(self, sizes: Sequence[int]) -> None:
@@ -130,3 +133,23 @@ class FakeApi(CudaApi):
 def use_fake_cuda(monkeypatch: pytest.MonkeyPatch, api: FakeApi) -> None:
     """Let a `torch.device` of the CPU be a GPU of CUDA."""
     monkeypatch.setattr(opening, "TorchCpuDevice", lambda handle: CudaDevice(handle, api, "a fake", 1 << 40))
+
+
+def watch_allocations(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """Return a function that counts the live ones of all tensors that uploads to CUDA have allocated."""
+    found: list[weakref.ref[Any]] = []
+    for method in ("_empty", "bytes"):
+        original = getattr(Allocator, method)
+
+        def watched(allocator: Allocator, argument: Any, original: Any = original) -> Any:
+            tensor = original(allocator, argument)
+            found.append(weakref.ref(tensor))
+            return tensor
+
+        monkeypatch.setattr(Allocator, method, watched)
+
+    def count() -> int:
+        gc.collect()
+        return sum(tensor() is not None for tensor in found)
+
+    return count

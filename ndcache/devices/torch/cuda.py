@@ -15,6 +15,7 @@ from ..segments import Segment
 from .driver import CudaApi
 from .library import check_dtypes, find_destination
 from .memory import Allocator
+from .pinned import PIECE_BYTES
 from .upload import CudaUpload
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class CudaDevice(Device["torch.Tensor"]):
         The GPU's memory.
     """
 
-    segment_bytes = 16 << 20
+    segment_bytes = 32 << 20
     cuts_records = True
     completes_late = True
 
@@ -75,7 +76,7 @@ class CudaDevice(Device["torch.Tensor"]):
         into: Mapping[str, Destination],
     ) -> CudaUpload:
         given = {name: destination.owner for name, destination in into.items()}
-        allocator = Allocator(self.handle, segments, given, decode=decode, copy=copy)
+        allocator = Allocator(self.handle, segments, given, PIECE_BYTES, decode=decode, copy=copy)
         upload = CudaUpload(self._api, allocator, stats, keeps_all=keeps_all)
         self._upload = upload  # for `discard`, if an interrupt keeps the caller from closing it
         if keeps_all:

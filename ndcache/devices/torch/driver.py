@@ -61,7 +61,9 @@ _LONG: dict[str, list[Any]] = {
 
 
 class CudaApi(ABC):
-    """What a load needs of CUDA on one device. All of it, but `on`, must be called within `active`.
+    """What a load needs of CUDA on one device.
+
+    Its methods are called within `active`, except for `caller_stream`, `on` and `reserve`.
 
     Attributes
     ----------
@@ -81,15 +83,12 @@ class CudaApi(ABC):
     def new_event(self) -> Any: ...
 
     @abstractmethod
-    def handle(self, stream: torch.cuda.Stream) -> Any:
-        """Return a stream of PyTorch as the methods below take it."""
-
-    @abstractmethod
     def record(self, event: Any, stream: Any) -> None:
         """Let an event happen when the stream has done all that it was given so far."""
 
     @abstractmethod
-    def has_happened(self, event: Any) -> bool: ...
+    def has_happened(self, event: Any) -> bool:
+        """Return whether an event has happened, or was never recorded."""
 
     @abstractmethod
     def wait(self, event: Any) -> None:
@@ -120,19 +119,13 @@ class CudaApi(ABC):
     @abstractmethod
     def free_event(self, event: Any) -> None: ...
 
-    def caller_stream(self) -> torch.cuda.Stream:
+    @abstractmethod
+    def caller_stream(self) -> Any:
         """Return PyTorch's current stream in this thread."""
-        import torch
 
-        return torch.cuda.current_stream(self.device)
-
-    @contextmanager
-    def on(self, stream: torch.cuda.Stream) -> Iterator[None]:
-        """Have PyTorch give its work to a stream within the context."""
-        import torch
-
-        with torch.cuda.stream(stream):
-            yield
+    @abstractmethod
+    def on(self, stream: Any) -> AbstractContextManager[Any]:
+        """Return a context in which PyTorch gives its work to a stream."""
 
     def reserve(self, sizes: Sequence[int]) -> None:
         """Have PyTorch hold memory for tensors of these sizes in few large blocks, if CUDA has enough.
@@ -182,8 +175,17 @@ class DriverApi(CudaApi):
     def new_event(self) -> int:
         return self._make("cuEventCreate", _DISABLE_TIMING)
 
-    def handle(self, stream: torch.cuda.Stream) -> int:
-        return int(stream.cuda_stream)
+    def caller_stream(self) -> int:
+        import torch
+
+        return int(torch.cuda.current_stream(self.device).cuda_stream)
+
+    @contextmanager
+    def on(self, stream: int) -> Iterator[None]:
+        import torch
+
+        with torch.cuda.stream(torch.cuda.ExternalStream(stream, device=self.device)):
+            yield
 
     def record(self, event: int, stream: int) -> None:
         self._call("cuEventRecord", event, stream)
@@ -267,8 +269,17 @@ class TorchApi(CudaApi):
 
         return torch.cuda.Event()
 
-    def handle(self, stream: torch.cuda.Stream) -> torch.cuda.Stream:
-        return stream
+    def caller_stream(self) -> torch.cuda.Stream:
+        import torch
+
+        return torch.cuda.current_stream(self.device)
+
+    @contextmanager
+    def on(self, stream: torch.cuda.Stream) -> Iterator[None]:
+        import torch
+
+        with torch.cuda.stream(stream):
+            yield
 
     def record(self, event: torch.cuda.Event, stream: torch.cuda.Stream) -> None:
         event.record(stream)

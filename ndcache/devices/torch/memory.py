@@ -34,16 +34,16 @@ class Copy:
     Attributes
     ----------
     offset, nbytes : int
-        Where they lie in the file.
-    tensor : torch.Tensor
-        A contiguous tensor that receives them.
+        Where they lie in the file; in a `Read`, where they lie in that.
+    tensor : torch.Tensor or None
+        A contiguous tensor that receives them; None for the temporary memory of the reader.
     start : int
-        Where they go in its bytes.
+        Where in its bytes they begin.
     """
 
     offset: int
     nbytes: int
-    tensor: torch.Tensor
+    tensor: torch.Tensor | None
     start: int
 
     @property
@@ -73,41 +73,37 @@ class Read:
 class SegmentTensors:
     """The tensors of a segment, and where each byte of the file goes.
 
-    The stored bytes of tensors that are expanded arrive in temporary memory, which is allocated later.
-
     Attributes
     ----------
     tensors : list of torch.Tensor
         In the order of the records.
-    copies : list of tuple
-        The offset in the file and the number of the bytes; the tensor that receives them, or None for the temporary
-        memory; where in it they begin.
+    reads : list of Read
+        In the order of the file.
     temp_bytes : int
-        The bytes of temporary memory.
+        The bytes of temporary memory that receive what is to be expanded.
     targets : list of torch.Tensor
         Flat tensors of float32, to expand one after the other from the temporary memory.
     """
 
     tensors: list[torch.Tensor] = field(default_factory=list)
-    copies: list[tuple[int, int, torch.Tensor | None, int]] = field(default_factory=list)
+    reads: list[Read] = field(default_factory=list)
     temp_bytes: int = 0
     targets: list[torch.Tensor] = field(default_factory=list)
 
-    def all_copies(self, temp: torch.Tensor | None) -> list[Copy]:
-        """Return the copies in the file's order. `temp` has `temp_bytes` of uint8, or is None if that is 0."""
-        made = []
-        for offset, nbytes, tensor, start in self.copies:
-            if (receiver := temp if tensor is None else tensor) is not None:
-                made.append(Copy(offset, nbytes, receiver, start))
-        return _merge(made)
-
     def sources(self, temp: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Return the bfloat16 of each of the `targets`."""
+        """Return the bfloat16 of each of the `targets`, in temporary memory of uint8."""
         import torch
 
-        # As few operations as possible: each gives up the interpreter lock, and then waits for it among all readers.
-        parts: Sequence[torch.Tensor] = temp.view(torch.bfloat16).split([target.numel() for target in self.targets])
-        return parts
+        sizes = [target.numel() for target in self.targets]
+        stored = temp.view(torch.bfloat16)
+        parts: Sequence[torch.Tensor] = stored.split([*sizes, stored.numel() - sum(sizes)])
+        return parts[: len(sizes)]
+
+    def clear(self) -> None:
+        """Drop the tensors."""
+        self.tensors.clear()
+        self.reads.clear()
+        self.targets.clear()
 
 
 class Allocator:
@@ -123,8 +119,15 @@ class Allocator:
         All that will come.
     into : mapping of str to torch.Tensor
         Tensors of the caller's.
+    piece_bytes : int
+        The most bytes of a `Read`.
     decode, copy
         See `Device.open_upload`. Copies share no storage.
+
+    Attributes
+    ----------
+    temp_bytes : int
+        The temporary memory that is enough for each segment.
     """
 
     def __init__(
@@ -132,29 +135,29 @@ class Allocator:
         device: torch.device,
         segments: Sequence[Segment],
         into: Mapping[str, torch.Tensor],
+        piece_bytes: int,
         *,
         decode: bool,
         copy: bool,
     ) -> None:
         self._device = device
         self._into = into
+        self._piece_bytes = piece_bytes
         self._decode = decode
         small = sum(self._is_small(record) for segment in segments for record in segment.records)
         self._shares = not copy and small > _MOST_SMALL
+        self.temp_bytes = max((self._temp_bytes(segment) for segment in segments), default=0) if decode else 0
         self._cut: dict[str, torch.Tensor] = {}  # the tensors of cut records that are not complete
         self._cut_lock = threading.Lock()  # taken by workers only
 
     def allocate(self, segment: Segment) -> SegmentTensors:
         """Allocate the tensors of a segment, but no temporary memory. Several threads may call this at once."""
         made = SegmentTensors()
-        shared = [record for record in segment.records if self._shares and self._is_small(record)]
-        views = self._share(made, shared) if shared else {}
-        for record in segment.records:
-            tensor = views.get(record.name)
-            if tensor is None:
-                tensor = self._own(record, is_cut=segment.part is not None)
-                self._plan(made, record, tensor, segment.part or (0, record.nbytes))
-            made.tensors.append(tensor)
+        try:
+            self._fill(made, segment)
+        except BaseException:
+            made.clear()
+            raise
         return made
 
     def sizes(self, segments: Iterable[Segment]) -> list[int]:
@@ -172,27 +175,42 @@ class Allocator:
 
         return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
 
-    def forget(self, record: Record) -> None:
-        """Forget a cut record's tensor, whose last part is there."""
-        self._cut.pop(record.name, None)
+    def forget(self, segment: Segment) -> None:
+        """Forget the tensor of a cut record, with its last part."""
+        if segment.part is not None:
+            self._cut.pop(segment.records[0].name, None)
 
     def clear(self) -> None:
         """Drop all tensors."""
         self._cut.clear()
 
-    def _plan(self, made: SegmentTensors, record: Record, tensor: torch.Tensor, part: tuple[int, int]) -> None:
+    def _fill(self, made: SegmentTensors, segment: Segment) -> None:
+        copies: list[Copy] = []
+        shared = [record for record in segment.records if self._shares and self._is_small(record)]
+        views = self._share(made, copies, shared) if shared else {}
+        for record in segment.records:
+            tensor = views.get(record.name)
+            if tensor is None:
+                tensor = self._own(record, is_cut=segment.part is not None)
+                self._plan(made, copies, record, tensor, segment.part or (0, record.nbytes))
+            made.tensors.append(tensor)
+        made.reads = plan_reads(_merge(copies), self._piece_bytes)
+
+    def _plan(
+        self, made: SegmentTensors, copies: list[Copy], record: Record, tensor: torch.Tensor, part: tuple[int, int]
+    ) -> None:
         first, end = part
         if first == end:
             return
         if not self._expands(record):
-            made.copies.append((record.byte_offset + first, end - first, tensor, first))
+            copies.append(Copy(record.byte_offset + first, end - first, tensor, first))
             return
-        made.copies.append((record.byte_offset + first, end - first, None, made.temp_bytes))
+        copies.append(Copy(record.byte_offset + first, end - first, None, made.temp_bytes))
         made.temp_bytes += end - first
         flat = tensor.detach().view(-1)
         made.targets.append(flat if end - first == record.nbytes else flat[first // 2 : end // 2])
 
-    def _share(self, made: SegmentTensors, records: Sequence[Record]) -> dict[str, torch.Tensor]:
+    def _share(self, made: SegmentTensors, copies: list[Copy], records: Sequence[Record]) -> dict[str, torch.Tensor]:
         """Allocate blocks for small tensors, first in `made`; return the tensors by name."""
         import torch
 
@@ -203,12 +221,12 @@ class Allocator:
             places, made.temp_bytes = _pack(expanded)
             block = self.bytes(made.temp_bytes * 2)
             made.targets.append(block.view(torch.float32))
-            made.copies += [(record.byte_offset, record.nbytes, None, places[record.name]) for record in expanded]
+            copies += [Copy(record.byte_offset, record.nbytes, None, places[record.name]) for record in expanded]
             views.update(self._views(block, expanded, {name: start * 2 for name, start in places.items()}))
         if raw:
             places, nbytes = _pack(raw)
             block = self.bytes(nbytes)
-            made.copies += [(record.byte_offset, record.nbytes, block, places[record.name]) for record in raw]
+            copies += [Copy(record.byte_offset, record.nbytes, block, places[record.name]) for record in raw]
             views.update(self._views(block, raw, places))
         return views
 
@@ -239,6 +257,11 @@ class Allocator:
 
         return torch.empty(record.shape, dtype=tensor_dtype(record, decode=self._decode), device=self._device)
 
+    def _temp_bytes(self, segment: Segment) -> int:
+        if segment.part is not None:
+            return segment.part[1] - segment.part[0] if self._expands(segment.records[0]) else 0
+        return sum(_round_up(record.nbytes) for record in segment.records if self._expands(record))
+
     def _expands(self, record: Record) -> bool:
         return self._decode and record.is_bf16_encoded
 
@@ -257,7 +280,7 @@ def plan_reads(copies: Sequence[Copy], piece_bytes: int) -> list[Read]:
                 reads.append(Read(offset, 0))
             read = reads[-1]
             nbytes = min(copy.nbytes - done, read.offset + piece_bytes - offset)
-            read.copies.append(Copy(offset, nbytes, copy.tensor, copy.start + done))
+            read.copies.append(Copy(offset - read.offset, nbytes, copy.tensor, copy.start + done))
             read.nbytes = max(read.nbytes, offset + nbytes - read.offset)
             done += nbytes
     return reads

@@ -48,6 +48,8 @@ class Slots:
         The memory, of dtype uint8.
     views : list of memoryview
         One for each slot.
+    starts : list of int
+        Where each slot begins in the memory.
     address : int
         Where it begins.
     is_registered : bool
@@ -56,6 +58,7 @@ class Slots:
 
     tensor: torch.Tensor
     views: list[memoryview]
+    starts: list[int]
     address: int
     is_registered: bool
 
@@ -70,9 +73,9 @@ def _pin(api: CudaApi) -> Slots:
     except RuntimeError as error:  # some sandboxes cannot register memory
         logger.debug("PyTorch pins memory, as it cannot be registered: %s", error)
         tensor, is_registered = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True), False
-    whole = memoryview(tensor.numpy())
-    views = [whole[start : start + PIECE_BYTES] for start in range(0, nbytes, PIECE_BYTES)]
-    return Slots(tensor, views, tensor.data_ptr(), is_registered)
+    whole, starts = memoryview(tensor.numpy()), list(range(0, nbytes, PIECE_BYTES))
+    views = [whole[start : start + PIECE_BYTES] for start in starts]
+    return Slots(tensor, views, starts, tensor.data_ptr(), is_registered)
 
 
 def _huge_pages(nbytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -101,33 +104,34 @@ class Lane:
     stream
         A stream of `api`.
     events : list
-        An event of `api` for each slot.
+        An event of `api` for each slot. It has happened if the slot was copied, or never filled.
+
+    Attributes
+    ----------
+    temp : torch.Tensor or None
+        Temporary memory on the device, for the load that uses the lane.
+    follows_caller : bool
+        Whether the stream waits for all that the caller's stream had to do when memory was allocated.
     """
 
     def __init__(self, api: CudaApi, slots: Slots, stream: Any, events: list[Any]) -> None:
         self.api = api
         self.slots = slots
         self.stream = stream
-        self._copied = events
-        self._is_used = [False] * _SLOTS
+        self.temp: torch.Tensor | None = None
+        self.follows_caller = False
+        self._events = events
         self._next = 0
 
-    def next_slot(self) -> int:
-        """Return a slot that may be filled, after waiting until it has been copied."""
+    def next_slot(self) -> tuple[int, Any]:
+        """Return the next slot to fill, and its event, which must have happened before."""
         slot, self._next = self._next, (self._next + 1) % _SLOTS
-        if self._is_used[slot] and not self.api.has_happened(self._copied[slot]):
-            self.api.wait(self._copied[slot])
-        return slot
-
-    def end_slot(self, slot: int) -> None:
-        """Note that the stream has been given all copies from a slot."""
-        self.api.record(self._copied[slot], self.stream)
-        self._is_used[slot] = True
+        return slot, self._events[slot]
 
     def free(self) -> None:
         """Free everything. The stream must have nothing to do, and the API must be active."""
         self.api.free_stream(self.stream)
-        for event in self._copied:
+        for event in self._events:
             self.api.free_event(event)
         if self.slots.is_registered:
             self.api.unregister(self.slots.address)
@@ -143,6 +147,7 @@ def take_lane(api: CudaApi) -> Lane:
 
 def return_lane(lane: Lane) -> None:
     """Keep a lane for later loads, or free it. Its stream must have nothing to do, and its API must be active."""
+    lane.temp, lane.follows_caller = None, False
     if sum(map(len, _idle.values())) < _MOST_IDLE:
         _idle.setdefault((lane.api.device, type(lane.api)), []).append(lane)
     else:

@@ -15,16 +15,13 @@ from ..reading import check_size, read_into
 from ..segments import Segment
 from .driver import CudaApi
 from .library import translated_errors
-from .memory import Allocator, SegmentTensors, plan_reads
-from .pinned import PIECE_BYTES, Lane, return_lane, take_lane
+from .memory import Allocator, SegmentTensors
+from .pinned import Lane, return_lane, take_lane
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["CudaUpload"]
-
-#: Bytes of bfloat16 that are expanded in one go. A load that keeps all its tensors has as much more memory in use.
-_EXPANDED_AT_ONCE = 256 << 20
 
 
 @dataclass(eq=False)
@@ -34,14 +31,11 @@ class StagedSegment:
     Attributes
     ----------
     tensors : SegmentTensors
-    temp : torch.Tensor or None
-        The bytes of tensors that are to be expanded.
     lane : Lane
-        Its stream makes the copies.
+        Its stream completes them.
     """
 
     tensors: SegmentTensors
-    temp: torch.Tensor | None
     lane: Lane
 
 
@@ -49,11 +43,12 @@ class CudaUpload(Upload[StagedSegment, "torch.Tensor"]):
     """Upload the segments of one load.
 
     Each worker has a lane: it reads pieces of files into two slots of pinned memory of its own, in turn, and a stream
-    of its own copies them from there to the tensors. The tensors belong to the caller's stream, the one that is
-    PyTorch's current one when the load begins, as if the caller had made them. It also expands bfloat16.
+    of its own copies them from there to the tensors. Where bfloat16 is to be expanded, its bytes go to temporary memory
+    of the lane, and the stream expands them when the segment is there. So no thread waits for another one's work.
 
-    PyTorch gives out memory again that is still in use by work that the caller's stream has to do. So workers' streams
-    wait for that after each allocation.
+    The tensors belong to the caller's stream, the one that is PyTorch's current one when the load begins, as if the
+    caller had made them. PyTorch gives out memory again that is still in use by work that this stream has to do, so
+    lanes wait for that after each allocation.
 
     Parameters
     ----------
@@ -73,8 +68,7 @@ class CudaUpload(Upload[StagedSegment, "torch.Tensor"]):
         self._this_thread = threading.local()
         self._lanes: list[Lane] = []
         self._allocated: dict[Hashable, SegmentTensors] = {}
-        self._in_use: set[StagedSegment] = set()  # those that a stream may still write to
-        self._unexpanded: list[StagedSegment] = []
+        self._in_use: set[StagedSegment] = set()  # what a stream may still write to
 
     def allocate(self, segments: Sequence[Segment]) -> None:
         """Allocate the tensors of all segments now. If that fails, nothing is kept."""
@@ -90,36 +84,35 @@ class CudaUpload(Upload[StagedSegment, "torch.Tensor"]):
     def stage(self, file: BinaryIO, segment: Segment) -> StagedSegment:
         check_size(file, segment.shard)
         with translated_errors(self._api.device):
+            lane = self._lane()
             tensors = self._allocated.pop(_key(segment), None) or self._allocator.allocate(segment)
-            temp = self._allocator.bytes(tensors.temp_bytes) if tensors.temp_bytes else None
+            self._in_use.add(staged := StagedSegment(tensors, lane))
+            if tensors.temp_bytes and lane.temp is None:
+                lane.temp = self._allocator.bytes(self._allocator.temp_bytes)
+                lane.follows_caller = False
             with self._api.active():
-                staged = StagedSegment(tensors, temp, self._lane())
-                self._in_use.add(staged)
-                if temp is not None or not self._keeps_all:
-                    self._api.follow(staged.lane.stream, self._api.handle(self._caller))
+                if not (self._keeps_all and lane.follows_caller):
+                    self._api.follow(lane.stream, self._caller)
+                    lane.follows_caller = True
                 with self._stats.timed("read", file=segment.shard.data_path, nbytes=segment.nbytes):
                     self._read(file, segment.shard, staged)
+            if tensors.targets:
+                self._expand(staged)
         return staged
 
     def place(self, staged: StagedSegment, segment: Segment) -> Iterator[tuple[Record, torch.Tensor]]:
-        with translated_errors(self._api.device):
-            if staged.temp is not None:
-                self._unexpanded.append(staged)
-            if not self._keeps_all:
-                self._complete(staged)
-            elif sum(each.tensors.temp_bytes for each in self._unexpanded) >= _EXPANDED_AT_ONCE:
-                self._expand()
-        if segment.part is not None and segment.ends_record:
-            self._allocator.forget(segment.records[0])
+        if not self._keeps_all:
+            with translated_errors(self._api.device), self._api.active():
+                self._api.synchronize(staged.lane.stream)
+            self._in_use.discard(staged)
         if segment.ends_record:
+            self._allocator.forget(segment)
             yield from zip(segment.records, staged.tensors.tensors, strict=True)
 
     def finish(self) -> None:
-        with translated_errors(self._api.device):
-            self._expand()
-            with self._api.active():
-                for stream in [*(lane.stream for lane in self._lanes), self._api.handle(self._caller)]:
-                    self._api.synchronize(stream)
+        with translated_errors(self._api.device), self._api.active():
+            for lane in self._lanes:
+                self._api.synchronize(lane.stream)
 
     def close(self) -> None:
         try:
@@ -137,60 +130,44 @@ class CudaUpload(Upload[StagedSegment, "torch.Tensor"]):
         self._drop_tensors()
 
     def _drop_tensors(self) -> None:
+        # The tensors one by one, as the traceback of an error may refer to what has them.
+        for tensors in [*self._allocated.values(), *(staged.tensors for staged in self._in_use)]:
+            tensors.clear()
         self._allocated.clear()
         self._in_use.clear()
-        self._unexpanded.clear()
         self._allocator.clear()
-
-    def _complete(self, staged: StagedSegment) -> None:
-        """Wait until a segment's tensors are complete."""
-        self._expand()
-        with self._api.active():
-            self._api.synchronize(staged.lane.stream)
-            if staged.temp is not None:
-                self._api.synchronize(self._api.handle(self._caller))
-        self._in_use.discard(staged)
 
     def _lane(self) -> Lane:
         """Return this thread's lane."""
         lane: Lane | None = getattr(self._this_thread, "lane", None)
         if lane is None:
-            with self._stats.timed("staging"):
+            with self._stats.timed("staging"), self._api.active():
                 lane = self._this_thread.lane = take_lane(self._api)
             self._lanes.append(lane)
-            self._api.follow(lane.stream, self._api.handle(self._caller))
         return lane
 
     def _read(self, file: BinaryIO, shard: Shard, staged: StagedSegment) -> None:
+        """Read a segment's pieces into the slots of its lane, and let the stream copy them."""
         api, lane = self._api, staged.lane
-        for read in plan_reads(staged.tensors.all_copies(staged.temp), PIECE_BYTES):
-            slot = lane.next_slot()
-            read_into(file, read.offset, lane.slots.views[slot][: read.nbytes], shard)
-            first = slot * PIECE_BYTES - read.offset
+        slots, stream = lane.slots, lane.stream
+        for read in staged.tensors.reads:
+            slot, event = lane.next_slot()
+            if not api.has_happened(event):
+                api.wait(event)
+            read_into(file, read.offset, slots.views[slot][: read.nbytes], shard)
+            first = slots.starts[slot]
             for copy in read.copies:
-                api.copy(copy.tensor, copy.start, lane.slots, first + copy.offset, copy.nbytes, lane.stream)
-            lane.end_slot(slot)
+                tensor = lane.temp if copy.tensor is None else copy.tensor
+                api.copy(tensor, copy.start, slots, first + copy.offset, copy.nbytes, stream)
+            api.record(event, stream)
 
-    def _expand(self) -> None:
-        """Expand what has been placed, in few large operations, and free the memory that it came from."""
+    def _expand(self, staged: StagedSegment) -> None:
         import torch
 
-        if not self._unexpanded:
-            return
-        targets: list[torch.Tensor] = []
-        sources: list[torch.Tensor] = []
-        for staged in self._unexpanded:
-            assert staged.temp is not None
-            targets += staged.tensors.targets
-            sources += staged.tensors.sources(staged.temp)
-            staged.temp = None
-        with self._api.active():
-            for lane in list(self._lanes):
-                self._api.follow(self._api.handle(self._caller), lane.stream)
-        with self._api.on(self._caller), torch.no_grad():
-            torch._foreach_copy_(targets, sources)
-        self._in_use.difference_update(self._unexpanded)
-        self._unexpanded.clear()
+        # Inference mode, because tensors of it can be written to in no other one, and the caller's thread may be in it.
+        # Few operations, because each gives up the interpreter lock and then waits for it among all readers.
+        with torch.inference_mode(), self._api.on(staged.lane.stream):
+            torch._foreach_copy_(staged.tensors.targets, staged.tensors.sources(staged.lane.temp))
 
 
 def _key(segment: Segment) -> Hashable:

@@ -148,20 +148,22 @@ def test_row_82_no_memory_in_the_middle_on_cuda(torch: Any, tmp_path: Path, enco
     try:
         with pytest.raises(ndcache.OutOfDeviceMemoryError, match="no memory is left on 'cuda:0'") as caught:
             dict(ndcache.load(tmp_path, "cuda") if verb == "load" else ndcache.stream(tmp_path, "cuda"))
-        assert torch.cuda.memory_allocated() == before, caught
+        assert caught.value.__cause__ is not None
+        del caught
+        gc.collect()
+        assert torch.cuda.memory_allocated() == before
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert_tensors(ndcache.load(tmp_path, "cuda"), expected)
 
 
 @pytest.mark.usefixtures("api")
-def test_expanding_takes_little_more_memory(torch: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ndcache.devices.torch.upload._EXPANDED_AT_ONCE", 8 << 20)
+def test_expanding_takes_little_more_memory(torch: Any, tmp_path: Path) -> None:
     expected = write_large(tmp_path, "f32-to-bf16")
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    weights = ndcache.load(tmp_path, "cuda", memory_limit=24 << 20)
-    assert torch.cuda.max_memory_allocated() - before < weights.nbytes + (48 << 20)
+    weights = ndcache.load(tmp_path, "cuda", max_workers=2)
+    assert torch.cuda.max_memory_allocated() - before <= weights.nbytes + 2 * (32 << 20) + (1 << 20)
     assert_tensors(weights, expected)
 
 
