@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import textwrap
@@ -23,6 +24,7 @@ DOCS = ROOT / "docs"
 TASKS = sorted(path.relative_to(DOCS).as_posix() for path in [*DOCS.glob("guide/*.rst"), DOCS / "concepts.rst"])
 #: All that is written for people.
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.rst"), *DOCS.rglob("*.rst")])
+HAS_TORCH = importlib.util.find_spec("torch") is not None
 #: The server of the pages' examples.
 ADDRESS = "127.0.0.1:8000"
 
@@ -44,7 +46,15 @@ def test_the_examples(
     address = {ADDRESS: serve(tmp_path / "work").url.removeprefix("http://").rstrip("/")}
     if page != "guide/index.rst":
         run_examples(DOCS / "guide" / "index.rst", replace=address)
-    run_examples(DOCS / page, replace=address, skip=lambda shown: "needs a GPU" in shown and not has_gpu)
+    # Where PyTorch is missing on purpose, so are the examples: what they need is in their first line.
+    missing = {"needs a GPU": not has_gpu, "needs PyTorch": not HAS_TORCH, "needs CUDA": not has_cuda()}
+    run_examples(
+        DOCS / page, replace=address, skip=lambda shown: any(gone and words in shown for words, gone in missing.items())
+    )
+
+
+def has_cuda() -> bool:
+    return HAS_TORCH and bool(importlib.import_module("torch").cuda.is_available())
 
 
 def test_the_shader_of_the_guide_is_that_of_the_example() -> None:

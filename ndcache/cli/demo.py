@@ -222,7 +222,8 @@ def _differences(weights: Weights[Any], expected: Mapping[str, Array]) -> tuple[
     """Return the names of the tensors whose bits differ."""
     wrong = [name for name in weights if name not in expected]
     for name, values in expected.items():
-        loaded = np.asarray(weights[name]) if name in weights else np.empty(0)
+        tensor = weights[name] if name in weights else np.empty(0)
+        loaded = np.asarray(tensor.cpu() if hasattr(tensor, "cpu") else tensor)  # those of PyTorch have to be copied
         same_kind = loaded.dtype == values.dtype and loaded.shape == values.shape
         # Compare bytes: 0.0 equals -0.0, and NaN does not equal itself.
         if not same_kind or not np.array_equal(_bytes(loaded), _bytes(values)):

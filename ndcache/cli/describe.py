@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..devices.gpu.adapters import is_software
+from ..devices.torch.library import is_torch_device
+from ..devices.torch.opening import describe_device
 from ..format.manifest import Manifest, Record
 from ..location import locate
 from ..pipeline import VerifyReport
@@ -56,8 +58,10 @@ def _format_checks(checks: Iterable[tuple[str, int]]) -> str:
 
 
 def device_words(device: Any) -> str:
-    """Return a `Weights.device` in words: the CPU, or the adapter's name, kind and backend."""
-    return "cpu" if device == "cpu" else adapter_words(device.adapter)
+    """Return a `Weights.device` in words: the CPU, the adapter's name, kind and backend, or a device of PyTorch."""
+    if device == "cpu":
+        return "cpu"
+    return describe_device(device) if is_torch_device(device) else adapter_words(device.adapter)
 
 
 def adapter_words(adapter: wgpu.GPUAdapter) -> str:

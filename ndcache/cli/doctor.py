@@ -11,7 +11,8 @@ from pathlib import Path
 
 from .._version import __version__
 from ..devices.gpu.adapters import list_adapters
-from ..errors import CacheUnavailableError, NoAdapterError, redact
+from ..devices.torch.opening import list_cuda
+from ..errors import CacheUnavailableError, DeviceError, NoAdapterError, redact
 from ..location.hub import token_path
 from ..store.cleanup import free_bytes
 from ..store.inventory import models
@@ -20,7 +21,7 @@ from .describe import adapter_words, format_size
 __all__ = ["facts"]
 
 _PACKAGES = ("requests", "urllib3", "numpy", "ml_dtypes", "wgpu", "platformdirs", "tqdm", "click", "rich")
-_OPTIONAL_PACKAGES = ("safetensors",)
+_OPTIONAL_PACKAGES = ("safetensors", "torch")
 _PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
 
 
@@ -33,7 +34,7 @@ def facts(find_root: Callable[[], Path]) -> Iterator[tuple[str, str]]:
     yield "Python", f"{platform.python_version()}, {platform.platform()}"
     for name in (*_PACKAGES, *_OPTIONAL_PACKAGES):
         yield name, _version(name)
-    for group in (_adapter_facts(), _cache_facts(find_root), _environment_facts()):
+    for group in (_adapter_facts() + _cuda_facts(), _cache_facts(find_root), _environment_facts()):
         yield "", ""
         yield from group
 
@@ -54,6 +55,13 @@ def _adapter_facts() -> list[tuple[str, str]]:
         return [("gpu", f"none: the adapters cannot be listed: {type(error).__name__}: {error}")]
     facts = [(f"gpu:{index}", adapter_words(adapter)) for index, adapter in enumerate(found)]
     return facts or [("gpu", "none: wgpu finds no adapter; --device cpu works")]
+
+
+def _cuda_facts() -> list[tuple[str, str]]:
+    try:
+        return [(f"cuda:{index}", words) for index, words in enumerate(list_cuda())]
+    except DeviceError as error:
+        return [("cuda", f"none: {error}")]
 
 
 def _cache_facts(find_root: Callable[[], Path]) -> list[tuple[str, str]]:

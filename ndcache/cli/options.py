@@ -45,7 +45,7 @@ def _set_verbose(ctx: click.Context, _: click.Parameter, value: bool) -> None:
 
 def _check_device(_: click.Context, __: click.Parameter, value: str) -> str:
     if not is_device_name(value):
-        raise click.BadParameter("it must be cpu, gpu, gpu:N or auto.")
+        raise click.BadParameter("it must be cpu, gpu, gpu:N, cuda, cuda:N or auto.")
     return value
 
 
@@ -93,10 +93,10 @@ verbose_option = click.option(
 device_option = functools.partial(
     click.option,
     "--device",
-    metavar="cpu|gpu|gpu:N|auto",
+    metavar="cpu|gpu[:N]|cuda[:N]|auto",
     callback=_check_device,
     show_default=True,
-    help="Where to put the tensors.",
+    help="Where to put the tensors: gpu is wgpu, cuda is PyTorch.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 names_option = click.option(

@@ -28,6 +28,7 @@ from ndcache.cli import commands as cli
 from ndcache.cli import doctor, options
 
 from ..helpers.models import random_array, simple_model, write_model
+from ..helpers.requirements import need_module
 from ..helpers.servers import Connection, FileServer, Request, ScriptedServer, Step, reply, then_stall
 
 ROOT = Path(__file__).parents[2]
@@ -379,6 +380,39 @@ def test_doctor_lists_adapters(gpu: Any) -> None:
     assert re.search(line, invoke("doctor").stdout, re.M)
 
 
+def test_doctor_without_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert re.search(r"^cuda +none: PyTorch is not installed\. Install it: pip install", invoke("doctor").stdout, re.M)
+
+
+@pytest.mark.torch
+def test_doctor_with_a_pytorch_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = need_module("torch")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: 1 // 0)
+    out = invoke("doctor").stdout
+    assert re.search(rf"^torch +{re.escape(torch.__version__)}$", out, re.M)
+    assert re.search(r"^cuda +none: PyTorch \S+ was built without CUDA", out, re.M)
+
+
+@pytest.mark.torch
+def test_a_load_without_cuda_is_one_line(tmp_path: Path) -> None:
+    need_module("torch")
+    simple_model(tmp_path)
+    result = invoke("load", tmp_path, "--device", "cuda:99")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert re.match(r"error: PyTorch \S+ (was built without CUDA|finds)", result.stderr)
+
+
+@pytest.mark.cuda
+def test_commands_with_cuda(tmp_path: Path) -> None:
+    simple_model(tmp_path)
+    name = need_module("torch").cuda.get_device_name(0)
+    assert re.search(rf"^cuda:0 +{re.escape(name)}, [0-9.]+ GiB$", invoke("doctor").stdout, re.M)
+    assert re.search(rf"^device +cuda:0, {re.escape(name)}", invoke("load", tmp_path, "--device", "cuda").stdout, re.M)
+    assert invoke("demo", "--device", "cuda:0", "--size-mib", "1", "--rate-mib", "99", "--quiet").exit_code == 0
+
+
 def test_doctor_without_wgpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wgpu", None)
     result = invoke("doctor")
@@ -420,7 +454,7 @@ def test_row_40_doctor_shows_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_unknown_device_is_wrong_usage(command_name: str) -> None:
     result = invoke(command_name, *(["model"] if command_name == "load" else []), "--device", "tpu")
     assert (result.exit_code, result.stdout) == (2, "")
-    assert "it must be cpu, gpu, gpu:N or auto" in result.stderr
+    assert "it must be cpu, gpu, gpu:N, cuda, cuda:N or auto" in result.stderr
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX's message")

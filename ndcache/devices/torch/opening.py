@@ -16,7 +16,7 @@ from .other import OtherDevice
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["open_torch_device", "parse_device"]
+__all__ = ["describe_device", "list_cuda", "open_torch_device", "parse_device"]
 
 
 def open_torch_device(device: str | torch.device) -> Device[Any]:
@@ -51,6 +51,30 @@ def _open_cuda(torch: ModuleType, handle: torch.device) -> CudaDevice:
         handle = torch.device("cuda", torch.cuda.current_device())
     properties = torch.cuda.get_device_properties(handle)
     return CudaDevice(handle, open_api(handle), properties.name, properties.total_memory)
+
+
+def list_cuda() -> list[str]:
+    """Return the name and the memory of each device of CUDA, in PyTorch's order.
+
+    Raises
+    ------
+    DeviceError
+        PyTorch cannot be imported.
+    NoAdapterError
+        It was built without CUDA, or finds no device.
+    """
+    torch = import_torch()
+    try:
+        torch.empty(0, device="cuda")
+    except Exception as error:
+        raise _missing(torch, torch.device("cuda"), error) from error
+    found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return [f"{each.name}, {each.total_memory / 2**30:.1f} GiB" for each in found]
+
+
+def describe_device(handle: torch.device) -> str:
+    """Return a device in words: ``"cuda:0, NVIDIA H100 80GB HBM3, 79.2 GiB"``."""
+    return f"{handle}, {list_cuda()[handle.index]}" if handle.type == "cuda" else f"{handle}, through PyTorch"
 
 
 def parse_device(device: str | torch.device) -> torch.device:

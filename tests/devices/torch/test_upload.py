@@ -257,7 +257,7 @@ def test_memory_that_cannot_be_registered_is_pinned_by_pytorch(
 
 
 @pytest.mark.parametrize("call", [ndcache.torch.load, lambda source: dict(ndcache.torch.stream(source))])
-@pytest.mark.parametrize("encoding", ["raw", "f32-to-bf16"])
+@pytest.mark.parametrize(("encoding", "method", "successes"), [("raw", "_empty", 9), ("f32-to-bf16", "bytes", 0)])
 def test_row_82_no_memory_in_the_middle(
     torch: Any,
     api: FakeApi,
@@ -265,9 +265,11 @@ def test_row_82_no_memory_in_the_middle(
     monkeypatch: pytest.MonkeyPatch,
     call: Callable[..., Mapping[str, Any]],
     encoding: str,
+    method: str,
+    successes: int,
 ) -> None:
     models.write_model(tmp_path, [{f"t{n}": models.random_array((99,), seed=n)} for n in range(20)], encoding=encoding)
-    original, left = Allocator._empty, [9]
+    original, left = getattr(Allocator, method), [successes]
 
     def allocate(allocator: Allocator, argument: Any) -> Any:
         if not left[0]:
@@ -275,7 +277,7 @@ def test_row_82_no_memory_in_the_middle(
         left[0] -= 1
         return original(allocator, argument)
 
-    monkeypatch.setattr(Allocator, "_empty", allocate)
+    monkeypatch.setattr(Allocator, method, allocate)
     alive = watch_allocations(monkeypatch)
     with pytest.raises(ndcache.OutOfDeviceMemoryError, match=r"on 'cpu': CUDA out of memory\. Tried") as caught:
         call(tmp_path)
