@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from .helpers.requirements import need_module
+from .helpers.requirements import need_cuda
 from .helpers.servers import FileServer, ScriptedServer
 
 # So that spawned processes can import the tests. At the end, so that an installed ndcache comes before the checkout's.
@@ -54,7 +54,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def _no_leaks(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[None]:
     """Fail tests that leave threads of ndcache, sockets or files behind."""
     if request.node.get_closest_marker("cuda"):
-        need_module("torch").cuda.init()  # the driver opens sockets, which stay open
+        need_cuda()  # the driver opens sockets, which stay open
     before = _open_files(tmp_path)
     yield
     left = [thread.name for thread in threading.enumerate() if thread.name.startswith("ndcache")]

@@ -24,6 +24,16 @@ def need_module(name: str) -> ModuleType:
         _missing(f"the module {name} cannot be imported: {error}")
 
 
+def need_cuda() -> ModuleType:
+    """Import PyTorch and return it, with all GPUs of CUDA initialised; there must be one."""
+    torch = need_module("torch")
+    if not torch.cuda.is_available():
+        _missing("PyTorch finds no GPU of CUDA")
+    for index in range(torch.cuda.device_count()):
+        torch.zeros(1, device=index)
+    return torch
+
+
 def need_program(name: str) -> str:
     """Return the path of a program."""
     path = shutil.which(name, path=f"{os.environ.get('PATH', '')}{os.pathsep}/usr/sbin")

@@ -17,7 +17,7 @@ from ndcache.devices.torch.driver import CudaApi, DriverApi, TorchApi, open_api
 
 from ...helpers import models
 from ...helpers.devices import as_array, assert_tensors, relabel
-from ...helpers.requirements import need_module
+from ...helpers.requirements import need_cuda, need_module
 
 pytestmark = [pytest.mark.cuda, pytest.mark.torch]
 
@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.cuda, pytest.mark.torch]
 @pytest.fixture
 def torch() -> Any:
     """Return PyTorch, with memory that no other test left."""
-    module = need_module("torch")
+    module = need_cuda()
     gc.collect()
     module.cuda.synchronize()
     module.cuda.empty_cache()
