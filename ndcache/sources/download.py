@@ -230,6 +230,8 @@ class Downloader:
                             self._receive(response, partial, task, queue.cancellation)
                             is_good = task.is_done
                     self._catch_up(partial)
+                    with self._context.stats.timed("write", file=partial.name):
+                        partial.write_back()
                 except (NdcacheError, OSError) as error:
                     if isinstance(error, NdcacheError):
                         client.note_refusal(error)

@@ -169,6 +169,9 @@ class _FallbackPartialFiles(PartialFiles):
 class MemoryPartialFile(PartialFile):
     """A partial file without a name. Nobody else can continue it, so there is no note about it."""
 
+    def write_back(self) -> None:
+        pass
+
     def keep_with_holes(self, nbytes: int) -> BinaryIO:
         self.file.truncate(nbytes)
         return self.reopen()

@@ -131,6 +131,15 @@ def test_helpers_work_while_the_owner_receives(scripted: ScriptedServer) -> None
     assert others.is_set()
 
 
+def test_helpers_write_back_what_was_received(
+    model: Path, serve: Callable[..., FileServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written_back: list[str] = []
+    monkeypatch.setattr(PartialFile, "write_back", lambda partial: written_back.append(partial.name))
+    assert loaded(serve(model, rate=4 << 20).url)[0] == DATA
+    assert set(written_back) == {PATH[1:]}
+
+
 def test_an_owner_that_requests_again_keeps_its_helpers(scripted: ScriptedServer) -> None:
     """Its first range breaks off before a byte has arrived, while helpers wait for theirs."""
     helper_asks, owner_asks_again = threading.Event(), threading.Event()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import ndcache
+from ndcache.store import partial as partial_module
 from ndcache.store.directory import ModelDirectory
 from ndcache.store.partial import PartialFile
 
@@ -99,3 +102,30 @@ def test_a_copy_has_its_note_before_the_original_is_removed(
         monkeypatch.undo()
         assert partial.nbytes == len(SMALL)
     assert len(removed) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fdatasync"), reason="the system has no fdatasync")
+def test_much_of_a_file_is_written_to_the_disk_before_it_is_complete(
+    cache: ModelDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(partial_module, "_WRITE_BACK_BYTES", 100)
+    synced: list[tuple[int, int]] = []
+
+    def fail(handle: int) -> None:
+        synced.append((handle, os.fstat(handle).st_ino))
+        partial.write_back()  # as another thread may do meanwhile
+        raise OSError(errno.EIO, "the sync before publishing must report this, too")
+
+    monkeypatch.setattr(os, "fdatasync", fail)
+    with cache.partials.create(NAME) as partial:
+        begin(partial, bytes(99))
+        partial.write_back()
+        assert synced == []
+        partial.write(bytes(1))
+        partial.write_back()
+        partial.write_back()
+        ((handle, inode),) = synced
+        assert inode == os.fstat(partial.file.fileno()).st_ino
+        assert handle != partial.file.fileno(), "each file object gets an error of the disk once"
+        cache.publish(partial, NAME, content_id="content").close()
+    assert cache.path(NAME).read_bytes() == bytes(100)
