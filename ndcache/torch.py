@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from . import api
 from .devices.torch.library import import_torch
 from .devices.torch.module import plan_module
-from .devices.torch.opening import parse_device
+from .devices.torch.opening import open_torch_device, parse_device
 from .format.manifest import NameFilter
 from .loader import Loader
 from .options import OPTION_NAMES, Source, TorchDeviceLike, check_keywords, hide_keywords
@@ -203,7 +203,7 @@ def load_model(
     """
     torch = import_torch()
     check_keywords(load_model, options.keys() - OPTION_NAMES)
-    target = None if device is None else parse_device(device)
+    target = None if device is None else open_torch_device(parse_device(device)).handle
     with Loader(**options) as loader:
         manifest = loader.read_manifest(source)
         selected = {record.name: record for shard in manifest.shards_with(names) for record in shard.records}

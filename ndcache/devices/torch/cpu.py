@@ -46,7 +46,9 @@ class TorchCpuDevice(Device["torch.Tensor"]):
         check_dtypes(self.handle, shards, decode=decode)
 
     def find_destination(self, record: Record, memory: object, decode: bool) -> Destination:
-        found = find_destination(record, memory, self.handle, decode=decode)
+        import torch
+
+        found = find_destination(record, memory, torch.device("cpu"), decode=decode)  # the handle may have a number
         dtype = DTYPES[record.dtype if decode else record.stored_dtype]
         return replace(found, memory=as_bytes(found.owner).numpy().view(dtype), takes_parts=True)
 

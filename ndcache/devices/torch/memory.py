@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import operator
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ...format.manifest import Record
 from ..segments import Segment
@@ -27,8 +28,7 @@ _ALIGNMENT = 16
 _GAP_BYTES = 64 << 10
 
 
-@dataclass(frozen=True, slots=True)
-class Copy:
+class Copy(NamedTuple):
     """Bytes of the file that go to one place on the device.
 
     Attributes
@@ -45,11 +45,6 @@ class Copy:
     nbytes: int
     tensor: torch.Tensor | None
     start: int
-
-    @property
-    def end(self) -> tuple[int, int]:
-        """Return where the bytes end, in the file and in those of the tensor."""
-        return self.offset + self.nbytes, self.start + self.nbytes
 
 
 @dataclass(slots=True)
@@ -269,40 +264,39 @@ class Allocator:
         return 0 < record.nbytes < _SMALL_BYTES and record.name not in self._into
 
 
-def plan_reads(copies: Sequence[Copy], piece_bytes: int) -> list[Read]:
+def plan_reads(copies: Iterable[Copy], piece_bytes: int) -> list[Read]:
     """Return the ranges of the file to read, of at most `piece_bytes`, with the copies to make from each."""
     reads: list[Read] = []
-    for copy in copies:
-        done = 0
-        while done < copy.nbytes:
-            offset = copy.offset + done
-            if not reads or not _reaches(reads[-1], offset, piece_bytes):
-                reads.append(Read(offset, 0))
-            read = reads[-1]
-            nbytes = min(copy.nbytes - done, read.offset + piece_bytes - offset)
-            read.copies.append(Copy(offset - read.offset, nbytes, copy.tensor, copy.start + done))
-            read.nbytes = max(read.nbytes, offset + nbytes - read.offset)
-            done += nbytes
+    read = Read(0, 0)
+    for first, nbytes, tensor, start in copies:
+        offset, end = first, first + nbytes
+        while offset < end:
+            room = read.offset + piece_bytes - offset
+            if not reads or room <= 0 or offset - read.offset - read.nbytes > _GAP_BYTES:
+                read, room = Read(offset, 0), piece_bytes
+                reads.append(read)
+            count = min(end - offset, room)
+            read.copies.append(Copy(offset - read.offset, count, tensor, start + offset - first))
+            read.nbytes = max(read.nbytes, offset + count - read.offset)
+            offset += count
     return reads
-
-
-def _reaches(read: Read, offset: int, piece_bytes: int) -> bool:
-    """Return whether a read can be extended up to the byte at this offset."""
-    return offset - read.offset < piece_bytes and offset - (read.offset + read.nbytes) <= _GAP_BYTES
 
 
 def _merge(copies: list[Copy]) -> list[Copy]:
     """Sort copies by their place in the file, and merge neighbours that are neighbours on the device, too."""
     merged: list[Copy] = []
-    for copy in sorted(copies, key=lambda copy: copy.offset):
-        if copy.nbytes == 0:
-            continue
-        last = merged[-1] if merged else None
-        if last is not None and last.tensor is copy.tensor and last.end == (copy.offset, copy.start):
-            merged[-1] = Copy(last.offset, last.nbytes + copy.nbytes, last.tensor, last.start)
-        else:
-            merged.append(copy)
+    for copy in sorted(copies, key=_offset):
+        offset, nbytes, tensor, start = copy
+        if merged:
+            last = merged[-1]
+            if last.tensor is tensor and last.offset + last.nbytes == offset and last.start + last.nbytes == start:
+                merged[-1] = Copy(last.offset, last.nbytes + nbytes, tensor, last.start)
+                continue
+        merged.append(copy)
     return merged
+
+
+_offset = operator.attrgetter("offset")
 
 
 def _pack(records: Iterable[Record]) -> tuple[dict[str, int], int]:

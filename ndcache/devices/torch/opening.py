@@ -38,17 +38,15 @@ def open_torch_device(device: str | torch.device) -> Device[Any]:
     if handle.type == "cpu":
         return TorchCpuDevice(handle)
     try:
-        torch.empty(0, device=handle)
+        found = torch.empty(0, device=handle).device  # with the number of the current one
     except Exception as error:  # backends raise anything for devices that they do not have
         raise _missing(torch, handle, error) from error
     if handle.type == "cuda":
-        return _open_cuda(torch, handle)
-    return OtherDevice(handle)
+        return _open_cuda(torch, found)
+    return OtherDevice(found)
 
 
 def _open_cuda(torch: ModuleType, handle: torch.device) -> CudaDevice:
-    if handle.index is None:
-        handle = torch.device("cuda", torch.cuda.current_device())
     properties = torch.cuda.get_device_properties(handle)
     return CudaDevice(handle, open_api(handle), properties.name, properties.total_memory)
 

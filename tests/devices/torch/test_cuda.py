@@ -163,7 +163,7 @@ def test_expanding_takes_little_more_memory(torch: Any, tmp_path: Path) -> None:
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     weights = ndcache.load(tmp_path, "cuda", max_workers=2)
-    assert torch.cuda.max_memory_allocated() - before <= weights.nbytes + 2 * (32 << 20) + (1 << 20)
+    assert torch.cuda.max_memory_allocated() - before <= weights.nbytes + 4 * (32 << 20)
     assert_tensors(weights, expected)
 
 
@@ -234,7 +234,7 @@ def test_pinned_memory_is_kept_and_freed(torch: Any, tmp_path: Path) -> None:
     pinned.free_idle_lanes()
     ndcache.load(tmp_path, "cuda", max_workers=3)
     (lanes,) = [lanes for lanes in pinned._idle.values() if lanes]
-    assert 1 <= len(lanes) <= 3
+    assert 1 <= len(lanes) <= 5  # a pool has two spare threads
     assert all(lane.slots.tensor.is_pinned() for lane in lanes)
     kept = [lane.slots.tensor for lane in lanes]
     pinned.free_idle_lanes()

@@ -118,6 +118,17 @@ def make_and_load(torch: Any, source: Path) -> Any:
     return module
 
 
+@pytest.mark.parametrize("device", ["cpu", "cpu:0"])
+def test_the_device_of_what_is_on_meta(torch: Any, tmp_path: Path, device: str) -> None:
+    arrays, module = write(torch, tmp_path), make_module(torch, "meta")
+    module.norm = torch.nn.BatchNorm1d(4)
+    ndcache.torch.load_model(module, tmp_path, device)
+    assert_loaded(module, arrays)
+    for impossible, kind in (("xpu", ndcache.NoAdapterError), ("meta", ValueError)):
+        with pytest.raises(kind):
+            ndcache.torch.load_model(module, "http://127.0.0.1:9/nothing/", impossible)
+
+
 def test_a_module_partly_on_meta(torch: Any, tmp_path: Path) -> None:
     arrays, module = write(torch, tmp_path), make_module(torch)
     module.frozen = module.frozen.to("meta")
