@@ -285,7 +285,7 @@ def plan_reads(copies: Iterable[Copy], piece_bytes: int) -> list[Read]:
 def _merge(copies: list[Copy]) -> list[Copy]:
     """Sort copies by their place in the file, and merge neighbours that are neighbours on the device, too."""
     merged: list[Copy] = []
-    for copy in sorted(copies, key=_offset):
+    for copy in sorted(copies, key=operator.attrgetter("offset")):
         offset, nbytes, tensor, start = copy
         if merged:
             last = merged[-1]
@@ -294,9 +294,6 @@ def _merge(copies: list[Copy]) -> list[Copy]:
                 continue
         merged.append(copy)
     return merged
-
-
-_offset = operator.attrgetter("offset")
 
 
 def _pack(records: Iterable[Record]) -> tuple[dict[str, int], int]:

@@ -1,0 +1,91 @@
+"""The calls of CUDA's driver, with functions of ours in place of the library's."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+
+from ndcache.devices.torch import driver
+from ndcache.devices.torch.driver import DriverApi, TorchApi, open_api
+
+from ...helpers.requirements import need_module
+
+pytestmark = pytest.mark.torch
+
+
+class Library:
+    """A library whose functions note that they were called, and return the codes of `codes`, or 0."""
+
+    def __init__(self) -> None:
+        self.codes: dict[str, int] = {}
+        self.called: list[str] = []
+
+    def functions(self) -> dict[str, Any]:
+        return {name: self._function(name) for name in (*driver._SHORT, *driver._LONG)}
+
+    def _function(self, name: str) -> Any:
+        def call(*arguments: Any) -> int:
+            self.called.append(name)
+            if name in ("cuGetErrorName", "cuGetErrorString"):
+                arguments[1]._obj.value = {"cuGetErrorName": b"CUDA_ERROR", "cuGetErrorString": b"a text"}[name]
+            return self.codes.get(name, 0)
+
+        return call
+
+
+@pytest.fixture
+def library() -> Library:
+    return Library()
+
+
+@pytest.fixture
+def api(library: Library) -> DriverApi:
+    return DriverApi(need_module("torch").device("cpu"), library.functions(), 17)
+
+
+def test_the_context_is_left_after_an_error(api: DriverApi, library: Library) -> None:
+    with pytest.raises(ZeroDivisionError), api.active():
+        raise ZeroDivisionError
+    assert library.called == ["cuCtxPushCurrent_v2", "cuCtxPopCurrent_v2"]
+
+
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [(2, "cuMemHostRegister_v2: out of memory"), (700, r"cuMemHostRegister_v2: CUDA_ERROR \(700\), a text")],
+)
+def test_codes_become_errors(api: DriverApi, library: Library, code: int, text: str) -> None:
+    library.codes["cuMemHostRegister_v2"] = code
+    with pytest.raises(RuntimeError, match=text):
+        api.register(1 << 21, 8 << 20)
+
+
+def test_an_event_has_happened_or_not(api: DriverApi, library: Library) -> None:
+    assert api.has_happened(5)
+    library.codes["cuEventQuery"] = 600
+    assert not api.has_happened(5)
+    library.codes["cuEventQuery"] = 700
+    with pytest.raises(RuntimeError, match="cuEventQuery"):
+        api.has_happened(5)
+
+
+def test_following_a_stream_leaves_no_event(api: DriverApi, library: Library) -> None:
+    api.follow(1, 2)
+    assert library.called == ["cuEventCreate", "cuEventRecord", "cuStreamWaitEvent", "cuEventDestroy_v2"]
+    library.codes["cuStreamWaitEvent"] = 1
+    with pytest.raises(RuntimeError, match="cuStreamWaitEvent"):
+        api.follow(1, 2)
+    assert library.called[-1] == "cuEventDestroy_v2"
+
+
+@pytest.mark.parametrize("why", ["no library", "another GPU"])
+def test_without_the_library_pytorch_is_enough(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, why: str
+) -> None:
+    torch = need_module("torch")
+    monkeypatch.setattr(torch.version, "cuda", "13.0" if why == "no library" else None)
+    monkeypatch.setattr(driver, "_LIBRARY", "libcuda-of-nobody.so.1")
+    with caplog.at_level(logging.DEBUG, "ndcache"):
+        assert type(open_api(torch.device("cuda", 99))) is TorchApi
+    assert ("libcuda-of-nobody" if why == "no library" else "other GPUs than NVIDIA's") in caplog.text
