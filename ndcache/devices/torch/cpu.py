@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
+from ...format.codec import decode_record
+from ...format.dtypes import ITEM_SIZES
 from ...format.manifest import Record, Shard
 from ...format.numpy_dtypes import DTYPES
 from ...stats import LoadStats
 from ...workers.pool import WorkerPool
-from ..base import Device, Upload
-from ..cpu import Array, CpuDevice, CpuUpload, may_map
+from ..base import Device
+from ..cpu import CpuDevice, CpuUpload, may_map
 from ..into import Destination
 from ..segments import Segment
-from .library import as_bytes, check_dtypes, find_destination, tensor_dtype
+from .library import as_bytes, check_dtypes, find_destination
 
 if TYPE_CHECKING:
     import torch
@@ -70,8 +73,8 @@ class TorchCpuDevice(Device["torch.Tensor"]):
         tensors.clear()
 
 
-class TorchCpuUpload(Upload["list[torch.Tensor]", "torch.Tensor"]):
-    """Make tensors of the arrays that a `CpuUpload` makes, in the workers.
+class TorchCpuUpload(CpuUpload):
+    """Make tensors in the workers, as `CpuUpload` makes arrays.
 
     Parameters
     ----------
@@ -82,35 +85,32 @@ class TorchCpuUpload(Upload["list[torch.Tensor]", "torch.Tensor"]):
     def __init__(
         self, stats: LoadStats, *, decode: bool, copy: bool, may_map: bool, into: Mapping[str, Destination]
     ) -> None:
-        self._arrays = CpuUpload(stats, decode=decode, copy=False, may_map=may_map, into=into, writable=True)
-        self._into = into
-        self._decode = decode
-        self._copy = copy
-
-    def stage(self, file: BinaryIO, segment: Segment) -> list[torch.Tensor]:
-        arrays = self._arrays.stage(file, segment)
-        return [self._tensor(record, array) for record, array in zip(segment.records, arrays, strict=True)]
-
-    def place(self, staged: list[torch.Tensor], segment: Segment) -> Iterator[tuple[Record, torch.Tensor]]:
-        return zip(segment.records, staged, strict=True) if segment.ends_record else iter(())
-
-    def finish(self) -> None:
-        pass
+        super().__init__(stats, decode=decode, copy=False, may_map=may_map, into=into, writable=True)
+        self._decode = self._make_tensor
+        self._copies = copy
+        self._dtypes: dict[str, tuple[torch.dtype, int]] = {}  # with the bytes of an element, by the manifest's names
 
     def close(self) -> None:
-        pass
+        self._decode = (
+            decode_record  # not a method of this object, which would otherwise live until a garbage collection
+        )
 
-    def _tensor(self, record: Record, array: Array) -> torch.Tensor:
+    def _make_tensor(self, record: Record, data: npt.NDArray[np.uint8], start: int = 0) -> Any:
+        """Return a record's tensor, with a storage of its own, of exactly its bytes; see `codec.decode_record`."""
         import torch
 
-        if record.name in self._into:
-            owner: torch.Tensor = self._into[record.name].owner
-            return owner
-        is_view = not (self._decode and record.is_bf16_encoded)
-        # Records are packed without padding, and an operation of PyTorch on an unaligned tensor may crash.
-        if is_view and (self._copy or not array.flags.aligned):
-            array = array.copy()
-        # By way of bytes, as PyTorch knows nothing of the dtypes of ml_dtypes. Each tensor has a storage of its own, of
-        # exactly its bytes.
-        values = torch.from_numpy(array.reshape(-1).view(np.uint8))
-        return values.view(tensor_dtype(record, decode=self._decode)).view(record.shape)
+        if self._expands and record.is_bf16_encoded and record.nbytes:
+            return torch.from_numpy(decode_record(record, data, start))
+        name = record.dtype if self._expands else record.stored_dtype
+        if name not in self._dtypes:
+            self._dtypes[name] = getattr(torch, name), ITEM_SIZES[name]
+        dtype, item_size = self._dtypes[name]
+        if record.nbytes == 0:
+            return torch.empty(record.shape, dtype=dtype)
+        offset = record.byte_offset - start
+        # Records are packed without padding, and operations of PyTorch on an unaligned tensor may crash. The data
+        # itself begins at a page, or where NumPy allocates memory.
+        if self._copies or offset % item_size:
+            data, offset = data[offset : offset + record.nbytes].copy(), 0
+        flat = torch.frombuffer(data, dtype=dtype, count=record.nbytes // item_size, offset=offset)
+        return flat if len(record.shape) == 1 else flat.view(record.shape)

@@ -70,6 +70,8 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """Return a contiguous tensor's memory as a flat tensor of uint8, without its gradient."""
     import torch
 
+    if tensor.numel() == 0:  # its strides may be anything, and then it cannot be viewed
+        return torch.empty(0, dtype=torch.uint8, device=tensor.device)
     return tensor.detach().reshape(-1).view(torch.uint8)
 
 

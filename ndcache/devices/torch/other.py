@@ -93,4 +93,4 @@ class OtherUpload(Upload["list[torch.Tensor]", "torch.Tensor"]):
         pass
 
     def close(self) -> None:
-        pass
+        self._staging.close()

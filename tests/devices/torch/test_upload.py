@@ -16,9 +16,10 @@ import ndcache
 import ndcache.torch
 from ndcache.devices import open_device
 from ndcache.devices.segments import Segment, cut_shard
-from ndcache.devices.torch import cuda, pinned
+from ndcache.devices.torch import cuda, opening, pinned
 from ndcache.devices.torch.cuda import CudaDevice
 from ndcache.devices.torch.memory import Allocator
+from ndcache.devices.torch.other import OtherDevice
 from ndcache.devices.torch.pinned import free_idle_lanes
 from ndcache.format.numpy_dtypes import DTYPES
 from ndcache.stats import LoadStats
@@ -333,7 +334,15 @@ def test_a_file_that_shrinks_is_an_error(api: FakeApi, tmp_path: Path) -> None:
     assert len(api.registered) <= 1
 
 
-def test_into_takes_tensors_on_the_device(api: FakeApi, torch: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("path", ["cpu", "other", "cuda"])
+def test_into_takes_tensors_on_the_device(
+    torch: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    api = FakeApi(torch.device("cpu"))
+    if path == "cuda":
+        use_fake_cuda(monkeypatch, api)
+    elif path == "other":
+        monkeypatch.setattr(opening, "TorchCpuDevice", OtherDevice)
     models.write_model(
         tmp_path,
         [{f"t{n}": models.random_array((n, 9), "float32" if n % 2 else "float16", n) for n in range(8)}],
@@ -350,7 +359,9 @@ def test_into_takes_tensors_on_the_device(api: FakeApi, torch: Any, tmp_path: Pa
         weights = call(tmp_path, into=into)
         assert all(weights[name] is tensor for name, tensor in into.items())
         assert_tensors({name: tensor.detach() for name, tensor in weights.items()}, expected)
-    assert sum(api.reserved) == sum(array.nbytes for name, array in expected.items() if name not in into)
+    if path == "cuda":
+        assert sum(api.reserved) == sum(array.nbytes for name, array in expected.items() if name not in into)
+        free_idle_lanes()
 
 
 @pytest.mark.parametrize("fake", [True, False])
