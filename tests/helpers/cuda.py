@@ -109,13 +109,18 @@ class FakeApi(CudaApi):
         self.events.pop(event, None)
 
     def caller_stream(self) -> int:
-        return 0
+        stream: int = getattr(self._active, "stream", 0)
+        return stream
 
     @contextmanager
     def on(self, stream: int) -> Iterator[None]:
         with self.active():
             self.synchronize(stream)  # what comes in the context comes after what the stream was given
-        yield
+        before, self._active.stream = self.caller_stream(), stream
+        try:
+            yield
+        finally:
+            self._active.stream = before
 
     def reserve(self, sizes: Sequence[int]) -> None:
         self.reserved.extend(sizes)
@@ -135,8 +140,11 @@ def use_fake_cuda(monkeypatch: pytest.MonkeyPatch, api: FakeApi) -> None:
     monkeypatch.setattr(opening, "TorchCpuDevice", lambda handle: CudaDevice(handle, api, "a fake", 1 << 40))
 
 
-def watch_allocations(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
-    """Return a function that counts the live ones of all tensors that uploads to CUDA have allocated."""
+def watch_allocations(monkeypatch: pytest.MonkeyPatch, note: Callable[[], object] = lambda: None) -> Callable[[], int]:
+    """Return a function that counts the live ones of all tensors that uploads to CUDA have allocated.
+
+    `note` is called after each allocation, in the thread that makes it.
+    """
     found: list[weakref.ref[Any]] = []
     for method in ("_empty", "bytes"):
         original = getattr(Allocator, method)
@@ -144,6 +152,7 @@ def watch_allocations(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
         def watched(allocator: Allocator, argument: Any, original: Any = original) -> Any:
             tensor = original(allocator, argument)
             found.append(weakref.ref(tensor))
+            note()
             return tensor
 
         monkeypatch.setattr(Allocator, method, watched)

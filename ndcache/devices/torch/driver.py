@@ -187,7 +187,9 @@ class DriverApi(CudaApi):
     def on(self, stream: int) -> Iterator[None]:
         import torch
 
-        with torch.cuda.stream(torch.cuda.ExternalStream(stream, device=self.device)):
+        # An ExternalStream of 0, which is the default stream, would be a new one.
+        external = torch.cuda.ExternalStream(stream, device=self.device) if stream else None
+        with torch.cuda.stream(external or torch.cuda.default_stream(self.device)):
             yield
 
     def record(self, event: int, stream: int) -> None:

@@ -11,7 +11,7 @@ import atexit
 import logging
 import mmap
 import os
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -142,7 +142,22 @@ def take_lane(api: CudaApi) -> Lane:
     try:
         return _idle.setdefault((api.device, type(api)), []).pop()
     except IndexError:
-        return Lane(api, _pin(api), api.new_stream(), [api.new_event() for _ in range(_SLOTS)])
+        return _open_lane(api)
+
+
+def _open_lane(api: CudaApi) -> Lane:
+    with ExitStack() as undo:
+        slots = _pin(api)
+        if slots.is_registered:  # memory must not be unmapped before that is undone
+            undo.callback(api.unregister, slots.address)
+        stream = api.new_stream()
+        undo.callback(api.free_stream, stream)
+        events = []
+        for _ in range(_SLOTS):
+            events.append(event := api.new_event())
+            undo.callback(api.free_event, event)
+        undo.pop_all()
+    return Lane(api, slots, stream, events)
 
 
 def return_lane(lane: Lane) -> None:

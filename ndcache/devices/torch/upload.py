@@ -85,11 +85,11 @@ class CudaUpload(Upload[StagedSegment, "torch.Tensor"]):
         check_size(file, segment.shard)
         with translated_errors(self._api.device):
             lane = self._lane()
-            tensors = self._allocated.pop(_key(segment), None) or self._allocator.allocate(segment)
+            tensors = self._allocated.pop(_key(segment), None)
+            if tensors is None or (tensors.temp_bytes and lane.temp is None):
+                with self._api.on(self._caller):  # each thread has a current stream of its own
+                    tensors = self._allocate(segment, tensors, lane)
             self._in_use.add(staged := StagedSegment(tensors, lane))
-            if tensors.temp_bytes and lane.temp is None:
-                lane.temp = self._allocator.bytes(self._allocator.temp_bytes)
-                lane.follows_caller = False
             with self._api.active():
                 if not (self._keeps_all and lane.follows_caller):
                     self._api.follow(lane.stream, self._caller)
@@ -145,6 +145,18 @@ class CudaUpload(Upload[StagedSegment, "torch.Tensor"]):
                 lane = self._this_thread.lane = take_lane(self._api)
             self._lanes.append(lane)
         return lane
+
+    def _allocate(self, segment: Segment, tensors: SegmentTensors | None, lane: Lane) -> SegmentTensors:
+        """Allocate what a segment lacks: its tensors, unless they are there, and temporary memory of the lane."""
+        tensors = tensors or self._allocator.allocate(segment)
+        if tensors.temp_bytes and lane.temp is None:
+            try:
+                lane.temp = self._allocator.bytes(self._allocator.temp_bytes)
+            except BaseException:
+                tensors.clear()
+                raise
+            lane.follows_caller = False
+        return tensors
 
     def _read(self, file: BinaryIO, shard: Shard, staged: StagedSegment) -> None:
         """Read a segment's pieces into the slots of its lane, and let the stream copy them."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -68,6 +70,24 @@ def test_an_event_has_happened_or_not(api: DriverApi, library: Library) -> None:
     library.codes["cuEventQuery"] = 700
     with pytest.raises(RuntimeError, match="cuEventQuery"):
         api.has_happened(5)
+
+
+def test_the_default_stream_is_not_a_new_one(api: DriverApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = need_module("torch").cuda
+    entered: list[object] = []
+    monkeypatch.setattr(cuda, "ExternalStream", lambda stream, device: ("external", stream))
+    monkeypatch.setattr(cuda, "default_stream", lambda device: "default")
+
+    @contextmanager
+    def enter(stream: object) -> Iterator[None]:
+        entered.append(stream)
+        yield
+
+    monkeypatch.setattr(cuda, "stream", enter)
+    for stream in (0, 5):
+        with api.on(stream):
+            pass
+    assert entered == ["default", ("external", 5)]
 
 
 def test_following_a_stream_leaves_no_event(api: DriverApi, library: Library) -> None:

@@ -209,7 +209,40 @@ def test_bfloat16_takes_temporary_memory_of_one_segment_for_each_worker(
     assert len(api.registered) <= 15
 
 
+@pytest.mark.parametrize("call", [ndcache.torch.load, ndcache.torch.stream])
+@pytest.mark.parametrize("encoding", ["raw", "f32-to-bf16"])
+def test_memory_is_allocated_on_the_caller_s_stream(
+    api: FakeApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Callable[..., Any], encoding: str
+) -> None:
+    models.write_model(tmp_path, [{f"t{n}": models.random_array((99,), seed=n)} for n in range(9)], encoding=encoding)
+    streams: list[int] = []
+    watch_allocations(monkeypatch, lambda: streams.append(api.caller_stream()))
+    with api.active():
+        stream = api.new_stream()
+    with api.on(stream):
+        assert_tensors(dict(call(tmp_path)), dict(ndcache.load(tmp_path)))
+    api.free_stream(stream)
+    assert len(streams) >= 9
+    assert set(streams) == {stream}
+
+
 # --- pinned memory
+
+
+@pytest.mark.parametrize("method", ["new_stream", "new_event"])
+def test_pinned_memory_is_freed_if_a_reader_cannot_be_made(
+    api: FakeApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    models.simple_model(tmp_path)
+
+    def refuse(*_: Any) -> Any:
+        raise RuntimeError("cuStreamCreate: out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FakeApi, method, refuse)
+        with pytest.raises(ndcache.OutOfDeviceMemoryError, match="cuStreamCreate"):
+            ndcache.torch.load(tmp_path)
+    assert (api.registered, api.streams) == ({}, {0: []})
 
 
 def test_pinned_memory_is_kept_for_later_loads(api: FakeApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
