@@ -49,7 +49,10 @@ def open_device(device: object, poll: Callable[[], None] | None = None) -> Devic
             raise TypeError(f"device must be a string, a wgpu.GPUDevice or a torch.device, not {device!r}")
         return GpuDevice(device, is_ours=False)
     if not is_device_name(device):
-        raise ValueError(f"device must be 'cpu', 'gpu', 'gpu:N', 'cuda', 'cuda:N' or 'auto', not {device!r}")
+        raise ValueError(
+            f"device must be 'cpu', 'gpu', 'gpu:N', 'cuda', 'cuda:N' or 'auto', not {device!r}. "
+            "ndcache.torch.load takes all devices of PyTorch."
+        )
     if device == "cpu":
         return CpuDevice()
     if device.startswith("cuda"):

@@ -95,7 +95,8 @@ def parse_device(device: str | torch.device) -> torch.device:
     try:
         return torch.device(device)
     except RuntimeError as error:
-        raise ValueError(f"{device!r} is no device of PyTorch: {first_line(error)}") from error
+        examples = "'cpu', 'cuda', 'cuda:1' or 'mps'"
+        raise ValueError(f"{device!r} is no device of PyTorch, as {examples} is: {first_line(error)}") from error
 
 
 def _missing(torch: ModuleType, handle: torch.device, error: Exception) -> NoAdapterError:
@@ -105,7 +106,12 @@ def _missing(torch: ModuleType, handle: torch.device, error: Exception) -> NoAda
     elif torch.version.cuda is None and torch.version.hip is None:
         reason = f"was built without CUDA, and {str(handle)!r} needs it"
         hint = "Install a PyTorch with CUDA: see https://pytorch.org. 'gpu' loads through wgpu, 'cpu' needs neither."
-    elif count := torch.cuda.device_count():
+    elif (count := torch.cuda.device_count()) > (handle.index or 0):
+        reason = f"cannot use the device {str(handle)!r}: {first_line(error)}"
+        hint = (
+            "Look at nvidia-smi: its memory may be full. After a fork, a process cannot use CUDA that its parent used."
+        )
+    elif count:
         reason = f"finds {count} device{'s'[: count != 1]} of CUDA, and so no {str(handle)!r}"
         hint = "`ndcache doctor` lists them; CUDA_VISIBLE_DEVICES may hide some."
     else:

@@ -96,6 +96,20 @@ def test_row_80_no_such_device_of_cuda(
 
 
 @pytest.mark.torch
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_row_80_a_device_of_cuda_that_cannot_be_used(
+    torch: Any, no_requests: str, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    reason = "Cannot re-initialize CUDA in forked subprocess."
+    monkeypatch.setattr(torch, "empty", fail(RuntimeError(reason)))
+    with pytest.raises(ndcache.NoAdapterError, match=f"cannot use the device '{device}': {reason}") as caught:
+        ndcache.load(no_requests, device)
+    assert "Look at nvidia-smi" in str(caught.value)
+
+
+@pytest.mark.torch
 def test_row_80_another_device_that_is_not_there(torch: Any, no_requests: str) -> None:
     with pytest.raises(ndcache.NoAdapterError, match="cannot use the device 'xpu'"):
         ndcache.torch.load(no_requests, "xpu")
@@ -106,6 +120,19 @@ def test_row_80_another_device_that_is_not_there(torch: Any, no_requests: str) -
 def test_devices_that_make_no_sense(torch: Any, no_requests: str, device: Any, kind: type[Exception]) -> None:
     with pytest.raises(kind, match="device"):
         ndcache.torch.load(no_requests, device)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("device", ["cuda0", "CUDA", "cuda:-1", "gpu", ""])
+def test_a_mistyped_device_is_answered_with_examples(torch: Any, no_requests: str, device: str) -> None:
+    with pytest.raises(ValueError, match=f"'{device}' is no device of PyTorch, as 'cpu', 'cuda', 'cuda:1' or 'mps' is"):
+        ndcache.torch.load(no_requests, device)
+
+
+@pytest.mark.parametrize("device", ["mps", "cpu:0", "xpu:1"])
+def test_other_devices_of_pytorch_are_for_another_function(no_requests: str, device: str) -> None:
+    with pytest.raises(ValueError, match=r"ndcache\.torch\.load takes all devices of PyTorch"):
+        ndcache.load(no_requests, device)
 
 
 @pytest.mark.torch
