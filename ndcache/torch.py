@@ -160,15 +160,16 @@ def load_model(
     """Load a model's weights into the parameters and buffers of a module, as its ``load_state_dict`` does.
 
     The bytes are read into the memory that the parameters and buffers have, wherever that is. Tensors that have another
-    dtype there, or are not contiguous, are loaded beside it first. Those on ``"meta"`` get memory.
+    dtype there, or are not contiguous, are loaded beside it first. Those on ``"meta"`` get memory, except for what the
+    model does not have: missing tensors and buffers that are not persistent stay on ``"meta"``.
 
     Names and shapes are compared before any shard is requested.
 
     Parameters
     ----------
     module : torch.nn.Module
-        Its ``state_dict`` has the names of the model's tensors. Of tied parameters, one name is enough; of several, the
-        last one is loaded.
+        Its ``state_dict`` has the names of the model's tensors. Of tied parameters, which are the same or have the same
+        memory, one name is enough; of several, the last one is loaded.
     source, decode, progress, trace
         See `load`. A module on several devices is loaded once for each of them.
     device : str or torch.device, optional
@@ -202,6 +203,8 @@ def load_model(
     <All keys matched successfully>
     """
     torch = import_torch()
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module, not {type(module).__name__}; the source comes after it")
     check_keywords(load_model, options.keys() - OPTION_NAMES)
     target = None if device is None else open_torch_device(parse_device(device)).handle
     with Loader(**options) as loader:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,17 @@ class ModulePart:
     into: dict[str, torch.Tensor] = field(default_factory=dict)
     beside: dict[str, torch.Tensor] = field(default_factory=dict)
     replaced: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def load_overlapping_beside(self) -> None:
+        """Move tensors that share memory from `into` to `beside`, where one is written after the other."""
+        end, last = 0, ""
+        for start, nbytes, name in sorted((each.data_ptr(), each.nbytes, name) for name, each in self.into.items()):
+            if nbytes and start < end:
+                self.beside[last], self.beside[name] = self.into[last], self.into[name]
+            if start + nbytes > end:
+                end, last = start + nbytes, name
+        self.beside = {name: self.beside[name] for name in self.names if name in self.beside}
+        self.into = {name: tensor for name, tensor in self.into.items() if name not in self.beside}
 
 
 @dataclass
@@ -99,11 +110,12 @@ def plan_module(
     """
     torch = import_torch()
     state = {name: each for name, each in module.state_dict(keep_vars=True).items() if isinstance(each, torch.Tensor)}
-    last: dict[int, str] = {}  # of each tensor's names, the last one that the model has
-    for name, tensor in state.items():
+    memory = {name: _memory(tensor) for name, tensor in state.items()}
+    last: dict[Hashable, str] = {}  # of each tensor's names, the last one that the model has
+    for name in state:
         if name in records:
-            last[id(tensor)] = name
-    missing = [name for name, tensor in state.items() if id(tensor) not in last]
+            last[memory[name]] = name
+    missing = [name for name in state if memory[name] not in last]
     load = ModuleLoad(module, missing, [name for name in records if name not in state])
     _check(load, state, records, strict=strict)
     devices = {tensor.device for tensor in state.values() if not tensor.is_meta}
@@ -118,6 +130,8 @@ def plan_module(
             part.into[name] = tensor
         else:
             part.beside[name] = tensor
+    for part in load.parts.values():
+        part.load_overlapping_beside()
     return load
 
 
@@ -128,7 +142,11 @@ def _check(load: ModuleLoad, state: Mapping[str, torch.Tensor], records: Mapping
     if strict and load.unexpected:
         errors.append(f"Unexpected key(s) in state_dict: {_quoted(load.unexpected)}. ")
     for name, tensor in state.items():
-        if name in records and tuple(tensor.shape) != records[name].shape:
+        if name not in records:
+            continue
+        if _is_expanded(tensor):
+            errors.append(f"{name} cannot be written: its elements share memory, see torch.Tensor.expand.")
+        if tuple(tensor.shape) != records[name].shape:
             shape = _size(records[name].shape)
             errors.append(
                 f"size mismatch for {name}: copying a param with shape {shape} from checkpoint, "
@@ -146,6 +164,20 @@ def _is_like(tensor: torch.Tensor, record: Record, *, decode: bool) -> bool:
         return False
     is_plain = tensor.layout == torch.strided and tensor.is_contiguous() and not tensor.is_neg()
     return is_plain and tensor.dtype == tensor_dtype(record, decode=decode)
+
+
+def _is_expanded(tensor: torch.Tensor) -> bool:
+    """Return whether several elements are one in memory, so that not all can be written."""
+    if tensor.is_meta or tensor.layout != import_torch().strided:
+        return False
+    return any(size > 1 and step == 0 for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _memory(tensor: torch.Tensor) -> Hashable:
+    """Return what is equal for tensors that are tied: those that are the same, or have the same memory."""
+    if tensor.is_meta or tensor.layout != import_torch().strided or tensor.numel() == 0:
+        return id(tensor)
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def _quoted(names: list[str]) -> str:

@@ -167,6 +167,53 @@ def test_parameters_that_are_not_contiguous(torch: Any, tmp_path: Path) -> None:
     assert not module.weight.is_contiguous()
 
 
+@pytest.mark.parametrize("names", [("a",), ("b",), ("a", "b")])
+def test_parameters_with_the_same_memory_are_tied(torch: Any, tmp_path: Path, names: tuple[str, ...]) -> None:
+    models.write_model(tmp_path, [{name: models.random_array((4, 3), seed=ord(name)) for name in names}])
+    module = torch.nn.Module()
+    module.a = torch.nn.Parameter(torch.zeros(4, 3))
+    module.b = torch.nn.Parameter(torch.zeros(4, 3))
+    module.b.data = module.a.data
+    assert ndcache.torch.load_model(module, tmp_path) == ([], [])
+    assert_loaded(module, {name: models.random_array((4, 3), seed=ord(names[-1])) for name in ("a", "b")})
+    assert module.a.data_ptr() == module.b.data_ptr()
+
+
+def test_buffers_that_overlap_are_written_in_the_order_of_pytorch(torch: Any, tmp_path: Path) -> None:
+    arrays = {name: models.random_array((6,), seed=n) for n, name in enumerate("cdabe")}
+    models.write_model(tmp_path, [arrays])
+
+    def make() -> Any:
+        module, shared = torch.nn.Module(), torch.zeros(20)
+        for name, start in {"a": 4, "b": 0, "c": 8, "d": 14}.items():  # d only begins where c ends
+            module.register_buffer(name, shared[start : start + 6])
+        module.register_buffer("e", torch.zeros(6))
+        return module
+
+    expected, module = make(), make()
+    expected.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()})
+    ndcache.torch.load_model(module, tmp_path)
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(module.get_buffer(name), tensor), name
+
+
+def test_expanded_buffers_are_refused_before_anything_is_written(torch: Any, tmp_path: Path) -> None:
+    models.write_model(tmp_path, [{"a": models.random_array((4,)), "b": models.random_array((4,))}])
+    module = torch.nn.Module()
+    module.register_buffer("a", torch.zeros(4))
+    module.register_buffer("b", torch.zeros(1).expand(4))
+    with pytest.raises(RuntimeError, match="b cannot be written: its elements share memory"):
+        ndcache.torch.load_model(module, tmp_path)
+    assert not module.a.any()
+
+
+def test_what_is_no_module_is_refused_before_any_request(torch: Any) -> None:
+    no_modules: list[Any] = [{}, "model", torch.nn.Linear]
+    for module in no_modules:
+        with pytest.raises(TypeError, match=r"module must be a torch\.nn\.Module, not"):
+            ndcache.torch.load_model(module, "http://127.0.0.1:9/nothing/", retries=0)
+
+
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_what_does_not_fit_is_listed_as_by_pytorch(
     torch: Any, tmp_path: Path, serve: Callable[..., FileServer], device: str
