@@ -125,6 +125,6 @@ def test_a_pool_with_a_single_thread_runs_tasks_beside_its_serial_queue(monkeypa
         queue = pool.open_serial_queue()
 
         def work(shard: ndcache.Shard) -> str:
-            return queue.submit(lambda: shard.data_path).result(30)
+            return queue.submit(lambda: shard.data_path).result()
 
         assert list(run(shards(1, 1, 1), work, pool=pool, tick=tick)) == ["0.bin", "1.bin", "2.bin"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterable, Mapping
-from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +12,7 @@ import numpy as np
 from ...format.manifest import Record
 from ...format.numpy_dtypes import DTYPES
 from ...stats import LoadStats
-from ...workers.serial import SerialQueue
+from ...workers.serial import Pending, SerialQueue
 from ..into import Destination
 from ..segments import Segment
 from .layout import WORD, round_up
@@ -85,10 +84,10 @@ class BufferMaker:
         self._lock = threading.Lock()  # as two workers may begin with the same record
         # By the name of the segment's first record, of which a cut record's parts are the same. (A shard's only segment
         # may have none.)
-        self._requested: dict[str | None, Future[list[wgpu.GPUBuffer]]] = {}
+        self._requested: dict[str | None, Pending[list[wgpu.GPUBuffer]]] = {}
 
-    def request(self, segment: Segment) -> Future[list[wgpu.GPUBuffer]]:
-        """Return a future of the buffers of a segment's tensors, in the order of its records.
+    def request(self, segment: Segment) -> Pending[list[wgpu.GPUBuffer]]:
+        """Return the pending buffers of a segment's tensors, in the order of its records.
 
         The parts of a record share its buffer. The caller must destroy the buffers that it removes from the list,
         unless they are in `into`.
@@ -102,9 +101,10 @@ class BufferMaker:
     def close(self) -> None:
         """Stop, and destroy the buffers that are still in their lists. Call this through `shielded`."""
         self._serial.cancel()
-        for future in self._requested.values():
-            if not future.cancelled() and future.exception() is None:
-                self._destroy(future.result())
+        for pending in self._requested.values():
+            pending.wait()
+            if pending.error is None:
+                self._destroy(pending.result())
         self._requested.clear()
 
     def _destroy(self, buffers: Iterable[wgpu.GPUBuffer]) -> None:

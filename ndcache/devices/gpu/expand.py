@@ -66,23 +66,14 @@ class Expander:
         dispatch_bytes = limits["max-compute-workgroups-per-dimension"] * _WORKGROUP_SIZE * 4
         return int(min(buffer_bytes, dispatch_bytes)) & ~7
 
-    def encode(
-        self, encoder: wgpu.GPUCommandEncoder, source: wgpu.GPUBuffer, start: int, end: int
-    ) -> wgpu.GPUComputePassEncoder:
-        """Record commands that expand bytes `start` to `end` of `source`, multiples of 4, to the start of `expanded`.
-
-        Returns
-        -------
-        wgpu.GPUComputePassEncoder
-            The recorded pass, which has ended.
-        """
+    def encode(self, encoder: wgpu.GPUCommandEncoder, source: wgpu.GPUBuffer, start: int, end: int) -> None:
+        """Record commands that expand bytes `start` to `end` of `source`, multiples of 4, into `expanded`."""
         encoder.copy_buffer_to_buffer(source, start, self._stored, 0, end - start)
         compute = encoder.begin_compute_pass()
         compute.set_pipeline(self._pipeline)
         compute.set_bind_group(0, self._group)
         compute.dispatch_workgroups(-(-(end - start) // (4 * _WORKGROUP_SIZE)))
         compute.end()
-        return compute
 
     def destroy(self) -> None:
         """Free the buffers."""

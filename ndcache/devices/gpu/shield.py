@@ -132,18 +132,19 @@ class _Call(Generic[T]):
         self._start_token = [True]
         self._end_token = [True]
         self._has_ended = False
-        self._has_own_thread = True
         self._wake_up: SimpleQueue[None] = SimpleQueue()
         self._results: list[T] = []
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="ndcache-device", daemon=True)
+        # Made only when it is started. Until then, it and this object would refer to each other: the garbage collector
+        # could drop wgpu's objects on the main thread, and Ctrl-C in one of their destructors would be lost.
+        self._thread: threading.Thread | None = None
 
     def start(self, thread: CallThread | None) -> None:
         """Begin in `thread`, or a new one; in this thread if no more can start."""
         if thread is not None:
-            self._has_own_thread = False
             thread.submit(self._run)
             return
+        self._thread = threading.Thread(target=self._run, name="ndcache-device", daemon=True)
         try:
             self._thread.start()
         except RuntimeError as error:
@@ -176,7 +177,7 @@ class _Call(Generic[T]):
 
     def join(self) -> None:
         """Wait for the end of the thread, whose work is done."""
-        if self._thread.ident is not None:
+        if self._thread is not None and self._thread.ident is not None:
             self._thread.join()
 
     def result(self) -> T:
@@ -209,7 +210,7 @@ class _Call(Generic[T]):
                 return self.wait(deadline=deadline)
 
     def _join_despite_interrupts(self) -> None:
-        if not self._has_own_thread:
+        if self._thread is None:
             return
         deadline = time.monotonic() + _GRACE
         while True:

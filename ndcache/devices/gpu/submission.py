@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...stats import LoadStats
+from ...workers.serial import Pending
 from .buffers import tensor_usage
 from .expand import Expander
 from .layout import Batch
@@ -26,7 +26,7 @@ class StagedSegment:
 
     Attributes
     ----------
-    buffers : Future of list of wgpu.GPUBuffer
+    buffers : Pending of list of wgpu.GPUBuffer
         In the order of the segment's records.
     offsets : sequence of int
         Where the tensors begin in these buffers.
@@ -34,7 +34,7 @@ class StagedSegment:
         The staging buffers that hold bytes to be submitted, each with its batch.
     """
 
-    buffers: Future[list[wgpu.GPUBuffer]]
+    buffers: Pending[list[wgpu.GPUBuffer]]
     offsets: Sequence[int]
     filled: list[tuple[StagingBuffer, Batch]] = field(default_factory=list)
 
@@ -65,10 +65,6 @@ class Submitter:
         self._calls = calls
         self._batch_bytes = batch_bytes
         self._expander: Expander | None = None
-        # The calls of a submission do not call back into Python, so the caller's thread makes them without a shield.
-        # The objects that they return are kept here until a shielded call drops them: Ctrl-C in one of their
-        # destructors would be lost.
-        self._submitted: list[Any] = []
 
     def submit(self, segments: Sequence[StagedSegment]) -> None:
         """Submit the copies of all filled batches at once, and give the staging memory back."""
@@ -79,15 +75,15 @@ class Submitter:
             with self._stats.timed("shader"):
                 shielded(self._make_expander, thread=self._calls)
         with self._stats.timed("copy", nbytes=sum(batch.nbytes for _, _, batch in filled)):
-            self._submit_copies(filled)
+            # wgpu calls back from here if a worker's `map` is complete just now.
+            shielded(lambda: self._submit_copies(filled), thread=self._calls)
         for segment in segments:
             for staging, _ in segment.filled:
                 self._ring.release(staging)
             segment.filled.clear()
 
     def close(self) -> None:
-        """Free the expander's memory and drop wgpu's objects. Call this through `shielded`."""
-        self._submitted.clear()
+        """Free the expander's memory. Call this through `shielded`."""
         if self._expander is not None:
             self._expander.destroy()
             self._expander = None
@@ -101,7 +97,6 @@ class Submitter:
             staging.unmap()
             self._encode(encoder, staging, batch, segment.buffers.result(), segment.offsets)
         commands = encoder.finish()  # raises if the device was lost; submitting would then end the process
-        self._submitted += [encoder, commands]
         self._device.queue.submit([commands])
 
     def _encode(
@@ -115,7 +110,7 @@ class Submitter:
         start, end = batch.expanded_range
         expander, encode_copy = self._expander, encoder.copy_buffer_to_buffer
         if expander is not None and end:
-            self._submitted.append(expander.encode(encoder, staging.buffer, start, end))
+            expander.encode(encoder, staging.buffer, start, end)
         for copy in batch.copies:
             target, begin = buffers[copy.record_index], offsets[copy.record_index]
             if copy.is_expanded:

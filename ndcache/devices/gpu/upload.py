@@ -156,6 +156,6 @@ class GpuUpload(Upload[StagedSegment, GPUTensor]):
         A submission costs more than a copy.
         """
         candidates = [self._ready.popleft() for _ in range(len(self._ready))]
-        ready = [other for other in candidates if other.buffers.done() and other.buffers.exception() is None]
+        ready = [other for other in candidates if other.buffers.is_done and other.buffers.error is None]
         self._ready.extend(other for other in candidates if other not in ready)
         return [other for other in ready if other is not staged]

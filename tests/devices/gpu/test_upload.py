@@ -38,6 +38,21 @@ def test_a_trace_shows_what_each_thread_does(gpu: Any, tmp_path: Path) -> None:
     assert stats.seconds["place"] >= sum(stats.seconds[part] for part in ("wait_buffers", "shader", "copy"))
 
 
+def test_the_main_thread_submits_nothing_itself(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # wgpu may call back from a submission, and Ctrl-C would be lost in the callback.
+    models.simple_model(tmp_path, shards=3)
+    original, threads = type(gpu.queue).submit, set()
+
+    def submit(queue: Any, commands: Any) -> Any:
+        threads.add(threading.current_thread())
+        return original(queue, commands)
+
+    monkeypatch.setattr(type(gpu.queue), "submit", submit)
+    with ndcache.load(tmp_path, gpu):
+        assert threads
+        assert threading.main_thread() not in threads
+
+
 @pytest.mark.parametrize("memory_limit", [1, 1000, 1 << 20])
 @pytest.mark.parametrize("encoding", ["raw", "f32-to-bf16"])
 def test_shards_may_be_staged_in_several_batches(
