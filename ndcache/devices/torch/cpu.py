@@ -19,7 +19,7 @@ from ..base import Device
 from ..cpu import CpuDevice, CpuUpload, may_map
 from ..into import Destination
 from ..segments import Segment
-from .library import as_bytes, check_dtypes, find_destination
+from .library import as_bytes, check_dtypes, find_destination, note_writes
 
 if TYPE_CHECKING:
     import torch
@@ -67,6 +67,7 @@ class TorchCpuDevice(Device["torch.Tensor"]):
         keeps_all: bool,
         into: Mapping[str, Destination],
     ) -> TorchCpuUpload:
+        note_writes(into)
         return TorchCpuUpload(stats, decode=decode, copy=copy, may_map=may_map(segments), into=into)
 
     def discard(self, tensors: dict[str, torch.Tensor]) -> None:

@@ -13,7 +13,7 @@ from ..base import Device
 from ..into import Destination
 from ..segments import Segment
 from .driver import CudaApi
-from .library import check_dtypes, find_destination
+from .library import check_dtypes, find_destination, note_writes
 from .memory import Allocator
 from .pinned import PIECE_BYTES
 from .upload import CudaUpload
@@ -75,6 +75,7 @@ class CudaDevice(Device["torch.Tensor"]):
         keeps_all: bool,
         into: Mapping[str, Destination],
     ) -> CudaUpload:
+        note_writes(into)
         given = {name: destination.owner for name, destination in into.items()}
         allocator = Allocator(self.handle, segments, given, PIECE_BYTES, decode=decode, copy=copy)
         upload = CudaUpload(self._api, allocator, stats, keeps_all=keeps_all)

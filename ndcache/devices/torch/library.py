@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -22,6 +22,7 @@ __all__ = [
     "first_line",
     "import_torch",
     "is_torch_device",
+    "note_writes",
     "tensor_dtype",
     "translated_errors",
 ]
@@ -94,6 +95,14 @@ def find_destination(record: Record, memory: object, device: torch.device, *, de
         raise misfit(record, "is not contiguous")
     flat = as_bytes(memory)
     return Destination(memory, flat, "memory", flat.data_ptr(), flat.nbytes)
+
+
+def note_writes(into: Mapping[str, Destination]) -> None:
+    """Tell autograd that tensors of the caller's are about to be written to, as operations in place do."""
+    import torch
+
+    for destination in into.values():
+        torch.autograd.graph.increment_version(destination.owner)
 
 
 def check_dtypes(device: torch.device, shards: Sequence[Shard], *, decode: bool) -> None:

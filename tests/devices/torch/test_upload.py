@@ -397,6 +397,27 @@ def test_into_takes_tensors_on_the_device(
         free_idle_lanes()
 
 
+@pytest.mark.parametrize("path", ["cpu", "other", "cuda"])
+def test_autograd_knows_what_into_overwrites(
+    torch: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    if path == "cuda":
+        use_fake_cuda(monkeypatch, FakeApi(torch.device("cpu")))
+    elif path == "other":
+        monkeypatch.setattr(opening, "TorchCpuDevice", OtherDevice)
+    models.write_model(tmp_path, [{"t": models.random_array((4, 6)), "u": models.random_array((4, 6), seed=1)}])
+    parameter = torch.nn.Parameter(torch.ones(4, 6))
+    with torch.inference_mode():
+        other = torch.ones(4, 6)
+    loss = (parameter * parameter).sum()
+    weights = ndcache.torch.load(tmp_path, into={"t": parameter, "u": other})
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    assert other.numpy().tobytes() == dict(ndcache.load(tmp_path))["u"].tobytes()
+    assert weights["u"] is other
+    free_idle_lanes()
+
+
 @pytest.mark.parametrize("fake", [True, False])
 def test_into_that_does_not_fit(torch: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake: bool) -> None:
     if fake:
