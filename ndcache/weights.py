@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import chain
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
@@ -68,8 +67,8 @@ class Weights(Mapping[str, Tensor]):
         self.device: Any = device.handle
         self.stats = stats
         self._lent = frozenset(into)
-        ours: Iterable[Any] = (tensor for name, tensor in self._tensors.items() if name not in into)
-        self.nbytes: int = sum(each.nbytes for each in chain(ours, into.values()))
+        sized: dict[str, Any] = {**self._tensors, **into}  # a buffer of the caller's may be larger than its tensor
+        self.nbytes: int = sum(each.nbytes for each in sized.values())
 
     def __getitem__(self, name: str) -> Tensor:
         return self._open()[name]

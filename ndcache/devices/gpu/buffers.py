@@ -42,7 +42,7 @@ def tensor_usage() -> int:
 
 
 class BufferMaker:
-    """Make the buffers of one load's tensors, shard by shard.
+    """Make the buffers of one load's tensors, segment by segment.
 
     Drivers make one buffer at a time, however many threads ask. So one thread makes them all, and the others can read
     files.

@@ -80,7 +80,7 @@ class StagingRing:
     ----------
     device : wgpu.GPUDevice
     limit : int
-        The most bytes of all buffers together. The next shard in manifest order may exceed it.
+        The most bytes of all buffers together. The next segment in manifest order may exceed it.
     """
 
     def __init__(self, device: wgpu.GPUDevice, limit: int) -> None:
@@ -96,8 +96,8 @@ class StagingRing:
         size = _size_class(nbytes)
         with self._lock:
             # A used buffer is ready at once, as copies on the GPU are fast; a new one must first be cleared, across the
-            # bus. So a used one may be larger than needed. Otherwise shards of different sizes could not share buffers
-            # (benchmarks/gpu.py).
+            # bus. So a used one may be larger than needed. Otherwise segments of different sizes could not share
+            # buffers (benchmarks/gpu.py).
             used = next((each for each in self._submitted if size <= each.buffer.size <= 2 * size), None)
             if used is not None:
                 self._submitted.remove(used)
@@ -105,7 +105,7 @@ class StagingRing:
                 self._nbytes += size
                 while self._nbytes > self._limit and self._submitted:
                     self._destroy(self._submitted.popleft())
-                # If that is still over the limit, later shards hold the rest, and this one must not wait for them.
+                # If that is still over the limit, later segments hold the rest, and this one must not wait for them.
         if used is not None:
             used.map()
             return used
@@ -131,6 +131,6 @@ class StagingRing:
 
 
 def _size_class(nbytes: int) -> int:
-    """Round up, by at most an eighth, so that shards of about the same size can share buffers."""
+    """Round up, by at most an eighth, so that segments of about the same size can share buffers."""
     step = 1 << max((nbytes - 1).bit_length() - 4, 12)
     return -(-nbytes // step) * step
