@@ -92,9 +92,7 @@ class TorchCpuUpload(CpuUpload):
         self._dtypes: dict[str, tuple[torch.dtype, int]] = {}  # with the bytes of an element, by the manifest's names
 
     def close(self) -> None:
-        self._decode = (
-            decode_record  # not a method of this object, which would otherwise live until a garbage collection
-        )
+        self._decode = decode_record  # a method of this object would keep it until a garbage collection
 
     def _make_tensor(self, record: Record, data: npt.NDArray[np.uint8], start: int = 0) -> Any:
         """Return a record's tensor, with a storage of its own, of exactly its bytes; see `codec.decode_record`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import logging
 from collections.abc import Callable
@@ -102,6 +103,26 @@ def test_raw_tensors_are_views_of_maps(torch: Any, tmp_path: Path) -> None:
         first, end = (int(number, 16) for number in line.split()[0].split("-"))
         assert first <= weights["layer.0"].data_ptr() < end
     assert weights["layer.0"].untyped_storage().nbytes() == 1 << 20
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the system does not list maps")
+def test_a_file_is_unmapped_with_the_last_tensor_of_it(torch: Any, tmp_path: Path) -> None:
+    def is_mapped() -> bool:
+        return "params_shard_0.bin" in Path("/proc/self/maps").read_text()
+
+    models.simple_model(tmp_path, shards=1, shard_bytes=1 << 20)
+    gc.disable()  # the last reference is enough
+    try:
+        for load in (ndcache.torch.load, ndcache.torch.stream):
+            tensor = dict(load(tmp_path))["layer.0"]
+            part = tensor[5:]
+            del tensor
+            assert is_mapped()
+            assert part.sum().isfinite()
+            del part
+            assert not is_mapped()
+    finally:
+        gc.enable()
 
 
 def test_each_tensor_has_a_storage_of_its_own(torch: Any, tmp_path: Path) -> None:

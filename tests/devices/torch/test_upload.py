@@ -418,6 +418,32 @@ def test_autograd_knows_what_into_overwrites(
     free_idle_lanes()
 
 
+@pytest.mark.parametrize("path", ["cpu", "other", "cuda"])
+@pytest.mark.parametrize("encoding", ["raw", "f32-to-bf16"])
+def test_modes_of_the_caller_do_not_matter(
+    torch: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, encoding: str
+) -> None:
+    expected = write_mixed(tmp_path, encoding, b"x")
+    if path == "cuda":
+        use_fake_cuda(monkeypatch, FakeApi(torch.device("cpu")))
+    elif path == "other":
+        monkeypatch.setattr(opening, "TorchCpuDevice", OtherDevice)
+    name = "0 float32 (5, 7)"
+    monkeypatch.setattr("ndcache.devices.torch.memory._MOST_SMALL", 100)
+    torch.set_default_dtype(torch.float64)
+    try:
+        for mode in (torch.device("meta"), torch.inference_mode(), torch.no_grad()):
+            with mode:
+                into = {name: torch.zeros(expected[name].shape, dtype=torch.float32, device="cpu")}
+                assert_tensors(dict(ndcache.torch.stream(tmp_path, into=into)), expected)
+                weights = ndcache.torch.load(tmp_path, into=into)
+            assert_tensors(weights, expected)
+            assert weights[name] is into[name]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    free_idle_lanes()
+
+
 @pytest.mark.parametrize("fake", [True, False])
 def test_into_that_does_not_fit(torch: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake: bool) -> None:
     if fake:
