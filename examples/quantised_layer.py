@@ -60,8 +60,8 @@ def main(source: str, layer: str, columns: int | None = None) -> int:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3:
-        sys.exit(main(*sys.argv[1:]))
+    if len(sys.argv) > 1:
+        sys.exit(main(*sys.argv[1:]) if len(sys.argv) == 3 else __doc__)
     rng = np.random.default_rng(1)
     q_weight, q_scale = rng.integers(0, 2**32, (301, 124), np.uint32), rng.standard_normal((301, 31), np.float32)
     with tempfile.TemporaryDirectory() as directory:

@@ -82,6 +82,12 @@ def test_quantised_layer_of_a_url(tmp_path: Path, serve: Any) -> None:
 
 
 @pytest.mark.once
+def test_quantised_layer_without_the_name_of_a_layer_explains_itself() -> None:
+    with pytest.raises(AssertionError, match="Usage::"):
+        run("quantised_layer.py", "https://127.0.0.1:9/model/")
+
+
+@pytest.mark.once
 @pytest.mark.usefixtures("gpu")
 def test_gpu_of_each_worker() -> None:
     need_module("distributed")
