@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _Tensors: TypeAlias = Generator[tuple[str, T], None, None]
 
-#: Attributes by which memory of other kinds is known: NumPy's, CUDA's, that of most libraries, and a wgpu buffer.
-_MEMORY_ATTRIBUTES = ("__array_interface__", "__cuda_array_interface__", "__dlpack__", "map_state")
+#: Attributes by which memory of other kinds is known: NumPy's, `GPUTensor`, CUDA's, most libraries', a wgpu buffer.
+_MEMORY_ATTRIBUTES = ("__array_interface__", "__array__", "__cuda_array_interface__", "__dlpack__", "map_state")
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +196,10 @@ def misfit(record: Record, problem: str) -> ValueError:
 def foreign_memory(record: Record, memory: object, wanted: str) -> ValueError | TypeError:
     """Return the error for an object that is no memory of this device, or no memory at all."""
     text = f"into[{record.name!r}] is a {type(memory).__name__}, but this device loads into {wanted}"
-    is_memory = any(hasattr(memory, attribute) for attribute in _MEMORY_ATTRIBUTES)
+    if isinstance(memory, tuple) and [type(each) for each in memory[1:]] == [int]:
+        is_memory = hasattr(memory[0], "map_state")  # a wgpu buffer and an offset
+    else:
+        is_memory = any(hasattr(memory, attribute) for attribute in _MEMORY_ATTRIBUTES)
     return ValueError(text) if is_memory else TypeError(text)
 
 

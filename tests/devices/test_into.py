@@ -78,6 +78,7 @@ def read_only() -> Any:
         (np.frombuffer(bytes(48), np.float32).reshape(4, 3), "read-only"),
         (SimpleNamespace(__dlpack__=None), "is a SimpleNamespace, but this device loads into NumPy arrays"),
         (SimpleNamespace(map_state="unmapped"), "but this device loads into NumPy arrays"),
+        ((SimpleNamespace(map_state="unmapped"), 4), "is a tuple, but this device loads into NumPy arrays"),
     ],
 )
 def test_other_memory_is_a_value_error(memory: Any, message: str) -> None:
@@ -85,7 +86,7 @@ def test_other_memory_is_a_value_error(memory: Any, message: str) -> None:
         check({"t": memory})
 
 
-@pytest.mark.parametrize("memory", [None, 3, "t", [0.0] * 12, bytearray(48), (np.zeros((4, 3), np.float32), 0)])
+@pytest.mark.parametrize("memory", [None, 3, "t", [0.0] * 12, bytearray(48), (np.zeros((4, 3), np.float32), 0), ()])
 def test_what_is_no_memory_is_a_type_error(memory: Any) -> None:
     with pytest.raises(TypeError, match=rf"into\['t'\] is a {type(memory).__name__}"):
         check({"t": memory})

@@ -198,6 +198,15 @@ def test_row_83_memory_that_does_not_fit_is_refused_before_any_shard_is_requeste
     mapped.destroy()
 
 
+def test_row_83_memory_of_a_gpu_is_no_memory_for_arrays(gpu: Any, tmp_path: Path, make: Callable[..., Any]) -> None:
+    models.write_model(tmp_path, [{"four": models.random_array((3, 4))}])
+    with ndcache.load(tmp_path, gpu) as weights:
+        for memory in (weights["four"], make(48), (make(48), 0)):
+            into: Any = {"four": memory}
+            with pytest.raises(ValueError, match="but this device loads into NumPy arrays"):
+                ndcache.load(tmp_path, into=into)
+
+
 def test_row_83_one_destroyed_buffer_of_many_is_found(gpu: Any, tmp_path: Path, make: Callable[..., Any]) -> None:
     arrays = {f"t{n}": models.random_array((4,), seed=n) for n in range(100)}
     models.write_model(tmp_path, [arrays])
