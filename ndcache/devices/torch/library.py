@@ -102,7 +102,8 @@ def note_writes(into: Mapping[str, Destination]) -> None:
     import torch
 
     for destination in into.values():
-        torch.autograd.graph.increment_version(destination.owner)
+        if not destination.owner.is_inference():  # those have no version, and old releases of PyTorch refuse them
+            torch.autograd.graph.increment_version(destination.owner)
 
 
 def check_dtypes(device: torch.device, shards: Sequence[Shard], *, decode: bool) -> None:

@@ -410,6 +410,13 @@ def test_autograd_knows_what_into_overwrites(
     with torch.inference_mode():
         other = torch.ones(4, 6)
     loss = (parameter * parameter).sum()
+    original = torch.autograd.graph.increment_version
+
+    def increment(tensor: Any) -> None:
+        assert not tensor.is_inference()  # PyTorch 2.3 would raise an error
+        original(tensor)
+
+    monkeypatch.setattr(torch.autograd.graph, "increment_version", increment)
     weights = ndcache.torch.load(tmp_path, into={"t": parameter, "u": other})
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
