@@ -163,7 +163,7 @@ def load_model(
     dtype there, or are not contiguous, are loaded beside it first. Those on ``"meta"`` get memory, except for what the
     model does not have: missing tensors and buffers that are not persistent stay on ``"meta"``.
 
-    Names and shapes are compared before any shard is requested.
+    Names and shapes are compared before any shard is requested. Hooks of ``load_state_dict`` are not called.
 
     Parameters
     ----------
