@@ -2,7 +2,7 @@
 
 Memory that CUDA or PyTorch pin costs 0.35 ms a MiB to make, one thread at a time. Anonymous memory in huge pages,
 touched and registered by each thread for itself, costs 0.1 ms a MiB, in all threads at once. It is kept for later loads
-of this process, 8 MiB for each of at most 18 threads.
+of this process, 8 MiB for each of at most 18 threads a device.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ logger = logging.getLogger("ndcache")
 PIECE_BYTES = 4 << 20
 _SLOTS = 2
 _HUGE_PAGE = 2 << 20
-#: The most lanes that are kept for later loads: those of 16 workers, and of the two spare threads that a pool has.
+#: The most lanes of a device that are kept for later loads: those of 16 workers, and of the two spare threads that a
+#: pool has.
 _MOST_IDLE = 18
 
 #: The lanes that no load uses, by device and kind of API.
@@ -163,8 +164,9 @@ def _open_lane(api: CudaApi) -> Lane:
 def return_lane(lane: Lane) -> None:
     """Keep a lane for later loads, or free it. Its stream must have nothing to do, and its API must be active."""
     lane.temp, lane.follows_caller = None, False
-    if sum(map(len, _idle.values())) < _MOST_IDLE:
-        _idle.setdefault((lane.api.device, type(lane.api)), []).append(lane)
+    idle = _idle.setdefault((lane.api.device, type(lane.api)), [])
+    if len(idle) < _MOST_IDLE:
+        idle.append(lane)
     else:
         lane.free()
 

@@ -20,7 +20,7 @@ from ndcache.devices.torch import cuda, opening, pinned
 from ndcache.devices.torch.cuda import CudaDevice
 from ndcache.devices.torch.memory import Allocator
 from ndcache.devices.torch.other import OtherDevice
-from ndcache.devices.torch.pinned import free_idle_lanes
+from ndcache.devices.torch.pinned import free_idle_lanes, return_lane, take_lane
 from ndcache.format.numpy_dtypes import DTYPES
 from ndcache.stats import LoadStats
 from ndcache.workers.pool import WorkerPool
@@ -256,6 +256,18 @@ def test_pinned_memory_is_kept_for_later_loads(api: FakeApi, tmp_path: Path, mon
     monkeypatch.setattr(pinned, "_MOST_IDLE", 0)
     ndcache.torch.load(tmp_path, max_workers=3)
     assert api.registered.items() <= first.items()
+
+
+def test_each_device_keeps_pinned_memory(torch: Any, api: FakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pinned, "_MOST_IDLE", 1)
+    other = FakeApi(torch.device("cpu:1"))
+    for each in (api, other):
+        with each.active():
+            for lane in [take_lane(each), take_lane(each)]:
+                return_lane(lane)
+    assert (len(api.registered), len(other.registered)) == (1, 1)
+    free_idle_lanes()
+    assert other.registered == {}
 
 
 def test_a_forked_child_has_no_pinned_memory(api: FakeApi, tmp_path: Path) -> None:
