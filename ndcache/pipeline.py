@@ -121,14 +121,17 @@ def _place_tensors(
         with (
             upload,
             _staging(model, context, upload, files) as work,
-            _map_files(model, context, files, work, progress, helpers, memory_limit) as (arriving, done),
+            _map_files(model, context, files, work, progress, helpers, memory_limit) as (order, arriving, done),
         ):
-            for segment, nbytes, (obtained, staged) in arriving:
+            for obtained, staged in arriving:
+                segment, nbytes = next(order)
                 placed = upload.place(staged, segment)
                 for record, tensor in stats.timed_iterator("place", placed, file=segment.shard.data_path):
                     stats.tensors += 1
                     yield record.name, tensor
+                    del tensor
                     context.cancellation.resume()  # before the next one is made, which nobody would own
+                del staged, placed  # and with them all tensors, before the next segment is staged
                 if segment is segments[-1]:
                     with stats.timed("finish"):
                         upload.finish()
@@ -190,8 +193,8 @@ def fetch_shards(
 
     files = [[Segment(shard, shard.records, shard.nbytes)] for shard in shards]
     # Nothing waits for a device, so only the disk limits how far workers look ahead.
-    with _map_files(model, context, files, work, progress, helpers, sys.maxsize) as (arriving, done):
-        for segment, nbytes, obtained in arriving:
+    with _map_files(model, context, files, work, progress, helpers, sys.maxsize) as (order, arriving, done):
+        for (segment, nbytes), obtained in zip(order, arriving, strict=True):
             assert nbytes is not None
             done(segment.shard, nbytes, obtained)
 
@@ -217,14 +220,15 @@ def _map_files(
     progress: Progress,
     helpers: HelperProcesses,
     memory_limit: int,
-) -> Iterator[tuple[Iterator[tuple[Segment, int | None, T]], _Done]]:
+) -> Iterator[tuple[Iterator[tuple[Segment, int | None]], Iterator[T], _Done]]:
     """Do the work for each segment of each shard's file in a worker, and report progress.
 
     Yields
     ------
+    order : iterator
+        Each segment, in manifest order, and the bytes that its shard counts if this is the last one of it, else None.
     arriving : iterator
-        Of each segment, in manifest order: the segment, the bytes that its shard counts if this is the last one of it,
-        else None, and the result of its work.
+        The result of the work for each of them.
     done : callable
         To be called for each of these last segments before the next is asked for.
     """
@@ -263,7 +267,7 @@ def _map_files(
         )
         with closing(reporter), closing(results):
             reporter.start()
-            yield zip(segments, ends, results, strict=True), done
+            yield zip(segments, ends, strict=True), results, done
         helpers.finish(context)
         model.finish()
     stats.seconds["total"] = time.perf_counter() - context.started

@@ -9,6 +9,7 @@ import random
 import signal
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -212,6 +213,26 @@ def test_a_file_in_memory_counts_as_a_whole(tmp_path: Path, serve: Serve) -> Non
             assert weights.stats.peak_bytes_in_flight == peak
     with ndcache.load(url, memory_limit=3 * SEGMENT) as weights:
         assert weights.stats.peak_bytes_in_flight == 3 * SEGMENT
+
+
+def test_nothing_of_a_segment_is_kept_while_the_next_is_staged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "_MIN_SEGMENT_BYTES", SEGMENT)
+    arrays = {f"t{n}": models.random_array((SEGMENT // 4,), seed=n) for n in range(12)}
+    models.write_model(tmp_path, [arrays], encoding="f32-to-bf16")  # two tensors in each segment
+    staged: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+    original = CpuUpload.stage
+
+    def stage(*arguments: Any) -> Any:
+        alive.append(sum(reference() is not None for reference in staged))
+        made = original(*arguments)
+        staged.extend(map(weakref.ref, made))
+        return made
+
+    monkeypatch.setattr(CpuUpload, "stage", stage)
+    for _name, array in ndcache.stream(tmp_path, memory_limit=1):
+        del array
+    assert alive == [0] * 6
 
 
 # --- workers
