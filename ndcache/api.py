@@ -182,9 +182,9 @@ def load(
         Your own memory for some of the tensors, by name; nothing else is allocated for them, and the result holds your
         objects. On the CPU: a writable, C-contiguous `numpy.ndarray` of the tensor's shape and dtype. On a GPU: a
         `GPUTensor`, a ``wgpu.GPUBuffer`` with usage COPY_DST, or a tuple of buffer and offset (a multiple of 4), of the
-        device that you load with. All are checked before a shard is requested. Until the call returns, or `stream`
-        yields the tensor, their content is undefined. If the call fails, the exception's ``undefined``, a tuple of
-        names, says which of them may be incomplete.
+        device that you load with. On CUDA: a contiguous `torch.Tensor` on that device. All are checked before a shard
+        is requested. Until the call returns, or `stream` yields the tensor, their content is undefined. If the call
+        fails, the exception's ``undefined``, a tuple of names, says which of them may be incomplete.
     progress : True, callable, or iterable of callables, optional
         True draws a bar on standard error. A callable is called with each `ProgressReport`, on this thread.
     trace : path-like, optional

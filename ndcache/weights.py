@@ -22,16 +22,16 @@ class Weights(Mapping[str, Tensor]):
     """A read-only mapping from tensor names to tensors, in manifest order. Also a context manager.
 
     On the CPU the tensors are `numpy.ndarray`: read-only views of the mapped shard file where the stored bytes are the
-    values, and arrays with memory of their own where float32 was stored as bfloat16. On a GPU they are `GPUTensor`.
-    Type checkers know which: ``Weights[numpy.ndarray]`` or ``Weights[GPUTensor]``. A tensor that was loaded into memory
-    of the caller's (``into``) is the caller's own object.
+    values, and arrays with memory of their own where float32 was stored as bfloat16. On a GPU they are `GPUTensor`; on
+    CUDA, and with `ndcache.torch`, they are `torch.Tensor`. Type checkers know which: ``Weights[numpy.ndarray]`` or
+    ``Weights[GPUTensor]``. A tensor that was loaded into memory of the caller's (``into``) is the caller's own object.
 
     Attributes
     ----------
     metadata : mapping
         The manifest's ``metadata``.
     manifest : Manifest
-    device : "cpu" or wgpu.GPUDevice
+    device : "cpu", wgpu.GPUDevice or torch.device
         Where the tensors are.
     nbytes : int
         Bytes of all tensors as they are in memory now, including the caller's.
