@@ -116,7 +116,6 @@ def _place_tensors(
             keeps_all=keeps_all,
             into=lent.destinations,
         )
-
         # The files and the upload are closed last, when no worker is in `stage` any more.
         with (
             upload,
