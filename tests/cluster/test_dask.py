@@ -160,13 +160,19 @@ def test_row_78_errors_tasks_and_logs_have_no_secrets(
     server = serve(tmp_path / "model")
     server.status["/params_shard_4.bin"] = 403
     source = server.url.replace("http://", "http://user:pass-5ecret@") + "?sig=query-5ecret"
+    server.gate.clear()
     seen: list[str] = []
 
-    def look(report: ndcache.ProgressReport) -> None:
+    def look() -> None:
+        wait_for(lambda: len(server.requests) > 3)
         seen.append(str(client.run_on_scheduler(dask_cluster.describe_tasks)))
+        server.gate.set()
 
+    watcher = threading.Thread(target=look)
+    watcher.start()
     with pytest.raises(ndcache.AuthError) as caught:
-        ndcache_dask.fetch(client, source, progress=look, mirrors=[source], max_workers=1)
+        ndcache_dask.fetch(client, source, mirrors=[source], max_workers=1)
+    watcher.join()
     assert caught.value.shard == "params_shard_4.bin"
     assert caught.value.node in client.nthreads()
     assert str(caught.value.node) in str(caught.value)

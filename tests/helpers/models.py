@@ -95,7 +95,9 @@ def through_bf16(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         return array
     bits = array.view(np.uint32).astype(np.uint64)
     largest = np.uint32(0x7F7F0000).view(np.float32)
-    rounded = np.where(np.abs(array) < largest, bits + 0x7FFF + ((bits >> 16) & 1), bits) & 0xFFFF0000
+    # All of one dtype: old releases of NumPy do not shift a single uint64 by an int.
+    half, one, shift, upper = map(np.uint64, (0x7FFF, 1, 16, 0xFFFF0000))
+    rounded = np.where(np.abs(array) < largest, bits + half + ((bits >> shift) & one), bits) & upper
     return rounded.astype(np.uint32).view(np.float32)
 
 

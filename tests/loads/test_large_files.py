@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
@@ -34,7 +34,7 @@ SEGMENT = 8192
 #: Records with nothing, with less than a word, with a segment and a bit, and with many segments.
 SIZES: list[tuple[int, ...]] = [(30_001,), (3,), (0,), (2048,), (100, 77), (5,), (), (2049,), (0, 4), (4, 4096), (700,)]
 
-Arrays = dict[str, np.ndarray[Any, Any]]
+Arrays: TypeAlias = "dict[str, np.ndarray[Any, Any]]"
 
 
 @pytest.fixture(autouse=True)
