@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from . import api
-from .devices.torch.library import import_torch
+from .devices.torch.framework import import_torch
 from .devices.torch.module import plan_module
 from .devices.torch.opening import open_torch_device, parse_device
 from .format.manifest import NameFilter

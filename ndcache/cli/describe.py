@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..devices.gpu.adapters import is_software
-from ..devices.torch.library import is_torch_device
+from ..devices.torch.framework import is_torch_device
 from ..devices.torch.opening import describe_device
 from ..format.manifest import Manifest, Record
 from ..location import locate

@@ -12,7 +12,7 @@ from ..files.descriptors import check_exhausted
 from .base import Device
 from .cpu import CpuDevice
 from .gpu import GpuDevice, open_gpu
-from .torch.library import is_torch_device
+from .torch.framework import is_torch_device
 from .torch.opening import open_torch_device
 
 __all__ = ["is_device_name", "open_device"]

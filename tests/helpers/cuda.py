@@ -14,7 +14,7 @@ import pytest
 from ndcache.devices.torch import opening
 from ndcache.devices.torch.cuda import CudaDevice
 from ndcache.devices.torch.driver import CudaApi
-from ndcache.devices.torch.library import as_bytes
+from ndcache.devices.torch.framework import as_bytes
 from ndcache.devices.torch.memory import Allocator
 from ndcache.devices.torch.pinned import Slots
 

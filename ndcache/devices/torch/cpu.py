@@ -19,7 +19,7 @@ from ..base import Device
 from ..cpu import CpuDevice, CpuUpload, may_map
 from ..into import Destination
 from ..segments import Segment
-from .library import as_bytes, check_dtypes, find_destination, note_writes
+from .framework import as_bytes, check_dtypes, find_destination, note_writes
 
 if TYPE_CHECKING:
     import torch

@@ -13,7 +13,7 @@ from ..base import Device
 from ..into import Destination
 from ..segments import Segment
 from .driver import CudaApi
-from .library import check_dtypes, find_destination, note_writes
+from .framework import check_dtypes, find_destination, note_writes
 from .memory import Allocator
 from .pinned import PIECE_BYTES
 from .upload import CudaUpload

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from .library import as_bytes
+from .framework import as_bytes
 
 if TYPE_CHECKING:
     import torch

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ...format.manifest import Record
 from ..segments import Segment
-from .library import tensor_dtype
+from .framework import tensor_dtype
 
 if TYPE_CHECKING:
     import torch

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ...format.manifest import Record
-from .library import import_torch, tensor_dtype
+from .framework import import_torch, tensor_dtype
 
 if TYPE_CHECKING:
     import torch

@@ -10,7 +10,7 @@ from ..base import Device
 from .cpu import TorchCpuDevice
 from .cuda import CudaDevice
 from .driver import open_api
-from .library import first_line, import_torch, is_torch_device
+from .framework import first_line, import_torch, is_torch_device
 from .other import OtherDevice
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from ..cpu import CpuDevice, may_map
 from ..into import Destination
 from ..segments import Segment
 from .cpu import TorchCpuUpload
-from .library import check_dtypes, find_destination, translated_errors
+from .framework import check_dtypes, find_destination, translated_errors
 
 if TYPE_CHECKING:
     import torch

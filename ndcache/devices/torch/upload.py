@@ -14,7 +14,7 @@ from ..base import Upload
 from ..reading import check_size, read_into
 from ..segments import Segment
 from .driver import CudaApi
-from .library import translated_errors
+from .framework import translated_errors
 from .memory import Allocator, SegmentTensors
 from .pinned import Lane, return_lane, take_lane
 
