@@ -1,4 +1,4 @@
-"""What a load needs of CUDA: pinned memory, streams, events, asynchronous copies.
+"""The calls of CUDA that a load makes: pinned memory, streams, events, asynchronous copies.
 
 `DriverApi` calls the driver's library, which every user of CUDA has. A copy costs 3 µs, where PyTorch's own takes 9 and
 gives up the interpreter lock several times: with 16 readers, loads are twice as fast (H100). cuda-bindings takes 2 µs,
@@ -129,7 +129,7 @@ class CudaApi(ABC):
         """Return a context in which PyTorch gives its work to a stream."""
 
     def reserve(self, sizes: Sequence[int]) -> None:
-        """Have PyTorch hold memory for tensors of these sizes in few large blocks, if CUDA has enough.
+        """Let PyTorch hold memory for tensors of these sizes in few large blocks, if CUDA has enough.
 
         512 allocations of 8 MiB take CUDA 16 ms, and 4 of 1 GiB 0.7 ms.
         """

@@ -50,7 +50,7 @@ class ModulePart:
 
 @dataclass
 class ModuleLoad:
-    """What `ndcache.torch.load_model` has to do.
+    """The steps of `ndcache.torch.load_model`.
 
     Attributes
     ----------
