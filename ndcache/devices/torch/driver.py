@@ -62,7 +62,7 @@ _LONG: dict[str, list[Any]] = {
 
 
 class CudaApi(ABC):
-    """What a load needs of CUDA on one device.
+    """The calls of CUDA that a load makes on one device.
 
     Its methods are called within `active`, except for `caller_stream`, `on` and `reserve`.
 
