@@ -42,6 +42,9 @@ FASTSAFETENSORS = ({"threads": 16, "MiB": 16}, {"threads": 16, "MiB": 4}, {"thre
 RUNAI = ({"threads": 16}, {"threads": 32}, {"threads": 16, "strategy": "sync_buffered"})
 LOAD_FILE = tuple({"how": how} for how in ("mmap", "pread", "CPU first"))
 PAGE_CACHE = tuple({"threads": count} for count in (16, 8))
+BARE_LOOP = tuple({"threads": count} for count in (16, 12, 8))
+#: The first is the default.
+NDCACHE_CUDA = ({"workers": 8}, {"workers": 12})
 
 
 def downloaders(make: Callable[..., Contender]) -> list[Contender]:

@@ -29,8 +29,9 @@ def raw(settings: Settings) -> Result:
             "gpu",
             [
                 make(wgpu, "ndcache_load", gpu=True),
-                make(cuda, "ndcache_torch", device="cuda"),
+                make(cuda, "ndcache_torch", device="cuda", settings=choices.NDCACHE_CUDA),
                 *choices.onto_cuda(make),
+                make("bare loop (limit)", "bare_loop", settings=choices.BARE_LOOP),
                 make("pinned copy (limit)", "pinned_copy"),
                 make("page cache (limit)", "page_cache_reads", settings=choices.PAGE_CACHE),
             ],
@@ -41,6 +42,7 @@ def raw(settings: Settings) -> Result:
                 _ratio("InstantTensor", cuda, 1.25),
                 _ratio("InstantTensor", cuda, 1.25, "later"),
                 _ratio("pinned copy (limit)", cuda, 0.8, "later"),
+                _ratio("bare loop (limit)", cuda, 0, "later"),
                 # Figures without a bound.
                 _ratio("InstantTensor", wgpu, 0),
                 _ratio("safetensors prefetch", cuda, 0),
@@ -60,7 +62,7 @@ def bf16(settings: Settings) -> Result:
             "gpu-bf16",
             [
                 make(wgpu, "ndcache_load", gpu=True),
-                make(cuda, "ndcache_torch", device="cuda"),
+                make(cuda, "ndcache_torch", device="cuda", settings=choices.NDCACHE_CUDA),
                 *choices.onto_cuda(make, expand=True),
                 make("one at a time, bf16", "one_at_a_time", gpu=True, loads=1),
             ],

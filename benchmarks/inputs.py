@@ -101,14 +101,15 @@ def synthetic(
         sizes = [sizes[0] * first_shard, *sizes[first_shard:]]
     block = np.random.default_rng(0).integers(0, 0x7F80 if bf16 else 0x7C00, min(_BLOCK_BYTES, sum(sizes)) // 2, "<u2")
     data = block.data.cast("B")
-    digests: dict[int, str] = {}
+    hashers = {}
     shards, names = [], 0
     for number, size in enumerate(sizes):
-        path = directory / f"params_shard_{number}.bin"
-        _write(path, data, size)
+        path, ending = directory / f"params_shard_{number}.bin", (number & 0x3FFF).to_bytes(2, "little")
+        _write(path, data, size - len(ending), ending)
         os.utime(path, (number, number))  # or nginx gives all the same ETag, and huggingface_hub fetches only one
-        if size not in digests:  # shards of one size are alike
-            digests[size] = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+        if size not in hashers:  # shards of one size differ in their last value alone
+            hashers[size] = hashlib.md5(path.read_bytes()[: -len(ending)], usedforsecurity=False)
+        (hasher := hashers[size].copy()).update(ending)
         records = _records(names, size // tensor_bytes, tensor_bytes, bf16=bf16)
         names += len(records)
         shards.append(
@@ -116,7 +117,7 @@ def synthetic(
                 "dataPath": path.name,
                 "format": "raw-shard",
                 "nbytes": size,
-                "md5sum": digests[size],
+                "md5sum": hasher.hexdigest(),
                 "records": records,
             }
         )
@@ -173,10 +174,12 @@ def _records(first: int, count: int, tensor_bytes: int, *, bf16: bool) -> list[d
     ]
 
 
-def _write(path: Path, data: memoryview, size: int) -> None:
+def _write(path: Path, data: memoryview, size: int, ending: bytes) -> None:
+    """Write `data` again and again, up to `size` bytes, and then something that no other file has."""
     with open(path, "wb") as file:
         for start in range(0, size, len(data)):
             file.write(data[: size - start])
+        file.write(ending)
 
 
 def _safetensors(path: Path, data: memoryview, count: int, tensor_bytes: int, dtype: str) -> None:

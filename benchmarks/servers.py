@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_COMMIT = "0" * 40  # a revision, which huggingface_hub needs
+#: A revision, which huggingface_hub needs.
+COMMIT = "0" * 40
 
 
 def program() -> str | None:
@@ -55,13 +56,16 @@ def nginx(
         access = f"log_format bytes '$body_bytes_sent $uri'; access_log {log} bytes;" if log else "access_log off;"
         # nginx sends as much as the socket takes, and only then waits as long as that should have taken.
         limit = f"limit_rate {rate}; sendfile_max_chunk {max(1, rate // 100)};" if rate else ""
+        json = "default_type application/json;"
+        commit = f"add_header X-Repo-Commit {COMMIT};"
         config = folder / "nginx.conf"
         config.write_text(
             f"daemon off; pid {folder}/pid; error_log stderr; worker_processes {max(2, cores())};"
             f"{'user root;' if os.geteuid() == 0 else ''} events {{}}"
             f"http {{ {temporary} {access} sendfile on; {limit}"
             f"server {{ {listen}; {secure} root {directory};"
-            f"location /bench/model/resolve/main/ {{ alias {directory}/; add_header X-Repo-Commit {_COMMIT}; }} }} }}"
+            f"location ~ ^/bench/model/resolve/[^/]+/(.*) {{ alias {directory}/$1; {commit} }}"
+            f"location ~ ^/api/models/bench/model/(revision|tree)/ {{ {json} alias {directory}/$1.json; }} }} }}"
         )
         errors = folder / "errors"
         with open(errors, "wb") as stderr:

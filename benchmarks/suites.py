@@ -9,7 +9,7 @@ from typing import Any
 from ndcache.devices.gpu.adapters import is_software, list_adapters
 from ndcache.errors import NdcacheError
 
-from . import choices, gpu_suites, inputs, many_cores, servers
+from . import choices, gpu_suites, inputs, many_cores, published, servers
 from .cluster import cluster
 from .harness import Contender, Result, Settings, Target, maker, rounds
 
@@ -74,7 +74,7 @@ def rate(settings: Settings) -> Result:
     """Download with 20 MiB/s for each connection; the large model has one shard 16 times the size of the others."""
     speed = 20 * MIB
     with inputs.working_folder(settings) as folder:
-        size = settings.bytes_or(512 * MIB)
+        size = settings.bytes_or(1 << 30)
         # The shards are small and many, so that all eight workers end at about the same time.
         model = inputs.synthetic(folder / "model", size, shard_bytes=max(size // 64, MIB // 8), tensor_bytes=MIB // 8)
         large = inputs.synthetic(
@@ -282,6 +282,7 @@ SUITES: dict[str, tuple[Callable[[Settings], Result], ...]] = {
     "cold-many-cores": (many_cores.plain, many_cores.tls),
     "processes": (many_cores.processes, many_cores.together),
     "cluster": (cluster,),
+    "safetensors": (published.cold, published.warm),
     "warm-cpu": (warm_cpu,),
     "large-file": (large_file,),
     "gpu": (gpu_suites.raw,),
@@ -297,7 +298,9 @@ SUITES: dict[str, tuple[Callable[[Settings], Result], ...]] = {
     "import": (imports,),
 }
 #: Suites that cannot run without nginx.
-SERVED = frozenset({"cold", "minilm", "tls", "rate", "small", "cold-many-cores", "processes", "cluster", "memory"})
+SERVED = frozenset(
+    {"cold", "minilm", "tls", "rate", "small", "cold-many-cores", "processes", "cluster", "safetensors", "memory"}
+)
 
 
 def _has_software_gpu() -> bool:

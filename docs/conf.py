@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import click
 from docutils import nodes
 from sphinx import addnodes
 from sphinx.application import Sphinx
@@ -19,10 +20,12 @@ project = "ndcache"
 author = "The ndcache authors"
 version = release = ndcache.__version__
 
-extensions = ["sphinx.ext.autodoc", "sphinx.ext.autosummary", "numpydoc"]
+extensions = ["sphinx.ext.autodoc", "sphinx.ext.autosummary", "numpydoc", "sphinx_click"]
 # autosummary is here for its role, `autolink`; it generates no pages.
 autosummary_generate = False
 default_role = "autolink"
+# Messages are found by their words as they are printed.
+smartquotes = False
 # The docstrings say the types, and what they mean.
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
@@ -35,6 +38,9 @@ nitpick_ignore_regex = [
     ("py:.*", r"(numpy|wgpu|distributed|requests|threading|logging|pathlib|collections|typing)\..+")
 ]
 nitpick_ignore = [("py:obj", "nbytes")]
+
+# Quotation marks and ellipses, but no dashes: the commands' own texts name options such as --json.
+smartquotes_action = "qe"
 
 html_theme = "alabaster"
 html_theme_options = {
@@ -90,6 +96,12 @@ def _follow_links(app: Sphinx, doctree: nodes.document) -> None:
         link.replace_self(new)
 
 
+def _escape_stars(app: Sphinx, context: click.Context, lines: list[str]) -> None:
+    """Keep the asterisks of a command's help, which is plain text."""
+    lines[:] = [line.replace("*", r"\*") for line in lines]
+
+
 def setup(app: Sphinx) -> None:
     """Register what this file adds to Sphinx."""
     app.connect("doctree-read", _follow_links, priority=100)
+    app.connect("sphinx-click-process-description", _escape_stars)

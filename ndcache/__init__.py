@@ -15,12 +15,14 @@ import typing
 from ._version import __version__ as __version__
 
 if typing.TYPE_CHECKING:
+    from . import cache as cache
     from . import errors as errors
     from . import tvm as tvm
+    from .api import fetch as fetch
     from .api import load as load
     from .api import stream as stream
+    from .cached import convert as convert
     from .cached import delete as delete
-    from .cached import fetch as fetch
     from .cached import is_cached as is_cached
     from .cached import read_manifest as read_manifest
     from .cached import verify as verify
@@ -60,13 +62,16 @@ if typing.TYPE_CHECKING:
     from .errors import UnsafePathError as UnsafePathError
     from .errors import UnsupportedDtypeError as UnsupportedDtypeError
     from .errors import UnsupportedFormatError as UnsupportedFormatError
+    from .export.conversion import ConvertReport as ConvertReport
     from .format.manifest import Manifest as Manifest
     from .format.manifest import Record as Record
     from .format.manifest import Shard as Shard
     from .format.writer import dump as dump
     from .http.retry import RetryPolicy as RetryPolicy
     from .loader import Loader as Loader
-    from .pipeline import VerifyReport as VerifyReport
+    from .loaders.plan import FetchPlan as FetchPlan
+    from .loaders.plan import PlannedFile as PlannedFile
+    from .loaders.verification import VerifyReport as VerifyReport
     from .progress import ProgressReport as ProgressReport
     from .stats import LoadStats as LoadStats
     from .weights import Weights as Weights
@@ -78,9 +83,11 @@ __all__ = [
     "CancelledError",
     "ChecksumError",
     "ConnectError",
+    "ConvertReport",
     "DecodeError",
     "DeviceError",
     "DiskFullError",
+    "FetchPlan",
     "GPUTensor",
     "IntegrityError",
     "LoadStats",
@@ -95,6 +102,7 @@ __all__ = [
     "NotFoundError",
     "OfflineError",
     "OutOfDeviceMemoryError",
+    "PlannedFile",
     "ProgressReport",
     "ProtocolError",
     "RangeError",
@@ -118,6 +126,7 @@ __all__ = [
     "VerifyReport",
     "Weights",
     "__version__",
+    "convert",
     "delete",
     "dump",
     "fetch",
@@ -131,17 +140,19 @@ __all__ = [
 #: The modules of these names, besides `errors`, which has all errors.
 _PLACES = {
     ".api": (
+        "fetch",
         "load",
         "stream",
     ),
     ".cached": (
+        "convert",
         "delete",
-        "fetch",
         "is_cached",
         "read_manifest",
         "verify",
     ),
     ".devices.gpu.tensor": ("GPUTensor",),
+    ".export.conversion": ("ConvertReport",),
     ".format.manifest": (
         "Manifest",
         "Record",
@@ -150,11 +161,18 @@ _PLACES = {
     ".format.writer": ("dump",),
     ".http.retry": ("RetryPolicy",),
     ".loader": ("Loader",),
-    ".pipeline": ("VerifyReport",),
+    ".loaders.plan": (
+        "FetchPlan",
+        "PlannedFile",
+    ),
+    ".loaders.verification": ("VerifyReport",),
     ".progress": ("ProgressReport",),
     ".stats": ("LoadStats",),
     ".weights": ("Weights",),
 }
+
+#: Modules that are public, but imported by their own names only.
+_OPTIONAL_MODULES = frozenset({"dask", "mlc", "ray", "torch"})
 
 if not typing.TYPE_CHECKING:
 
@@ -172,16 +190,21 @@ if not typing.TYPE_CHECKING:
                 ) from error
             if name in globals():
                 return globals()[name]
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=sys.modules[__name__])
+        text = f"module {__name__!r} has no attribute {name!r}"
+        if name in _OPTIONAL_MODULES:
+            text += f" before `import {__name__}.{name}`"
+        raise AttributeError(text, name=name, obj=sys.modules[__name__])
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, "errors", "tvm"})
+    special = {name for name in globals() if name.startswith("__")}
+    return sorted({*special, *__all__, "cache", "errors", "tvm", *(globals().keys() & _OPTIONAL_MODULES)})
 
 
 def _import_all() -> None:
     """Import all that is public, and let pickles and printed names say that it is in `ndcache`."""
     importlib.import_module(".tvm", __name__)
+    importlib.import_module(".cache", __name__)
     errors = importlib.import_module(".errors", __name__)
     for place, names in {**_PLACES, ".errors": errors.__all__}.items():
         module = importlib.import_module(place, __name__)

@@ -1,4 +1,4 @@
-"""The functions that fill, read, check and delete what is cached, each with a `Loader` of its own."""
+"""The functions that return no tensors, each with a `Loader` of its own: convert, check, delete."""
 
 from __future__ import annotations
 
@@ -7,20 +7,23 @@ import inspect
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
 
 import requests
 
+from .caller import PublicFrame, name_in_tracebacks
 from .context import VerifyMode
+from .export.conversion import ConvertReport
+from .export.targets import Format
 from .format.manifest import Manifest, NameFilter
+from .format.shard_writer import Encoding
 from .http.retry import RetryPolicy
 from .loader import Loader
+from .loaders.verification import VerifyReport
 from .options import OPTION_NAMES, Source, check_keywords, document_options
-from .pipeline import VerifyReport
 from .progress import Progress
 
-__all__ = ["delete", "fetch", "is_cached", "read_manifest", "verify"]
+__all__ = ["convert", "delete", "is_cached", "read_manifest", "verify"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -35,20 +38,28 @@ def _as_in_loader(declaration: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(declaration)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        check_keywords(declaration, kwargs.keys() - known)
-        options: dict[str, Any] = {name: kwargs.pop(name) for name in OPTION_NAMES if name in kwargs}
-        with Loader(**options) as loader:
-            result: R = getattr(loader, declaration.__name__)(*args, **kwargs)
-            return result
+        with PublicFrame() as __tracebackhide__:
+            check_keywords(declaration, kwargs.keys() - known)
+            options: dict[str, Any] = {name: kwargs.pop(name) for name in OPTION_NAMES if name in kwargs}
+            with Loader(**options) as loader:
+                result: R = getattr(loader, declaration.__name__)(*args, **kwargs)
+                return result
 
+    name_in_tracebacks(call, declaration.__name__)
     return document_options(call)
 
 
 @_as_in_loader
-def fetch(
+def convert(
     source: Source,
+    target: str | os.PathLike[str],
     *,
+    format: Format | None = None,
     names: NameFilter = None,
+    encode: Encoding | Mapping[str, Encoding] = "raw",
+    decode: bool = True,
+    shard_bytes: int | None = None,
+    metadata: Mapping[str, Any] | None = None,
     progress: Progress = None,
     trace: str | os.PathLike[str] | None = None,
     max_workers: int = 8,
@@ -60,35 +71,74 @@ def fetch(
     verify: VerifyMode = "download",
     offline: bool = False,
     session: requests.Session | None = None,
+    token: str | None = None,
+    headers: Mapping[str, str] | None = None,
+    revision: str | None = None,
     mirrors: Sequence[str] = (),
-    integrity: Mapping[str, str] | None = None,
+    integrity: Mapping[str, str] | str | os.PathLike[str] | None = None,
+    limit_rate: float | None = None,
     memory_limit: int = 512 << 20,
+    progress_interval: float | None = None,
     cancel: threading.Event | None = None,
-) -> Path:
-    """Download a model into the cache without decoding it.
+) -> ConvertReport:
+    """Write a model to another format, piece by piece, with at most `memory_limit` bytes of it in memory.
+
+    The files are byte for byte those that the usual writers make of the loaded tensors: the safetensors library,
+    huggingface_hub, `numpy.savez` and TVM. Values never change, unless `encode` says so. The target appears when it is
+    complete; a conversion that fails or is interrupted leaves what was there before.
 
     Parameters
     ----------
-    source, names, progress, trace
+    source : str or path-like
+        See `load`.
+    target : str or path-like
+        ``*.safetensors`` is one file, and so is ``*.npz``. Another path is a directory: of safetensors files and their
+        index or, if the source is in safetensors files, of an NDArray cache; see ``format``. A path that ends with
+        ``model.safetensors.index.json`` or ``tensor-cache.json`` is that of such a directory. Files that are there are
+        replaced, and files of an older model in the directory are removed.
+    format : {"safetensors", "tensor-cache", "npz"}, optional
+        The format of a directory; a file's follows from its name.
+    names : str, iterable of str, mapping of str to slice, or callable, optional
+        Tensors to write; see `load`.
+    encode : {"raw", "f32-to-bf16"} or mapping of names to these, default "raw"
+        ``"f32-to-bf16"`` rounds float32 to bfloat16, as `dump` does: half the size, without the lower half of the bits.
+        `ConvertReport.halved` names these tensors. In a mapping, ``"*"`` stands for all other names.
+    decode : bool, default True
+        Write float32 that the source stores as bfloat16 as float32. If False, such tensors are bfloat16.
+    shard_bytes : int, optional
+        The most bytes of a file of a directory, unless it has only one tensor. Default 5 GB for safetensors, 32 MiB for
+        an NDArray cache. If the source is in the same format, and split like this already, the files stay as they are.
+    metadata : mapping, optional
+        Replaces the metadata of the source. In safetensors files it is text; other values of the source are left out.
+        Files of a directory without any have ``{"format": "pt"}``, which transformers expects.
+    progress : True, callable, or iterable of callables, optional
+        See `load`.
+    trace : path-like, optional
         See `load`.
     {options}
 
     Returns
     -------
-    pathlib.Path
-        A model directory that ndcache, TVM and mlc_llm can read: the one in the cache, or the local source itself. If
-        only some bytes of a shard were fetched, only ndcache can use them.
+    ConvertReport
 
     Raises
     ------
-    NdcacheError, KeyError, ValueError, TypeError
+    UnsupportedDtypeError
+        The target has no name for a tensor's dtype; no .npz file has one for bfloat16 and float8. Nothing is fetched.
+    DiskFullError
+        The target's disk is full.
+    OSError
+        The target cannot be written, or is a directory instead of a file or the other way round.
+    ValueError, TypeError
+        An argument is unknown, or has a type or a value that it must not have.
+    NdcacheError, KeyError
         See `load`.
-    CacheUnavailableError
-        The cache cannot be written.
 
     Examples
     --------
-    >>> directory = ndcache.fetch("https://host/model/")
+    >>> report = ndcache.convert("https://host/model/", "model.safetensors")
+    >>> report.path.name, len(report.tensors)
+    ('model.safetensors', 6)
     """
     raise NotImplementedError
 
@@ -106,9 +156,14 @@ def read_manifest(
     verify: VerifyMode = "download",
     offline: bool = False,
     session: requests.Session | None = None,
+    token: str | None = None,
+    headers: Mapping[str, str] | None = None,
+    revision: str | None = None,
     mirrors: Sequence[str] = (),
-    integrity: Mapping[str, str] | None = None,
+    integrity: Mapping[str, str] | str | os.PathLike[str] | None = None,
+    limit_rate: float | None = None,
     memory_limit: int = 512 << 20,
+    progress_interval: float | None = None,
     cancel: threading.Event | None = None,
 ) -> Manifest:
     """Return a model's manifest, parsed and checked, without fetching a shard.
@@ -146,9 +201,14 @@ def is_cached(
     verify: VerifyMode = "download",
     offline: bool = False,
     session: requests.Session | None = None,
+    token: str | None = None,
+    headers: Mapping[str, str] | None = None,
+    revision: str | None = None,
     mirrors: Sequence[str] = (),
-    integrity: Mapping[str, str] | None = None,
+    integrity: Mapping[str, str] | str | os.PathLike[str] | None = None,
+    limit_rate: float | None = None,
     memory_limit: int = 512 << 20,
+    progress_interval: float | None = None,
     cancel: threading.Event | None = None,
 ) -> bool:
     """Return whether the manifest and all shards, with the right sizes, are on disk. Make no request.
@@ -170,6 +230,7 @@ def is_cached(
 def verify(
     source: Source,
     *,
+    progress: Progress = None,
     max_workers: int = 8,
     processes: int | Literal["auto"] = 1,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -179,19 +240,27 @@ def verify(
     verify: VerifyMode = "download",
     offline: bool = False,
     session: requests.Session | None = None,
+    token: str | None = None,
+    headers: Mapping[str, str] | None = None,
+    revision: str | None = None,
     mirrors: Sequence[str] = (),
-    integrity: Mapping[str, str] | None = None,
+    integrity: Mapping[str, str] | str | os.PathLike[str] | None = None,
+    limit_rate: float | None = None,
     memory_limit: int = 512 << 20,
+    progress_interval: float | None = None,
     cancel: threading.Event | None = None,
 ) -> VerifyReport:
     """Compute the digests of what is cached, and set aside bad shards, so that the next load fetches them again.
 
-    The files of a local source are only read. Make no request.
+    The files of a local source are only read; those that `fetch` put there are compared with what it noted. Companion
+    files are checked, too, as far as anything is known of them. Make no request.
 
     Parameters
     ----------
     source : str or path-like
         See `load`.
+    progress : True, callable, or iterable of callables, optional
+        See `load`. Shards count when they are checked.
     {options}
 
     Raises
@@ -219,9 +288,14 @@ def delete(
     verify: VerifyMode = "download",
     offline: bool = False,
     session: requests.Session | None = None,
+    token: str | None = None,
+    headers: Mapping[str, str] | None = None,
+    revision: str | None = None,
     mirrors: Sequence[str] = (),
-    integrity: Mapping[str, str] | None = None,
+    integrity: Mapping[str, str] | str | os.PathLike[str] | None = None,
+    limit_rate: float | None = None,
     memory_limit: int = 512 << 20,
+    progress_interval: float | None = None,
     cancel: threading.Event | None = None,
 ) -> int:
     """Remove a model from the cache.

@@ -6,14 +6,18 @@ import time
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
+from .cloud.storage import ObjectStorage
 from .format.integrity import Integrity
 from .http.limits.rate_limits import RateLimits
+from .http.limits.token_bucket import TokenBucket
 from .http.retry import RetryPolicy
 from .http.transport import Transport
 from .location import Location
+from .progress import Arrivals
 from .stats import LoadStats
 from .store.directory import ModelDirectory
 from .store.inventory import CacheScope
+from .store.old_files import OldFiles
 from .workers.cancellation import Cancellation
 from .workers.pool import WorkerPool
 
@@ -52,8 +56,24 @@ class LoadContext:
         The digests that the caller demands: by file name, the algorithm and the hex digest.
     mirrors : tuple of Location
         Where else the shards may be had, in this order.
+    storage : ObjectStorage
+        Signs the addresses of objects in buckets.
+    bucket : TokenBucket or None
+        Limits the bytes per second that the load receives.
     must_keep : bool
         Raise if the cache cannot be written. By default, what comes from a server is then held in memory.
+    force : bool
+        Download again what is cached. Each file takes its name when it is complete and checked.
+    dry_run : bool
+        Write nothing.
+    is_use : bool
+        Whether the model's files are used, and not only looked at: it then stays in the cache until the load ends.
+    arrivals : Arrivals
+        Which shards are here, and which are coming.
+    model : str
+        The model's name, to show.
+    progress_interval : float or None
+        Seconds between reports of progress to callbacks, beside those of shards.
     started : float
         When the load began, by `time.perf_counter`.
     """
@@ -68,7 +88,15 @@ class LoadContext:
     offline: bool = False
     integrity: Integrity = field(default_factory=dict)
     mirrors: tuple[Location, ...] = ()
+    storage: ObjectStorage = field(default_factory=ObjectStorage)
+    bucket: TokenBucket | None = None
     must_keep: bool = False
+    force: bool = False
+    dry_run: bool = False
+    is_use: bool = False
+    arrivals: Arrivals = field(default_factory=Arrivals)
+    model: str = ""
+    progress_interval: float | None = None
     started: float = field(default_factory=time.perf_counter)
 
     @property
@@ -83,6 +111,12 @@ class LoadContext:
 
     def open_directory(self, location: Location) -> ModelDirectory:
         """Open the cache directory of a model on a server."""
-        if self.must_keep or self.offline:  # offline, nothing comes that memory could hold
-            return self.cache.open(location)
-        return self.cache.open_with_fallback(location)
+        if self.dry_run:
+            directory: ModelDirectory = self.cache.open_unwritten(location)
+        elif self.must_keep or self.offline:  # offline, nothing comes that memory could hold
+            directory = self.cache.open(location)
+        else:
+            directory = self.cache.open_with_fallback(location)
+        if self.force:
+            directory.old_files = OldFiles(directory.layout)
+        return directory

@@ -14,10 +14,11 @@ import queue
 import sys
 import uuid
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from .caller import public
 from .cluster import tasks
 from .cluster.coordinator import fetch_to_nodes
 from .format.manifest import NameFilter
@@ -27,14 +28,24 @@ from .progress import Progress
 try:
     import distributed
 except ImportError as error:
-    raise ImportError("ndcache.dask needs dask and distributed: pip install 'ndcache[dask]'") from error
+    raise ImportError("ndcache.dask needs dask and distributed: pip install distributed") from error
 
 __all__ = ["fetch"]
 
 
 @hide_keywords
+@public
 def fetch(
-    client: distributed.Client, source: str, *, names: NameFilter = None, progress: Progress = None, **options: Any
+    client: distributed.Client,
+    source: str,
+    *,
+    names: NameFilter = None,
+    files: bool = True,
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
+    force: bool = False,
+    progress: Progress = None,
+    **options: Any,
 ) -> dict[str, Path]:
     """Bring a model to every node of a Dask cluster; block until it is there.
 
@@ -49,6 +60,10 @@ def fetch(
         An http(s) URL or ``hf://owner/name``.
     names, progress
         See `ndcache.load`. Shards come whole. A shard counts as done when all nodes have it.
+    files, include, exclude
+        See `ndcache.fetch`. Companion files leave the origin once, too, unless they exceed `memory_limit`.
+    force : bool, default False
+        Ask for the companion files even if the manifest has not changed.
     **options
         Those of `ndcache.fetch`, for each node: `max_workers` connections to the origin, and `memory_limit` bytes on
         their way from and to other nodes. `cache_dir` is a path on the workers. `session` cannot be used. Each worker
@@ -76,8 +91,9 @@ def fetch(
     check_keywords(fetch, options.keys() - OPTION_NAMES)
     if client.asynchronous:
         raise TypeError("ndcache.dask.fetch blocks: it needs a Client that is not asynchronous")
+    wanted = {"files": files, "include": include, "exclude": exclude, "force": force}
     with _outside_of_the_worker():
-        return fetch_to_nodes(_DaskEngine(client), source, options, names=names, progress=progress)
+        return fetch_to_nodes(_DaskEngine(client), source, options, names=names, files=wanted, progress=progress)
 
 
 @contextlib.contextmanager
@@ -184,7 +200,7 @@ class _Key(str):
 
 
 class _Released:
-    """Whether nobody wants a task's result any more, or its worker is shutting down.
+    """A flag that is set when nobody wants a task's result any more, or its worker shuts down.
 
     Parameters
     ----------

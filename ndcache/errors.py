@@ -44,6 +44,7 @@ from __future__ import annotations
 import copyreg
 from typing import Any
 
+from .caller import render_in_ipython
 from .urls.redact import printable
 from .urls.redact import redact as redact
 
@@ -155,6 +156,8 @@ class NdcacheError(Exception):
         if retryable is not None:
             self.retryable = retryable
 
+    _render_traceback_ = render_in_ipython
+
     def __str__(self) -> str:
         text = self.message
         if self.shard is not None and self.shard not in text:
@@ -258,7 +261,10 @@ class RangeError(TransferError):
 
 
 class RemoteChangedError(TransferError):
-    """The file changed on the server while it was read, and changed again in the next attempt."""
+    """The file changed on the server while it was read, and changed again in the next attempt.
+
+    Also raised at the first change if a stream had yielded tensors of the file.
+    """
 
     retryable = True
     max_retries = 0
@@ -336,7 +342,7 @@ class UnsupportedDtypeError(DecodeError):
 
 
 class UnsupportedFormatError(DecodeError):
-    """A record or shard has an unknown storage format."""
+    """A record or shard has an unknown storage format, or the target of a conversion cannot hold a tensor."""
 
 
 class DeviceError(NdcacheError):

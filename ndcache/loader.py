@@ -4,57 +4,30 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import closing
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import requests
 
 from .context import VerifyMode
-from .devices.cpu import Array
-from .devices.gpu.tensor import GPUTensor
-from .devices.into import LentMemory
-from .errors import CacheUnavailableError, ManifestError, NotFoundError, OfflineError, redact
-from .format.manifest import Manifest, NameFilter
+from .errors import CacheUnavailableError, ManifestError, NotFoundError, OfflineError, UnsupportedDtypeError
+from .format.manifest import Manifest
 from .http.retry import RetryPolicy
-from .location import locate
-from .options import (
-    CUDAName,
-    GPUDeviceLike,
-    GPUName,
-    LoaderOptions,
-    Source,
-    TorchDeviceLike,
-    check_keywords,
-    document_options,
-    hide_keywords,
-    suggest_keywords,
-)
-from .pipeline import VerifyReport, check_shards, fetch_shards, place_tensors, tracing
-from .processes.beside import HelperProcesses
-from .progress import Progress
+from .loaders.checking import VerifyLoader
+from .loaders.conversion import ConvertLoader
+from .loaders.fetching import FetchLoader
+from .loaders.locking import LockLoader
+from .loaders.single_files import SingleFileLoader
+from .loaders.tensors import TensorLoader
+from .options import LoaderOptions, Source, document_options, suggest_keywords
 from .resources import LoaderResources
-from .sources.client import Client
-from .sources.download import Downloader
-from .sources.file_url import choose_model, delete_file, file_url, find_file
-from .sources.model import Flaw
-from .weights import Weights, collected
-from .workers.stop_iteration import WrappedStopIteration, unwrap_stop_iteration
-
-if TYPE_CHECKING:
-    import torch
+from .workers.stop_iteration import unwrap_stop_iteration
 
 __all__ = ["Loader"]
 
-#: How often a model is verified that is being updated meanwhile.
-_VERIFY_TRIES = 4
-#: The limit of a single file, whose size no manifest gives; it keeps an endless body from filling the disk.
-_MAX_FILE_BYTES = 64 << 30
-
 
 @document_options
-class Loader:
+class Loader(TensorLoader, FetchLoader, ConvertLoader, VerifyLoader, LockLoader, SingleFileLoader):
     """Load models with the same options, and reuse connections. Also a context manager.
 
     The methods are the functions of the same names in `ndcache`. Several threads may use a loader at once.
@@ -88,12 +61,17 @@ class Loader:
         verify: VerifyMode = "download",
         offline: bool = False,
         session: requests.Session | None = None,
+        token: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        revision: str | None = None,
         mirrors: Sequence[str] = (),
-        integrity: Mapping[str, str] | None = None,
+        integrity: Mapping[str, str] | str | os.PathLike[str] | None = None,
+        limit_rate: float | None = None,
         memory_limit: int = 512 << 20,
+        progress_interval: float | None = None,
         cancel: threading.Event | None = None,
     ) -> None:
-        self._options = LoaderOptions(
+        options = LoaderOptions(
             max_workers=max_workers,
             processes=processes,
             cache_dir=cache_dir,
@@ -103,340 +81,43 @@ class Loader:
             verify=verify,
             offline=offline,
             session=session,
+            token=token,
+            headers=headers,
+            revision=revision,
             mirrors=[mirrors] if isinstance(mirrors, str) else mirrors,
             integrity=integrity,
+            limit_rate=limit_rate,
             memory_limit=memory_limit,
+            progress_interval=progress_interval,
             cancel=cancel,
         )
-        self._resources = LoaderResources(self._options, os.environ)
+        super().__init__(options, LoaderResources(options, os.environ))
 
-    # --- the functions of ndcache as methods
-
-    @overload
-    def load(
-        self,
-        source: Source,
-        device: Literal["cpu"] = "cpu",
-        *,
-        names: NameFilter = None,
-        decode: bool = True,
-        copy: bool = False,
-        into: Mapping[str, Array] | None = None,
-        progress: Progress = None,
-        trace: str | os.PathLike[str] | None = None,
-    ) -> Weights[Array]: ...
-
-    @overload
-    def load(
-        self,
-        source: Source,
-        device: GPUName | GPUDeviceLike,
-        *,
-        names: NameFilter = None,
-        decode: bool = True,
-        copy: bool = False,
-        progress: Progress = None,
-        trace: str | os.PathLike[str] | None = None,
-    ) -> Weights[GPUTensor]: ...
-
-    @overload
-    def load(
-        self,
-        source: Source,
-        device: CUDAName | TorchDeviceLike,
-        *,
-        names: NameFilter = None,
-        decode: bool = True,
-        copy: bool = False,
-        into: Mapping[str, torch.Tensor] | None = None,
-        progress: Progress = None,
-        trace: str | os.PathLike[str] | None = None,
-    ) -> Weights[torch.Tensor]: ...
-
-    @overload
-    def load(
-        self,
-        source: Source,
-        device: str | GPUDeviceLike | TorchDeviceLike,
-        *,
-        names: NameFilter = None,
-        decode: bool = True,
-        copy: bool = False,
-        into: Mapping[str, Any] | None = None,
-        progress: Progress = None,
-        trace: str | os.PathLike[str] | None = None,
-    ) -> Weights[Any]: ...
-
-    @hide_keywords
-    def load(
-        self,
-        source: Source,
-        device: Any = "cpu",
-        *,
-        names: NameFilter = None,
-        decode: bool = True,
-        copy: bool = False,
-        into: Mapping[str, Any] | None = None,
-        progress: Progress = None,
-        trace: str | os.PathLike[str] | None = None,
-        **unknown: Any,
-    ) -> Weights[Any]:
-        """Load a model's weights, downloading what is not cached: see `ndcache.load`."""
-        check_keywords(Loader.load, unknown)
-        with (
-            LentMemory(into) as lent,
-            tracing(trace) as events,
-            unwrap_stop_iteration(),
-            collected(target := self._resources.open_device(device), lent.objects) as tensors,
-            self._resources.open_model(source, device=target, trace=events) as (model, context),
-        ):
-            placed = place_tensors(
-                model,
-                context,
-                target,
-                names,
-                lent,
-                progress,
-                self._helpers(source),
-                decode=decode,
-                copy=copy,
-                memory_limit=self._options.memory_limit,
-                keeps_all=True,
-            )
-            with closing(placed):
-                for name, tensor in placed:
-                    tensors[name] = tensor
-        return Weights(tensors, manifest=model.manifest, device=target, stats=context.stats, into=lent.destinations)
-
-    @overload
-    def stream(
-        self,
-        source: Source,
-        device: Literal["cpu"] = "cpu",
-        *,
-        names: NameFilter = None,
-        decode: bool = True,
-        copy: bool = False,
-        into: Mapping[str, Array] | None = None,
-        progress: Progress = None,
-        trace: str | os.PathLike[str] | None = None,
-    ) -> Iterator[tuple[str, Array]]: ...
-
-    @overload
-    def stream(
-        self,
-        source: Source,
-        device: GPUName | GPUDeviceLike,
-        *,
-        names: NameFilter = None,
-        decode: bool = True,
-        copy: bool = False,
-        progress: Progress = None,
-        trace: str | os.PathLike[str] | None = None,
-    ) -> Iterator[tuple[str, GPUTensor]]: ...
-
-    @overload
-    def stream(
-        self,
-        source: Source,
-        device: CUDAName | TorchDeviceLike,
-        *,
-        names: NameFilter = None,
-        decode: bool = True,
-        copy: bool = False,
-        into: Mapping[str, torch.Tensor] | None = None,
-        progress: Progress = None,
-        trace: str | os.PathLike[str] | None = None,
-    ) -> Iterator[tuple[str, torch.Tensor]]: ...
-
-    @overload
-    def stream(
-        self,
-        source: Source,
-        device: str | GPUDeviceLike | TorchDeviceLike,
-        *,
-        names: NameFilter = None,
-        decode: bool = True,
-        copy: bool = False,
-        into: Mapping[str, Any] | None = None,
-        progress: Progress = None,
-        trace: str | os.PathLike[str] | None = None,
-    ) -> Iterator[tuple[str, Any]]: ...
-
-    @hide_keywords
-    def stream(
-        self,
-        source: Source,
-        device: Any = "cpu",
-        *,
-        names: NameFilter = None,
-        decode: bool = True,
-        copy: bool = False,
-        into: Mapping[str, Any] | None = None,
-        progress: Progress = None,
-        trace: str | os.PathLike[str] | None = None,
-        **unknown: Any,
-    ) -> Iterator[tuple[str, Any]]:
-        """Load a model, and yield each tensor as soon as it is there: see `ndcache.stream`."""
-        check_keywords(Loader.stream, unknown)
-        arriving = self._stream(source, device, names, decode, copy, LentMemory(into), progress, trace)
-        with unwrap_stop_iteration():
-            next(arriving)  # raises here what is wrong with the model or the arguments
-        return arriving
-
-    def _stream(
-        self,
-        source: Source,
-        device: str | GPUDeviceLike | TorchDeviceLike,
-        names: NameFilter,
-        decode: bool,
-        copy: bool,
-        lent: LentMemory,
-        progress: Progress,
-        trace: str | os.PathLike[str] | None,
-    ) -> Generator[tuple[str, Any], None, None]:
-        """Yield once when the model is open, so that closing the generator closes it; then yield the tensors."""
-        with lent, tracing(trace) as events:
-            target = self._resources.open_device(device)
-            is_open = False
-            try:
-                with self._resources.open_model(source, device=target, trace=events) as (
-                    model,
-                    context,
-                ):
-                    placed = place_tensors(
-                        model,
-                        context,
-                        target,
-                        names,
-                        lent,
-                        progress,
-                        self._helpers(source),
-                        decode=decode,
-                        copy=copy,
-                        memory_limit=self._options.memory_limit,
-                    )
-                    is_open = True
-                    yield "", None
-                    yield from placed
-            except BaseException as error:
-                if not is_open:
-                    target.discard({})
-                elif isinstance(error, WrappedStopIteration):
-                    # It becomes a RuntimeError, as in any generator, and so does not end the caller's loop silently.
-                    raise error.error from None
-                raise
+    # --- the functions of ndcache as methods; the base classes have those that need much code
 
     @suggest_keywords
-    def fetch(
-        self,
-        source: Source,
-        *,
-        names: NameFilter = None,
-        progress: Progress = None,
-        trace: str | os.PathLike[str] | None = None,
-    ) -> Path:
-        """Download a model into the cache without decoding it: see `ndcache.fetch`."""
-        with (
-            tracing(trace) as events,
-            unwrap_stop_iteration(),
-            self._resources.open_model(source, trace=events, must_keep=True) as (model, context),
-        ):
-            fetch_shards(model, context, model.manifest.shards_with(names), progress, self._helpers(source))
-            return model.directory
-
     def read_manifest(self, source: Source) -> Manifest:
         """Return a model's manifest, parsed and checked: see `ndcache.read_manifest`."""
         with unwrap_stop_iteration(), self._resources.open_model(source, threads=1) as (model, _):
             return model.manifest
 
+    @suggest_keywords
     def is_cached(self, source: Source) -> bool:
         """Return whether the manifest and all shards are on disk: see `ndcache.is_cached`."""
         try:
             with unwrap_stop_iteration(), self._resources.open_model(source, threads=1, offline=True) as (model, _):
                 return all(model.has(shard) for shard in model.manifest.shards)
-        except (OfflineError, NotFoundError, ManifestError, CacheUnavailableError):
+        except (OfflineError, NotFoundError, ManifestError, UnsupportedDtypeError, CacheUnavailableError):
             return False
 
-    def verify(self, source: Source) -> VerifyReport:
-        """Check the digests of what is cached, and set aside bad shards: see `ndcache.verify`."""
-        manifest: Manifest | None = None
-        found: dict[str, str | Flaw] = {}
-        for _ in range(_VERIFY_TRIES):
-            try:
-                with unwrap_stop_iteration(), self._resources.open_model(source, offline=True) as (model, context):
-                    if model.manifest != manifest:
-                        manifest, found = model.manifest, check_shards(model, context)
-            except OfflineError as error:
-                if manifest is None:
-                    raise NotFoundError(f"{locate(source)} is not in the cache") from error
-                continue  # it was deleted meanwhile
-            if Flaw.OF_ANOTHER_VERSION not in found.values():
-                break
-        assert manifest is not None
-        return VerifyReport._of(manifest, found)
-
+    @suggest_keywords
     def delete(self, source: Source) -> int:
         """Remove a model from the cache, and return the bytes freed: see `ndcache.delete`."""
-        return self._resources.cache.delete(locate(source))
-
-    def find_file(self, url: str) -> Path | None:
-        """Return the path of a single file in the cache, or None if it is not there. Makes no request.
-
-        Raises
-        ------
-        CacheUnavailableError
-        UnsafePathError, ValueError
-            `url` does not name a file on a server.
-        """
-        return find_file(self._resources.cache, url)
-
-    def fetch_file(self, url: str) -> Path:
-        """Download a single file, such as a tokenizer, into the cache unless it is there.
-
-        It is stored with the nearest model above it that has a cache directory, else under its own directory's URL.
-
-        Returns
-        -------
-        pathlib.Path
-            The file in the cache.
-
-        Raises
-        ------
-        TransferError, OfflineError, CacheError
-        UnsafePathError, ValueError
-            `url` does not name a file on a server.
-        """
-        if (found := self.find_file(url)) is not None:
-            return found
-        location, name = choose_model(self._resources.cache, url)
-        if self._resources.is_offline:
-            error = OfflineError(f"offline, and not in the cache: {redact(url)}")
-            error.missing = (name,)
-            raise error
-        with self._resources.context(location, threads=1) as context:
-            downloader = Downloader(Client(context), context.cache.open(location))
-            return context.pool.run(
-                lambda: downloader.download_file(name, file_url(url), _MAX_FILE_BYTES), tasks_to_come=0
-            )
-
-    def delete_file(self, url: str) -> None:
-        """Remove a single file from the cache, wherever it lies there; do nothing if it is not cached.
-
-        Raises
-        ------
-        CacheError
-        UnsafePathError, ValueError
-            `url` does not name a file on a server.
-        """
-        delete_file(self._resources.cache, url)
+        return self._resources.cache.delete(self._resources.locate(source))
 
     def close(self) -> None:
         """Close the kept connections. The loader can still be used; it opens new ones."""
         self._resources.close()
-
-    def _helpers(self, source: Source) -> HelperProcesses:
-        return HelperProcesses(source, self._options, self._resources.login.environ)
 
     def __enter__(self) -> Loader:
         return self

@@ -20,6 +20,7 @@ from typing import Any, Literal, ParamSpec, Protocol, TypeAlias, TypeVar
 
 import requests
 
+from .caller import PublicFrame, name_in_tracebacks
 from .context import VerifyMode
 from .http.retry import RetryPolicy
 
@@ -31,6 +32,7 @@ __all__ = [
     "LoaderOptions",
     "Source",
     "TorchDeviceLike",
+    "check_flags",
     "check_keywords",
     "document_options",
     "hide_keywords",
@@ -41,7 +43,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 F = TypeVar("F", bound=Callable[..., Any])
 
-#: What the verbs take as the source of a model.
+#: The type of the source of a model.
 Source: TypeAlias = str | os.PathLike[str]
 #: Devices that type checkers know to be GPUs; every other string may also be the CPU.
 GPUName: TypeAlias = Literal["gpu", "gpu:0", "gpu:1", "gpu:2", "gpu:3", "gpu:4", "gpu:5", "gpu:6", "gpu:7"]
@@ -74,6 +76,14 @@ class TorchDeviceLike(Protocol):
 
 
 _NoneType = type(None)
+#: Headers that the requests themselves need, in lower case.
+_OWN_HEADERS = frozenset(
+    {
+        *("accept-encoding", "connection", "content-length", "expect", "host", "if-match", "if-modified-since"),
+        *("if-none-match", "if-range", "if-unmodified-since", "keep-alive", "proxy-authorization", "proxy-connection"),
+        *("range", "te", "trailer", "transfer-encoding", "upgrade"),
+    }
+)
 
 
 def _describe(
@@ -83,6 +93,7 @@ def _describe(
     types: tuple[type, ...] = (object, bool),
     must_be: str = "",
     is_valid: Callable[[Any], bool] = lambda value: True,
+    is_secret: bool = False,
 ) -> dict[str, Any]:
     """Return the metadata of an option.
 
@@ -98,13 +109,40 @@ def _describe(
         What a value must be, for error messages.
     is_valid : callable
         Whether a value of one of these types is allowed.
+    is_secret : bool
+        Whether error messages must not show a value.
     """
-    return {"kind": kind, "meaning": meaning, "types": types, "must_be": must_be, "is_valid": is_valid}
+    return {
+        "kind": kind,
+        "meaning": meaning,
+        "types": types,
+        "must_be": must_be,
+        "is_valid": is_valid,
+        "is_secret": is_secret,
+    }
 
 
 def _are_seconds(value: Any) -> bool:
     both = value if isinstance(value, tuple) else (value, value)
     return len(both) == 2 and all(isinstance(part, (int, float)) and 0 < part < math.inf for part in both)
+
+
+def _is_positive(value: float | None) -> bool:
+    return value is None or 0 < value < math.inf
+
+
+def _is_token(value: str | None) -> bool:
+    return value is None or re.fullmatch(r"[!-~]+", value) is not None
+
+
+def _are_headers(value: Mapping[Any, Any] | None) -> bool:
+    """Return whether these are names and values that HTTP allows, none of which the requests of ndcache set."""
+    return _are_texts(value) and all(
+        re.fullmatch(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+", name)
+        and name.lower() not in _OWN_HEADERS
+        and re.fullmatch(r"([!-~\x80-\xff]([\t -~\x80-\xff]*[!-~\x80-\xff])?)?", text)
+        for name, text in (value or {}).items()
+    )
 
 
 def _are_texts(value: Mapping[Any, Any] | None) -> bool:
@@ -218,6 +256,43 @@ class LoaderOptions:
             must_be="a requests.Session",
         ),
     )
+    token: str | None = dataclasses.field(
+        default=None,
+        repr=False,
+        metadata=_describe(
+            "str, optional",
+            """Sent to the source's server as ``Authorization: Bearer …``, and to no other one: not to mirrors, nor
+            where redirects lead. For ``hf://``, it takes the place of the environment's HF_TOKEN, which is the better
+            way to give one there.""",
+            types=(str, _NoneType),
+            must_be="a text without spaces or control characters, or None",
+            is_valid=_is_token,
+            is_secret=True,
+        ),
+    )
+    headers: Mapping[str, str] | None = dataclasses.field(
+        default=None,
+        repr=False,
+        metadata=_describe(
+            "mapping of str to str, optional",
+            """More headers for requests to the source's server, and to no other one, such as
+            ``{"X-Api-Key": key}``.""",
+            types=(Mapping, _NoneType),
+            must_be="a mapping of names to values that HTTP allows, without those of ndcache, such as Range",
+            is_valid=_are_headers,
+            is_secret=True,
+        ),
+    )
+    revision: str | None = dataclasses.field(
+        default=None,
+        metadata=_describe(
+            "str, optional",
+            """The branch, tag or commit of a repository on Hugging Face, as in ``hf://owner/name@revision``.""",
+            types=(str, _NoneType),
+            must_be="a branch, a tag or a commit, or None",
+            is_valid=lambda value: value != "",
+        ),
+    )
     mirrors: Sequence[str] = dataclasses.field(
         default=(),
         metadata=_describe(
@@ -225,17 +300,29 @@ class LoaderOptions:
             "Sources with the same files, tried in this order for a shard that the first source does not give.",
         ),
     )
-    integrity: Mapping[str, str] | None = dataclasses.field(
+    integrity: Mapping[str, str] | str | os.PathLike[str] | None = dataclasses.field(
         default=None,
         metadata=_describe(
-            "mapping of str to str, optional",
+            "mapping of str to str, or path-like, optional",
             """Digests that you require, by file name, in the form of Subresource Integrity (sha256, sha384 or sha512, a
             hyphen, base64): ``{"tensor-cache.json": "sha256-…"}``. Name the manifest, shards by their ``dataPath``,
-            or both. A manifest with a required digest vouches for the shards whose digests it has, and may also come
-            from a mirror. In a local directory, such files are compared at each load.""",
-            types=(Mapping, _NoneType),
-            must_be="a mapping from file names to digests such as 'sha256-…'",
-            is_valid=_are_texts,
+            companion files, or all of them. A manifest with a required digest vouches for the shards whose digests it
+            has, and may also come from a mirror. In a local directory, such files are compared at each load. Or the
+            path of a lock file, see `ndcache.Loader.lock`, which names every file: others are refused.""",
+            types=(Mapping, str, os.PathLike, _NoneType),
+            must_be="a mapping from file names to digests such as 'sha256-…', or the path of a lock file",
+            is_valid=lambda value: _are_texts(value) if isinstance(value, Mapping) else value != "",
+        ),
+    )
+    limit_rate: float | None = dataclasses.field(
+        default=None,
+        metadata=_describe(
+            "float, optional",
+            """The most bytes per second that a call receives, over all its workers and processes. Default: no
+            limit.""",
+            types=(int, float, _NoneType),
+            must_be="a positive number of bytes per second, or None",
+            is_valid=_is_positive,
         ),
     )
     memory_limit: int = dataclasses.field(
@@ -248,6 +335,16 @@ class LoaderOptions:
             types=(int,),
             must_be="a positive number of bytes",
             is_valid=lambda value: value > 0,
+        ),
+    )
+    progress_interval: float | None = dataclasses.field(
+        default=None,
+        metadata=_describe(
+            "float, optional",
+            """Seconds between reports to ``progress``, beside those that tell of shards. Default: only those.""",
+            types=(int, float, _NoneType),
+            must_be="a positive number of seconds, or None",
+            is_valid=_is_positive,
         ),
     )
     cancel: threading.Event | None = dataclasses.field(
@@ -264,10 +361,11 @@ class LoaderOptions:
     def __post_init__(self) -> None:
         for option in dataclasses.fields(self):
             value, types, must_be = getattr(self, option.name), option.metadata["types"], option.metadata["must_be"]
+            shown = "" if option.metadata["is_secret"] else f", not {value!r}"
             if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-                raise TypeError(f"{option.name} must be {must_be}, not {value!r}")
+                raise TypeError(f"{option.name} must be {must_be}{shown}")
             if not option.metadata["is_valid"](value):
-                raise ValueError(f"{option.name} must be {must_be}, not {value!r}")
+                raise ValueError(f"{option.name} must be {must_be}{shown}")
 
 
 #: The names of the options, in their order.
@@ -306,18 +404,32 @@ def suggest_keywords(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
-        check_keywords(function, kwargs.keys() - known)
-        return function(*args, **kwargs)
+        with PublicFrame() as __tracebackhide__:
+            check_keywords(function, kwargs.keys() - known)
+            return function(*args, **kwargs)
 
+    name_in_tracebacks(checked, function.__name__)
     return checked
+
+
+def check_flags(**flags: object) -> None:
+    """Raise a TypeError that names the first argument that is not True or False, if there is one."""
+    for name, value in flags.items():
+        if value is not True and value is not False:
+            more = "; NumPy or PyTorch converts the loaded tensors" if name == "decode" else ""
+            raise TypeError(f"{name} must be True or False, not {value!r}{more}")
 
 
 def check_keywords(function: Callable[..., Any], unknown: Iterable[str]) -> None:
     """Raise a TypeError that names the first unknown keyword argument of a function, if there is one."""
     for name in sorted(unknown):
+        # Methods are of classes that `Loader` is made of.
+        is_method, called = "." in function.__qualname__, function.__name__
         close = difflib.get_close_matches(name, inspect.signature(function).parameters, n=1)
         suggestion = f". Did you mean {close[0]!r}?" if close else ""
-        raise TypeError(f"{function.__qualname__}() got an unexpected keyword argument {name!r}{suggestion}")
+        if is_method and name in OPTION_NAMES:
+            suggestion = f". It is an option of Loader: Loader({name}=…).{called}(…)"
+        raise TypeError(f"{'Loader.' * is_method}{called}() got an unexpected keyword argument {name!r}{suggestion}")
 
 
 @functools.cache

@@ -13,13 +13,14 @@ import itertools
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ._version import __version__
+from .caller import public
 from .cluster import tasks
 from .cluster.coordinator import fetch_to_nodes
 from .errors import NdcacheError
@@ -32,7 +33,7 @@ try:
     from ray.exceptions import ActorUnschedulableError, ObjectLostError, RayActorError, RayError, RayTaskError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 except ImportError as error:
-    raise ImportError("ndcache.ray needs Ray: pip install 'ndcache[ray]'") from error
+    raise ImportError("ndcache.ray needs Ray: pip install ray") from error
 
 __all__ = ["fetch"]
 
@@ -45,7 +46,18 @@ _LOST = (RayActorError, ActorUnschedulableError, ObjectLostError)
 
 
 @hide_keywords
-def fetch(source: str, *, names: NameFilter = None, progress: Progress = None, **options: Any) -> dict[str, Path]:
+@public
+def fetch(
+    source: str,
+    *,
+    names: NameFilter = None,
+    files: bool = True,
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
+    force: bool = False,
+    progress: Progress = None,
+    **options: Any,
+) -> dict[str, Path]:
     """Bring a model to every node of the Ray cluster that this process is connected to; block until it is there.
 
     A node is what shares a cache directory: all Ray nodes of one host with the same NDCACHE_HOME. One actor works for
@@ -58,6 +70,10 @@ def fetch(source: str, *, names: NameFilter = None, progress: Progress = None, *
         An http(s) URL or ``hf://owner/name``.
     names, progress
         See `ndcache.load`. Shards come whole. A shard counts as done when all nodes have it.
+    files, include, exclude
+        See `ndcache.fetch`. Companion files leave the origin once, too, unless they exceed `memory_limit`.
+    force : bool, default False
+        Ask for the companion files even if the manifest has not changed.
     **options
         Those of `ndcache.fetch`, for each node: `max_workers` connections to the origin, and `memory_limit` bytes on
         their way from and to other nodes. `cache_dir` is a path on the nodes. `session` and `processes` cannot be
@@ -90,9 +106,10 @@ def fetch(source: str, *, names: NameFilter = None, progress: Progress = None, *
         raise RuntimeError(
             "Ray is not initialised in this process. To choose the cluster, call ray.init(address=...) before."
         )
+    wanted = {"files": files, "include": include, "exclude": exclude, "force": force}
     try:
         with closing(_RayEngine()) as engine:
-            found = fetch_to_nodes(engine, source, options, names=names, progress=progress)
+            found = fetch_to_nodes(engine, source, options, names=names, files=wanted, progress=progress)
     except NdcacheError as error:
         error.node = error.node and _node(error.node)
         raise

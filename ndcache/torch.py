@@ -14,10 +14,12 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from . import api
+from .caller import PublicFrame
 from .devices.torch.framework import import_torch
 from .devices.torch.module import plan_module
 from .devices.torch.opening import open_torch_device, parse_device
 from .format.manifest import NameFilter
+from .format.slices import check_slices
 from .loader import Loader
 from .options import OPTION_NAMES, Source, TorchDeviceLike, check_keywords, hide_keywords
 from .progress import Progress
@@ -40,13 +42,14 @@ def load(
     into: Mapping[str, torch.Tensor] | None = None,
     progress: Progress = None,
     trace: str | os.PathLike[str] | None = None,
+    report: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> Weights[torch.Tensor]:
     """Load a model's weights as tensors of PyTorch, downloading what is not cached.
 
     Parameters
     ----------
-    source, names, decode, progress, trace
+    source, names, decode, progress, trace, report
         See `ndcache.load`.
     device : str or torch.device, default "cpu"
         ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or another device of PyTorch, such as ``"mps"``. With ``"cuda"``, it is
@@ -80,17 +83,19 @@ def load(
     >>> weights["layer.0"].device
     device(type='cuda', index=0)
     """
-    return api.load(
-        source,
-        parse_device(device),
-        names=names,
-        decode=decode,
-        copy=copy,
-        into=into,
-        progress=progress,
-        trace=trace,
-        **options,
-    )
+    with PublicFrame() as __tracebackhide__:
+        return api.load(
+            source,
+            parse_device(device),
+            names=names,
+            decode=decode,
+            copy=copy,
+            into=into,
+            progress=progress,
+            trace=trace,
+            report=report,
+            **options,
+        )
 
 
 @hide_keywords
@@ -104,13 +109,14 @@ def stream(
     into: Mapping[str, torch.Tensor] | None = None,
     progress: Progress = None,
     trace: str | os.PathLike[str] | None = None,
+    report: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Load a model, and yield each tensor of PyTorch as soon as it is there, in manifest order.
 
     Parameters
     ----------
-    source, device, names, decode, copy, into, progress, trace
+    source, device, names, decode, copy, into, progress, trace, report
         See `load`.
     {options}
 
@@ -130,17 +136,19 @@ def stream(
     >>> for name, tensor in ndcache.torch.stream("https://host/model/", "cuda"):
     ...     print(name, tensor.shape)
     """
-    return api.stream(
-        source,
-        parse_device(device),
-        names=names,
-        decode=decode,
-        copy=copy,
-        into=into,
-        progress=progress,
-        trace=trace,
-        **options,
-    )
+    with PublicFrame() as __tracebackhide__:
+        return api.stream(
+            source,
+            parse_device(device),
+            names=names,
+            decode=decode,
+            copy=copy,
+            into=into,
+            progress=progress,
+            trace=trace,
+            report=report,
+            **options,
+        )
 
 
 @hide_keywords
@@ -176,8 +184,9 @@ def load_model(
         Where tensors on ``"meta"`` go. Default: the device of the others, or the CPU.
     strict : bool, default True
         Raise an error if the module has tensors that the model does not have, or the other way round.
-    names : str, iterable of str, or callable, optional
-        The model's tensors to load, see `ndcache.load`; the others count as not there.
+    names : str, iterable of str, mapping of str to slice, or callable, optional
+        The model's tensors to load, see `ndcache.load`; the others count as not there. The module's tensor has the
+        shape of the slice.
     copy : bool, default False
         Give tensors that were on ``"meta"`` memory of their own, even where a view of the file would do.
     {options}
@@ -206,16 +215,18 @@ def load_model(
     if not isinstance(module, torch.nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, not {type(module).__name__}; the source comes after it")
     check_keywords(load_model, options.keys() - OPTION_NAMES)
+    check_slices(names)
     target = None if device is None else open_torch_device(parse_device(device)).handle
-    with Loader(**options) as loader:
+    with PublicFrame() as __tracebackhide__, Loader(**options) as loader:
         manifest = loader.read_manifest(source)
         selected = {record.name: record for shard in manifest.shards_with(names) for record in shard.records}
         plan = plan_module(module, selected, target, decode=decode, strict=strict)
         for where, part in plan.parts.items():
+            chosen: NameFilter = None if len(part.names) == len(manifest) else part.names
             weights = loader.load(
                 source,
                 where,
-                names=None if len(part.names) == len(manifest) else part.names,
+                names={name: names[name] for name in part.names} if isinstance(names, Mapping) else chosen,
                 decode=decode,
                 copy=copy,
                 into=part.into,

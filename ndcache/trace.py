@@ -1,47 +1,67 @@
-"""A timeline of a load by threads, in a file for https://ui.perfetto.dev and chrome://tracing.
+"""A timeline of a load by threads: in a file for https://ui.perfetto.dev and chrome://tracing, and in a page.
 
 Source of the format: "Trace Event Format", in the documents of the Chromium project catapult.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
+import logging
 import os
-import secrets
 import threading
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Trace", "open_trace"]
+from .errors import CancelledError, NdcacheError
+from .report.page import render_page, write_text
+
+__all__ = ["Trace", "tracing"]
+
+logger = logging.getLogger("ndcache")
 
 
 class Trace:
-    """Collect events, from any thread, and write them at the end; see `open_trace`.
+    """Collect events, from any thread, and facts about the load; see `tracing`.
 
     Parameters
     ----------
-    path : path-like
-        The file to write; replaced if it exists.
+    started : float, optional
+        The moment that counts as 0, of `time.perf_counter`, which all processes of a system share. Default: now.
+    process : str, default "ndcache"
+        What this process is called.
+
+    Attributes
+    ----------
+    started : float
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self._started = time.perf_counter()
-        self._events: list[dict[str, Any]] = []
-        self._names: dict[int, str] = {}
+    def __init__(self, started: float | None = None, process: str = "ndcache") -> None:
+        self.started, self._date = time.perf_counter() if started is None else started, time.time()
+        self._events = [_name_event("process_name", 0, process)]
+        self._threads: set[int] = set()
+        self._facts: dict[str, Any] = {}
+        self._cpu_seconds = _cpu_seconds()
+        self._stats: Any = None
+        self._shards: dict[str, int] = {}
+        self._origins: dict[str, str] = {}
 
     def add(self, name: str, start: float, end: float, detail: dict[str, Any]) -> None:
         """Add an event of this thread; `start` and `end` are values of `time.perf_counter`."""
         thread = threading.get_native_id()
-        self._names[thread] = threading.current_thread().name
+        if thread not in self._threads:
+            self._threads.add(thread)
+            self._events.append(_name_event("thread_name", thread, threading.current_thread().name))
         self._events.append(
             {
                 "name": name,
                 "cat": "ndcache",
                 "ph": "X",
-                "ts": round((start - self._started) * 1e6, 3),
+                "ts": round((start - self.started) * 1e6, 3),
                 "dur": round((end - start) * 1e6, 3),
                 "pid": os.getpid(),
                 "tid": thread,
@@ -49,37 +69,107 @@ class Trace:
             }
         )
 
-    def write(self) -> None:
-        """Write all events to the file, or leave it as it was."""
-        names = [
-            {"name": "thread_name", "ph": "M", "pid": os.getpid(), "tid": thread, "args": {"name": name}}
-            for thread, name in self._names.items()
-        ]
-        process = {"name": "process_name", "ph": "M", "pid": os.getpid(), "args": {"name": "ndcache"}}
-        content = {"traceEvents": [process, *names, *self._events], "displayTimeUnit": "ms"}
-        fresh = self.path.with_name(f"{self.path.name}.{secrets.token_hex(8)}")
-        try:
-            fresh.write_text(json.dumps(content), encoding="utf-8")
-            os.replace(fresh, self.path)
-        except BaseException:
-            fresh.unlink(missing_ok=True)
-            raise
+    def take_events(self) -> list[dict[str, Any]]:
+        """Return and forget the events so far, for the trace of another process."""
+        taken = self._events[:]
+        del self._events[: len(taken)]  # another thread may have added some
+        return taken
+
+    def add_events(self, events: list[dict[str, Any]]) -> None:
+        """Add events that another process has taken from its trace."""
+        self._events += events
+
+    def note(self, stats: Any, **facts: Any) -> None:
+        """Note the statistics of the load, which are read at the end, and other facts: texts and numbers."""
+        self._stats = stats
+        self._facts.update(facts)
+
+    def note_shards(self, sizes: Mapping[str, int]) -> None:
+        """Note the shards that the load wants, and their bytes."""
+        self._shards.update(sizes)
+
+    def shard_done(self, path: str, origin: str) -> None:
+        """Note where a shard came from: ``"network"`` or ``"cache"``."""
+        self._origins[path] = origin
+
+    def note_error(self, error: BaseException) -> None:
+        """Note how the load ended. The messages of ndcache's own errors have no secrets; those of others may."""
+        if isinstance(error, CancelledError) or not isinstance(error, Exception):  # Ctrl-C, or the end of a stream
+            self._facts["outcome"] = "stopped"
+        else:
+            own = isinstance(error, NdcacheError)
+            self._facts.update(outcome="failed", error=f"{type(error).__name__}{f': {error}' if own else ''}")
+
+    def content(self) -> dict[str, Any]:
+        """Return the JSON value of the trace file."""
+        cpu_seconds = round(_cpu_seconds() - self._cpu_seconds, 6)
+        seconds = round(time.perf_counter() - self.started, 6)
+        times = {"started": self._date, "seconds": seconds, "cpu_seconds": cpu_seconds}
+        facts = {"outcome": "done", **times, **self._facts}
+        checked: Mapping[str, str] = {}
+        if self._stats is not None:
+            # Not `asdict`, which miscounts counters before Python 3.12.
+            stats = {each.name: getattr(self._stats, each.name) for each in dataclasses.fields(self._stats)}
+            checked = stats.pop("checked")
+            facts["stats"] = stats
+        facts["shards"] = {
+            path: (nbytes, self._origins.get(path, ""), checked.get(path, "")) for path, nbytes in self._shards.items()
+        }
+        return {"traceEvents": self._events, "displayTimeUnit": "ms", "otherData": facts}
 
 
-def open_trace(path: str | os.PathLike[str]) -> Trace:
-    """Return a trace, after checking that its file can be written.
+def _cpu_seconds() -> float:
+    """Return the CPU time of this process, and of its child processes that have ended."""
+    return sum(os.times()[:4])
+
+
+def _name_event(kind: str, thread: int, name: str) -> dict[str, Any]:
+    return {"name": kind, "ph": "M", "pid": os.getpid(), "tid": thread, "args": {"name": name}}
+
+
+@contextmanager
+def tracing(
+    path: str | os.PathLike[str] | None, report: str | os.PathLike[str] | None = None
+) -> Iterator[Trace | None]:
+    """Write a trace and a report at the end of the block, however it ends; yield None if none is wanted.
 
     Raises
     ------
     OSError
-        The file cannot be written there.
+        A file cannot be written there.
     """
-    trace = Trace(path)
-    folder = trace.path.parent
-    if trace.path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, "the trace cannot be written: it is a directory", str(path))
-    if not folder.is_dir():
-        raise FileNotFoundError(errno.ENOENT, "the trace cannot be written: no such directory", str(folder))
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(errno.EACCES, "the trace cannot be written: no permission", str(folder))
-    return trace
+    if not isinstance(report, (str, os.PathLike, type(None))):
+        raise TypeError(f"report must be a path or None, not {report!r}")
+    if path is None and report is None:
+        yield None
+        return
+    files = {kind: _writable(where, kind) for kind, where in (("trace", path), ("report", report)) if where is not None}
+    trace = Trace()
+    try:
+        yield trace
+    except BaseException as error:
+        trace.note_error(error)
+        raise
+    finally:
+        content = trace.content()
+        for kind, file in files.items():
+            try:
+                write_text(file, json.dumps(content) if kind == "trace" else render_page(content))
+            except OSError as error:
+                # The load's result, or its error, matters more.
+                logger.warning("the %s was not written: %s: %s", kind, file, error.strerror)
+
+
+def _writable(path: str | os.PathLike[str], kind: str) -> Path:
+    """Check that a file can be written."""
+    file = Path(path)
+    if file.is_dir():
+        raise IsADirectoryError(errno.EISDIR, f"the {kind} cannot be written: it is a directory", str(path))
+    if file.exists() and not file.is_file():  # a device or pipe
+        return file
+    file = Path(os.path.realpath(file)) if file.is_symlink() else file
+    if not file.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, f"the {kind} cannot be written: no such directory", str(file.parent))
+    if not os.access(file.parent, os.W_OK):
+        raise PermissionError(errno.EACCES, f"the {kind} cannot be written: no permission", str(file.parent))
+    return file

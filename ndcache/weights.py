@@ -2,20 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+import difflib
+import fnmatch
+import itertools
+import re
+import reprlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
+from .caller import PublicFrame, render_in_ipython
 from .devices.base import Device
 from .devices.into import Destination
 from .format.manifest import Manifest
+from .report.table import tensor_table
+from .report.words import format_count, format_size
 from .stats import LoadStats
+from .store.housekeeping.usage import Use
 
-__all__ = ["Weights", "collected"]
+__all__ = ["NoTensorError", "Weights", "collected"]
 
 T = TypeVar("T")
 Tensor = TypeVar("Tensor", covariant=True)
+
+_NAMES_IN_REPR = 3
+_short = reprlib.Repr()
+_short.maxstring = 80
+#: With more tensors, only the first ones are compared with a name that is not there.
+_MOST_COMPARED = 20_000
+
+
+class NoTensorError(KeyError):
+    """There is no tensor of this name. The suggestion is looked for when the message is shown.
+
+    Many of these errors are never shown: `Mapping.get` catches them.
+    """
+
+    def __init__(self, name: object, names: tuple[str, ...] = ()) -> None:
+        super().__init__(name)
+        self._names = names
+
+    _render_traceback_ = render_in_ipython
+
+    def __str__(self) -> str:
+        name = self.args[0]
+        return f"no tensor is called {name!r}{_suggestion(str(name), self._names)}"
+
+
+def _suggestion(name: str, names: Sequence[str]) -> str:
+    """Return what may have been meant: a name with a prefix, a prefix of names, or a similar name."""
+    if ends := [each for each in names if each.endswith(f".{name}")]:
+        return f"; did you mean {ends[0]!r}?"
+    if within := sum(each.startswith(f"{name}.") for each in names):
+        return f"; {format_count(within, 'name')} {'begins' if within == 1 else 'begin'} with it: match('{name}.*')"
+    # Comparing takes 60 µs a name.
+    similar = difflib.get_close_matches(name, names[:_MOST_COMPARED], n=1)
+    return f"; did you mean {similar[0]!r}?" if similar else ""
 
 
 class Weights(Mapping[str, Tensor]):
@@ -41,7 +84,7 @@ class Weights(Mapping[str, Tensor]):
     Raises
     ------
     KeyError
-        There is no tensor of this name.
+        There is no tensor of this name. The message suggests another one.
     ValueError
         The weights were closed.
 
@@ -49,6 +92,7 @@ class Weights(Mapping[str, Tensor]):
     --------
     >>> with ndcache.load("https://host/model/") as weights:
     ...     total = sum(array.size for array in weights.values())
+    ...     first = weights.match("layer.0*")
     """
 
     def __init__(
@@ -59,6 +103,7 @@ class Weights(Mapping[str, Tensor]):
         device: Device[Tensor],
         stats: LoadStats,
         into: Mapping[str, Destination],
+        use: Use | None = None,
     ) -> None:
         self._tensors: dict[str, Tensor] | None = dict(tensors)
         self._device = device
@@ -67,17 +112,45 @@ class Weights(Mapping[str, Tensor]):
         self.device: Any = device.handle
         self.stats = stats
         self._lent = frozenset(into)
+        self._use = use  # as long as arrays may be views of its files, the model stays in the cache
         sized: dict[str, Any] = {**self._tensors, **into}  # a buffer of the caller's may be larger than its tensor
         self.nbytes: int = sum(each.nbytes for each in sized.values())
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._open()[name]
+        # `PublicFrame` would take longer than the rest.
+        if (tensors := self._tensors) is not None and name in tensors:
+            return tensors[name]
+        with PublicFrame() as __tracebackhide__:
+            raise NoTensorError(name, tuple(self._open()))
+
+    def __contains__(self, name: object) -> bool:
+        with PublicFrame() as __tracebackhide__:
+            return name in self._open()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._open())
+        with PublicFrame() as __tracebackhide__:
+            return iter(self._open())
 
     def __len__(self) -> int:
-        return len(self._open())
+        with PublicFrame() as __tracebackhide__:
+            return len(self._open())
+
+    def match(self, pattern: str) -> dict[str, Tensor]:
+        """Return the tensors whose names match a glob pattern, in manifest order.
+
+        Parameters
+        ----------
+        pattern : str
+            Such as ``"model.layers.0.*"``, as in the ``names`` of `load`. Case matters.
+
+        Returns
+        -------
+        dict of str to tensor
+            Empty if nothing matches.
+        """
+        with PublicFrame() as __tracebackhide__:
+            matches = re.compile(fnmatch.translate(pattern)).match
+            return {name: tensor for name, tensor in self._open().items() if name == pattern or matches(name)}
 
     def close(self) -> None:
         """Release the tensors. On a GPU, destroy their buffers, and the device unless the caller opened it.
@@ -88,6 +161,8 @@ class Weights(Mapping[str, Tensor]):
         if self._tensors is not None:
             tensors, self._tensors = self._tensors, None
             _discard(self._device, tensors, self._lent)
+        if self._use is not None:
+            self._use.end()
 
     def __enter__(self) -> Weights[Tensor]:
         return self
@@ -103,8 +178,22 @@ class Weights(Mapping[str, Tensor]):
     def __repr__(self) -> str:
         if self._tensors is None:
             return "<Weights: closed>"
-        number = f"{len(self)} tensor{'' if len(self) == 1 else 's'}"
-        return f"<Weights: {number}, {self.nbytes / 2**20:.1f} MiB, on {self._device.name}>"
+        names = ", ".join(map(_short.repr, itertools.islice(self._tensors, _NAMES_IN_REPR)))
+        more = ", …" if len(self) > _NAMES_IN_REPR else ""
+        return f"<Weights: {self._summary()}{': ' if names else ''}{names}{more}>"
+
+    def _repr_html_(self) -> str:
+        """Return a table of the tensors, for notebooks."""
+        if self._tensors is None:
+            return "<p>Weights: closed</p>"
+        return tensor_table(f"Weights: {self._summary()}", self._tensors, self.manifest, self.stats.checked)
+
+    def _ipython_key_completions_(self) -> list[str]:
+        """Return the names, for Tab after ``weights["``."""
+        return list(self._tensors or ())
+
+    def _summary(self) -> str:
+        return f"{format_count(len(self), 'tensor')}, {format_size(self.nbytes)}, on {self._device.name}"
 
     # Not Mapping's, which would compare arrays and has no hash.
     __eq__ = object.__eq__

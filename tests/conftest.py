@@ -40,13 +40,14 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hide the user's cache, tokens and proxies from every test."""
+    """Hide the user's cache, tokens, credentials and proxies from every test."""
     monkeypatch.setenv("NDCACHE_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "huggingface"))
     for name in _VARIABLES:
         monkeypatch.delenv(name, raising=False)
     for name in list(os.environ):
-        if name.lower().endswith("_proxy"):
+        is_own = name.startswith("NDCACHE_") and name != "NDCACHE_HOME" and not name.startswith("NDCACHE_TEST_")
+        if is_own or name.lower().endswith("_proxy") or name.startswith(("AWS_", "GOOGLE_", "AZURE_")):
             monkeypatch.delenv(name)
 
 

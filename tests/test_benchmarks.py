@@ -64,6 +64,16 @@ def test_a_quick_run(tmp_path: Path, suite: str, contenders: list[str]) -> None:
     _check(result)
 
 
+def test_the_suites_for_safetensors_files(tmp_path: Path) -> None:
+    need_program("nginx")
+    figures, _ = run(tmp_path, "safetensors")
+    results = {result["suite"]: result for result in figures["suites"]}
+    assert list(results) == ["safetensors-cold", "safetensors-warm"]
+    for result in results.values():
+        assert {"ndcache load", "ndcache load, copies"} <= {row["label"] for row in result["rows"]}
+        _check(result)
+
+
 def test_the_suites_for_many_cores(tmp_path: Path) -> None:
     need_program("nginx")
     figures, printed = run(tmp_path, "cold-many-cores", "processes", "--profile")

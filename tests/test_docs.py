@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import os
 import re
@@ -13,6 +14,7 @@ import pytest
 
 import ndcache
 from ndcache import tvm
+from ndcache.cli.commands import main
 from ndcache.devices.gpu.adapters import list_adapters
 
 from .helpers.documents import run_examples
@@ -21,7 +23,10 @@ from .helpers.servers import FileServer
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 #: Pages with examples.
-TASKS = sorted(path.relative_to(DOCS).as_posix() for path in [*DOCS.glob("guide/*.rst"), DOCS / "concepts.rst"])
+TASKS = sorted(
+    path.relative_to(DOCS).as_posix()
+    for path in [*DOCS.glob("guide/*.rst"), DOCS / "concepts.rst", DOCS / "quickstart.rst"]
+)
 #: All that is written for people.
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.rst"), *DOCS.rglob("*.rst")])
 HAS_TORCH = importlib.util.find_spec("torch") is not None
@@ -100,9 +105,21 @@ def test_the_reference_has_every_public_name() -> None:
 def test_variables_are_those_of_the_code() -> None:
     """Each environment variable that a page names is one that the code, or a library that it uses, reads."""
     code = "".join(path.read_text("utf-8") for path in (ROOT / "ndcache").rglob("*.py"))
+    code += " ".join(str(option.envvar) for command in main.commands.values() for option in command.params)
     for page in TASKS:
         for name in re.findall(r"\b(?:NDCACHE|HF)_[A-Z_]+\b", (DOCS / page).read_text("utf-8")):
             assert name in code, (page, name)
+
+
+def test_troubleshooting_quotes_messages_of_the_code() -> None:
+    """Each message in italics on the page is in the code, but for numbers and for what ``…`` stands for."""
+    constants = [node for path in (ROOT / "ndcache").rglob("*.py") for node in ast.walk(ast.parse(path.read_bytes()))]
+    code = "\n".join(node.value for node in constants if isinstance(node, ast.Constant) and type(node.value) is str)
+    quoted = re.findall(r"\*([^*\n]+)\*", (DOCS / "troubleshooting.rst").read_text("utf-8"))
+    assert len(quoted) > 60
+    for message in quoted:
+        for words in re.sub(r"\(?status \d+\)", "(status ", message).split("…"):
+            assert words.strip(" .:,") in code, message
 
 
 def test_contributing_shows_where_everything_is() -> None:

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 import ndcache
-from ndcache.format.numpy_dtypes import DTYPES
 
 from .helpers.models import random_array
 from .helpers.requirements import need_module
@@ -105,27 +104,3 @@ def test_gpu_of_each_actor(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         lines = run("gpu_of_each_actor.py").splitlines()
     assert lines[-2:] == ["the model is on 1 node(s)", "1 tensors of 120,000 bytes on GPUDevice"]
-
-
-@pytest.mark.once
-def test_stream_into_safetensors() -> None:
-    need_module("safetensors")
-    assert sorted(run("stream_into_safetensors.py").splitlines()) == [
-        "a float32 (3, 4)",
-        "b int64 (5,)",
-        "c float16 (2,)",
-    ]
-
-
-@pytest.mark.once
-def test_stream_every_dtype_into_safetensors(tmp_path: Path) -> None:
-    """Read the file back with the safetensors library, which defines the names of the dtypes."""
-    safetensors = need_module("safetensors")
-    params = {dtype: random_array((3, 2), dtype) for dtype in DTYPES}
-    ndcache.dump(params, tmp_path / "model", encode="raw")
-    run("stream_into_safetensors.py", str(tmp_path / "model"), str(tmp_path / "model.safetensors"))
-    tensors = dict(safetensors.deserialize((tmp_path / "model.safetensors").read_bytes()))
-    assert {name: bytes(tensor["data"]) for name, tensor in tensors.items()} == {
-        name: array.tobytes() for name, array in params.items()
-    }
-    assert np.all([tensor["shape"] == [3, 2] for tensor in tensors.values()])

@@ -21,9 +21,9 @@ import ndcache.torch
 from ndcache import api, cached, dump, errors, tvm
 
 API = [
-    *("load", "stream", "fetch", "read_manifest", "is_cached", "verify", "delete", "dump", "Loader"),
+    *("load", "stream", "fetch", "read_manifest", "is_cached", "verify", "delete", "dump", "convert", "Loader"),
     *("Weights", "GPUTensor", "Manifest", "Shard", "Record"),
-    *("ProgressReport", "VerifyReport", "LoadStats", "RetryPolicy"),
+    *("ProgressReport", "VerifyReport", "ConvertReport", "FetchPlan", "PlannedFile", "LoadStats", "RetryPolicy"),
     "__version__",
 ]
 
@@ -57,7 +57,7 @@ def test_all_and_the_imports_can_be_read_without_running_anything() -> None:
     assert ast.literal_eval(assigned["__all__"]) == ndcache.__all__
     imported = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1]
     names = {alias.asname for node in imported for alias in node.names if alias.asname == alias.name}
-    assert names == {*ndcache.__all__, "errors", "tvm"}
+    assert names == {*ndcache.__all__, "cache", "errors", "tvm"}
 
 
 @pytest.mark.parametrize("name", ndcache.__all__)
@@ -113,7 +113,7 @@ def test_names_that_are_not_there() -> None:
     assert not hasattr(ndcache, "__wrapped__")
     with pytest.raises(ImportError, match="loda"):
         exec("from ndcache import loda")
-    assert {"load", "NdcacheError", "__version__", "tvm"} <= set(dir(ndcache))
+    assert {"load", "NdcacheError", "__version__", "cache", "tvm"} <= set(dir(ndcache))
 
 
 @pytest.mark.parametrize("name", ["wgpu", "torch", "rich", "click", "safetensors"])

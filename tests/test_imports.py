@@ -9,6 +9,8 @@ import pkgutil
 import subprocess
 import sys
 
+import pytest
+
 import ndcache
 
 
@@ -23,3 +25,19 @@ for name in sys.argv[1:]:
     names = [found.name for found in pkgutil.walk_packages(ndcache.__path__, "ndcache.")]
     assert "ndcache.devices.gpu.device" in names
     subprocess.run([sys.executable, "-c", code, *names], check=True)
+
+
+@pytest.mark.once
+def test_a_module_that_was_not_imported_says_so() -> None:
+    code = "import ndcache; ndcache.torch.load"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.stderr.splitlines()[-1] == (
+        "AttributeError: module 'ndcache' has no attribute 'torch' before `import ndcache.torch`"
+    )
+
+
+def test_the_command_line_needs_only_what_the_package_requires() -> None:
+    """The packages of the extras, and of other systems, are not there after an installation of it alone."""
+    missing = ["distributed", "filelock", "obstore", "ray", "safetensors", "torch"]
+    code = "import sys; sys.modules.update(dict.fromkeys(sys.argv[1:])); import ndcache.cli.commands"
+    subprocess.run([sys.executable, "-c", code, *missing], check=True)

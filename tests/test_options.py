@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 import ndcache
-from ndcache import api, cached, loader
+from ndcache import cached, loader, loaders
+from ndcache.api import fetching, loading, streaming
+from ndcache.loaders import tensors
 from ndcache.options import OPTION_NAMES, LoaderOptions
 
 VERBS = ["load", "stream", "fetch", "read_manifest", "is_cached", "verify", "delete"]
@@ -46,9 +48,10 @@ OPTIONS: Keywords = [
     ("module", "name", "count"),
     [
         (loader, "__init__", 1),
-        (api, "load", 4),
-        (api, "stream", 4),
-        *((cached, name, 1) for name in ("fetch", "read_manifest", "is_cached", "verify", "delete")),
+        (loading, "load", 4),
+        (streaming, "stream", 4),
+        (fetching, "fetch", 2),
+        *((cached, name, 1) for name in ("read_manifest", "is_cached", "verify", "delete")),
     ],
 )
 def test_signatures_repeat_the_options(module: Any, name: str, count: int) -> None:
@@ -59,9 +62,12 @@ def test_signatures_repeat_the_options(module: Any, name: str, count: int) -> No
         assert keywords[-len(OPTIONS) :] == OPTIONS
 
 
-@pytest.mark.parametrize(("module", "name"), [(api, "load"), (api, "stream"), (cached, "fetch")])
-def test_loader_methods_repeat_the_other_arguments(module: Any, name: str) -> None:
-    own = keywords_by_function(loader)[name]
+@pytest.mark.parametrize(
+    ("methods", "module", "name"),
+    [(tensors, loading, "load"), (tensors, streaming, "stream"), (loaders.fetching, fetching, "fetch")],
+)
+def test_loader_methods_repeat_the_other_arguments(methods: Any, module: Any, name: str) -> None:
+    own = keywords_by_function(methods)[name]
     assert own == [keywords[: -len(OPTIONS)] for keywords in keywords_by_function(module)[name]]
     assert all(own)
 
@@ -138,6 +144,10 @@ def test_unknown_arguments_are_named_with_a_suggestion(name: str, owner: Any) ->
         ({"timeout": float("inf")}, "timeout"),
         ({"retries": -1}, "retries"),
         ({"cache_dir": ""}, "cache_dir"),
+        ({"limit_rate": 0}, "limit_rate"),
+        ({"limit_rate": float("nan")}, "limit_rate"),
+        ({"progress_interval": -1}, "progress_interval"),
+        ({"revision": ""}, "revision"),
     ],
 )
 def test_options_have_values_that_make_sense(options: dict[str, Any], message: str) -> None:
@@ -163,9 +173,60 @@ def test_options_have_values_that_make_sense(options: dict[str, Any], message: s
         {"session": "x"},
         {"cancel": True},
         {"cache_dir": 3},
+        {"limit_rate": "1M"},
+        {"limit_rate": True},
+        {"progress_interval": "1"},
+        {"revision": 1},
+        {"token": 1},
+        {"headers": [("a", "b")]},
     ],
     ids=str,
 )
 def test_options_have_types(options: dict[str, Any]) -> None:
     with pytest.raises((TypeError, ValueError), match=next(iter(options))):
         ndcache.Loader(**options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"token": ""},
+        {"token": "secret secret"},
+        {"token": "secret\r\nHost: x"},
+        {"token": b"secret"},
+        {"headers": {"secret": 1}},
+        {"headers": {"X-Key": "secret\n"}},
+        {"headers": {"X Key": "secret"}},
+        {"headers": {"range": "secret"}},
+    ],
+    ids=str,
+)
+def test_errors_about_secret_options_do_not_show_them(options: dict[str, Any]) -> None:
+    with pytest.raises((TypeError, ValueError), match=next(iter(options))) as caught:
+        ndcache.Loader(**options)
+    assert "secret" not in str(caught.value)
+
+
+def test_the_representation_of_options_has_no_secrets() -> None:
+    assert "secret" not in repr(LoaderOptions(token="secret", headers={"X-Key": "secret"}))
+
+
+@pytest.mark.parametrize("verb", [ndcache.load, ndcache.stream])
+def test_a_report_goes_to_a_path(verb: Callable[..., Any], tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="report must be a path or None, not 3"):
+        verb(tmp_path, report=3)
+
+
+@pytest.mark.parametrize(
+    ("verb", "flag"),
+    [
+        *(("load", flag) for flag in ("decode", "copy", "files")),
+        *(("stream", flag) for flag in ("decode", "copy", "files")),
+        *(("fetch", flag) for flag in ("files", "force", "dry_run")),
+        ("convert", "decode"),
+    ],
+)
+def test_a_flag_is_true_or_false(tmp_path: Path, verb: str, flag: str) -> None:
+    more = (tmp_path / "target",) if verb == "convert" else ()
+    with pytest.raises(TypeError, match=f"^{flag} must be True or False, not 'float16'"):
+        getattr(ndcache, verb)(tmp_path, *more, **{flag: "float16"})

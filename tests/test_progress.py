@@ -11,9 +11,11 @@ import threading
 from typing import Any
 
 import pytest
+from tqdm.utils import disp_len
 
-from ndcache import progress
-from ndcache.progress import Bar, ProgressReport, Reporter
+from ndcache.progress import Arrivals, Bar, ProgressReport, Reporter, telling_what_is_kept
+from ndcache.progress import reporter as module
+from ndcache.progress.lines import bar_line
 
 MIB = 1 << 20
 TAIL = " It can take a while when we first visit this page to populate the cache. Later refreshes will become faster."
@@ -31,7 +33,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     found = Clock()
-    monkeypatch.setattr(progress, "time", found)
+    monkeypatch.setattr(module, "time", found)
     return found
 
 
@@ -44,7 +46,7 @@ def run(sizes: list[int], *, cache_only: bool, clock: Clock | None = None, step:
         if clock is not None:
             clock.now += step
         reporter.shard_done(size)
-    reporter.close()
+    reporter.close(is_done=True)
     return reports
 
 
@@ -170,7 +172,7 @@ def test_no_callbacks(nothing: Any, capsys: pytest.CaptureFixture[str]) -> None:
     reporter.start()
     reporter.tick()
     reporter.shard_done(1)
-    reporter.close()
+    reporter.close(is_done=True)
     assert capsys.readouterr() == ("", "")
 
 
@@ -185,9 +187,9 @@ def test_true_among_callables_is_a_bar(capsys: pytest.CaptureFixture[str]) -> No
     reporter = Reporter([True, lambda report: seen.append(report.text)], [1], cache_only=False)
     reporter.start()
     reporter.shard_done(1)
-    reporter.close()
+    reporter.close(is_done=True)
     assert len(seen) == 3
-    assert "1/1 shards" in capsys.readouterr().err
+    assert "in 1 shard" in capsys.readouterr().err
 
 
 def test_row_39_an_exception_of_a_callback_comes_through() -> None:
@@ -206,95 +208,160 @@ class Terminal(io.StringIO):
         return True
 
 
-def drive(bar: Bar, sizes: list[int], *, cache_only: bool = False) -> None:
+def drive(bar: Any, sizes: list[int], *, cache_only: bool = False) -> None:
     reporter = Reporter(bar, sizes, cache_only=cache_only)
     reporter.start()
     for size in sizes:
         reporter.shard_done(size)
-    reporter.close()
+    reporter.close(is_done=True)
 
 
 def test_true_is_a_bar_on_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
-    reporter = Reporter(True, [MIB], cache_only=True)
+    reporter = Reporter(True, [MIB], cache_only=True, model="host/a/model", how=lambda: "Mapped")
     reporter.start()
     reporter.shard_done(MIB)
+    reporter.close(is_done=True)
     out, err = capsys.readouterr()
     assert out == ""
-    assert re.fullmatch(
-        r"loaded 0/1 shards, 0\.0 of 1\.0 MiB, 0%, \d+\.\d s\nloaded 1/1 shards, 1\.0 of 1\.0 MiB, 100%, \d+\.\d s\n",
-        err,
-    )
+    assert re.fullmatch(r"Mapped model: 1\.0 MiB in 1 shard, [\w. ]+\n", err)
+
+
+@pytest.mark.parametrize("name", ["NDCACHE_NO_PROGRESS", "HF_HUB_DISABLE_PROGRESS_BARS"])
+@pytest.mark.parametrize(("value", "is_shown"), [("1", False), ("true", False), ("0", True), ("", True)])
+def test_bars_are_disabled_by_the_environment(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, value: str, is_shown: bool
+) -> None:
+    monkeypatch.setenv(name, value)
+    drive([True], [MIB])
+    assert bool(capsys.readouterr().err) == is_shown
 
 
 def test_lines_without_a_terminal(clock: Clock) -> None:
     file = io.StringIO()
     drive(Bar(file), [MIB // 2] * 40)
     lines = file.getvalue().splitlines()
-    assert [re.findall(r"(\d+)%", line) for line in lines] == [[str(percent)] for percent in range(0, 101, 10)]
-    assert lines[1] == "fetched 4/40 shards, 2.0 of 20.0 MiB, 10%, 0.0 s"
+    assert [re.findall(r"(\d+)%", line) for line in lines[:-1]] == [[str(percent)] for percent in range(0, 100, 10)]
+    assert lines[1] == "Fetching model: 10% of 20.0 MiB, 4/40 shards"
+    assert lines[-1].startswith("Fetched model: 20.0 MiB in 40 shards, ")
     assert all("\r" not in line for line in lines)
+
+
+def test_lines_move_within_a_shard_and_with_time(clock: Clock) -> None:
+    file, here = io.StringIO(), [0]
+    arrivals = Arrivals()
+    arrivals.expect({"a": 100 * MIB})
+    arrivals.begin("a", lambda: here[0])
+    reporter = Reporter(Bar(file), [100 * MIB], cache_only=False, arrivals=arrivals, received=lambda: here[0])
+    reporter.start()
+    for megabytes, seconds in ((1, 1), (2, 4), (3, 4), (14, 1), (15, 1)):
+        here[0] = megabytes * MIB
+        clock.now += seconds
+        reporter.tick()
+    lines = file.getvalue().splitlines()
+    assert [line.split("%")[0].split()[-1] for line in lines] == ["0", "2", "14"]
+    assert lines[1] == "Fetching model: 2% of 100.0 MiB, 0/1 shard, 0.4 MiB/s, 4:05 left"
 
 
 @pytest.mark.parametrize("sizes", [[], [0], [0, 0], [5, 0], [1, 999]])
 def test_the_last_line_reports_the_end(sizes: list[int]) -> None:
     file = io.StringIO()
     drive(Bar(file), sizes)
-    assert f"{len(sizes)}/{len(sizes)} shards" in file.getvalue().splitlines()[-1]
-    assert "100%" in file.getvalue().splitlines()[-1]
-
-
-def test_lines_and_texts_have_the_same_percentage() -> None:
-    file = io.StringIO()
-    drive(Bar(file), [29, 71])
-    assert "29%" in file.getvalue()
+    count = f"{len(sizes)} shard{'' if len(sizes) == 1 else 's'}"
+    assert f"Fetched model: {sum(sizes)} B in {count}" in file.getvalue().splitlines()[-1]
 
 
 def test_a_bar_can_be_used_again() -> None:
     file = io.StringIO()
     bar = Bar(file)
     drive(bar, [1] * 10)
-    once = re.sub(r"[\d.]+ s", "", file.getvalue())
+    once = [line.split(",")[0] for line in file.getvalue().splitlines()]
     drive(bar, [1] * 10)
-    assert re.sub(r"[\d.]+ s", "", file.getvalue()) == once * 2
+    assert [line.split(",")[0] for line in file.getvalue().splitlines()] == once * 2
 
 
-@pytest.mark.parametrize(("cache_only", "verb"), [(True, "Loading"), (False, "Fetching")])
-def test_bar_on_a_terminal(cache_only: bool, verb: str) -> None:
+def test_bar_on_a_terminal() -> None:
     file = Terminal()
     before = threading.active_count()
-    drive(Bar(file), [2 * MIB, 2 * MIB], cache_only=cache_only)
+    drive(Bar(file), [2 * MIB, 2 * MIB])
     shown = file.getvalue()
-    assert f"{verb}:   0%" in shown
-    assert f"{verb}: 100%" in shown
-    assert "4.00M/4.00M" in shown
+    assert "model   0% |" in shown
+    assert "2.0/4.0 MiB" in shown
     assert "1/2 shards" in shown
-    assert "2/2 shards" in shown
+    assert shown.rstrip("\n").rpartition("\r")[2].startswith("Fetched model: 4.0 MiB in 2 shards")
     assert shown.endswith("\n")
     assert threading.active_count() == before  # tqdm's monitor thread would stay
+
+
+def test_a_load_from_cache_is_one_line(clock: Clock) -> None:
+    file = Terminal()
+    drive(Bar(file), [2 * MIB, 2 * MIB], cache_only=True)
+    assert file.getvalue().count("model") == 1
+
+
+def test_lines_on_a_dumb_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    file = Terminal()
+    drive(Bar(file), [2 * MIB])
+    assert "\r" not in file.getvalue()
+
+
+@pytest.mark.parametrize("columns", [20, 40, 80, 120])
+@pytest.mark.parametrize("name", ["m", "Llama-3-8B-Instruct-q4f16_1-MLC-and-more", "模型" * 20])
+@pytest.mark.parametrize("waiting", [None, "waiting for process 1234, which downloads params_shard_3.bin"])
+def test_bars_fit(columns: int, name: str, waiting: str | None) -> None:
+    report = dataclasses.replace(run([MIB] * 3, cache_only=False)[2], model=name, waiting=waiting, seconds_left=4000.0)
+    report = dataclasses.replace(report, bytes_per_second=MIB / 3)
+    line = bar_line(report, columns, lambda fraction, width: "#" * width, "..")
+    assert disp_len(line) <= columns
+    assert ("waiting" in line) == (waiting is not None or columns < 0) or columns == 20
+    if columns >= 80 and waiting is None:
+        assert "1:06:40 left" in line
+        assert " 33% |" in line
+
+
+def test_two_bars_have_two_names() -> None:
+    first, second, third = (io.StringIO() for _ in range(3))
+    reporters = [
+        Reporter(Bar(file), [1], cache_only=False, model=model)
+        for file, model in ((first, "host/a/model"), (second, "host/b/model"), (third, "host/b/model"))
+    ]
+    for reporter in reporters:
+        reporter.start()
+        reporter.shard_done(1)
+    for reporter in reporters:
+        reporter.close(is_done=True)
+    assert "Fetched model:" in first.getvalue()
+    assert "Fetched b/model:" in second.getvalue()
+    assert "Fetched host/b/model:" in third.getvalue()
 
 
 @pytest.mark.parametrize("sizes", [[], [0], [0, 0]])
 def test_bar_of_nothing(sizes: list[int]) -> None:
     file = Terminal()
     drive(Bar(file), sizes)
-    assert f"{len(sizes)}/{len(sizes)} shards" in file.getvalue()
+    assert f"in {len(sizes)} shard" in file.getvalue()
 
 
-def test_bar_moves_within_a_shard_and_never_back() -> None:
-    file = Terminal()
-    received = [0]
-    reporter = Reporter(Bar(file), [4 * MIB, 4 * MIB], cache_only=False, received=lambda: received[0])
-    reporter.tick()
-    assert file.getvalue() == ""  # not before the start
+def test_bar_moves_within_shards_and_never_back(clock: Clock) -> None:
+    file, here, arrivals = Terminal(), {"a": 0, "b": 0}, Arrivals()
+    arrivals.expect({"a": 4 * MIB, "b": 4 * MIB})
+    arrivals.begin("a", lambda: here["a"])
+    arrivals.begin("b", lambda: here["b"])
+    bar = Bar(file)
+    reporter = Reporter(bar, [4 * MIB, 4 * MIB], cache_only=False, arrivals=arrivals)
     reporter.start()
-    for amount in (MIB, 3 * MIB, 2 * MIB, 99 * MIB):
-        received[0] = amount
-        reporter.tick()
-    reporter.close()
-    seen = [float(found) for found in re.findall(r"([\d.]+)M?/8\.00M", file.getvalue())]
-    assert {0.0, 1.0, 3.0, 8.0} <= set(seen)
-    assert seen == sorted(seen)
-    assert max(seen) == 8.0
+    told = []
+    for here["a"], here["b"] in ((MIB, 0), (MIB, MIB), (0, MIB), (99 * MIB, MIB)):
+        report = reporter._make(clock.now, is_shard=False, is_exact=False)
+        told.append((report.bytes_done // MIB, report.shards_here))
+        bar(report)
+    arrivals.add("b")
+    arrivals.end("b", 4 * MIB)
+    report = reporter._make(clock.now, is_shard=False, is_exact=False)
+    assert (report.bytes_done, report.shards_here, report.shards_done) == (8 * MIB, 1, 0)
+    assert told == [(1, 0), (2, 0), (2, 0), (5, 0)]
+    assert "5.0/8.0 MiB" in file.getvalue()
+    reporter.close(is_done=False)
 
 
 def test_bar_that_is_cut_short_ends_its_line() -> None:
@@ -302,10 +369,72 @@ def test_bar_that_is_cut_short_ends_its_line() -> None:
     reporter = Reporter([Bar(file)], [MIB, MIB], cache_only=False)
     reporter.start()
     reporter.shard_done(MIB)
-    reporter.close()
-    reporter.close()
-    assert "1/2 shards" in file.getvalue()
+    reporter.close(is_done=False)
+    reporter.close(is_done=False)
+    assert "1/2 shards" in file.getvalue().rpartition("\r")[2]
     assert file.getvalue().endswith("\n")
+
+
+# --- reports in between -------------------------------------------------------------------------------
+
+
+def test_reports_in_between_never_go_back_and_say_who_is_waited_for(clock: Clock) -> None:
+    here, arrivals = {"b": 0}, Arrivals()
+    arrivals.expect({"a": 10, "b": 30})
+    arrivals.begin("b", lambda: here["b"])
+    arrivals.wait("a", lambda: 1234)
+    told: list[ProgressReport] = []
+    plain: list[ProgressReport] = []
+    options: dict[str, Any] = {"cache_only": False, "arrivals": arrivals}
+    reporters = [
+        Reporter(told.append, [10, 30], interval=2.0, **options),
+        Reporter(plain.append, [10, 30], **options),
+    ]
+    for reporter in reporters:
+        reporter.start()
+    for seconds, here["b"] in ((1, 10), (1, 20), (1, 25), (1, 25), (1, 25), (1, 25)):
+        clock.now += seconds
+        for reporter in reporters:
+            reporter.tick()
+    for reporter in reporters:
+        reporter.shard_done(10)
+    assert [(report.is_shard, report.bytes_done) for report in told] == [
+        (True, 0), (True, 0), (False, 20), (False, 25), (False, 25), (True, 25)
+    ]  # fmt: skip
+    assert told[4].waiting == "waiting for process 1234, which downloads a"
+    assert [report.bytes_done for report in plain] == [0, 0, 10]
+    assert not reporters[1].is_heard
+
+
+def test_what_was_there_does_not_count_for_the_rate(clock: Clock) -> None:
+    arrivals, received = Arrivals(), [7]
+    arrivals.expect({"a": 1000})
+    arrivals.begin("a", lambda: 600 + received[0])
+    told: list[ProgressReport] = []
+    reporter = Reporter(
+        told.append, [1000], cache_only=False, arrivals=arrivals, received=lambda: received[0], interval=1.0
+    )
+    reporter.start()
+    clock.now += 2
+    received[0] += 100
+    reporter.tick()
+    assert told[-1].bytes_done == 707
+    assert told[-1].bytes_per_second == 50
+    assert told[-1].seconds_left == pytest.approx(293 / 50)
+
+
+def test_an_interrupt_says_what_is_kept() -> None:
+    arrivals = Arrivals()
+    arrivals.expect({"a": 128 * MIB, "b": 1 << 30, "c": MIB})
+    arrivals.add("a")
+    arrivals.begin("b", lambda: 5)
+    arrivals.end("b", 64 * MIB)
+    with pytest.raises(KeyboardInterrupt) as caught, telling_what_is_kept(arrivals, lambda: True):
+        raise KeyboardInterrupt
+    assert str(caught.value) == "192 MiB kept; run it again to go on"
+    with pytest.raises(KeyboardInterrupt) as caught, telling_what_is_kept(arrivals, lambda: False):
+        raise KeyboardInterrupt
+    assert not caught.value.args
 
 
 def test_bar_without_standard_error(monkeypatch: pytest.MonkeyPatch) -> None:

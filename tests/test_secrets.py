@@ -162,6 +162,7 @@ def test_row_42_long_texts_are_redacted_quickly(text: str) -> None:
         redact(start + text * 20_000 + "!")
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("arguments", [["load"], ["--verbose", "load"], ["rm"], ["verify"]])
 def test_row_42_the_command_line_shows_no_password(arguments: list[str], tmp_path: Path) -> None:
     templates = MISTYPED if arguments == ["rm"] else MISTYPED[::8]  # rm takes many arguments
@@ -284,6 +285,7 @@ def test_row_42_control_characters_of_a_server_are_not_shown(
     assert all(is_clean(str(item.message)) for item in warned)
 
 
+@pytest.mark.once
 def test_row_42_the_command_line_shows_no_control_characters(
     tmp_path: Path, serve: Callable[[Path], FileServer], monkeypatch: pytest.MonkeyPatch, cache_dir: Path
 ) -> None:

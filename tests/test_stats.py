@@ -45,7 +45,7 @@ def test_new_stats_are_zero() -> None:
 
 def test_stats_share_nothing() -> None:
     one, other = LoadStats(), LoadStats()
-    one.shard_done(1, from_cache=True, checked="md5")
+    one.shard_done("a.bin", 1, from_cache=True, checked="md5")
     one.seconds["wait"] += 1
     assert other == LoadStats()
     assert one != other
@@ -73,11 +73,29 @@ def test_count_from_many_threads() -> None:
 
 def test_shards() -> None:
     stats = LoadStats()
-    stats.shard_done(10, from_cache=False, checked="md5")
-    stats.shard_done(5, from_cache=True, checked="size")
-    stats.shard_done(0, from_cache=True, checked="size")
+    stats.shard_done("a.bin", 10, from_cache=False, checked="md5")
+    stats.shard_done("b.bin", 5, from_cache=True, checked="size")
+    stats.shard_done("c.bin", 0, from_cache=True, checked="size")
     assert (stats.shards, stats.nbytes, stats.cache_bytes) == (3, 15, 5)
     assert stats.integrity == {"md5": 1, "size": 2}
+    assert stats.checked == {"a.bin": "md5", "b.bin": "size", "c.bin": "size"}
+
+
+def test_printed_stats_are_seven_lines() -> None:
+    stats = LoadStats(tensors=338, network_bytes=1000 << 20, requests=23, retries=2, resumed_bytes=3 << 20)
+    stats.shard_done("a.bin", 1000 << 20, from_cache=False, checked="md5")
+    stats.shard_done("b.bin", 24 << 20, from_cache=True, checked="size")
+    stats.seconds.update(total=6.2, wait=5.9, place=0.2, manifest=0.0124, network=40.2, hash=3.0, backoff=125.0)
+    assert str(stats).splitlines() == [
+        "loaded      338 tensors of 2 shards",
+        "time        6.2 s, 1.0 GiB, 165.2 MiB/s",
+        "network     1,000.0 MiB in 23 requests, 2 of them retries",
+        "cache       24.0 MiB, 3.0 MiB from interrupted downloads",
+        "checked     1 by md5, 1 by size alone",
+        "this thread wait 5.9 s, place 200 ms, manifest 12.4 ms",
+        "workers     backoff 2 min 5 s, network 40.2 s, hash 3 s",
+    ]
+    assert len(str(LoadStats()).splitlines()) == 7
 
 
 def test_timed(clock: Clock) -> None:

@@ -35,7 +35,7 @@ def test_a_load_from_a_server(tmp_path: Path, serve: Serve) -> None:
     for name in ("network", "publish", "read", "decode", "place"):
         files = {event["args"]["file"] for event in by_name[name]}
         assert files >= {shard.data_path for shard in weights.manifest.shards}, name
-    assert len(by_name["request"]) == weights.stats.requests
+    assert len(by_name["request"]) == weights.stats.requests + server.probes
     assert len(by_name["manifest"]) == 1
     assert {"hash (s)", "write (s)"} <= by_name["network"][0]["args"].keys()
     assert sum(event["args"]["nbytes"] for event in by_name["network"]) >= weights.stats.nbytes
@@ -73,6 +73,27 @@ def test_a_load_outlives_its_trace(tmp_path: Path, caplog: pytest.LogCaptureFixt
 
     models.assert_same(ndcache.load(tmp_path / "model", trace=tmp_path / "traces" / "t.json", progress=remove), arrays)
     assert "the trace was not written" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["trace", "report"])
+def test_devices_pipes_and_links_stay(tmp_path: Path, kind: str) -> None:
+    """Root may replace /dev/null, and then has a system without it."""
+    models.simple_model(tmp_path / "model", shards=1)
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("target")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        for name in ("pipe", "link"):
+            options: dict[str, Any] = {kind: tmp_path / name}
+            ndcache.load(tmp_path / "model", **options)
+        written = os.read(reader, 1 << 20).decode()
+    finally:
+        os.close(reader)
+    assert (tmp_path / "pipe").is_fifo()
+    assert (tmp_path / "link").is_symlink()
+    for text in (written, (tmp_path / "target").read_text()):
+        assert "traceEvents" in text if kind == "trace" else "</html>" in text
+    assert sorted(os.listdir(tmp_path)) == ["link", "model", "pipe", "target"]
 
 
 def test_the_trace_has_no_secrets(tmp_path: Path, serve: Serve) -> None:

@@ -47,10 +47,12 @@ def test_a_star_import_does_not_hide_the_real_tvm() -> None:
     assert "tvm" not in ndcache.__all__
 
 
-def test_fetch_fills_the_registry(tmp_path: Path, serve: Serve) -> None:
+def test_fetch_fills_the_registry(tmp_path: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     params_model(tmp_path / "model")
     server = serve(tmp_path / "model")
+    monkeypatch.setattr(tvm, "cache_metadata", {"ParamSize": 1, "other": 2})
     assert tvm.fetch_ndarray_cache(server.url) == {"ParamSize": 3}
+    assert tvm.cache_metadata == {"ParamSize": 3, "other": 2}
     assert [array.tolist() for array in tvm.get_params("param", -1)] == [[0], [1], [2]]
 
 
@@ -101,6 +103,22 @@ def test_all_registered_callbacks_hear_of_later_fetches(tmp_path: Path) -> None:
         tvm.register_init_progress_callback("print")  # type: ignore[arg-type]
 
 
+def test_a_cold_load_has_the_two_phases_of_web_llm(tmp_path: Path, serve: Callable[..., FileServer]) -> None:
+    params_model(tmp_path)
+    reports: list[ndcache.ProgressReport] = []
+    tvm.register_init_progress_callback(reports.append)
+    tvm.fetch_ndarray_cache(serve(tmp_path).url)
+    assert [report.text.partition("]")[0] for report in reports] == [
+        "Start to fetch params",
+        *(f"Fetching param cache[{count}/3" for count in range(4)),
+        *(f"Loading model from cache[{count}/3" for count in range(4)),
+    ]
+    assert [report.phase for report in reports] == ["start", *["fetch"] * 4, *["load"] * 4]
+    assert [report.progress for report in reports] == [0, *[0, 1 / 3, 2 / 3, 1] * 2]
+    assert [report.bytes_done for report in reports[1:5]] == [report.bytes_done for report in reports[5:]]
+    assert all(report.is_shard and not report.cache_only for report in reports)
+
+
 def test_get_update_remove_clear() -> None:
     first, second = np.zeros(1), np.ones(1)
     assert tvm.ndarray_cache_get("x") is None
@@ -137,6 +155,8 @@ def test_params_that_are_missing() -> None:
 
 
 def test_both_spellings_are_the_same() -> None:
+    for name in ("fetch_{}_cache", "load_{}_cache", "dump_{}_cache", "delete_{}_cache", "has_{}_in_cache"):
+        assert getattr(tvm, name.format("tensor")) is getattr(tvm, name.format("ndarray"))
     for name in tvm.__all__:
         if "ndarray_cache" in name:
             assert getattr(tvm, name.replace("ndarray", "tensor")) is getattr(tvm, name)
@@ -161,6 +181,47 @@ def test_one_of_many_threads_wins() -> None:
         thread.join()
     assert sorted(won) == list(range(200))
     assert len(tvm.get_params("x", -1)) == 200
+
+
+# --- models, in the cache and in directories ----------------------------------------------------------
+
+
+def test_models_in_the_cache(tmp_path: Path, serve: Serve) -> None:
+    params_model(tmp_path / "model")
+    server = serve(tmp_path / "model")
+    assert not tvm.has_tensor_in_cache(server.url)
+    tvm.delete_tensor_cache(server.url)
+    assert server.requests == []
+    ndcache.fetch(server.url, names="param_0", scope="webllm/model")
+    assert not tvm.has_tensor_in_cache(server.url, "webllm/model")
+    directory = ndcache.fetch(server.url, scope="webllm/model")
+    requests = len(server.requests)
+    assert tvm.has_tensor_in_cache(server.url, "webllm/model")
+    assert not tvm.has_tensor_in_cache(server.url)
+    tvm.delete_tensor_cache(server.url)
+    assert tvm.has_tensor_in_cache(server.url, scope="webllm/model")
+    tvm.delete_tensor_cache(server.url, "webllm/model")
+    assert not tvm.has_tensor_in_cache(server.url, "webllm/model")
+    assert not directory.exists()
+    assert len(server.requests) == requests
+
+
+def test_directories(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    params = {"a": np.ones((300, 1024), np.float32), "b": np.arange(3)}
+    tvm.dump_tensor_cache(params, tmp_path / "one", "raw", {"n": 1}, 1)
+    assert "Writing" in capsys.readouterr().err
+    ndcache.dump(params, tmp_path / "two", encode="raw", metadata={"n": 1}, shard_bytes=1 << 20)
+    files = {path.name: path.read_bytes() for path in (tmp_path / "one").iterdir()}
+    assert files == {path.name: path.read_bytes() for path in (tmp_path / "two").iterdir()}
+    update = iter([("b", np.arange(3, 6))])
+    tvm.dump_tensor_cache(update, tmp_path / "one", show_progress=False, update_if_exists=True)
+    assert capsys.readouterr() == ("", "")
+    for path in (tmp_path / "one", str(tmp_path / "one" / "tensor-cache.json")):
+        tensors, metadata = tvm.load_tensor_cache(path)
+        assert metadata == {"n": 1}
+        assert list(tensors) == ["a", "b"]
+        assert tensors["b"].tolist() == [3, 4, 5]
+    assert tvm.get_params("param", -1) == []
 
 
 # --- single files -------------------------------------------------------------------------------------

@@ -10,14 +10,14 @@ import json
 import sys
 
 # No more than this is imported here, nor at the top of the contenders' modules: `import_ndcache` times imports.
-from . import clusters, downloaders, limits, loaders, ndcache_itself, onto_cuda, timing
+from . import clusters, downloaders, limits, loaders, ndcache_itself, onto_cuda, published, timing
 from .machine import Unavailable, peak_bytes
 
 
 def main() -> None:
     name, given = sys.argv[1], json.loads(sys.argv[2])
     timing.memory_bytes, timing.sampling = given.get("memory", 0), given.get("profile", False)
-    modules = (ndcache_itself, limits, downloaders, loaders, onto_cuda, clusters)
+    modules = (ndcache_itself, limits, downloaders, loaders, onto_cuda, clusters, published)
     module = next(each for each in modules if hasattr(each, name))
     try:
         seconds, nbytes = getattr(module, name)(given)

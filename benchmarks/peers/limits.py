@@ -122,3 +122,46 @@ def page_cache_reads(given: Given) -> Measured:
             return sum(pool.map(read, range(count)))
 
     return timed_loads(given, work)
+
+
+def bare_loop(given: Given) -> Measured:
+    """Read all files and copy them to the GPU with ndcache's own calls, in plain threads and with nothing around them.
+
+    The pinned memory is there, and so is one block of the GPU's memory, which takes each piece.
+    """
+    import os
+    from concurrent.futures import ThreadPoolExecutor
+
+    torch, device = import_torch(given)
+    from ndcache.devices.torch.driver import open_api
+    from ndcache.devices.torch.pinned import PIECE_BYTES, take_lane
+
+    api = open_api(torch.device(device))
+    with api.active():
+        lanes = [take_lane(api) for _ in range(given["threads"])]
+    there = torch.empty(given["stored"], dtype=torch.uint8, device=device)
+    torch.cuda.synchronize()
+    files = [os.open(f"{given['directory']}/{name}", os.O_RDONLY) for name in given["shards"]]
+    pieces, end = [], 0
+    for file, size in zip(files, given["sizes"], strict=True):
+        pieces += [(file, start, min(PIECE_BYTES, size - start), end + start) for start in range(0, size, PIECE_BYTES)]
+        end += size
+
+    def load(number: int) -> int:
+        lane = lanes[number]
+        with api.active():
+            for file, start, size, place in pieces[number :: len(lanes)]:
+                slot, event = lane.next_slot()
+                if not api.has_happened(event):
+                    api.wait(event)
+                os.preadv(file, [lane.slots.views[slot][:size]], start)
+                api.copy(there, place, lane.slots, lane.slots.starts[slot], size, lane.stream)
+                api.record(event, lane.stream)
+            api.synchronize(lane.stream)
+        return sum(size for _, _, size, _ in pieces[number :: len(lanes)])
+
+    def work() -> int:
+        with ThreadPoolExecutor(len(lanes)) as pool:
+            return sum(pool.map(load, range(len(lanes))))
+
+    return timed_loads(given, work)

@@ -17,13 +17,14 @@ def ndcache_load(given: Given) -> Measured:
     """Load all weights; from a URL into an empty cache this checks md5 and syncs each file to disk."""
     import contextlib
 
-    import ndcache.sources.download
     from ndcache import load
 
     if given.get("no_ranges"):
-        if not hasattr(ndcache.sources.download, "RANGE_THRESHOLD"):
-            raise Unavailable("this ndcache has no byte ranges for large shards")
-        ndcache.sources.download.RANGE_THRESHOLD = 1 << 62
+        try:
+            from ndcache.sources.downloads import download
+        except ImportError as error:
+            raise Unavailable("this ndcache has its downloads elsewhere") from error
+        download.RANGE_THRESHOLD = 1 << 62
     device = open_gpu() if given.get("gpu") else "cpu"
     if "beside" in given:
         with contextlib.suppress(Unavailable):
@@ -44,7 +45,7 @@ def ndcache_torch(given: Given) -> Measured:
     torch, device = import_torch(given) if given["device"] == "cuda" else (need("torch"), "cpu")
 
     def work() -> int:
-        weights = load(given["directory"], device)
+        weights = load(given["directory"], device, max_workers=given.get("workers", 8))
         if device != "cpu":
             torch.cuda.synchronize()
         return _kept(weights)

@@ -15,13 +15,14 @@ from ..devices.torch.opening import list_cuda
 from ..errors import CacheUnavailableError, DeviceError, NoAdapterError, redact
 from ..location.hub import token_path
 from ..store.cleanup import free_bytes
-from ..store.inventory import models
-from .describe import adapter_words, format_size
+from ..store.housekeeping.listing import find_models
+from .show.devices import adapter_words
+from .show.numbers import format_size
 
 __all__ = ["facts"]
 
 _PACKAGES = ("requests", "urllib3", "numpy", "ml_dtypes", "wgpu", "platformdirs", "tqdm", "click", "rich")
-_OPTIONAL_PACKAGES = ("safetensors", "torch")
+_OPTIONAL_PACKAGES = ("obstore", "safetensors", "torch")
 _PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
 
 
@@ -82,10 +83,10 @@ def _root_facts(root: Path) -> list[tuple[str, str]]:
 
 def _models(root: Path) -> str:
     try:
-        found = list(models(root))
+        found = [each.model for each in find_models(root)]
     except CacheUnavailableError as error:
         return f"cannot be listed: {error}"
-    return f"{len(found):,}, {format_size(sum(model.nbytes for model in found))}"
+    return f"{len(found):,}, {format_size(sum(model.size for model in found))}"
 
 
 def _free(root: Path) -> str:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
+import shutil
 import signal
 import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import click
 
+from ..companions.rules import NoListingError
 from ..errors import NdcacheError
 from ..format.manifest import NoMatchError
 from ..urls.redact import printable
@@ -24,6 +27,16 @@ __all__ = ["VERBOSE", "CommandGroup", "UserError", "argument_errors", "one_line"
 
 logger = logging.getLogger("ndcache")
 
+#: The names that commands have in similar programs.
+_OTHER_NAMES = {
+    **{"download": "fetch", "pull": "fetch", "get": "fetch"},
+    **{"list": "ls", "remove": "rm", "delete": "rm", "check": "verify"},
+    **{"show": "inspect", "info": "inspect", "export": "convert"},
+}
+#: Stands for a hyphen in help, where textwrap would break a line.
+_HYPHEN = "\ue000"
+#: On terminals with fewer columns, only such names of options stand beside their meaning.
+_NARROW, _NARROW_COLUMN = 60, 8
 #: The key that a command's context has if ``--verbose`` was given.
 VERBOSE = "ndcache.verbose"
 
@@ -33,15 +46,46 @@ class UserError(Exception):
 
 
 #: Errors that users can meet. Any other exception is a bug, and shows its traceback.
-_EXPECTED = (NdcacheError, OSError, MemoryError, NoMatchError, UserError)
+_EXPECTED = (NdcacheError, OSError, MemoryError, NoMatchError, NoListingError, UserError)
 
 
 class _Terminated(BaseException):
     """Raised when SIGTERM comes. Like a KeyboardInterrupt, it ends all threads and removes temporary files."""
 
 
+class _HelpFormatter(click.HelpFormatter):
+    """Help that breaks no line within an option's name, and fits narrow terminals."""
+
+    def __init__(self, indent_increment: int = 2, width: int | None = None, max_width: int | None = None) -> None:
+        if width is None:  # click would take 50 columns for the least
+            width = max(min(shutil.get_terminal_size().columns, max_width or 80) - 2, 30)
+        super().__init__(indent_increment, width, max_width)
+
+    def write(self, string: str) -> None:
+        super().write(string.replace(_HYPHEN, "-"))
+
+    def write_text(self, text: str) -> None:
+        super().write_text(text.replace("-", _HYPHEN))
+
+    def write_dl(self, rows: Iterable[tuple[str, str]], col_max: int = 30, col_spacing: int = 2) -> None:
+        meanings = [(name, meaning.replace("-", _HYPHEN)) for name, meaning in rows]
+        super().write_dl(meanings, col_max if self.width >= _NARROW else _NARROW_COLUMN, col_spacing)
+
+
+class _Context(click.Context):
+    formatter_class = _HelpFormatter
+
+
 class CommandGroup(click.Group):
     """Run a command: print an error as one line, and turn signals into exit statuses."""
+
+    context_class = _Context
+
+    def add_command(self, cmd: click.Command, name: str | None = None) -> None:
+        """Add a command; its help begins with the line that the list of commands has."""
+        cmd.context_class = _Context
+        cmd.short_help = (cmd.help or "").partition("\n")[0]  # in full: click would cut it
+        super().add_command(cmd, name)
 
     def main(self, *args: Any, **extra: Any) -> Any:
         """Run a command and exit, with standard streams that can always be written."""
@@ -58,6 +102,23 @@ class CommandGroup(click.Group):
                     say(f"error: {one_line(error)}")
                 raise SystemExit(1) from error
 
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return a command by its name, or by the one that it has in similar programs."""
+        return super().get_command(ctx, _OTHER_NAMES.get(cmd_name, cmd_name))
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Return the command that was typed, and its arguments; suggest one if there is none of this name."""
+        is_known = (name := args[0]) in self.commands or name in _OTHER_NAMES
+        if not is_known and not name.startswith("-") and not ctx.resilient_parsing:  # as when a shell completes
+            known = [*self.commands, *_OTHER_NAMES]
+            close = ["--help"] if name == "help" else difflib.get_close_matches(name, known, n=1)
+            meant = f" Did you mean {_OTHER_NAMES.get(close[0], close[0])!r}?" if close else ""
+            ctx.fail(f"No such command {printable(name)!r}.{meant}")
+        _, command, others = super().resolve_command(ctx, args)
+        return None if command is None else command.name, command, others
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command, and turn errors and signals into messages and exit statuses."""
         with _messages_as_lines(), _sigterm_raises():
@@ -65,11 +126,11 @@ class CommandGroup(click.Group):
                 return super().invoke(ctx)
             except BrokenPipeError:  # the reader has seen enough, as `head` does
                 ctx.exit(1)
-            except KeyboardInterrupt:
-                say("interrupted")
+            except KeyboardInterrupt as interrupt:
+                say(f"interrupted: {interrupt}" if interrupt.args else "interrupted")
                 ctx.exit(130)
-            except _Terminated:
-                say("terminated")
+            except _Terminated as interrupt:
+                say(f"terminated: {interrupt}" if interrupt.args else "terminated")
                 ctx.exit(143)
             except _EXPECTED as error:
                 if ctx.meta.get(VERBOSE):
@@ -91,8 +152,6 @@ def one_line(error: BaseException) -> str:
     """Return the error as one line, which a terminal can show."""
     if isinstance(error, OSError) and not isinstance(error, NdcacheError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    elif isinstance(error, NoMatchError):
-        text = str(error.args[0])  # the str() of a KeyError has quotes around it
     elif isinstance(error, MemoryError):
         text = "not enough memory. Load only some tensors with --names, or lower --memory-limit-mib."
     else:

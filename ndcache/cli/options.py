@@ -5,29 +5,41 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from ..caller import SHOWS_ALL_FRAMES
+from ..companions.lock import required_digests
 from ..devices import is_device_name
 from ..format.integrity import manifest_names_to_try, parse_sri
 from ..loader import Loader
 from ..location import locate, locate_mirror
 from ..options import LoaderOptions
-from .group import VERBOSE, argument_errors
+from ..store.inventory import cache_root
+from .group import VERBOSE, UserError, argument_errors
+from .values import DEVICES, DIRECTORY, SECONDS, SOURCE, HeaderType, RateType, WholeNumber, read_token
 
 __all__ = [
-    "CACHE_OPTIONS",
+    "MODEL_OPTIONS",
     "REQUEST_OPTIONS",
     "cache_dir_option",
     "check_finite",
     "device_option",
+    "files_option",
+    "find_root",
     "json_option",
     "loader_options",
     "make_loader",
     "names_option",
+    "only_scope_option",
     "quiet_option",
+    "report_option",
+    "source_argument",
+    "sources_argument",
     "trace_option",
     "verbose_option",
 ]
@@ -41,6 +53,8 @@ def _set_verbose(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     if value:
         ctx.meta[VERBOSE] = True
         logger.setLevel(logging.INFO)
+        shown = SHOWS_ALL_FRAMES.set(True)
+        ctx.call_on_close(lambda: SHOWS_ALL_FRAMES.reset(shown))
 
 
 def _check_device(_: click.Context, __: click.Parameter, value: str) -> str:
@@ -83,6 +97,10 @@ def _digests_by_file(_: click.Context, __: click.Parameter, values: tuple[str, .
     return {name: digest for name, _, digest in (value.partition("=") for value in values)} or None
 
 
+def _as_mapping(_: click.Context, __: click.Parameter, values: tuple[tuple[str, str], ...]) -> dict[str, str] | None:
+    return dict(values) or None
+
+
 verbose_option = click.option(
     "--verbose",
     is_flag=True,
@@ -93,14 +111,25 @@ verbose_option = click.option(
 device_option = functools.partial(
     click.option,
     "--device",
+    type=DEVICES,
     metavar="cpu|gpu[:N]|cuda[:N]|auto",
+    envvar="NDCACHE_DEVICE",
+    show_envvar=True,
     callback=_check_device,
     show_default=True,
     help="Where to put the tensors: gpu is wgpu, cuda is PyTorch.",
 )
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+source_argument = click.argument("source", type=SOURCE)
+sources_argument = click.argument("sources", metavar="SOURCE...", type=SOURCE, nargs=-1, required=True)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 names_option = click.option(
     "--names", metavar="PATTERN", multiple=True, help="Only tensors with this name or glob pattern. Repeatable."
+)
+report_option = click.option(
+    "--report",
+    metavar="FILE",
+    type=click.Path(dir_okay=False),
+    help="Write a page with a picture of the load, for a browser, to FILE.",
 )
 trace_option = click.option(
     "--trace",
@@ -108,9 +137,22 @@ trace_option = click.option(
     type=click.Path(dir_okay=False),
     help="Write a timeline for https://ui.perfetto.dev to FILE.",
 )
-quiet_option = click.option("--quiet", "-q", is_flag=True, help="Show no progress bar.")
+files_option = click.option(
+    "--files/--no-files",
+    default=True,
+    show_default=True,
+    help="Also fetch the configuration and the tokenizer of a new or changed model.",
+)
+quiet_option = click.option("--quiet", "-q", is_flag=True, help="Show only results, warnings and errors: no progress.")
 cache_dir_option = click.option(
-    "--cache-dir", metavar="DIR", help="The cache directory. [default: NDCACHE_HOME, or the system's]"
+    "--cache-dir", metavar="DIR", type=DIRECTORY, help="The cache directory. [default: NDCACHE_HOME, or the system's]"
+)
+only_scope_option = click.option(
+    "--scope",
+    metavar="NAME",
+    envvar="NDCACHE_SCOPE",
+    show_envvar=True,
+    help="Only this part of the cache. [default: all]",
 )
 
 _DEFAULTS = LoaderOptions()
@@ -123,9 +165,9 @@ _LOADER_OPTIONS: dict[str, Callable[[Any], Any]] = {
     ),
     "max_workers": click.option(
         "--max-workers",
-        type=click.IntRange(1),
+        type=WholeNumber(1),
         metavar="N",
-        help=f"Shards to fetch at once. [default: {_DEFAULTS.max_workers}]",
+        help=f"Shards to fetch, or to check, at once. [default: {_DEFAULTS.max_workers}]",
     ),
     "processes": click.option(
         "--processes",
@@ -135,13 +177,13 @@ _LOADER_OPTIONS: dict[str, Callable[[Any], Any]] = {
     ),
     "timeout": click.option(
         "--timeout",
-        type=click.FloatRange(0, min_open=True),
-        metavar="SECONDS",
-        help="Limit for connecting, and for each wait for more bytes. [default: 10, 30]",
+        type=SECONDS,
+        metavar="SECONDS|CONNECT,READ",
+        help="Limit for connecting, and for each wait for more bytes. [default: 10,30]",
     ),
     "retries": click.option(
         "--retries",
-        type=click.IntRange(0),
+        type=WholeNumber(0),
         metavar="N",
         help=f"Retries of a failed request. [default: {_DEFAULTS.retries}]",
     ),
@@ -151,6 +193,31 @@ _LOADER_OPTIONS: dict[str, Callable[[Any], Any]] = {
         help=f"When to compare digests. [default: {_DEFAULTS.verify}]",
     ),
     "offline": click.option("--offline", is_flag=True, help="Use only the cache; make no request."),
+    "token": click.option(
+        "--token",
+        metavar="TOKEN|-",
+        callback=read_token,
+        help="Sent to the source's server only; - reads standard input. Others may see a command line: HF_TOKEN or "
+        "NDCACHE_TOKEN is better.",
+    ),
+    "headers": click.option(
+        "--header",
+        "headers",
+        type=HeaderType(),
+        metavar="'NAME: VALUE'",
+        multiple=True,
+        callback=_as_mapping,
+        help="A header for the source's server only. Repeatable.",
+    ),
+    "revision": click.option(
+        "--revision", metavar="REVISION", help="The branch, tag or commit of a repository on Hugging Face."
+    ),
+    "limit_rate": click.option(
+        "--limit-rate",
+        type=RateType(),
+        metavar="RATE",
+        help="The most bytes per second, over all workers and processes: 10MB/s.",
+    ),
     "mirrors": click.option(
         "--mirror", "mirrors", metavar="SOURCE", multiple=True, help="Another source of the same files. Repeatable."
     ),
@@ -161,26 +228,53 @@ _LOADER_OPTIONS: dict[str, Callable[[Any], Any]] = {
         callback=_digests_by_file,
         help="The digest that a file must have: tensor-cache.json=sha256-..., in base64. Repeatable.",
     ),
+    "lock": click.option(
+        "--lock",
+        metavar="FILE",
+        type=click.Path(),
+        help="The lock file that every file of the model must be named in; see ndcache lock.",
+    ),
     "memory_limit": click.option(
         "--memory-limit-mib",
         "memory_limit",
-        type=click.IntRange(1),
+        type=WholeNumber(1),
         metavar="MIB",
         callback=_bytes_of_mib,
         help=f"Memory for shards in progress. [default: {_DEFAULTS.memory_limit >> 20}]",
     ),
 }
-CACHE_OPTIONS = ("cache_dir", "scope")
-REQUEST_OPTIONS = (*CACHE_OPTIONS, "timeout", "retries", "offline", "integrity")
+#: What a command needs to find a model in the cache.
+MODEL_OPTIONS = ("cache_dir", "scope", "revision")
+REQUEST_OPTIONS = (
+    *MODEL_OPTIONS,
+    "timeout",
+    "retries",
+    "offline",
+    "token",
+    "headers",
+    "limit_rate",
+    "mirrors",
+    "integrity",
+    "lock",
+)
+#: Options whose variables the library itself reads: NDCACHE_HOME and NDCACHE_OFFLINE.
+_READ_BY_LIBRARY = ("cache_dir", "offline")
 
 
 def loader_options(*names: str) -> Callable[[Command], Command]:
-    """Give a command the `Loader` options `names` (all of them if none is named) and ``--verbose``."""
+    """Give a command the `Loader` options `names` (all of them if none is named) and ``--verbose``.
+
+    The environment may have them, too: ``--max-workers`` is NDCACHE_MAX_WORKERS, for every command that has it.
+    """
 
     def decorate(command: Command) -> Command:
         command = verbose_option(command)
         for name in reversed(names or tuple(_LOADER_OPTIONS)):
             command = _LOADER_OPTIONS[name](command)
+            option = command.__click_params__[-1]  # type: ignore[attr-defined]
+            if name not in _READ_BY_LIBRARY:
+                option.envvar = f"NDCACHE_{option.opts[0].removeprefix('--').replace('-', '_').upper()}"
+                option.show_envvar = True  # in --help, and in an error about its value
         return command
 
     return decorate
@@ -197,13 +291,21 @@ def make_loader(options: Mapping[str, Any], source: str | None = None) -> Loader
         `source` is a local path that does not exist.
     """
     given = {name: value for name, value in options.items() if value is not None and value != ()}
+    if (lock := given.pop("lock", None)) is not None:
+        if "integrity" in given:
+            raise UserError("--lock and --integrity cannot be used together")
+        given["integrity"] = lock
     with argument_errors():
         loader = Loader(**given)
-        location = None if source is None else locate(source)
+        location = None if source is None else locate(source, revision=given.get("revision"))
         if location is not None:
-            digests = {name: parse_sri(text) for name, text in given.get("integrity", {}).items()}
-            manifest_names_to_try(location.manifest_names, digests)
+            manifest_names_to_try(location.manifest_names, required_digests(given.get("integrity")))
         if location is not None and location.is_remote:
             for mirror in given.get("mirrors", ()):
                 locate_mirror(mirror)
     return loader
+
+
+def find_root(cache_dir: str | None) -> Path:
+    """Return the cache directory: the option's, or that of the environment."""
+    return cache_root(cache_dir, os.environ.get("NDCACHE_HOME"))

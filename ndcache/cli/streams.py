@@ -83,6 +83,12 @@ class _Output:
         except (OSError, ValueError) as error:
             self._fail(error)
 
+    @property
+    def encoding(self) -> str:
+        """Return the encoding, but not ASCII: to such a stream, click would write UTF-8."""
+        encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        return "latin-1" if encoding.lower() in ("ascii", "us-ascii", "ansi_x3.4-1968", "646") else encoding
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 

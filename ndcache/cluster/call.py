@@ -9,7 +9,18 @@ from typing import Any
 
 from ..format.manifest import Shard
 
-__all__ = ["Call", "Failure", "Held", "ManifestFile", "NodeId", "PartialState", "Piece", "Survey", "without_records"]
+__all__ = [
+    "Call",
+    "Failure",
+    "Held",
+    "HeldFiles",
+    "ManifestFile",
+    "NodeId",
+    "PartialState",
+    "Piece",
+    "Survey",
+    "without_records",
+]
 
 
 @dataclass(frozen=True)
@@ -22,12 +33,15 @@ class Call:
         The source as the user gave it; each worker locates it, with its own environment.
     options : mapping of str to object
         Options of `LoaderOptions` that travel.
+    files : mapping of str to object or None
+        Which companion files are wanted: the arguments of `Companions`; None for none.
     manifest_name, manifest_sha256 : str
         The manifest's file name, and the digest of its bytes; empty before it is known.
     """
 
     source: str = field(repr=False)
     options: Mapping[str, Any] = field(repr=False)
+    files: Mapping[str, Any] | None = None
     manifest_name: str = ""
     manifest_sha256: str = ""
 
@@ -97,10 +111,29 @@ class Survey:
         The model's directory in the node's cache.
     held : mapping of int to Held
         The shards that are there and right, by their index in the manifest.
+    files : dict of str to str or None
+        The SHA-256 of the companion files that are there, by their names; None if they are not complete.
     """
 
     directory: Path
     held: Mapping[int, Held]
+    files: dict[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class HeldFiles:
+    """List the companion files that a node has.
+
+    Attributes
+    ----------
+    digests : dict of str to str
+        Their SHA-256, by their names.
+    nbytes : int
+        Their sizes together.
+    """
+
+    digests: dict[str, str]
+    nbytes: int
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@
     survey       every node             publish the manifest; which shards are there and right
     obtain       each missing shard     on one node, from the origin, into that node's cache
     read, write  each other node        bytes of shards, in pieces; checked again, and published there
+    fetch_files  on one node, and read_files there, keep_files on the others: the companion files
     finish       every node             remove shards of earlier versions
 
 All of this is under way at once. The client's thread keeps what is known, reacts to tasks that end and to workers that
@@ -21,21 +22,24 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from ..companions.lock import as_sri, required_digests
 from ..errors import CancelledError, ChecksumError, NdcacheError, OfflineError
-from ..format.integrity import parse_sri, verify_and_parse
 from ..format.manifest import Manifest, NameFilter
+from ..format.slices import check_slices
 from ..location import locate
 from ..options import LoaderOptions
-from ..progress import Progress, Reporter
+from ..progress import Arrivals, Progress, Reporter
+from ..sources.manifests.opened import parse_kept
 from . import tasks
 from .call import Call, Failure, ManifestFile, Survey, without_records
 from .dispatch import Dispatcher
 from .engine import Engine
 from .errors import on_node
+from .files import Files
 from .members import Members
 from .origin import Origin
 from .spread import MAX_PIECE_BYTES, Spread
@@ -64,6 +68,7 @@ def fetch_to_nodes(
     options: Mapping[str, Any],
     *,
     names: NameFilter = None,
+    files: Mapping[str, Any] | None = None,
     progress: Progress = None,
 ) -> dict[str, Path]:
     """Bring a model to every node of a running cluster; block until it is there.
@@ -77,22 +82,25 @@ def fetch_to_nodes(
         Options of `LoaderOptions`, checked here; those that cannot travel raise a TypeError or ValueError.
     names, progress
         See `ndcache.fetch`.
+    files : mapping of str to object, optional
+        Which companion files to bring: the arguments of `Companions`. Default: the usual ones.
 
     Returns
     -------
     dict
         The model's directory on each node, by the worker that published it there.
     """
+    check_slices(names)
     checked = LoaderOptions(**options)
-    call = Call(source, _travelling(checked))
-    _check_source(source)
+    call = Call(source, _travelling(checked), _wanted_files(files or {}))
+    _check_source(source, checked.revision)
     coordinator = Coordinator(engine, call, checked, names, progress)
     with contextlib.closing(coordinator):
         return coordinator.run()
 
 
-def _check_source(source: object) -> None:
-    if not isinstance(source, str) or not locate(source).is_remote:
+def _check_source(source: object, revision: str | None) -> None:
+    if not isinstance(source, str) or not locate(source, revision=revision).is_remote:
         raise ValueError("a cluster fetches from a server: give an http(s) URL or hf://owner/name, not a local path")
 
 
@@ -109,17 +117,43 @@ def _travelling(options: LoaderOptions) -> dict[str, Any]:
         raise ValueError("session cannot be used with a cluster: connections cannot be sent to its workers")
     if values.pop("processes", 1) != 1:
         raise ValueError("processes cannot be used with a cluster: its workers are the processes")
-    del values["cancel"], values["max_workers"]
+    if values.pop("limit_rate") is not None:
+        raise ValueError("limit_rate cannot be used with a cluster: its workers download on their own")
+    del values["cancel"], values["max_workers"], values["progress_interval"]
+    if options.headers is not None:
+        values["headers"] = dict(options.headers)
     if options.cache_dir is not None:
         values["cache_dir"] = os.fspath(options.cache_dir)
     if options.integrity is not None:
-        values["integrity"] = dict(options.integrity)
+        # Workers need not see a lock file. Its digest of the manifest vouches for the list of shards.
+        values["integrity"] = {
+            name: as_sri(algorithm, digest) for name, (algorithm, digest) in required_digests(options.integrity).items()
+        }
     values["mirrors"] = [options.mirrors] if isinstance(options.mirrors, str) else list(options.mirrors)
     return values
 
 
+def _wanted_files(files: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the arguments of `Companions` for the workers; None if no companion file is wanted."""
+    wanted = dict(files)
+    return wanted if wanted.pop("files", True) else None
+
+
+class _NodeArrivals(Arrivals):
+    """The bytes that have arrived on a node, as the average of all nodes."""
+
+    def __init__(self, count: Callable[[], int]) -> None:
+        super().__init__()
+        self._count = count
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of shards that a node has."""
+        return self._count()
+
+
 class Coordinator(Generic[Handle]):
-    """One call: what is known, and what is under way.
+    """The coordinator of one call: it keeps what is known, and starts what can be started.
 
     Parameters
     ----------
@@ -146,10 +180,11 @@ class Coordinator(Generic[Handle]):
         self._file = ManifestFile("", b"")
         self._have_manifest: set[Node] = set()
         self._manifest: tuple[str, Handle] | None = None  # the worker that reads it for others, and what it reads
-        self._parts: tuple[Origin[Handle], Spread[Handle]] | None = None  # once the manifest is known
+        self._parts: tuple[Origin[Handle], Spread[Handle], Files[Handle]] | None = None  # once the manifest is known
         self._opened_at = 0.0
         self._has_surveyed = False
         self._reporter: Reporter | None = None
+        self._has_ended = False
         self._reported: set[int] = set()
 
     def run(self) -> dict[str, Path]:
@@ -162,6 +197,8 @@ class Coordinator(Generic[Handle]):
             self._assign()
             self._report()
             if self._is_done():
+                self._raise_failure()
+                self._has_ended = True
                 return {node.worker: node.directory for node in self._state.nodes.values() if node.directory}
             self._dispatcher.collect(_TICK_SECONDS)
 
@@ -169,7 +206,7 @@ class Coordinator(Generic[Handle]):
         """Release all tasks and results, and end the bar."""
         self._dispatcher.close()
         if self._reporter is not None:
-            self._reporter.close()
+            self._reporter.close(is_done=self._has_ended)
 
     def _assign(self) -> None:
         if self._parts is None:
@@ -178,10 +215,11 @@ class Coordinator(Generic[Handle]):
         for node in list(self._state.nodes.values()):
             if not node.is_ready and not node.is_surveying:
                 self._survey(node)
-        origin, spread = self._parts
+        origin, spread, files = self._parts
         if self._may_download():
             origin.assign()
         spread.assign()
+        files.assign()
         for node in self._state.ready_nodes():
             if len(node.have) == len(self._state.shards) and not node.is_finished and not node.is_finishing:
                 self._finish(node)
@@ -195,12 +233,21 @@ class Coordinator(Generic[Handle]):
 
     def _is_done(self) -> bool:
         nodes = self._state.nodes.values()
-        return self._parts is not None and self._members.are_known and all(node.is_finished for node in nodes)
+        if self._parts is None or not self._members.are_known or not self._parts[2].is_done:
+            return False
+        return all(node.is_finished for node in nodes)
+
+    def _raise_failure(self) -> None:
+        """Raise the error of companion files that could not be fetched, now that all shards are there."""
+        if self._parts is not None and (failure := self._parts[2].failure) is not None:
+            raise failure
 
     def _lost(self, worker: str) -> None:
         """React to a worker that is gone, whose tasks have been dropped."""
         if self._manifest is not None and self._manifest[0] == worker:
             self._manifest = None
+        if self._parts is not None:
+            self._parts[2].lose(worker)
 
     # --- the manifest
 
@@ -251,14 +298,25 @@ class Coordinator(Generic[Handle]):
         origin = Origin(self._call, self._state, self._dispatcher, self._options.max_workers)
         piece_bytes = min(MAX_PIECE_BYTES, max(1, self._options.memory_limit // _PIECES_PER_NODE))
         spread = Spread(self._call, self._state, self._dispatcher, self._manifest_bytes, piece_bytes)
-        self._parts = origin, spread
+        files = Files(self._call, self._state, self._dispatcher, self._options.memory_limit)
+        self._parts = origin, spread, files
         sizes = [each.shard.nbytes for each in self._state.shards.values()]
-        self._reporter = Reporter(self._progress, sizes, cache_only=False, received=self._received)
+        self._reporter = Reporter(
+            self._progress,
+            sizes,
+            cache_only=False,
+            arrivals=_NodeArrivals(self._received),
+            received=self._received,
+            interval=self._options.progress_interval,
+            model=locate(self._call.source).title,
+        )
         self._reporter.start()
 
     def _parse(self, file: ManifestFile) -> Manifest:
-        integrity = {name: parse_sri(text) for name, text in (self._options.integrity or {}).items()}
-        return verify_and_parse(file.data, name=file.name, url=str(locate(self._call.source)), integrity=integrity)
+        integrity = required_digests(self._options.integrity)
+        return parse_kept(
+            file.data, file.name, str(locate(self._call.source, revision=self._options.revision)), integrity
+        )
 
     def _manifest_bytes(self) -> Handle | ManifestFile:
         """Return the manifest for a task: the result of another one, on a node that has it, if there is one."""
@@ -284,7 +342,7 @@ class Coordinator(Generic[Handle]):
             node.is_surveying = False
             if isinstance(result, Survey):
                 self._have_manifest.add(node)
-                node.directory = result.directory
+                node.directory, node.files = result.directory, result.files
                 for index in node.have - result.held.keys():
                     self._state.loses(node, index)
                 for index, held in result.held.items():

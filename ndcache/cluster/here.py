@@ -11,26 +11,31 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..companions import Companions
+from ..companions.peers import held_companions
 from ..context import LoadContext
-from ..errors import CacheUnavailableError, ChecksumError, DiskFullError
+from ..errors import CacheUnavailableError, ChecksumError, DiskFullError, OfflineError
 from ..files.folder import Folder
 from ..files.system import boot_id
-from ..format.integrity import new_hasher, update_from_file, verify_and_parse
+from ..format.integrity import new_hasher, update_from_file
 from ..format.manifest import Manifest, Shard
-from ..format.strict_json import MAX_MANIFEST_BYTES
-from ..location import Location, locate
+from ..format.safetensors.headers import kept_as
+from ..format.strict_json import MAX_KEPT_BYTES
+from ..location import Location
 from ..options import LoaderOptions
 from ..resources import LoaderResources
 from ..sources.cached_files import open_cached
 from ..sources.client import Client
-from ..sources.manifest import ManifestSource, OpenedManifest
-from ..sources.manifest_request import ManifestBody
+from ..sources.manifests.manifest import ManifestSource
+from ..sources.manifests.manifest_request import ManifestBody
+from ..sources.manifests.opened import OpenedManifest, parse_kept
 from ..sources.model import ShardFile
 from ..sources.remote import RemoteModel
 from ..sources.verifier import ShardVerifier
 from ..store.cleanup import check_free_space, evict_partials
 from ..store.directory import ModelDirectory
-from .call import Call, Held, ManifestFile, NodeId
+from ..store.housekeeping.usage import begin_use
+from .call import Call, Held, HeldFiles, ManifestFile, NodeId
 from .engine import IsSet
 
 __all__ = ["Here", "open_here"]
@@ -77,10 +82,10 @@ class Here:
         CacheUnavailableError
             It is not there any more, or is another one.
         """
-        data = self.cache.read(name, MAX_MANIFEST_BYTES)
+        data = self.cache.read(kept_as(name), MAX_KEPT_BYTES)
         if data is None or hashlib.sha256(data).hexdigest() != sha256:
             raise CacheUnavailableError("the manifest was deleted or replaced during the call", shard=name)
-        metadata = self.cache.metadata(name)
+        metadata = self.cache.metadata(kept_as(name))
         if metadata is None or metadata.digests.get("sha256") != sha256:
             return ManifestFile(name, data)
         return ManifestFile(name, data, metadata.etag, metadata.last_modified)
@@ -96,17 +101,35 @@ class Here:
                 received=digest,
             )
         source = ManifestSource((self.location,), Client(self.context), self.cache)
-        source.keep(manifest.name, ManifestBody(manifest.data, manifest.etag, manifest.last_modified, False), digest)
+        body = ManifestBody(manifest.data, manifest.etag, manifest.last_modified, is_html=False)
+        source.keep_manifest(manifest.name, body, digest)
 
     def parse(self, manifest: ManifestFile) -> Manifest:
         """Parse a manifest, and attach the digests that the caller requires to its shards."""
-        return verify_and_parse(
-            manifest.data,
-            name=manifest.name,
-            url=str(self.location),
-            integrity=self.context.integrity,
-            check=self.context.cancellation.poll,
-        )
+        url, check = str(self.location), self.context.cancellation.poll
+        return parse_kept(manifest.data, manifest.name, url, self.context.integrity, check)
+
+    # --- companion files
+
+    def held_files(self) -> dict[str, str] | None:
+        """Return the SHA-256 of the companion files, by their names; None if they are not all there."""
+        return held_companions(self.cache, f"{self.call.manifest_name} {self.call.manifest_sha256}")
+
+    def fetch_files(self) -> HeldFiles:
+        """Fetch the companion files into the cache, unless they are there."""
+        wanted = dict(self.call.files or {})
+        for again in (False, True):
+            companions = Companions(**{**wanted, "force": wanted.get("force") or again}, are_required=True)
+            with contextlib.closing(self.model()) as model:
+                fetch = companions.plan(model, self.context, is_warm=False)
+                if fetch is not None:
+                    self.context.pool.run(fetch, tasks_to_come=0)
+            companions.finish(self.context)
+            if (digests := self.held_files()) is not None:  # otherwise, somebody has changed one
+                return HeldFiles(digests, sum(self.cache.size(name) or 0 for name in digests))
+            if self.context.offline:
+                raise OfflineError("offline, and the companion files are not known to be complete")
+        raise CacheUnavailableError("companion files were deleted or replaced during the call")
 
     # --- shards
 
@@ -151,6 +174,7 @@ class Here:
     def check_free_space(self, missing: list[Shard]) -> None:
         """Raise `DiskFullError` if the disk has no room for shards that are missing."""
         needed = sum(shard.nbytes for shard in missing)
+        self.context.cache.make_room(needed, self.cache.directory)
         try:
             check_free_space(self.cache, needed)
         except DiskFullError:
@@ -188,9 +212,16 @@ def open_here(call: Call, cancel: IsSet | None, *, threads: int = 1, **options: 
         Options that differ from those of the call.
     """
     checked = LoaderOptions(**{**call.options, "max_workers": threads, **options, "cancel": cancel})
-    resources, location = LoaderResources(checked, os.environ), locate(call.source)
+    resources = LoaderResources(checked, os.environ)
+    location = resources.locate(call.source)
     with (
         contextlib.closing(resources),
         resources.context(location, threads=None if threads > 1 else 1, must_keep=True) as context,
     ):
-        yield Here(call, location, context, context.open_directory(location))
+        cache = context.open_directory(location)
+        use = begin_use(cache.layout)
+        try:
+            yield Here(call, location, context, cache)
+        finally:
+            if use is not None:
+                use.end()

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from ..errors import CacheUnavailableError, ChecksumError, SizeMismatchError
 from ..format.manifest import Shard
-from ..store.partial import PartialFile
+from ..store.partials.file import PartialFile
 from .call import Held, PartialState, Piece
 from .here import Here
 

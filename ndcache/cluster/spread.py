@@ -60,7 +60,7 @@ class Spread(Generic[Handle]):
         travelling = [index for index in self.state.shards if self._may_travel(index)]
         if not travelling:
             return
-        # What few nodes have comes first, so that more of them can pass it on.
+        # Shards that few nodes have come first, so that more nodes can pass them on.
         travelling.sort(key=lambda index: len(self.state.shards[index].holders))
         for node in sorted(self.state.ready_nodes(), key=lambda node: len(node.have)):
             while node.receives < _SLOTS and self._start_one(node, travelling):

@@ -42,7 +42,9 @@ class Node:
         Tasks of each kind.
     sent : int
         Bytes sent so far.
-    is_surveying, is_finishing, is_finished : bool
+    files : dict of str to str or None
+        The SHA-256 of its companion files; None if it does not have them all.
+    is_surveying, is_receiving_files, is_finishing, is_finished : bool
     """
 
     id: NodeId
@@ -59,7 +61,9 @@ class Node:
     sends: int = 0
     receives: int = 0
     sent: int = 0
+    files: dict[str, str] | None = None
     is_surveying: bool = False
+    is_receiving_files: bool = False
     is_finishing: bool = False
     is_finished: bool = False
 

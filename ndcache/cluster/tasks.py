@@ -14,10 +14,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from ..companions.peers import CompanionFiles, keep_companions, read_companions
 from ..errors import CancelledError, NdcacheError
 from ..format.manifest import Shard
 from ..workers.ordered import map_ordered
-from .call import Call, Failure, Held, ManifestFile, NodeId, PartialState, Piece, Survey
+from .call import Call, Failure, Held, HeldFiles, ManifestFile, NodeId, PartialState, Piece, Survey
 from .engine import IsSet
 from .here import Here, open_here
 from .pieces import Data, append_piece, begin_partial, publish_whole, read_piece
@@ -26,11 +27,14 @@ __all__ = [
     "LONG",
     "begin",
     "cached_manifest",
+    "fetch_files",
     "finish",
     "identify",
+    "keep_files",
     "obtain",
     "open_manifest",
     "read",
+    "read_files",
     "survey",
     "write",
 ]
@@ -108,7 +112,28 @@ def survey(
                     missing.append(shard)
         if missing:
             here.check_free_space(missing)
-        return Survey(here.cache.directory, held)
+        return Survey(here.cache.directory, held, here.held_files())
+
+
+@_task
+def fetch_files(call: Call, *, cancel: IsSet | None = None) -> HeldFiles:
+    """Fetch the companion files, unless they are there."""
+    with open_here(call, cancel) as here:
+        return here.fetch_files()
+
+
+@_task
+def read_files(call: Call, *, cancel: IsSet | None = None) -> CompanionFiles:
+    """Return the companion files in the cache."""
+    with open_here(call, cancel) as here:
+        return read_companions(here.cache)
+
+
+@_task
+def keep_files(call: Call, files: CompanionFiles, digests: Mapping[str, str], *, cancel: IsSet | None = None) -> None:
+    """Publish what `read_files` has returned on another node; the digests did not come with it."""
+    with open_here(call, cancel) as here:
+        keep_companions(here.cache, files, digests, here.context.cancellation.check)
 
 
 @_task
@@ -251,4 +276,4 @@ def _split(pieces: Collection[Piece], data: Data) -> list[tuple[Piece, memoryvie
 
 
 #: Tasks that may run for long.
-LONG = (open_manifest, survey, obtain)
+LONG = (open_manifest, survey, obtain, fetch_files)

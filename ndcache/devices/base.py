@@ -35,6 +35,8 @@ class Device(ABC, Generic[Tensor]):
         The most bytes of a segment, unless it is a single larger record.
     cuts_records : bool
         Whether such a record becomes several segments.
+    maps_files : bool
+        Whether tensors may be views of the shards' files.
     completes_late : bool
         Whether, in a load that keeps all its tensors, those that `Upload.place` has yielded may be incomplete until
         `Upload.finish` returns, also for later work on the device. If the load fails before, memory of the caller's
@@ -46,6 +48,7 @@ class Device(ABC, Generic[Tensor]):
     needs_serial_thread = False
     segment_bytes: int
     cuts_records: bool
+    maps_files = False
     completes_late = False
 
     @abstractmethod

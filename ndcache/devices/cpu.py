@@ -13,7 +13,7 @@ import numpy.typing as npt
 from ..files.mapping import map_file
 from ..format.codec import decode_record, view_record
 from ..format.manifest import Record, Shard
-from ..format.numpy_dtypes import DTYPES, dtype_name
+from ..format.numpy_dtypes import TENSOR_DTYPES, dtype_name
 from ..stats import LoadStats
 from ..workers.pool import WorkerPool
 from .base import Device, Upload
@@ -46,6 +46,7 @@ class CpuDevice(Device[Array]):
     name = "cpu"
     segment_bytes = 64 << 20
     cuts_records = False  # a tensor is one array over one range of the file
+    maps_files = True
 
     def check_limits(self, shards: Sequence[Shard], *, decode: bool) -> None:
         """Do nothing: memory has no limit for a single tensor."""
@@ -53,8 +54,8 @@ class CpuDevice(Device[Array]):
     def find_destination(self, record: Record, memory: object, decode: bool) -> Destination:
         if not isinstance(memory, np.ndarray):
             raise foreign_memory(record, memory, "NumPy arrays")
-        name = dtype_name(memory.dtype)
-        is_little_endian = name is not None and memory.dtype == DTYPES[name]
+        name = dtype_name(memory.dtype, TENSOR_DTYPES)
+        is_little_endian = name is not None and memory.dtype == TENSOR_DTYPES[name]
         check_fit(record, memory.shape, str(name if is_little_endian else memory.dtype), decode=decode)
         if not memory.flags.writeable:
             raise misfit(record, "is read-only")
@@ -124,7 +125,8 @@ class CpuUpload(Upload[list[Array], Array]):
     def _make_arrays(self, file: BinaryIO, segment: Segment, records: Sequence[Record]) -> list[Array]:
         shard = segment.shard
         with self._stats.timed("read", file=shard.data_path):
-            check_size(file, shard)  # reading past the end of a map would kill the process
+            if not segment.is_early:
+                check_size(file, shard)  # reading past the end of a map would kill the process
             pages = self._map(file, segment)
             pieces = (
                 read_records(file, records, shard, writable=self._writable) if pages is None else [pages] * len(records)
@@ -135,7 +137,8 @@ class CpuUpload(Upload[list[Array], Array]):
 
     def _fill(self, file: BinaryIO, segment: Segment) -> None:
         """Read the records that go into memory of the caller's."""
-        check_size(file, segment.shard)
+        if not segment.is_early:
+            check_size(file, segment.shard)
         with self._stats.timed("read", file=segment.shard.data_path):
             for record in segment.records:
                 if (destination := self._into.get(record.name)) is not None:

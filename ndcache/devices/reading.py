@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -35,9 +35,24 @@ def check_size(file: BinaryIO, shard: Shard) -> None:
 
 
 def read_records(
-    file: BinaryIO, records: Sequence[Record], shard: Shard, *, writable: bool
+    file: BinaryIO,
+    records: Sequence[Record],
+    shard: Shard,
+    *,
+    writable: bool,
+    allocate: Callable[[int], npt.NDArray[np.uint8]] = lambda nbytes: np.empty(nbytes, np.uint8),
 ) -> list[tuple[npt.NDArray[np.uint8], int]]:
     """Read records into memory, those that lie next to each other together.
+
+    Parameters
+    ----------
+    file : binary file
+    records : sequence of Record
+    shard : Shard
+    writable : bool
+        Whether the arrays can be written to.
+    allocate : callable
+        Return an array of uint8, of a number of bytes.
 
     Returns
     -------
@@ -56,15 +71,22 @@ def read_records(
             runs[-1][1] = max(runs[-1][1], end)
         else:
             runs.append([start // _ALIGNMENT * _ALIGNMENT, end])
-    data = [_read_run(file, start, end, shard, writable=writable) for start, end in runs]
+    data = [_read_run(file, start, end, shard, writable, allocate) for start, end in runs]
     starts = [start for start, _ in runs]
     found = [bisect.bisect_right(starts, record.byte_offset) - 1 for record in records]
     return [(data[index], starts[index]) for index in found]
 
 
-def _read_run(file: BinaryIO, start: int, end: int, shard: Shard, *, writable: bool) -> npt.NDArray[np.uint8]:
+def _read_run(
+    file: BinaryIO,
+    start: int,
+    end: int,
+    shard: Shard,
+    writable: bool,
+    allocate: Callable[[int], npt.NDArray[np.uint8]],
+) -> npt.NDArray[np.uint8]:
     try:
-        data = np.empty(end - start, np.uint8)
+        data = allocate(end - start)
     except MemoryError as error:
         raise MemoryError(f"no memory for the {end - start:,} bytes of {shard.data_path}") from error
     read_into(file, start, data.data, shard)

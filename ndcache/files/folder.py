@@ -154,12 +154,12 @@ class Folder:
 
     def open(self, name: str) -> BinaryIO | None:
         """Open a regular file for reading; return None if there is none, or something else."""
-        handle = self._open(name)
+        handle = self.open_to_read(name)
         return None if handle is None else open(f"{self._text}/{name}", "rb", opener=lambda *_: handle)
 
     def read(self, name: str, limit: int) -> bytes | None:
         """Return the first `limit` bytes of a regular file; None if there is none, or something else."""
-        handle = self._open(name)
+        handle = self.open_to_read(name)
         if handle is None:
             return None
         try:
@@ -167,7 +167,8 @@ class Folder:
         finally:
             os.close(handle)
 
-    def _open(self, name: str) -> int | None:
+    def open_to_read(self, name: str) -> int | None:
+        """Return a descriptor of a regular file for reading; None if there is none, or something else."""
         self.check()
         try:
             handle = os.open(f"{self._text}/{name}", os.O_RDONLY | NO_LINKS)
@@ -223,9 +224,12 @@ class Folder:
         with self._opened() as handle:
             return os.open(self._at(handle, name), _NEW, 0o666, dir_fd=handle)
 
-    def open_to_write(self, name: str, *, creates: bool = False) -> int:
-        """Open a regular file for reading and writing, and return its descriptor; `creates` makes a missing one."""
-        flags = os.O_RDWR | (os.O_CREAT if creates else 0) | NO_LINKS
+    def open_to_write(self, name: str, *, creates: bool = False, appends: bool = False) -> int:
+        """Open a regular file for reading and writing, and return its descriptor; `creates` makes a missing one.
+
+        With `appends`, each write goes to the end, also if other processes write at the same time.
+        """
+        flags = os.O_RDWR | (os.O_CREAT if creates else 0) | (os.O_APPEND if appends else 0) | NO_LINKS
         with self._opened() as handle:
             opened = os.open(self._at(handle, name), flags, 0o666, dir_fd=handle)
         if stat.S_ISREG(os.fstat(opened).st_mode):
@@ -241,6 +245,17 @@ class Folder:
                 return
             with target._opened() as handle:
                 os.replace(self._at(source, name), target._at(handle, new_name), src_dir_fd=source, dst_dir_fd=handle)
+
+    def link(self, name: str, target: Folder, new_name: str) -> None:
+        """Give a file another name in another folder, as a hard link; a link planted under `name` is not followed."""
+        with self._opened() as source, target._opened() as handle:
+            os.link(
+                self._at(source, name),
+                target._at(handle, new_name),
+                src_dir_fd=source,
+                dst_dir_fd=handle,
+                follow_symlinks=False,
+            )
 
     def unlink(self, name: str) -> None:
         """Remove an entry that is not a folder."""

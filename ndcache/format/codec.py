@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import DecodeError, UnsupportedDtypeError
+from .dtypes import TENSOR_SIZES
 from .manifest import Record
-from .numpy_dtypes import DTYPES
+from .numpy_dtypes import TENSOR_DTYPES
 
 __all__ = ["decode_record", "encode_bf16", "view_record"]
 
@@ -44,7 +45,12 @@ def view_record(record: Record, data: npt.NDArray[np.uint8], start: int = 0) -> 
     offset = record.byte_offset - start
     if offset + record.nbytes > data.size:
         raise DecodeError(f"the shard ends at byte {start + data.size}, before the end of tensor {record.name!r}")
-    dtype = DTYPES.get(record.stored_dtype)
+    dtype = TENSOR_DTYPES.get(record.stored_dtype)
+    if dtype is None and record.stored_dtype in TENSOR_SIZES:
+        raise UnsupportedDtypeError(
+            f"tensor {record.name!r} is {record.stored_dtype}, which the installed ml_dtypes does not have",
+            hint="A newer version may: pip install --upgrade ml_dtypes.",
+        )
     if dtype is None:
         raise UnsupportedDtypeError(f"tensor {record.name!r} has the unknown dtype {record.dtype!r}")
     values: npt.NDArray[Any] = np.ndarray(record.shape, dtype, buffer=data, offset=offset)

@@ -5,20 +5,25 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import BinaryIO, NamedTuple, Protocol, TypeAlias
 
-from ..errors import ChecksumError, ManifestLayoutError
-from .manifest import Manifest
+from ..errors import ChecksumError, IntegrityError, ManifestLayoutError
+from .manifest import Manifest, Shard
 from .parse import parse_manifest
 
 __all__ = [
     "Hasher",
     "Integrity",
+    "Lock",
     "Mismatch",
     "check_manifest_digest",
+    "check_names",
     "find_mismatch",
+    "has_right_header",
+    "is_manifest_name",
     "manifest_names_to_try",
     "new_hasher",
     "parse_sri",
@@ -28,6 +33,11 @@ __all__ = [
 
 #: The digests that the caller requires: file name → (algorithm, hex digest).
 Integrity: TypeAlias = Mapping[str, tuple[str, str]]
+
+
+class Lock(dict[str, tuple[str, str]]):
+    """The digests of a lock file, which names every file of its model: those that it does not name are refused."""
+
 
 _BUFFER_BYTES = 1 << 20
 #: The algorithms of Subresource Integrity, strongest first.
@@ -58,15 +68,26 @@ def new_hasher(algorithm: str) -> Hasher:
     return hashlib.new(algorithm, usedforsecurity=False)
 
 
-def update_from_file(hashers: Mapping[str, Hasher], file: BinaryIO, check: Callable[[], None]) -> None:
-    """Read the rest of a file into all `hashers`; call `check`, which may raise, for each buffer."""
+def update_from_file(
+    hashers: Mapping[str, Hasher],
+    file: BinaryIO,
+    check: Callable[[], None],
+    count: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Read the rest of a file into all `hashers`; for each buffer call `check`, which may raise, and `count`."""
     while data := file.read(_BUFFER_BYTES):
         check()
         for hasher in hashers.values():
             hasher.update(data)
+        count(len(data))
 
 
-def find_mismatch(file: BinaryIO, expected: Mapping[str, str], check: Callable[[], None]) -> Mismatch | None:
+def find_mismatch(
+    file: BinaryIO,
+    expected: Mapping[str, str],
+    check: Callable[[], None],
+    count: Callable[[int], None] = lambda _: None,
+) -> Mismatch | None:
     """Return the first expected digest that a file does not have, or None if it has all of them.
 
     Parameters
@@ -77,15 +98,29 @@ def find_mismatch(file: BinaryIO, expected: Mapping[str, str], check: Callable[[
         Hex digests by algorithm.
     check : callable
         Called for each buffer; may raise to cancel.
+    count : callable
+        Called with the number of bytes of each buffer.
     """
     hashers = {algorithm: new_hasher(algorithm) for algorithm in expected}
     if hashers:
         file.seek(0)
-        update_from_file(hashers, file, check)
+        update_from_file(hashers, file, check, count)
     for algorithm, hasher in hashers.items():
         if (received := hasher.hexdigest()) != expected[algorithm]:
             return Mismatch(algorithm, expected[algorithm], received)
     return None
+
+
+def has_right_header(file: BinaryIO, shard: Shard) -> bool:
+    """Return whether a file begins with the header from which its records come, if it is a safetensors file."""
+    if shard.header is None:
+        return True
+    length, digest = shard.header
+    file.seek(0)
+    start = b""
+    while len(start) < length and (more := file.read(length - len(start))):
+        start += more
+    return hashlib.sha256(start).hexdigest() == digest
 
 
 # --- digests that the caller requires -----------------------------------------------------------------
@@ -133,7 +168,9 @@ def manifest_names_to_try(names: Sequence[str], integrity: Integrity) -> tuple[s
         Digests are required of other manifests only. An unverified manifest must not take their place.
     """
     required = tuple(name for name in names if name in integrity)
-    others = sorted(name for name in integrity if _is_manifest_name(name))
+    others = sorted(name for name in integrity if is_manifest_name(name))
+    if isinstance(integrity, Lock) and not required:
+        raise ValueError(f"the lock is of another model: it does not name {' or '.join(names)}")
     if others and not required:
         raise ValueError(f"integrity is given for {' and '.join(others)}, and not for {' or '.join(names)}")
     return required or tuple(names)
@@ -164,12 +201,7 @@ def verify_and_parse(
     manifest = parse_manifest(data, name=name, url=url, check=check)
     if not integrity:
         return manifest
-    files = {shard.data_path for shard in manifest.shards}
-    for file in integrity:
-        if file not in files and not _is_manifest_name(file):
-            raise ManifestLayoutError(
-                f"integrity is given for {file!r}, which is not a file of this manifest", url=url, shard=name
-            )
+    check_names(manifest.shards, integrity, name, url)
     shards = (replace(shard, required_digest=integrity.get(shard.data_path)) for shard in manifest.shards)
     return replace(manifest, shards=tuple(shards))
 
@@ -181,16 +213,44 @@ def check_manifest_digest(data: bytes, name: str, url: str, integrity: Integrity
     algorithm, expected = integrity[name]
     received = hashlib.new(algorithm, data).hexdigest()
     if received != expected:
+        demand = "lock file" if isinstance(integrity, Lock) else "integrity option"
         raise ChecksumError(
             f"the manifest's {algorithm} is {received} instead of {expected}",
             url=url,
             shard=name,
             expected=expected,
             received=received,
-            hint="It is not the version that the integrity option names.",
+            hint=f"It is not the version that the {demand} names.",
             retryable=retryable,
         )
 
 
-def _is_manifest_name(name: str) -> bool:
-    return "/" not in name and name.endswith(".json")  # parse_manifest refuses such names for shards
+def check_names(shards: Iterable[Shard], integrity: Integrity, name: str, url: str | None = None) -> None:
+    """Check that the digests that the caller requires are of files of the manifest, or may be of companion files.
+
+    Raises
+    ------
+    ManifestLayoutError
+        A digest is required of a shard that the manifest does not have.
+    IntegrityError
+        The manifest has a shard that a lock does not name.
+    """
+    files = {shard.data_path for shard in shards}
+    for file in integrity:
+        if file not in files and file.endswith((".bin", ".safetensors")) and not isinstance(integrity, Lock):
+            raise ManifestLayoutError(
+                f"integrity is given for {file!r}, which is not a file of this manifest", url=url, shard=name
+            )
+    if isinstance(integrity, Lock) and (unnamed := sorted(files - integrity.keys())):
+        raise IntegrityError(
+            f"{unnamed[0]!a} is a file of the model, and the lock does not name it",
+            url=url,
+            shard=unnamed[0],
+            hint="If it is right, make a new lock.",
+            retryable=False,
+        )
+
+
+def is_manifest_name(name: str) -> bool:
+    """Return whether a file is a manifest or an index by its name, and so not a companion file."""
+    return re.fullmatch(r"(tensor|ndarray)-cache[^/]*\.json|[^/]*\.safetensors\.index\.json", name) is not None

@@ -12,28 +12,35 @@ formats, so that the other records can be loaded; `Manifest.select` raises if a 
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
+import itertools
 import re
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
+from ..caller import render_in_ipython
 from ..errors import UnsupportedDtypeError, UnsupportedFormatError
-from .dtypes import ITEM_SIZES
+from .dtypes import ITEM_SIZES, TENSOR_SIZES
+from .slices import check_slices, slice_record
+from .suggestion import suggest
 
-__all__ = ["FORMATS", "Manifest", "NameFilter", "NoMatchError", "Record", "Shard"]
+__all__ = ["FORMATS", "Manifest", "NameFilter", "NoMatchError", "Record", "Shard", "make_records"]
 
 #: The storage formats of records.
 FORMATS = ("raw", "f32-to-bf16")
 
-#: The ``names=`` option: a name or glob pattern, several of them, or a predicate.
-NameFilter: TypeAlias = "str | Iterable[str] | Callable[[str], bool] | None"
+#: The ``names=`` option: a name or glob pattern, several of them, a predicate, or slices by exact names.
+NameFilter: TypeAlias = "str | Iterable[str] | Mapping[str, slice] | Callable[[str], bool] | None"
 
 
 class NoMatchError(KeyError):
     """A name or pattern matches no tensor."""
+
+    __str__ = Exception.__str__  # KeyError's puts quotes around the message
+    _render_traceback_ = render_in_ipython
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +82,20 @@ class Record:
         return "bfloat16" if self.is_bf16_encoded else self.dtype
 
 
+#: Setters of a record's fields. The constructor of a frozen dataclass takes three times as long.
+_SETTERS = [getattr(Record, each.name).__set__ for each in fields(Record)]
+
+
+def make_records(*columns: Iterable[Any]) -> list[Record]:
+    """Make many records at once, from the values of each of their fields."""
+    names, *others = columns
+    names = list(names)
+    records = list(map(object.__new__, itertools.repeat(Record, len(names))))
+    for set_field, column in zip(_SETTERS, (names, *others), strict=True):
+        deque(map(set_field, records, column), maxlen=0)
+    return records
+
+
 @dataclass(frozen=True, slots=True)
 class Shard:
     """One binary file of the model and the tensors in it.
@@ -93,6 +114,9 @@ class Shard:
         ``"raw-shard"``.
     records : tuple of Record
         The tensors in it, in manifest order.
+    header : tuple or None
+        Of a safetensors file, where the records come from: the number of bytes in front of its tensors, and their
+        SHA-256.
     """
 
     data_path: str
@@ -102,6 +126,7 @@ class Shard:
     format: str
     records: tuple[Record, ...]
     required_digest: tuple[str, str] | None = None
+    header: tuple[int, str] | None = None
 
     @property
     def digests(self) -> dict[str, str]:
@@ -173,18 +198,21 @@ class Manifest:
 
         Parameters
         ----------
-        names : str, iterable of str, callable or None
-            Names or glob patterns (``"model.layers.0.*"``), or a predicate on the name; None selects everything.
+        names : str, iterable of str, mapping of str to slice, callable or None
+            Names or glob patterns (``"model.layers.0.*"``), rows of the first dimension by exact names
+            (``{"w": slice(0, 512)}``), or a predicate on the name; None selects everything.
 
         Returns
         -------
         tuple of Shard
-            In manifest order.
+            In manifest order. The record of a slice has the shape of the slice, and its place in the shard.
 
         Raises
         ------
         KeyError
             A name or pattern matches nothing.
+        ValueError, TypeError
+            A slice has a step, or is of a scalar; or a value is not a slice.
         UnsupportedDtypeError, UnsupportedFormatError
             A selected record cannot be decoded.
         """
@@ -204,9 +232,14 @@ class Manifest:
             records = [record for record in shard.records if wanted(record.name)]
             if records:
                 chosen.append(replace(shard, records=tuple(records)))
-        return tuple(chosen)
+        return tuple(_sliced(shard, names) for shard in chosen) if isinstance(names, Mapping) else tuple(chosen)
 
     def _predicate(self, names: NameFilter) -> Callable[[str], bool]:
+        if isinstance(names, Mapping):
+            check_slices(names)
+            if missing := [name for name in names if name not in self._by_name]:
+                raise self._no_match("is called", missing[0])
+            return names.__contains__
         if callable(names):
             return names
         patterns = [names] if isinstance(names, str) else [] if names is None else list(names)
@@ -218,11 +251,19 @@ class Manifest:
             # Not `fnmatch.filter`, which ignores letter case and the kind of slashes on Windows.
             found = list(filter(re.compile(fnmatch.translate(pattern)).match, self._by_name))
             if not found:
-                close = difflib.get_close_matches(str(pattern), self._by_name, n=1)
-                hint = f"; did you mean {close[0]!r}?" if close else ""
-                raise NoMatchError(f"no tensor of {self.name} matches {pattern!r}{hint}")
+                raise self._no_match("matches", pattern)
             matching.update(found)
         return matching.__contains__
+
+    def _no_match(self, verb: str, pattern: str) -> NoMatchError:
+        hint = suggest(str(pattern), self._by_name, may_be_pattern=verb == "matches")
+        return NoMatchError(f"no tensor of {self.name} {verb} {pattern!r}{hint}")
+
+
+def _sliced(shard: Shard, rows: Mapping[str, slice]) -> Shard:
+    """Replace each record of a shard by that of the wanted rows."""
+    _check_supported(shard)  # the bytes of a row are not known otherwise
+    return replace(shard, records=tuple(slice_record(record, rows[record.name]) for record in shard.records))
 
 
 def _check_supported(shard: Shard) -> None:
@@ -230,12 +271,13 @@ def _check_supported(shard: Shard) -> None:
         raise UnsupportedFormatError(
             f"shard format {shard.format!r} is unknown (only 'raw-shard' is)", shard=shard.data_path
         )
+    known, unknown = (ITEM_SIZES, "unknown") if shard.header is None else (TENSOR_SIZES, "unsupported")
     for record in shard.records:
-        if record.dtype not in ITEM_SIZES:
+        if record.dtype not in known:
             raise UnsupportedDtypeError(
-                f"tensor {record.name!r} has the unknown dtype {record.dtype!r}",
+                f"tensor {record.name!r} has the {unknown} dtype {record.dtype!r}",
                 shard=shard.data_path,
-                hint=f"Known dtypes: {', '.join(ITEM_SIZES)}.",
+                hint=f"Known dtypes: {', '.join(known)}.",
             )
         if record.format not in FORMATS:
             raise UnsupportedFormatError(

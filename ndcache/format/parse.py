@@ -6,8 +6,8 @@ import heapq
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import pairwise
-from operator import attrgetter, itemgetter
+from itertools import chain, pairwise
+from operator import add, attrgetter, itemgetter, le, mul
 from typing import Any
 
 from ..errors import (
@@ -20,15 +20,17 @@ from ..errors import (
 )
 from .dtypes import ITEM_SIZES, canonical_name
 from .json_reader import TOO_LARGE, JsonReader
-from .manifest import FORMATS, Manifest, Record, Shard
+from .manifest import FORMATS, Manifest, Record, Shard, make_records
 from .paths import check_path, collision_key
 from .strict_json import MAX_RECORDS, MAX_SHARDS, get_field, has_surrogate, json_type, quote
 
-__all__ = ["parse_manifest"]
+__all__ = ["MAX_DIMENSIONS", "MAX_INT", "check_metadata", "check_paths", "parse_manifest"]
 
 _MAX_DEPTH = 64  # of nesting in metadata; shallow enough that it can be pickled, copied and compared everywhere
-_MAX_INT = (1 << 63) - 1
-_MAX_DIMENSIONS = 32  # what every supported NumPy can hold
+#: The largest size of a file, and of a dimension.
+MAX_INT = (1 << 63) - 1
+#: The most dimensions that every supported NumPy can hold.
+MAX_DIMENSIONS = 32
 _RECORD: dict[str, type[Any]] = {
     "name": str,
     "shape": list,
@@ -37,8 +39,10 @@ _RECORD: dict[str, type[Any]] = {
     "byteOffset": int,
     "nbytes": int,
 }
-_SORTED_AT_ONCE = 1 << 16
-_byte_offset = attrgetter("byte_offset")
+#: Records that are sorted or checked at once: Ctrl-C takes no effect meanwhile.
+_AT_ONCE = 1 << 16
+_byte_offset, _nbytes, _shape, _name = map(attrgetter, ("byte_offset", "nbytes", "shape", "name"))
+_dtype_and_format = attrgetter("dtype", "format")
 _record_fields, _record_types = itemgetter(*_RECORD), tuple(_RECORD.values())
 
 
@@ -74,7 +78,7 @@ def parse_manifest(
         raise
 
 
-def _check_metadata(metadata: Mapping[str, Any]) -> None:
+def check_metadata(metadata: Mapping[str, Any]) -> None:
     """Check that the metadata can be printed, pickled and compared."""
     level: list[Any] = [metadata]
     for _ in range(_MAX_DEPTH):
@@ -109,12 +113,12 @@ def _manifest(reader: JsonReader, name: str) -> Manifest:
             if key == "metadata":
                 found = get_field({key: value}, key, dict, where, None)
                 metadata = found or {}
-                _check_metadata(metadata)
+                check_metadata(metadata)
     reader.end()
     if shards is None:
         raise ManifestSyntaxError(f"{where} has no 'records'")
-    _check_paths(shards)
-    if sum(shard.nbytes for shard in shards) > _MAX_INT:
+    check_paths(shards)
+    if sum(shard.nbytes for shard in shards) > MAX_INT:
         raise ManifestLayoutError("the shards' sizes add up to more than 2**63 bytes")
     return Manifest(metadata, tuple(shards), name)
 
@@ -134,10 +138,10 @@ def _shards(reader: JsonReader) -> list[Shard]:
         total += len(shard.records)
         if total > MAX_RECORDS:
             raise ManifestLimitError(f"the manifest has more than {MAX_RECORDS} records")
-        for record in shard.records:
-            if record.name in seen:
-                raise ManifestSyntaxError(f"the manifest has the tensor {quote(record.name)} twice")
-            seen.add(record.name)
+        for name in map(_name, shard.records):
+            if name in seen:
+                raise ManifestSyntaxError(f"the manifest has the tensor {quote(name)} twice")
+            seen.add(name)
     return shards
 
 
@@ -151,10 +155,10 @@ def _large_shard(reader: JsonReader, index: int) -> dict[str, Any]:
 
 def _records(reader: JsonReader, shard: str) -> list[Record]:
     records = list[Record]()
-    for number, _ in enumerate(reader.elements()):
-        if number == MAX_RECORDS:
+    for items in reader.elements_at_once():
+        if len(records) + len(items) > MAX_RECORDS:
             raise ManifestLimitError(f"the manifest has more than {MAX_RECORDS} records")
-        records.append(_record(reader.value(), number, shard))
+        records += _make_records(items, len(records), shard)
     return records
 
 
@@ -169,13 +173,11 @@ def _shard(value: Any, index: int) -> Shard:
     check_path(data_path)
     where = f"shard {data_path!r}"
     nbytes = get_field(value, "nbytes", int, where)
-    if not 0 <= nbytes <= _MAX_INT:
+    if not 0 <= nbytes <= MAX_INT:
         raise ManifestLayoutError(f"{where} has a size of {nbytes} bytes")
     items = get_field(value, "records", list, where)
-    records = tuple(item if type(item) is Record else _record(item, number, where) for number, item in enumerate(items))
-    for record in records:
-        _check_layout(record, nbytes)
-    _check_overlap(records, where)
+    records = tuple(items if items and type(items[0]) is Record else _make_records(items, 0, where))
+    _check_layouts(records, nbytes, where)
     return Shard(
         data_path=data_path,
         nbytes=nbytes,
@@ -195,8 +197,25 @@ def _digest(value: Mapping[str, Any], key: str, length: int, where: str) -> str 
     return digest.lower()
 
 
+def _make_records(items: Sequence[Any], first: int, shard: str) -> Sequence[Record]:
+    """Check the fields of records, the number of whose first is given, and make the records."""
+    # All together, column by column, in a third of the time. If anything is unusual, each is looked at alone.
+    try:
+        names, shapes, dtypes, formats, byte_offsets, sizes = columns = list(
+            zip(*map(_record_fields, items), strict=True)
+        )
+    except (KeyError, TypeError, ValueError):  # or there are none
+        columns = []
+    is_usual = all({*map(type, column)} == {kind} for column, kind in zip(columns, _record_types, strict=False))
+    if not (columns and is_usual and {*map(type, chain.from_iterable(shapes))} <= {int}):
+        return [_record(item, number, shard) for number, item in enumerate(items, first)]
+    known = {dtype: canonical_name(dtype) for dtype in {*dtypes}}
+    if not all(map(str.isascii, chain(names, known, {*formats}))):
+        return [_record(item, number, shard) for number, item in enumerate(items, first)]
+    return make_records(names, map(tuple, shapes), map(known.__getitem__, dtypes), formats, byte_offsets, sizes)
+
+
 def _record(value: Any, number: int, shard: str) -> Record:
-    # There may be a million records, so the text for messages is made only for a bad one.
     try:
         name, shape, dtype, format_, byte_offset, nbytes = fields = _record_fields(value)
         is_good = tuple(map(type, fields)) == _record_types and (name + dtype + format_).isascii()
@@ -219,9 +238,42 @@ def _check_fields(value: Any, where: str) -> tuple[str, list[Any], str, str, int
     return name, *others
 
 
+def _check_layouts(records: Sequence[Record], shard_nbytes: int, where: str) -> None:
+    end: int | None = 0
+    for start in range(0, len(records), _AT_ONCE):
+        if end is not None:
+            end = _usual_end(records[start : start + _AT_ONCE], end, shard_nbytes)
+    if end is not None:
+        return
+    for record in records:
+        _check_layout(record, shard_nbytes)
+    _check_overlap(records, where)
+
+
+def _usual_end(records: Sequence[Record], start: int, shard_nbytes: int) -> int | None:
+    """Return the end of the last record if all of them are in order after `start`, of the right sizes; else None.
+
+    None of them is empty then, and all have known dtypes. They are checked column by column, in a third of the time.
+    """
+    offsets, sizes, shapes = (list(map(get, records)) for get in (_byte_offset, _nbytes, _shape))
+    kinds = list(map(_dtype_and_format, records))
+    item_sizes = {kind: ITEM_SIZES.get(Record("", (), *kind, 0, 0).stored_dtype, 0) for kind in {*kinds}}
+    dimensions = list(chain.from_iterable(shapes))
+    if max(map(len, shapes)) > MAX_DIMENSIONS or (dimensions and not 0 < min(dimensions) <= max(dimensions) <= MAX_INT):
+        return None
+    counts, ends = list(map(math.prod, shapes)), list(map(add, offsets, sizes))
+    is_usual = (
+        max(counts) * 8 <= MAX_INT
+        and list(map(mul, counts, map(item_sizes.__getitem__, kinds))) == sizes
+        and all(map(le, [start, *ends], offsets))
+        and ends[-1] <= shard_nbytes
+    )
+    return ends[-1] if is_usual else None
+
+
 def _check_layout(record: Record, shard_nbytes: int) -> None:
     shape, stored_dtype = record.shape, record.stored_dtype
-    if len(shape) > _MAX_DIMENSIONS or (shape and not 0 <= min(shape) <= max(shape) <= _MAX_INT):
+    if len(shape) > MAX_DIMENSIONS or (shape and not 0 <= min(shape) <= max(shape) <= MAX_INT):
         raise ManifestLayoutError(f"{_tensor(record)} has the impossible shape {_short(shape)}")
     start, end = record.byte_offset, record.byte_offset + record.nbytes
     if start < 0 or record.nbytes < 0 or end > shard_nbytes:
@@ -232,7 +284,7 @@ def _check_layout(record: Record, shard_nbytes: int) -> None:
     if item_size is None or record.format not in FORMATS:
         return  # the expected size is unknown
     # The strides of empty tensors must fit, too, or NumPy cannot make them.
-    if math.prod(filter(None, shape)) * 8 > _MAX_INT:
+    if math.prod(filter(None, shape)) * 8 > MAX_INT:
         raise ManifestLayoutError(f"{_tensor(record)} has the impossible shape {_short(shape)}")
     expected = math.prod(shape) * item_size
     if expected != record.nbytes:
@@ -260,11 +312,13 @@ def _check_overlap(records: Sequence[Record], where: str) -> None:
 
 def _by_offset(records: list[Record]) -> Iterable[Record]:
     """Sort by offset, in pieces: Ctrl-C takes no effect while a sort runs."""
-    pieces = (records[start : start + _SORTED_AT_ONCE] for start in range(0, len(records), _SORTED_AT_ONCE))
+    if len(records) <= _AT_ONCE:
+        return sorted(records, key=_byte_offset)
+    pieces = (records[start : start + _AT_ONCE] for start in range(0, len(records), _AT_ONCE))
     return heapq.merge(*(sorted(piece, key=_byte_offset) for piece in pieces), key=_byte_offset)
 
 
-def _check_paths(shards: Sequence[Shard]) -> None:
+def check_paths(shards: Sequence[Shard]) -> None:
     """Check that no shard is the same file as another shard or a manifest, on any file system."""
     files: dict[str, str] = {}
     for shard in shards:

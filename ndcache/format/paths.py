@@ -20,6 +20,8 @@ _MAX_PATH = 200
 _WINDOWS_NAMES = {"con", "prn", "aux", "nul", "conin$", "conout$"} | {
     f"{device}{digit}" for device in ("com", "lpt") for digit in "0123456789¹²³"
 }
+#: A file name of ASCII letters, digits and a few signs, which is safe unless Windows reserves it.
+_PLAIN_NAME = re.compile(r"([A-Za-z0-9_-]+)(\.[A-Za-z0-9_-]+)*", re.ASCII)
 #: The most bytes of a name in ndcache's own folders, before up to 39 are appended: some file systems allow only 143.
 _MAX_NAME_BYTES = 100
 
@@ -30,6 +32,8 @@ def check_path(path: str) -> None:
     The path comes from a manifest, is appended to a URL and becomes a file name. It must mean the same in all three,
     however often percent signs are decoded, and never be ndcache's own directory.
     """
+    if (match := _PLAIN_NAME.fullmatch(path)) and len(path) <= _MAX_PATH and match[1].lower() not in _WINDOWS_NAMES:
+        return  # nearly every manifest has such names only, and may have many
     shown = ascii(path if len(path) <= 80 else path[:77] + "...")
     for text in _percent_decodings(path):
         reason = _unsafe(text)
@@ -83,6 +87,8 @@ def _unsafe(path: str) -> str | None:
 
 def collision_key(path: str) -> str:
     """Return a key that is equal for all spellings that some file system treats as one name."""
+    if path.isascii():
+        return path.lower()
     # Unicode's canonical caseless matching. It normalises twice, as case folding can undo a normal form.
     return unicodedata.normalize("NFD", unicodedata.normalize("NFD", path).casefold())
 

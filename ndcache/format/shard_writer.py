@@ -108,10 +108,27 @@ class ShardWriter:
         else:
             self._append(record, _encoded(array, as_bf16=as_bf16))
 
-    def finish(self) -> dict[str, Path]:
-        """Complete the shards, and return the new files by their final names."""
+    def add_stored(self, record: dict[str, Any], pieces: Iterable[Bytes]) -> None:
+        """Write one new tensor that is encoded already.
+
+        Parameters
+        ----------
+        record : dict
+            The manifest's JSON of it, without its offset.
+        pieces : iterable of array of uint8
+            Its stored bytes.
+        """
+        self._append(record, pieces)
+
+    def begin_shard(self) -> None:
+        """Complete the shard that was begun, so that the next tensor is the first of another one."""
         if self._pending_records:  # not `if self._pending.nbytes`: that would lose a shard of empty tensors
             self._commit(self._pending, self._pending_records)
+            self._pending, self._pending_records = HashedFile(self._folder / "pending"), []
+
+    def finish(self) -> dict[str, Path]:
+        """Complete the shards, and return the new files by their final names."""
+        self.begin_shard()
         for index, replaced in self._replaced.items():
             self._rewrite(index, replaced)
         return self._files
@@ -125,8 +142,7 @@ class ShardWriter:
                 alone.append(pieces)
                 self._commit(alone, [{**record, "byteOffset": 0}])
                 return
-            self._commit(self._pending, self._pending_records)
-            self._pending, self._pending_records = HashedFile(self._folder / "pending"), []
+            self.begin_shard()
         self._pending_records.append({**record, "byteOffset": self._pending.nbytes})
         self._pending.append(pieces)
 

@@ -8,6 +8,7 @@ from typing import Any, TypeVar, overload
 from ..errors import ManifestSyntaxError
 
 __all__ = [
+    "MAX_KEPT_BYTES",
     "MAX_MANIFEST_BYTES",
     "MAX_RECORDS",
     "MAX_SHARDS",
@@ -22,6 +23,8 @@ T = TypeVar("T")
 D = TypeVar("D")
 
 MAX_MANIFEST_BYTES = 64 << 20
+#: The limit of what the cache keeps of a model: a manifest, or headers with what the server said of their files.
+MAX_KEPT_BYTES = MAX_MANIFEST_BYTES + (16 << 20)
 MAX_RECORDS = 1 << 20
 MAX_SHARDS = 1 << 16
 #: The hint of an error about a file that is a web page.

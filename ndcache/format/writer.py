@@ -8,8 +8,9 @@
         tensor-cache-b16.json      the same, but float32 stored as bfloat16 is described as bfloat16;
                                    only if there are such tensors
 
-All files are written to a temporary folder inside the directory. When all are complete, they are renamed: the shards
-first, the manifests last. A dump that fails or is killed before the renames changes nothing.
+All files are written to a temporary folder in the directory, or beside it if it is new. When all are complete, they are
+renamed: a new directory as a whole; in another one the shards first, the manifests last. A dump that fails or is killed
+before the renames changes nothing.
 
 Source of the format: ``dump_tensor_cache`` in apache-tvm's ``tvm/contrib/tvmjs.py``.
 """
@@ -21,23 +22,26 @@ import json
 import operator
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..location import MANIFEST_NAMES
+from ..caller import public
+from ..files.full_disk import names_full_disk
+from ..files.staging import StagedFolder, staged_folder
+from ..location import NDARRAY_CACHE_NAMES
 from .manifest import FORMATS, Manifest
 from .parse import parse_manifest
 from .shard_writer import Encoding, HashedFile, ShardWriter
 
-__all__ = ["dump"]
+__all__ = ["dump", "encoding_by_name", "publish_dump"]
 
 _SHARD_NAME = re.compile(r"params_shard_[0-9]+\.bin")
 
 
+@public
 def dump(
     params: Mapping[str, Any] | Iterable[tuple[str, Any]],
     directory: str | os.PathLike[str],
@@ -88,8 +92,10 @@ def dump(
         A name is not a string, or the metadata is not JSON.
     ManifestError
         ndcache could not load the result, or the manifest to be updated.
+    DiskFullError
+        The disk is full.
     OSError
-        The disk is full, or the directory cannot be written.
+        The directory cannot be written.
 
     Notes
     -----
@@ -97,7 +103,7 @@ def dump(
     shard, and NaN whose payload is in the lower half of its bits, which TVM turns into an infinity. In an update, TVM
     also leaves the old shape and dtype of a replaced tensor in the manifest.
 
-    A process that is killed may leave a folder ``.dump-*`` in the directory. Nothing reads it.
+    A process that is killed may leave a folder ``.*.tmp`` in the directory, or beside a new one. Nothing reads it.
 
     Examples
     --------
@@ -105,37 +111,68 @@ def dump(
     >>> ndcache.load("model")["embedding"].shape
     (1000, 64)
     """
-    encoding_of = _encoding_of(encode)
+    encoding_of = encoding_by_name(encode)
     shard_bytes = operator.index(shard_bytes)
     if shard_bytes < 1:
         raise ValueError(f"shard_bytes must be a positive number of bytes, not {shard_bytes}")
     if metadata is not None and not callable(metadata):
         json.dumps(dict(metadata))  # fails now, and not after hours of writing tensors
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    name, old = _old_manifest(directory) if update else (MANIFEST_NAMES[0], None)
-    with tempfile.TemporaryDirectory(prefix=".dump-", dir=directory) as folder:
-        writer = ShardWriter(directory, Path(folder), shard_bytes, old["records"] if old else [])
+    name, old = _old_manifest(directory) if update else (NDARRAY_CACHE_NAMES[0], None)
+    with names_full_disk(directory), staged_folder(directory) as staged:
+        writer = ShardWriter(directory, staged.work, shard_bytes, old["records"] if old else [])
         for key, value in params.items() if isinstance(params, Mapping) else params:
             writer.add(key, value, encoding_of)
         files = writer.finish()
         if metadata is None:
             metadata = (old.get("metadata") if old else None) or {}
-        content = {"metadata": dict(metadata() if callable(metadata) else metadata), "records": writer.shards}
-        manifests = _manifests(content, name)
-        manifest = parse_manifest(manifests[name], name=name)
-        for path, data in manifests.items():  # last, so that they never name a missing file
-            file = HashedFile(Path(folder) / path)
-            file.append([np.frombuffer(data, np.uint8)])
-            file.sync()
-            files[path] = file.path
-        for path, temporary in files.items():
-            os.replace(temporary, directory / path)
-    _remove_stale(directory, manifest, manifests, shards_too=not update)
+        metadata = dict(metadata() if callable(metadata) else metadata)
+        return publish_dump(staged, files, writer.shards, metadata, name, keeps_others=update)
+
+
+def publish_dump(
+    staged: StagedFolder,
+    files: Mapping[str, Path],
+    shards: list[dict[str, Any]],
+    metadata: dict[str, Any],
+    name: str = "tensor-cache.json",
+    *,
+    keeps_others: bool = False,
+) -> Manifest:
+    """Write the manifests of shards, and let all appear in their directory.
+
+    Parameters
+    ----------
+    staged : StagedFolder
+    files : mapping of str to pathlib.Path
+        The new shards, by their names.
+    shards : list of dict
+        The manifest's JSON of all shards.
+    metadata : dict
+    name : str
+        The manifest's name.
+    keeps_others : bool
+        Do not remove shards of an older dump.
+
+    Returns
+    -------
+    Manifest
+        The manifest, as a load will read it.
+    """
+    manifests = _manifests({"metadata": metadata, "records": shards}, name)
+    manifest = parse_manifest(manifests[name], name=name)
+    written = dict(files)
+    for path, data in manifests.items():  # last, so that they never name a missing file
+        file = HashedFile(staged.work / path)
+        file.append([np.frombuffer(data, np.uint8)])
+        file.sync()
+        written[path] = file.path
+    staged.publish(written)
+    _remove_stale(staged.path, manifest, manifests, shards_too=not keeps_others)
     return manifest
 
 
-def _encoding_of(encode: Encoding | Mapping[str, Encoding]) -> Callable[[str], Encoding]:
+def encoding_by_name(encode: Encoding | Mapping[str, Encoding]) -> Callable[[str], Encoding]:
     """Return a function from a tensor's name to its encoding."""
     if isinstance(encode, str):
         if encode not in FORMATS:
@@ -158,14 +195,14 @@ def _encoding_of(encode: Encoding | Mapping[str, Encoding]) -> Callable[[str], E
 
 def _old_manifest(directory: Path) -> tuple[str, dict[str, Any] | None]:
     """Return the name and checked JSON of the manifest to update; None in place of the JSON if there is none."""
-    for name in MANIFEST_NAMES:
+    for name in NDARRAY_CACHE_NAMES:
         try:
             data = (directory / name).read_bytes()
         except FileNotFoundError:
             continue
         parse_manifest(data, name=name, url=str(directory / name))
         return name, json.loads(data)
-    return MANIFEST_NAMES[0], None
+    return NDARRAY_CACHE_NAMES[0], None
 
 
 def _manifests(content: dict[str, Any], name: str) -> dict[str, bytes]:

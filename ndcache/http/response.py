@@ -11,6 +11,7 @@ from ..errors import NdcacheError, ProtocolError, StallError
 from ..workers.cancellation import Cancellation
 from ..workers.stall import StallWatch
 from .limits.origin import Permit
+from .limits.token_bucket import TokenBucket
 from .translate import FAILURES, FailedRequest, is_tls_end, raise_transfer_error
 
 __all__ = ["Response", "check_not_woken"]
@@ -36,6 +37,8 @@ class Response:
         The commit that the file belongs to, which the first server gives (Hugging Face).
     permit : Permit or None
         Released when the body has been read or is given up.
+    limited : float
+        Seconds that this thread has waited because of the caller's own limit.
     may_be_truncated : bool
         Whether a body without framing ended with its TLS connection, but without TLS's notice that this was the end.
         Then only the body itself tells whether it is complete (RFC 9112, 9.8).
@@ -44,10 +47,16 @@ class Response:
     linked_sha256: str | None = None
     commit: str | None = None
     permit: Permit | None = None
+    limited: float = 0.0
     may_be_truncated: bool = False
 
     def __init__(
-        self, raw: requests.Response, cancellation: Cancellation, watch: StallWatch, location: str | None = None
+        self,
+        raw: requests.Response,
+        cancellation: Cancellation,
+        watch: StallWatch,
+        location: str | None = None,
+        bucket: TokenBucket | None = None,
     ) -> None:
         self.status: int = raw.status_code
         self.headers: Mapping[str, str] = raw.headers
@@ -56,6 +65,7 @@ class Response:
         self._raw = raw
         self._cancellation = cancellation
         self._watch = watch
+        self._bucket = bucket
 
     @property
     def content_length(self) -> int | None:
@@ -97,6 +107,8 @@ class Response:
             The body broke off, as its HTTP framing shows. A body without framing just ends: count its bytes, or look
             at `may_be_truncated`.
         """
+        if self._bucket is not None:
+            limit = min(limit, self._bucket.read_bytes)
         self._watch.is_waiting = True
         try:
             data: bytes | memoryview = self._raw.raw.read1(limit, decode_content=False)
@@ -111,6 +123,8 @@ class Response:
             # A socket that another thread has shut looks like the end of the body.
             check_not_woken(self._cancellation, self._watch, self.url)
         self._watch.received(len(data))
+        if self._bucket is not None:
+            self.limited += self._bucket.throttle(len(data), self._cancellation)
         return data
 
     def read(self, limit: int) -> bytes:

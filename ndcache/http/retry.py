@@ -16,10 +16,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 
-from ..errors import NdcacheError, RateLimitedError
+from ..errors import NdcacheError, RateLimitedError, ServerError
+from ..progress import Arrivals
 from ..stats import LoadStats
 from ..workers.cancellation import Cancellation
-from .limits.rate_limits import OriginActivity, is_refusal
+from .limits.rate_limits import OriginActivity, is_refusal, origin_of, refusal_reason
 
 __all__ = ["Attempt", "RetryPolicy", "attempts"]
 
@@ -92,6 +93,7 @@ def attempts(
     activity: OriginActivity,
     progress: Callable[[], int] = lambda: 0,
     waiting: Callable[[], None] | None = None,
+    arrivals: Arrivals | None = None,
 ) -> Iterator[Attempt]:
     """Yield attempts at some work until one succeeds, and wait between them.
 
@@ -118,20 +120,27 @@ def attempts(
         Return how many bytes have been received; those that are received again do not count.
     waiting : callable, optional
         Called every few seconds of a long wait.
+    arrivals : Arrivals, optional
+        Learns why there is another attempt, until it is over.
     """
     attempt = Attempt(policy, activity, progress)
-    while True:
-        yield attempt
-        if attempt.delay is None:
-            return
-        with stats.timed("rate_limit" if attempt.is_refused else "backoff"):
-            if waiting is not None:
-                while attempt.delay > _WAITING_SECONDS:
-                    waiting()
-                    cancellation.sleep(_WAITING_SECONDS)
-                    attempt.delay -= _WAITING_SECONDS
-            cancellation.sleep(attempt.delay)
-        stats.count(retries=1)
+    arrivals = arrivals or Arrivals()
+    try:
+        while True:
+            yield attempt
+            if attempt.delay is None:
+                return
+            arrivals.pause(attempt, attempt.reason, is_wanted=attempt.is_refused)
+            with stats.timed("rate_limit" if attempt.is_refused else "backoff"):
+                if waiting is not None:
+                    while attempt.delay > _WAITING_SECONDS:
+                        waiting()
+                        cancellation.sleep(_WAITING_SECONDS)
+                        attempt.delay -= _WAITING_SECONDS
+                cancellation.sleep(attempt.delay)
+            stats.count(retries=1)
+    finally:
+        arrivals.go_on(attempt)
 
 
 class Attempt:
@@ -143,9 +152,12 @@ class Attempt:
         Seconds to wait before the next attempt; None if there is none.
     is_refused : bool
         Whether the server refused the last attempt because it gets too many requests.
+    reason : str
+        Why there is another attempt, for a bar.
     """
 
     delay: float | None = None
+    reason: str = ""
     is_refused: bool = False
 
     def __init__(self, policy: RetryPolicy, activity: OriginActivity, progress: Callable[[], int]) -> None:
@@ -178,6 +190,7 @@ class Attempt:
             return False
         if self.is_refused:
             self._activity.warn_of_limit(error)
+        self.reason = _reason(error, self._tries + 1)
         level = logging.DEBUG if self.is_refused else logging.WARNING
         logger.log(level, "trying again in %.1f s (try %d): %s", self.delay, self._tries + 1, str(error))
         return True
@@ -201,3 +214,13 @@ class Attempt:
             if spent >= self._policy.typical_patience:
                 failures = max(failures, in_a_row - self._refused_before)  # no worker has received anything since
         return failures, spent
+
+
+def _reason(error: NdcacheError, tries: int) -> str:
+    """Return why there is another attempt, for a bar."""
+    if is_refusal(error):
+        return refusal_reason(error.retry_after if isinstance(error, RateLimitedError) else None)
+    host = origin_of(error.url or "").partition("://")[2] or "the server"
+    if isinstance(error, ServerError):
+        return f"{host} answered with status {error.status}, attempt {tries}"
+    return f"reconnecting to {host}, attempt {tries}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import http.cookiejar
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import requests
@@ -42,9 +42,27 @@ class Sessions:
         Connections kept for reuse.
     login : Login or None
         Has a token for one origin (Hugging Face).
+    token : str or None
+        The caller's, for the source's origin.
+    headers : mapping
+        The caller's, for the source's origin.
+
+    Attributes
+    ----------
+    headers : mapping
     """
 
-    def __init__(self, given: requests.Session | None, max_connections: int, login: Login | None) -> None:
+    def __init__(
+        self,
+        given: requests.Session | None,
+        max_connections: int,
+        login: Login | None = None,
+        token: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        self.headers = headers or {}
+        self._token = token
+        self._has_own_auth = any(name.lower() == "authorization" for name in self.headers)
         self._given = given
         self._max_connections = max_connections
         self._login = login
@@ -65,11 +83,16 @@ class Sessions:
         return session is self._given
 
     def auth(self, url: Url, *, is_source: bool) -> Auth | None:
-        """Return what authenticates requests for `url`: its user and password, or the token of its origin.
+        """Return what authenticates requests for `url`.
 
-        None leaves it to the session and to netrc, which are for the source and not for its mirrors. The credentials of
-        the caller's session take precedence over a token that happens to be in the environment.
+        It is the caller's token, the user and password in the URL, or the token of the origin. None leaves it to the
+        session and to netrc, which are for the source and not for its mirrors. The credentials of the caller's session
+        take precedence over a token that happens to be in the environment.
         """
+        if is_source and self._token is not None:
+            return BearerAuth(self._token)
+        if is_source and self._has_own_auth:
+            return no_auth
         if url.credentials is not None:
             return requests.auth.HTTPBasicAuth(*url.credentials)
         session = self._given if is_source else None
@@ -114,7 +137,7 @@ class Sessions:
             for session in {*pair} - {self._given}:
                 session.close()
         self._by_process.clear()
-        self._checked.clear()  # a later session may get the identity of one that is gone
+        self._checked.clear()  # a new session may get the id() of a deleted one
 
     def _new_pair(self) -> tuple[requests.Session, requests.Session]:
         bare = self._new_session()

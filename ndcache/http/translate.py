@@ -118,7 +118,7 @@ def _reset(headers: Mapping[str, str]) -> float | None:
 def _login(url: str) -> str:
     if f".{urlsplit(url).hostname}".endswith(".huggingface.co") or "/resolve/" in url:
         return "For a gated or private repository, accept its terms on its page, and set HF_TOKEN or run hf auth login."
-    return "Check the URL, or give credentials: https://user:password@host/, netrc, or a session of your own."
+    return "Check the URL, or give credentials: token=, https://user:password@host/, netrc, or a session of your own."
 
 
 def _seconds(value: str | None) -> float | None:

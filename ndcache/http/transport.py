@@ -13,7 +13,7 @@ import netrc  # noqa: F401 - else imported within the first request: a fork at t
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import requests
 
@@ -24,6 +24,7 @@ from ..workers.cancellation import Cancellation
 from ..workers.stall import StallWatch
 from .connect import Routes
 from .limits.origin import Permit
+from .limits.token_bucket import TokenBucket
 from .proxies import proxy_auth_error, proxy_for
 from .response import Response, check_not_woken
 from .sessions import Auth, BearerAuth, Sessions, cookie_header, no_auth
@@ -46,6 +47,12 @@ _MAX_REDIRECTS = 10
 _REDIRECTS = (301, 302, 303, 307, 308)
 #: The statuses with which the target of a redirect may answer once it has expired.
 _EXPIRED = (401, 403, 404, 410)
+
+#: The most bytes of a response's body that are read because it may say why the request was refused.
+_MAX_REASON = 4 << 10
+
+#: Makes the error for a response from that for its status, its headers, and the beginning of its body.
+Refused: TypeAlias = Callable[[TransferError, Mapping[str, str], bytes], TransferError]
 
 #: The origins that have ever answered this process.
 _answered: set[Origin] = set()
@@ -83,6 +90,8 @@ class _Get(NamedTuple):
     is_source: bool
     auth: Auth | None
     before_wait: Callable[[], None]
+    refused: Refused | None
+    bucket: TokenBucket | None
 
 
 class Transport:
@@ -98,6 +107,10 @@ class Transport:
         Connections kept for reuse.
     login : Login, optional
         Has a token for one origin (Hugging Face).
+    token : str, optional
+        A token for the origin of the requested URL and no other; it takes precedence over other credentials.
+    headers : mapping, optional
+        More headers, for that origin and no other.
     """
 
     def __init__(
@@ -107,8 +120,10 @@ class Transport:
         timeout: tuple[float, float] = (10.0, 30.0),
         max_connections: int = 8,
         login: Login | None = None,
+        token: str | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
-        self._sessions = Sessions(session, max_connections, login)
+        self._sessions = Sessions(session, max_connections, login, token, headers)
         self._timeout = timeout
         self._routes = Routes()
 
@@ -124,6 +139,8 @@ class Transport:
         may_be_encoded: bool = False,
         start: str | None = None,
         before_wait: Callable[[], None] = lambda: None,
+        refused: Refused | None = None,
+        bucket: TokenBucket | None = None,
     ) -> Response:
         """Send a GET and return the response, its body not yet read.
 
@@ -146,9 +163,13 @@ class Transport:
         may_be_encoded : bool
             Whether the body may have a Content-Encoding. It is not decoded here.
         start : str, optional
-            Another URL of the same origin to ask instead of `url`.
+            Another URL to ask instead of `url`. Unless it has the same origin, it gets no credentials.
         before_wait : callable, optional
             Called, perhaps more than once, before this thread waits for a server.
+        refused : callable, optional
+            Make the error for a status from 300 to 499 of the usual one, the headers and the beginning of the body.
+        bucket : TokenBucket, optional
+            Limits the rate at which bodies are read.
 
         Raises
         ------
@@ -163,7 +184,7 @@ class Transport:
         asked = parse(url)
         is_source = source_url is None or parse(source_url).origin == asked.origin
         auth = self._sessions.auth(asked, is_source=is_source)
-        get = _Get(asked, headers, cancellation, acquire, may_be_encoded, is_source, auth, before_wait)
+        get = _Get(asked, headers, cancellation, acquire, may_be_encoded, is_source, auth, before_wait, refused, bucket)
         redirects = {} if redirects is None else redirects
         known = redirects.get(url)
         while True:
@@ -189,14 +210,16 @@ class Transport:
         while True:
             # Once elsewhere, always elsewhere: a redirect that leads back gets no secrets.
             same_origin = same_origin and url.origin == get.url.origin
-            session = self._sessions.get(with_secrets=get.is_source and same_origin)
+            with_secrets = get.is_source and same_origin
+            session = self._sessions.get(with_secrets=with_secrets)
             visit = (str(url), cookie_header(session, url))  # the same URL with another cookie is no circle
             if visit in visits or len(visits) > _MAX_REDIRECTS:
                 raise RedirectError("the server redirects in a circle, or too often", url=str(before))
             visits.add(visit)
             permit = None if get.acquire is None else get.acquire(str(url))
             with _released_on_failure(permit):
-                response = self._send(get, url, session, get.auth if same_origin else no_auth)
+                headers = {**self._sessions.headers, **get.headers} if with_secrets else get.headers
+                response = self._send(get, url, session, headers, get.auth if same_origin else no_auth)
             if permit is not None:
                 permit.answered(response.status, retry_after(response.status, response.headers))
                 response.permit = permit
@@ -210,9 +233,14 @@ class Transport:
                 before, url = url, _target(url, response.location)
         try:
             raise_for_status(response.status, response.headers, response.url, may_be_encoded=get.may_be_encoded)
-        except BaseException:
-            response.__exit__(Exception)
-            raise
+        except BaseException as error:
+            try:
+                if get.refused is not None and isinstance(error, TransferError) and 300 <= response.status < 500:
+                    raise get.refused(error, response.headers, _reason(response)) from None
+                raise
+            finally:
+                # A file that is not there is no reason for a new connection: companion files are asked for like that.
+                response.__exit__(None if response.status in (404, 410) else Exception)
         response.linked_sha256 = (same_origin and _linked_sha256(response.headers)) or linked_sha256
         response.commit = commit
         return response, RedirectTarget(str(url), same_origin, linked_sha256)
@@ -225,7 +253,9 @@ class Transport:
         """Close idle connections."""
         self._sessions.close()
 
-    def _send(self, get: _Get, url: Url, session: requests.Session, auth: Auth | None) -> Response:
+    def _send(
+        self, get: _Get, url: Url, session: requests.Session, headers: Mapping[str, str], auth: Auth | None
+    ) -> Response:
         """Send one request and return its response, whatever its status.
 
         If the server has just closed an idle connection, send the request once more: that is not a failure of the
@@ -242,7 +272,7 @@ class Transport:
                 with watching(watch, url.origin, self._routes):
                     raw = session.get(
                         str(url),  # without a user, which requests and netrc would each read in their own way
-                        headers={"Accept-Encoding": "identity", **get.headers},
+                        headers={"Accept-Encoding": "identity", **headers},
                         auth=auth,
                         timeout=self._timeout,
                         stream=True,
@@ -275,7 +305,7 @@ class Transport:
             raw.close()
             get.cancellation.remove(watch)
             raise proxy_auth_error(proxy_for(session, str(url)), str(url))
-        return Response(raw, get.cancellation, watch, hooks.location)
+        return Response(raw, get.cancellation, watch, hooks.location, get.bucket)
 
 
 class _Hooks:
@@ -313,6 +343,13 @@ def _released_on_failure(permit: Permit | None) -> Iterator[None]:
                 permit.answered(error.status, getattr(error, "retry_after", None))
             permit.release()
         raise
+
+
+def _reason(response: Response) -> bytes:
+    """Return the beginning of a response's body, as far as it can be read."""
+    with contextlib.suppress(TransferError):
+        return response.read(_MAX_REASON)
+    return b""
 
 
 def _linked_sha256(headers: Mapping[str, str]) -> str | None:

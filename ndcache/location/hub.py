@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from urllib.parse import quote, unquote
 
 from ..errors import AuthError, redact
-from ..urls.url import Origin, Url, UrlError, parse, quoted
+from ..urls.url import Origin, Url, UrlError, parse, parse_http, quoted
 
 __all__ = [
     "HF_ENDPOINT",
     "LOGIN_VARIABLES",
+    "MANIFEST_SUFFIXES",
     "Login",
     "at_commit",
     "branch_url",
@@ -23,6 +24,8 @@ __all__ = [
     "hf_endpoint",
     "page_url",
     "repository_url",
+    "revision_of",
+    "short_source",
     "token_path",
 ]
 
@@ -33,6 +36,8 @@ LOGIN_VARIABLES = (
 )
 #: Where ``hf://`` points unless the environment variable HF_ENDPOINT says otherwise.
 HF_ENDPOINT = "https://huggingface.co"
+#: A URL with such a name is that of a manifest, or of a safetensors file. Others are those of directories.
+MANIFEST_SUFFIXES = (".json", ".safetensors")
 
 _HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
 #: A revision has no slash, unless it is the full name of a git reference.
@@ -44,6 +49,8 @@ _PAGE = re.compile(
 #: A file's URL: the part up to the revision, the revision, and the rest.
 _FILE = re.compile(r"([^?#]*?/[^/?#]+/[^/?#]+/resolve/)([^/?#]+)(/.*)")
 _COMMIT = re.compile("[0-9a-f]{40}")
+#: The URL of a folder of a model.
+_SHORT = re.compile(rf"{re.escape(HF_ENDPOINT)}/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)(?P<folder>/.*)")
 #: The most characters of a token; usual ones have about forty.
 _MAX_TOKEN = 4096
 _MAX_TOKEN_FILE = 1 << 13
@@ -59,7 +66,7 @@ def hf_endpoint(environ: Mapping[str, str]) -> Url:
     """
     text = (environ.get("HF_ENDPOINT") or "").strip() or HF_ENDPOINT
     try:
-        url = parse(text.rstrip("/"))
+        url = parse_http(text.rstrip("/"))
         if url.query or "#" in text or "?" in text:
             raise UrlError("it has a query")
     except UrlError as error:
@@ -67,29 +74,31 @@ def hf_endpoint(environ: Mapping[str, str]) -> Url:
     return url
 
 
-def repository_url(path: str, endpoint: Url) -> str:
-    """Return the URL of the folder or manifest that ``hf://`` followed by `path` names.
+def repository_url(path: str, endpoint: Url, revision: str | None = None) -> str:
+    """Return the URL of the folder or manifest that ``hf://`` followed by `path` names, at `revision` if it names none.
 
     Raises
     ------
     ValueError
-        `path` is not ``owner/name[@revision][/folder]``.
+        `path` is not ``owner/name[@revision][/folder]``, or has another revision.
     """
     match = _SOURCE.fullmatch(path)
     if match is None:
         raise _not_understood(f"hf://{path}")
-    return _file_url(endpoint, match)
+    return _file_url(endpoint, match, revision)
 
 
-def page_url(url: Url, endpoint: Url) -> str | None:
-    """Return the URL of the files if `url` is that of a page for browsers, else None."""
+def page_url(url: Url, endpoint: Url, revision: str | None = None) -> str | None:
+    """Return the URL of the files if `url` is that of a page for browsers, else None; see `repository_url`."""
+    if url.is_object:
+        return None
     for site in (endpoint, parse(HF_ENDPOINT)):
         is_site = url.origin == site.origin or (site.host in _HOSTS and url.host in _HOSTS and not url.port)
         if not is_site or not url.path.startswith(f"{site.path}/") or url.user is not None:
             continue
         match = _PAGE.fullmatch(url.path[len(site.path) :].rstrip("/"))
         if match is not None:
-            return _file_url(site, match)
+            return _file_url(site, match, revision)
     return None
 
 
@@ -113,20 +122,38 @@ def branch_url(url: str) -> str | None:
     return None if match is None or _COMMIT.fullmatch(match[2]) else match[1] + match[2]
 
 
+def revision_of(url: str) -> str | None:
+    """Return the branch, tag or commit in the URL of a file or folder at huggingface.co, or None if it is elsewhere."""
+    match = _FILE.fullmatch(url) if url.startswith(f"{HF_ENDPOINT}/") else None
+    return None if match is None else unquote(match[2])
+
+
+def short_source(url: str) -> str | None:
+    """Return what to type for a folder at huggingface.co: ``hf://owner/name``; None if the URL is another one."""
+    match = _SHORT.fullmatch(url)
+    if match is None:
+        return None
+    revision, folder = unquote(match["revision"]), unquote(match["folder"].rstrip("/"))
+    return f"hf://{match['repo']}" + (f"@{revision}" if revision != "main" else "") + folder
+
+
 def commit_of(headers: Mapping[str, str]) -> str | None:
     """Return the commit that the headers of a response name, or None."""
     commit = headers.get("X-Repo-Commit", "").strip()
     return commit if _COMMIT.fullmatch(commit) else None
 
 
-def _file_url(endpoint: Url, match: re.Match[str]) -> str:
-    repo, revision, folder = match["repo"], unquote(match["revision"] or "main"), (match["rest"] or "").rstrip("/")
+def _file_url(endpoint: Url, match: re.Match[str], wanted: str | None) -> str:
+    repo, folder = match["repo"], (match["rest"] or "").rstrip("/")
+    revision = unquote(match["revision"] or "") or wanted or "main"
+    if wanted not in (None, revision):
+        raise ValueError(f"the source names the revision {revision!r}, and the option another one, {wanted!r}")
     parts = [*repo.split("/"), *re.split(r"[/\\]", unquote(revision + folder))]
     is_repo = re.fullmatch(r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+", repo)
     if not is_repo or any(part in (".", "..") or not part.isprintable() for part in parts):
         raise _not_understood(f"hf://{repo}@{revision}{folder}")
     url = f"{endpoint.secret_root}{endpoint.path}/{repo}/resolve/{quote(revision, safe='')}{quoted(folder)}"
-    return url if folder.endswith(".json") else url + "/"
+    return url if folder.endswith(MANIFEST_SUFFIXES) else url + "/"
 
 
 def _not_understood(text: str) -> ValueError:

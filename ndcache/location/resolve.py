@@ -2,6 +2,7 @@
 
 ``https://host/model/``, ``https://host/model/tensor-cache-b16.json``     as it is
 ``hf://owner/name[@revision][/folder]``, the page's URL                  → ``…/resolve/revision/``
+``s3://bucket/folder/``, ``gs://…``, ``az://container/folder/``            as it is, for signed addresses
 ``file:///path``, ``path``, ``path/tensor-cache.json``                   a local directory, read in place
 """
 
@@ -20,13 +21,26 @@ from urllib.request import url2pathname
 
 from ..errors import NotFoundError, redact
 from ..urls.queries import identifying_query, query_digest
-from ..urls.url import Url, UrlError, parse, quoted
-from .hub import canonical_identity, hf_endpoint, page_url, repository_url
+from ..urls.redact import printable
+from ..urls.url import OBJECT_SCHEMES, Url, UrlError, parse, quoted
+from .hub import MANIFEST_SUFFIXES, canonical_identity, hf_endpoint, page_url, repository_url
 
-__all__ = ["MANIFEST_NAMES", "Location", "locate", "locate_mirror", "remote_location"]
+__all__ = [
+    "MANIFEST_NAMES",
+    "NDARRAY_CACHE_NAMES",
+    "Location",
+    "cached_location",
+    "locate",
+    "locate_mirror",
+    "remote_location",
+]
 
-#: The manifest's usual names, newest first.
-MANIFEST_NAMES = ("tensor-cache.json", "ndarray-cache.json")
+#: The usual names of an NDArray cache's manifest, newest first.
+NDARRAY_CACHE_NAMES = ("tensor-cache.json", "ndarray-cache.json")
+#: The names to try in a directory: then those of an index of safetensors files, and of a single one.
+MANIFEST_NAMES = (*NDARRAY_CACHE_NAMES, "model.safetensors.index.json", "model.safetensors")
+#: Other programs' names for the schemes of object storage.
+_OTHER_NAMES = {"s3a": "s3", "s3n": "s3", "gcs": "gs", "azure": "az", "azblob": "az"}
 
 
 @dataclass(frozen=True)
@@ -36,7 +50,8 @@ class Location:
     Attributes
     ----------
     base : str
-        The URL of the model directory, ending in a slash; empty for a local one. May hold a password.
+        The URL of the model directory, ending in a slash; empty for a local one. May hold a password, unless it is that
+        of a folder in object storage.
     query : str
         The query of the given URL, sent with every request (signed URLs of a whole container).
     directory : pathlib.Path or None
@@ -46,6 +61,8 @@ class Location:
     identities : tuple of str
         URLs without query that identify the model in the cache: first the one at huggingface.co, even for another
         endpoint, then the one that earlier versions used.
+    directory_name : str or None
+        The name of the model's directory in the cache, if it is known, and not the URL from which it follows.
     """
 
     base: str = field(repr=False)
@@ -53,6 +70,12 @@ class Location:
     directory: Path | None
     manifest_names: tuple[str, ...]
     identities: tuple[str, ...] = ()
+    directory_name: str | None = None
+
+    @property
+    def is_folder(self) -> bool:
+        """Return whether the user named a directory, and not a manifest."""
+        return len(self.manifest_names) > 1
 
     @property
     def is_remote(self) -> bool:
@@ -74,6 +97,14 @@ class Location:
         return self._shown(self.identities[0]) if self.is_remote else str(self.directory)
 
     @property
+    def title(self) -> str:
+        """Return a name to show, without scheme, password and query; its last part says most."""
+        if self.directory is not None:
+            return printable(os.path.abspath(self.directory))
+        text = redact(self.base).partition("://")[2].strip("/")
+        return printable(unquote(re.sub(r"/resolve/[^/]+", "", text)))
+
+    @property
     def cache_key(self) -> str:
         """Return the name of the model's directory in the cache, readable, and unique by the digest at its end."""
         return self.cache_keys[0]
@@ -81,6 +112,8 @@ class Location:
     @property
     def cache_keys(self) -> tuple[str, ...]:
         """Return the directory's name, followed by those that earlier versions gave it."""
+        if self.directory_name is not None:
+            return (self.directory_name,)
         query = identifying_query(self.query)
         return tuple(_cache_key(identity, query) for identity in self.identities)
 
@@ -96,7 +129,9 @@ def _cache_key(identity: str, query: str) -> str:
     return f"{'--'.join(words)[:100].strip('.-') or 'model'}--{digest}"
 
 
-def locate(source: str | os.PathLike[str], environ: Mapping[str, str] = os.environ) -> Location:
+def locate(
+    source: str | os.PathLike[str], environ: Mapping[str, str] = os.environ, *, revision: str | None = None
+) -> Location:
     """Return the location of `source`; look at the file system, but not at the network.
 
     Parameters
@@ -105,16 +140,30 @@ def locate(source: str | os.PathLike[str], environ: Mapping[str, str] = os.envir
         See the top of this module.
     environ : mapping
         For HF_ENDPOINT.
+    revision : str, optional
+        The branch, tag or commit of a repository on Hugging Face whose source names none.
 
     Raises
     ------
     NotFoundError
         `source` is a local path that does not exist.
     ValueError
-        `source` is a URL that cannot be read, can be read in more than one way, or has an unknown scheme.
+        `source` is a URL that cannot be read, can be read in more than one way, or has an unknown scheme. Or `revision`
+        is given, and `source` has another one, or is no repository.
+    TypeError
+        `source` is neither a text nor a path, such as None from a variable that is not set.
     """
-    if not isinstance(source, str):
+    location = _locate(source, environ, revision)
+    if revision is not None and not location.is_remote:
+        raise _no_revision(str(location))
+    return location
+
+
+def _locate(source: str | os.PathLike[str], environ: Mapping[str, str], revision: str | None) -> Location:
+    if isinstance(source, os.PathLike):
         return _local(Path(source))
+    if not isinstance(source, str):
+        raise TypeError(f"the source must be a text or a path, not {type(source).__name__}")
     text = source.strip()
     if not text:
         raise ValueError("the source is empty: give a URL, hf://owner/name or a directory")
@@ -126,15 +175,23 @@ def locate(source: str | os.PathLike[str], environ: Mapping[str, str] = os.envir
     scheme = scheme.lower()
     if scheme == "hf":
         endpoint = hf_endpoint(environ)
-        return _http(repository_url(rest, endpoint), endpoint)
+        return _http(repository_url(rest, endpoint, revision), endpoint)
     if scheme == "file":
         return _file_url(text)
-    if scheme in ("http", "https"):
-        return _http(text, hf_endpoint(environ))
+    if scheme in ("http", "https", *OBJECT_SCHEMES):
+        return _http(text, hf_endpoint(environ), revision)
     kind = f"{scheme}://" if re.fullmatch(r"[a-z][a-z0-9+.-]{0,20}", scheme) else "this"
-    raise ValueError(
-        f"sources of the kind {kind} are not supported: give an http(s) URL, hf://owner/name, file:// or a directory"
+    usual = _OTHER_NAMES.get(scheme)
+    remedy = (
+        f"write {usual}://" if usual else "give an http(s) URL, hf://owner/name, s3://, gs://, az:// or a directory"
     )
+    raise ValueError(f"sources of the kind {kind} are not supported: {remedy}")
+
+
+def cached_location(source: str, directory_name: str, manifest_names: tuple[str, ...]) -> Location:
+    """Return the location of a model as the cache lists it: its source need not be a URL that can be requested."""
+    base = source if source.endswith("/") else f"{source}/"
+    return Location(base, "", None, manifest_names, (source,), directory_name)
 
 
 def locate_mirror(source: str) -> Location:
@@ -147,23 +204,30 @@ def locate_mirror(source: str) -> Location:
     """
     location = locate(source)
     if not location.is_remote:
-        raise ValueError(f"a mirror is an http(s) URL or hf://owner/name, not a local path: {location}")
+        known = "an http(s) URL, hf://owner/name, s3://, gs:// or az://"
+        raise ValueError(f"a mirror is {known}, not a local path: {location}")
     return location
 
 
-def _http(text: str, endpoint: Url) -> Location:
+def _http(text: str, endpoint: Url, revision: str | None = None) -> Location:
     try:
         url = parse(text)
     except UrlError as error:
         raise ValueError(f"this URL cannot be used, {error}: {redact(text)}") from None
-    if (files := page_url(url, endpoint)) is not None:
+    if (files := page_url(url, endpoint, revision)) is not None:
         url = parse(files)
+    elif revision is not None:
+        raise _no_revision(redact(text))
     folder, _, name = url.path.rpartition("/")
-    if name.endswith(".json"):
+    if name.endswith(MANIFEST_SUFFIXES):
         names: tuple[str, ...] = (_file_name(name),)
     else:
         folder, names = url.path.rstrip("/"), MANIFEST_NAMES
     return remote_location(replace(url, path=f"{folder}/"), names, endpoint)
+
+
+def _no_revision(shown: str) -> ValueError:
+    return ValueError(f"revision is for repositories on Hugging Face (hf://owner/name), and not for {shown}")
 
 
 def remote_location(folder: Url, manifest_names: tuple[str, ...], endpoint: Url) -> Location:

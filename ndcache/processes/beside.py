@@ -25,8 +25,9 @@ from ..location.hub import LOGIN_VARIABLES
 from ..options import LoaderOptions, Source
 from ..sources.model import Model
 from ..sources.remote import RemoteModel
+from ..store.layered import LocalScope
 from .command import absolute_paths, package_root, why_no_interpreter
-from .how_many import process_count
+from .how_many import process_count, usable_cores
 from .messages import HelperRequest, wanted_shards
 
 if TYPE_CHECKING:
@@ -61,6 +62,8 @@ class HelperProcesses:
 
     def start(self, model: Model, context: LoadContext) -> None:
         """Start the helpers that the missing shards need, in a thread of the pool, and do not wait for them."""
+        if context.stats.trace is not None:
+            context.stats.trace.note(context.stats, cores=usable_cores())
         wanted = self._options.processes
         if wanted == 1 or not isinstance(model, RemoteModel) or not model.is_kept:
             return
@@ -70,9 +73,13 @@ class HelperProcesses:
             return
         why_alone = "requests go through your session" if self._options.session is not None else why_no_interpreter()
         if why_alone is None:
+            if context.stats.trace is not None:
+                context.stats.trace.note(context.stats, processes=count)
             from .supervisor import Supervisor  # imports what loads in one process do not need
 
-            self._supervisor = Supervisor(self._request(model, context, missing), count - 1, context.stats)
+            self._supervisor = Supervisor(
+                self._request(model, context, missing), count - 1, context.stats, context.bucket
+            )
             context.pool.run_beside(self._supervisor.run, self._supervisor.end)
         elif wanted != "auto":
             warn_caller(f"processes={wanted} has no effect, as {why_alone}: one process downloads")
@@ -88,6 +95,9 @@ class HelperProcesses:
             return
         helped = self._from_cache.keys() & self._supervisor.published
         context.stats.cache_bytes -= sum(self._from_cache[name] for name in helped)
+        if context.stats.trace is not None:
+            for name in helped:
+                context.stats.trace.shard_done(name, "network")
         if self._supervisor.problem is not None:
             warn_caller(self._supervisor.problem)
 
@@ -102,6 +112,9 @@ class HelperProcesses:
             commits=model.commits,
             wanted=wanted_shards(model.manifest, missing),
             log_level=max(logger.getEffectiveLevel(), logging.DEBUG),
+            local_dir=os.path.abspath(context.cache.local_dir) if isinstance(context.cache, LocalScope) else None,
+            old_files=dict(model.cache.old_files.versions) if context.force else None,
+            trace_started=None if context.stats.trace is None else context.stats.trace.started,
         )
 
     def _options_to_send(self, context: LoadContext) -> dict[str, Any]:
@@ -110,11 +123,15 @@ class HelperProcesses:
             "max_workers": options.max_workers,
             "cache_dir": None if top is None else str(top),
             "scope": options.scope,
+            "token": options.token,
+            "headers": None if options.headers is None else dict(options.headers),
+            "revision": options.revision,
+            "limit_rate": options.limit_rate,
             "timeout": options.timeout if isinstance(options.timeout, tuple) else (options.timeout,) * 2,
             "retries": {each.name: getattr(context.policy, each.name) for each in dataclasses.fields(RetryPolicy)},
             "verify": options.verify,
             "mirrors": list(options.mirrors),
-            "integrity": None if options.integrity is None else dict(options.integrity),
+            "integrity": _integrity_to_send(options.integrity),
         }
 
     def _environ_to_send(self) -> dict[str, str]:
@@ -122,3 +139,9 @@ class HelperProcesses:
         # By the names: another thread may remove a variable meanwhile.
         others = {name: value for name in os.environ if name not in own and (value := os.environ.get(name)) is not None}
         return absolute_paths({**others, **self._login})
+
+
+def _integrity_to_send(integrity: Mapping[str, str] | str | os.PathLike[str] | None) -> dict[str, str] | str | None:
+    if integrity is None:
+        return None
+    return dict(integrity) if isinstance(integrity, Mapping) else os.path.abspath(integrity)

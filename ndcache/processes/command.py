@@ -1,4 +1,4 @@
-"""How a helper process is started: its interpreter, its arguments, its environment and its working directory.
+"""The command that starts a helper process: interpreter, arguments, environment and working directory.
 
 A helper must import the same ndcache as its parent, and nothing from the user's working directory. Its arguments and
 its environment, which other users can read or which crash reports contain, hold no secret: the parent's environment
@@ -37,6 +37,8 @@ _UNWANTED = ("PYTHONPATH", "PYTHONINSPECT", "PYTHONSTARTUP")
 _PATHS = (
     *("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE", "NETRC", "HOME"),
     *("HF_HOME", "HF_TOKEN_PATH", "XDG_CACHE_HOME", "TMPDIR"),
+    *("AWS_WEB_IDENTITY_TOKEN_FILE", "GOOGLE_APPLICATION_CREDENTIALS", "GOOGLE_SERVICE_ACCOUNT"),
+    *("GOOGLE_SERVICE_ACCOUNT_PATH", "AZURE_FEDERATED_TOKEN_FILE"),
 )
 _SITE_DIRECTORIES = ("site-packages", "dist-packages")
 

@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -14,11 +15,11 @@ from ..context import LoadContext
 from ..errors import AuthError, IntegrityError, NdcacheError, TransferError
 from ..format.manifest import Shard
 from ..http.retry import RetryPolicy
-from ..location import locate
 from ..options import LoaderOptions
 from ..resources import LoaderResources
 from ..sources.remote import RemoteModel, open_known_model
 from ..stats import LoadStats
+from ..trace import Trace
 from ..workers.outcomes import Outcomes, Task
 from .messages import HelperReport, HelperRequest
 
@@ -44,8 +45,14 @@ def download(fields: dict[str, Any], reports: int, on_end: Callable[[Callable[[]
     """
     request = HelperRequest(**fields)
     resources = LoaderResources(_loader_options(**request.options), os.environ)
-    location = locate(request.source)
-    with resources.context(location, must_keep=True) as context:
+    location = resources.locate(request.source)
+    local_dir = None if request.local_dir is None else Path(request.local_dir)
+    force = request.old_files is not None
+    with resources.context(
+        location, must_keep=True, local_dir=local_dir, force=force, bucket=request.bucket
+    ) as context:
+        if request.trace_started is not None:
+            context.stats.record_to(Trace(request.trace_started, "ndcache helper"))
         reporter = _Reporter(reports, context.stats)
         logger.addHandler(reporter.handler)
         logger.propagate = False
@@ -56,6 +63,7 @@ def download(fields: dict[str, Any], reports: int, on_end: Callable[[Callable[[]
             model = open_known_model(
                 location, context, request.manifest_name, request.manifest_text.encode(), request.commits
             )
+            model.cache.old_files.versions.update(request.old_files or {})
             reporter.report()  # from now on, there may be something to keep
             _download_free(model, request.shards(model.manifest), context, reporter)
             is_done = True
@@ -124,7 +132,11 @@ class _Reporter:
     def report(self, *, is_done: bool = False) -> None:
         """Report what has been done."""
         report = HelperReport.of(
-            self._stats, published=_take_all(self.published), log=_take_all(self.handler.records), is_done=is_done
+            self._stats,
+            published=_take_all(self.published),
+            log=_take_all(self.handler.records),
+            events=[] if self._stats.trace is None else self._stats.trace.take_events(),
+            is_done=is_done,
         )
         line = memoryview(report.encode())
         while line:

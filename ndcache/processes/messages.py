@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -12,8 +12,9 @@ from ..stats import LoadStats
 
 __all__ = ["HelperReport", "HelperRequest", "Wanted", "wanted_shards"]
 
-#: A wanted shard: its index in the manifest, and the indices of the wanted records, or None for the whole shard.
-Wanted = tuple[int, "list[int] | None"]
+#: A wanted shard: its index in the manifest, and the index, offset and bytes of each wanted record, of which only a
+#: slice may be wanted; or None for the whole shard.
+Wanted = tuple[int, "list[tuple[int, int, int]] | None"]
 _COUNTS = ("network_bytes", "resumed_bytes", "requests", "retries")
 
 
@@ -38,28 +39,51 @@ class HelperRequest:
         The shards that were missing when the parent looked; see `Wanted`.
     log_level : int
         The least level of log records that the parent wants to have.
+    local_dir : str or None
+        Where files go instead of the cache.
+    bucket : int or None
+        The descriptor of the load's `TokenBucket`, which the helper inherits.
+    old_files : dict or None
+        The versions of files to download again; see `OldFiles`. None if none is.
+    trace_started : float or None
+        When the load's `Trace` began; None if there is none.
     """
 
     package_root: str
     source: str
-    options: dict[str, Any]
+    options: dict[str, Any] = field(repr=False)
     environ: dict[str, str] = field(repr=False)
     manifest_name: str
     manifest_text: str = field(repr=False)
     commits: dict[str, str]
     wanted: list[Wanted] = field(repr=False)
     log_level: int
+    local_dir: str | None = None
+    bucket: int | None = None
+    old_files: dict[str, list[int]] | None = None
+    trace_started: float | None = None
 
     def encode(self) -> bytes:
         """Return the request as a line."""
         return json.dumps(asdict(self), separators=(",", ":")).encode() + b"\n"
 
     def shards(self, manifest: Manifest) -> list[Shard]:
-        """Return the wanted shards, with the wanted records only."""
-        return [
-            shard if records is None else replace(shard, records=tuple(shard.records[each] for each in records))
-            for shard, records in ((manifest.shards[index], records) for index, records in self.wanted)
-        ]
+        """Return the wanted shards, with the wanted bytes of the wanted records only."""
+        return [_part(manifest.shards[index], records) for index, records in self.wanted]
+
+
+def _part(shard: Shard, wanted: Sequence[tuple[int, int, int]] | None) -> Shard:
+    if wanted is None:
+        return shard
+    # A slice keeps the shape of the whole tensor here, at which no download looks.
+    records = ((shard.records[place], start, nbytes) for place, start, nbytes in wanted)
+    return replace(
+        shard,
+        records=tuple(
+            record if record.nbytes == nbytes else replace(record, byte_offset=start, nbytes=nbytes)
+            for record, start, nbytes in records
+        ),
+    )
 
 
 def wanted_shards(manifest: Manifest, shards: Iterable[Shard]) -> list[Wanted]:
@@ -70,9 +94,9 @@ def wanted_shards(manifest: Manifest, shards: Iterable[Shard]) -> list[Wanted]:
         index = indices[shard.data_path]
         whole = manifest.shards[index]
         records = None
-        if len(shard.records) < len(whole.records):
+        if shard.records != whole.records:
             places = {record.name: place for place, record in enumerate(whole.records)}
-            records = [places[record.name] for record in shard.records]
+            records = [(places[record.name], record.byte_offset, record.nbytes) for record in shard.records]
         wanted.append((index, records))
     return wanted
 
@@ -91,6 +115,8 @@ class HelperReport:
         The shards that it has put into the cache since the last report.
     log : list of (int, str)
         Levels and texts of log records since the last report.
+    events : list of dict
+        Events since the last report, for the load's `Trace`.
     is_done : bool
         Whether nothing is left for it to begin.
     """
@@ -99,6 +125,7 @@ class HelperReport:
     seconds: dict[str, float] = field(default_factory=dict)
     published: list[str] = field(default_factory=list)
     log: list[tuple[int, str]] = field(default_factory=list)
+    events: list[dict[str, Any]] = field(default_factory=list)
     is_done: bool = False
 
     @classmethod

@@ -139,9 +139,13 @@ class HelperProcess:
 
 
 def start_helper(
-    arguments: list[str], environ: dict[str, str], request: bytes, selector: selectors.BaseSelector
+    arguments: list[str],
+    environ: dict[str, str],
+    request: bytes,
+    selector: selectors.BaseSelector,
+    inherited: int | None = None,
 ) -> HelperProcess:
-    """Start a helper process.
+    """Start a helper process, which inherits a descriptor.
 
     Raises
     ------
@@ -155,6 +159,7 @@ def start_helper(
         env=environ,
         cwd=WORKING_DIRECTORY,
         bufsize=0,
+        pass_fds=() if inherited is None else (inherited,),
     )
     helper = HelperProcess(process, request, selector)
     try:

@@ -7,7 +7,9 @@ import selectors
 import signal
 import subprocess
 import time
+from dataclasses import replace
 
+from ..http.limits.token_bucket import TokenBucket
 from ..stats import LoadStats
 from .command import helper_arguments, helper_environ
 from .messages import HelperReport, HelperRequest
@@ -22,7 +24,7 @@ _GRACE = 0.75
 #: Seconds without a report after which a helper is killed, so that its locks are free. Time in which this process does
 #: not run either, because somebody stopped all of them, does not count.
 _PATIENCE = 15.0
-#: What prevents the start of a process; a RuntimeError, if Python is shutting down.
+#: Errors that prevent the start of a process; a RuntimeError, if Python is shutting down.
 _START_ERRORS = (OSError, RuntimeError, subprocess.SubprocessError)
 
 logger = logging.getLogger("ndcache")
@@ -38,6 +40,8 @@ class Supervisor:
         How many helpers to start.
     stats : LoadStats
         The load's, which their bytes, requests and seconds are added to.
+    bucket : TokenBucket or None
+        The load's, which they share.
 
     Attributes
     ----------
@@ -47,12 +51,13 @@ class Supervisor:
         Why a helper could not start.
     """
 
-    def __init__(self, request: HelperRequest, count: int, stats: LoadStats) -> None:
+    def __init__(self, request: HelperRequest, count: int, stats: LoadStats, bucket: TokenBucket | None = None) -> None:
         self.published: set[str] = set()
         self.problem: str | None = None
         self._request = request
         self._count = count
         self._stats = stats
+        self._bucket = bucket
         self._is_ending = False
         self._has_warned = False
         self._logged: set[str] = set()
@@ -87,19 +92,17 @@ class Supervisor:
                     helper.kill()
 
     def _start(self, helpers: list[HelperProcess], selector: selectors.BaseSelector) -> None:
-        request = self._request.encode()
         arguments, environ = helper_arguments(), helper_environ(self._request.environ)
-        for _ in range(self._count):
-            if self._is_ending:
-                return
-            try:
-                helpers.append(start_helper(arguments, environ, request, selector))
-            except _START_ERRORS as error:
-                self.problem = (
-                    f"a helper process could not start ({error}):"
-                    f" {1 + len(helpers)} of {1 + self._count} processes download"
-                )
-                return
+        try:
+            bucket = None if self._bucket is None else self._bucket.share()
+            request = replace(self._request, bucket=bucket).encode()
+            while len(helpers) < self._count and not self._is_ending:
+                helpers.append(start_helper(arguments, environ, request, selector, bucket))
+        except _START_ERRORS as error:
+            self.problem = (
+                f"a helper process could not start ({error}):"
+                f" {1 + len(helpers)} of {1 + self._count} processes download"
+            )
 
     def _follow(self, helpers: list[HelperProcess], selector: selectors.BaseSelector) -> None:
         """Read what has come, and kill helpers that do not report any more."""
@@ -124,6 +127,8 @@ class Supervisor:
                 self._stats.count(**counts)
                 self._stats.add_seconds(seconds)
                 self.published.update(report.published)
+                if self._stats.trace is not None:
+                    self._stats.trace.add_events(report.events)
                 self._log(report)
             if not (helper.is_running or helper.last.is_done or self._is_ending):
                 self._warn(helper.last_words)

@@ -1,4 +1,4 @@
-"""Where shards come from: a local directory, or a server and its cache."""
+"""Sources of shards: a local directory, or a server and its cache."""
 
 from __future__ import annotations
 

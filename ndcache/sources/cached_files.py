@@ -20,6 +20,8 @@ __all__ = ["CachedFile", "HeldFiles", "ObtainAttempt", "open_cached", "unreadabl
 
 #: How many attempts to make at a shard that other processes keep deleting or replacing.
 _ATTEMPTS = 5
+#: How often to look for a file and the note about it, while other processes keep replacing both.
+_LOOKS = 3
 #: The most files that all loads of this process hold: descriptors are scarce.
 _MAX_HELD = 128
 #: Free descriptors that there must be for each held file, so that these use a quarter at most.
@@ -100,15 +102,27 @@ class HeldFiles:
 
 
 def open_cached(cache: ModelDirectory, shard: Shard) -> CachedFile | None:
-    """Open the shard's file in the cache, if it is there and of the right size."""
-    file = cache.open_shard(shard)
-    if file is None:
-        return None
-    try:
-        return CachedFile(file, cache.metadata(shard.data_path))
-    except BaseException:
+    """Open the shard's file in the cache, if it is there and of the right size, and read the note about this file.
+
+    Another process may publish a new file and a new note between the two looks. The new note says nothing about the old
+    file, so both are looked at again. If they keep changing, the file counts as one without a note.
+    """
+    for _ in range(_LOOKS):
+        file = cache.open_shard(shard)
+        if file is None:
+            return None
+        try:
+            metadata = cache.metadata(shard.data_path)
+            if metadata is None or metadata.is_unchanged(os.fstat(file.fileno())):
+                return CachedFile(file, metadata)
+            if cache.is_published(shard.data_path, file):  # a copy, whose time is not the one that was noted
+                return CachedFile(file, metadata)
+        except BaseException:
+            file.close()
+            raise
         file.close()
-        raise
+    file = cache.open_shard(shard)
+    return None if file is None else CachedFile(file)
 
 
 def unreadable(shard: Shard, error: OSError) -> CacheUnavailableError | None:

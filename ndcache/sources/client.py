@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
 
+from ..cloud.refusals import Refused
+from ..cloud.storage import Address
 from ..context import LoadContext
 from ..errors import NdcacheError, redact
 from ..http.limits.origin import Permit
-from ..http.limits.rate_limits import OriginActivity, is_refusal, origin_of
+from ..http.limits.rate_limits import OriginActivity, is_refusal, origin_of, refusal_reason
 from ..http.response import Response
 from ..http.retry import Attempt, RetryPolicy, attempts
 from ..http.transport import RedirectTarget
@@ -56,30 +59,25 @@ class Client:
         context, name, turns = self.context, branch_url(url), self.context.pool.turns
         cancellation = cancellation or context.cancellation
         commit = self.commits.get(name) if name else None
-        context.stats.count(requests=1)
         with context.stats.timed("request", url=redact(url), range=headers.get("Range")) as others:
-
-            def acquire(url: str) -> Permit:
-                begun, limit = time.perf_counter(), context.limits.of(url)
-                if limit.state.is_limited:
-                    turns.release()  # there may be a wait
-                try:
-                    return limit.acquire(cancellation, waiting)
-                finally:
-                    others["rate_limit"] = others.get("rate_limit", 0.0) + time.perf_counter() - begun
-
+            acquire = functools.partial(self._acquire, cancellation, waiting, others)
             try:
-                response = context.transport.get(
-                    url,
-                    headers,
-                    cancellation,
-                    source_url=source_url,
-                    redirects=redirects,
-                    acquire=acquire,
-                    may_be_encoded=may_be_encoded,
-                    start=at_commit(url, commit) if commit else None,
-                    before_wait=turns.release,
-                )
+                if context.storage.has(url):
+                    response = self._get_object(url, headers, cancellation, acquire, may_be_encoded=may_be_encoded)
+                else:
+                    context.stats.count(requests=1)
+                    response = context.transport.get(
+                        url,
+                        headers,
+                        cancellation,
+                        source_url=source_url,
+                        redirects=redirects,
+                        acquire=acquire,
+                        may_be_encoded=may_be_encoded,
+                        start=at_commit(url, commit) if commit else None,
+                        before_wait=turns.release,
+                        bucket=context.bucket,
+                    )
             finally:
                 turns.release()
         if name and response.commit:
@@ -88,6 +86,50 @@ class Client:
         if response.url != url:
             self._activity.record(origin_of(url))  # a redirect is an answer, too
         return response
+
+    def _acquire(
+        self, cancellation: Cancellation, waiting: Callable[[], None], seconds: dict[str, float], url: str
+    ) -> Permit:
+        """Wait until the limits of a server allow a request, and add the time to ``seconds["rate_limit"]``."""
+        context, begun, limit, key = self.context, time.perf_counter(), self.context.limits.of(url), object()
+        if limit.state.is_limited:
+            context.pool.turns.release()  # there may be a wait
+            reason = refusal_reason(limit.state.pause_until - time.monotonic())
+            context.arrivals.pause(key, reason, is_wanted=True)
+        try:
+            return limit.acquire(cancellation, waiting)
+        finally:
+            context.arrivals.go_on(key)
+            seconds["rate_limit"] = seconds.get("rate_limit", 0.0) + time.perf_counter() - begun
+
+    def _get_object(
+        self,
+        url: str,
+        headers: Mapping[str, str],
+        cancellation: Cancellation,
+        acquire: Callable[[str], Permit],
+        *,
+        may_be_encoded: bool,
+    ) -> Response:
+        """Get an object of a bucket by an address that its storage accepts."""
+        context, before_wait = self.context, self.context.pool.turns.release
+
+        def send(address: Address) -> Response:
+            context.stats.count(requests=1)
+            return context.transport.get(
+                url,
+                {**address.headers, **headers},
+                cancellation,
+                acquire=acquire,
+                may_be_encoded=may_be_encoded,
+                start=address.url,
+                before_wait=before_wait,
+                refused=Refused,
+                bucket=context.bucket,
+            )
+
+        before_wait()  # credentials may have to be fetched
+        return context.storage.get(url, send, cancellation)
 
     def attempts(
         self,
@@ -98,7 +140,13 @@ class Client:
         """Yield attempts at some work, as `http.retry.attempts` does, by the load's policy unless another is given."""
         context = self.context
         return attempts(
-            policy or context.policy, context.cancellation, context.stats, self._activity, progress, waiting
+            policy or context.policy,
+            context.cancellation,
+            context.stats,
+            self._activity,
+            progress,
+            waiting,
+            context.arrivals,
         )
 
     def count_received(self, origin: str, nbytes: int) -> None:

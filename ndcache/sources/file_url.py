@@ -19,15 +19,15 @@ from ..urls.url import parse
 __all__ = ["choose_model", "delete_file", "file_url", "find_file", "possible_models"]
 
 
-def file_url(url: str) -> str:
+def file_url(url: str, revision: str | None = None) -> str:
     """Return the http(s) URL of a file, for every spelling that `ndcache.load` knows.
 
     Raises
     ------
     ValueError
-        `url` does not name a file on a server.
+        `url` does not name a file on a server, or `revision` does not fit it.
     """
-    location = locate(url)
+    location = locate(url, revision=revision)
     if not location.is_remote:
         raise ValueError(f"this is not the URL of a file on a server: {redact(url)}")
     # `locate` takes the name off a manifest's URL, and takes any other file for a directory.

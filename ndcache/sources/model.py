@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ..format.manifest import Manifest, Shard
+from ..store.housekeeping.usage import Use
+from ..store.partials.growing import GrowingFile
 
 __all__ = ["Flaw", "Model", "ShardFile", "is_shortage"]
 
@@ -40,11 +42,14 @@ class ShardFile:
     checked : str
         ``"size"``, or the strongest algorithm: ``"md5"``, ``"sha256"``, or, if the caller demands such a digest,
         ``"sha384"`` or ``"sha512"``.
+    is_complete : bool
+        Whether nothing of it is being downloaded any more. If not, it is shorter than the shard.
     """
 
     file: BinaryIO
     from_cache: bool
     checked: str
+    is_complete: bool = True
 
 
 class Model(ABC):
@@ -57,17 +62,26 @@ class Model(ABC):
         The directory of its files, which need not exist yet.
     """
 
+    #: The use of the model, which keeps it in the cache; None if it is elsewhere, or only looked at.
+    use: Use | None = None
+
     def __init__(self, manifest: Manifest, directory: Path) -> None:
         self.manifest = manifest
         self.directory = directory
 
+    def take_use(self) -> Use | None:
+        """Return the use of the model, to be ended by the caller."""
+        use, self.use = self.use, None
+        return use
+
+    def end_use(self) -> None:
+        """Let others remove the model."""
+        if (use := self.take_use()) is not None:
+            use.end()
+
     @abstractmethod
     def has(self, shard: Shard) -> bool:
         """Return whether the shard's file is there and of the right size, without reading it."""
-
-    def is_ready(self, shard: Shard) -> bool:
-        """Return whether `obtain` is likely to need no network; do not read the file."""
-        return self.has(shard)
 
     @property
     def is_kept(self) -> bool:
@@ -79,8 +93,13 @@ class Model(ABC):
         return shard.nbytes
 
     @abstractmethod
-    def prepare(self, shards: Sequence[Shard]) -> None:
+    def prepare(self, shards: Sequence[Shard]) -> bool:
         """Check that all these shards can be obtained, before the first one is.
+
+        Returns
+        -------
+        bool
+            Whether all are likely to need no network.
 
         Raises
         ------
@@ -89,8 +108,11 @@ class Model(ABC):
         """
 
     @abstractmethod
-    def obtain(self, shard: Shard) -> ShardFile:
-        """Return the shard's open file. Workers call this from several threads."""
+    def obtain(self, shard: Shard, growing: GrowingFile | None = None) -> ShardFile:
+        """Return the shard's open file. Workers call this from several threads.
+
+        If the shard is downloaded and has no digest, `growing` lets tasks read what is there meanwhile.
+        """
 
     @abstractmethod
     def check(self, shard: Shard) -> str | Flaw:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import BinaryIO
 
 from ..context import LoadContext
-from ..errors import CacheError, UnsafeCacheError
-from ..format.integrity import find_mismatch
+from ..errors import CacheError, RemoteChangedError, UnsafeCacheError
+from ..format.integrity import find_mismatch, has_right_header
 from ..format.manifest import Shard
-from ..format.strict_json import MAX_MANIFEST_BYTES
+from ..format.safetensors.headers import is_kept_header
+from ..format.strict_json import MAX_KEPT_BYTES
 from ..store.directory import ModelDirectory
 from ..store.metadata import FileMetadata, Match
 from .cached_files import CachedFile, open_cached, unreadable
-from .manifest import OpenedManifest
+from .manifests.opened import OpenedManifest
 from .model import Flaw, is_shortage
 
 __all__ = ["ShardVerifier"]
@@ -64,7 +67,7 @@ class ShardVerifier:
 
     def is_current(self) -> bool:
         """Return whether the cache still has the load's manifest, and not that of an update."""
-        return self._cache.has_sha256(self._opened.manifest.name, self._opened.digest, MAX_MANIFEST_BYTES)
+        return self._cache.has_sha256(self._opened.file, self._opened.digest, MAX_KEPT_BYTES)
 
     def accepts(self, shard: Shard, cached: CachedFile) -> bool:
         """Return whether a cached file can be used; quarantine one with wrong bytes.
@@ -84,6 +87,32 @@ class ShardVerifier:
         if not self._cache.is_published(shard.data_path, cached.file):
             logger.warning("%s in the cache is not what the manifest says: set aside", shard.data_path)
         return False
+
+    def may_be_right(self, shard: Shard) -> bool:
+        """Return whether a cached file of another manifest can be used if the server says that it has not changed.
+
+        For a safetensors file, that alone proves little: the header may come from a server that has the new file, and
+        the answer from one that has the old.
+        """
+        if not self._cache.is_intact(shard.data_path) or (file := self._cache.open_shard(shard)) is None:
+            return False
+        with file:
+            return has_right_header(file, shard)
+
+    @contextlib.contextmanager
+    def doubting_headers(self) -> Iterator[None]:
+        """If a file has another header than the kept one, let the next load ask for that without a condition.
+
+        Otherwise a server whose ETags do not change with its files would confirm it forever.
+        """
+        try:
+            yield
+        except RemoteChangedError:
+            file, digest = self._opened.file, self._opened.digest
+            metadata = self._cache.metadata(file)
+            if is_kept_header(file) and metadata is not None and metadata.digests.get("sha256") == digest:
+                self._cache.try_to_remember(file, replace(metadata, digests={}))
+            raise
 
     def check(self, shard: Shard) -> str | Flaw:
         """Read a shard's file and compare it with the manifest; see `Model.check`."""
@@ -118,7 +147,7 @@ class ShardVerifier:
             with cached.file:
                 if self._is_of_another_version(shard):
                     return Flaw.OF_ANOTHER_VERSION
-                if self._has_right_bytes(shard, cached):
+                if self._has_right_bytes(shard, cached, self._context.arrivals.reading(shard.data_path)):
                     return self.checked_by(shard, cached.metadata)
                 return self._reject(shard, cached)
         size = self._cache.size(shard.data_path)
@@ -126,7 +155,7 @@ class ShardVerifier:
             return Flaw.MISSING if size is None else None
         return self.quarantine_if_truncated(shard) or Flaw.OF_ANOTHER_VERSION
 
-    def _has_right_bytes(self, shard: Shard, cached: CachedFile) -> bool:
+    def _has_right_bytes(self, shard: Shard, cached: CachedFile, count: Callable[[int], None] = lambda _: None) -> bool:
         """Compute and compare the digests of a file; note in the cache that they are right, if that was not known."""
         name, content_id = shard.data_path, self.content_id(shard)
         # For a shard without a digest, the server's digest may have been noted when it was fetched.
@@ -134,10 +163,10 @@ class ShardVerifier:
         for algorithm, digest in ({} if cached.metadata is None else cached.metadata.digests).items():
             expected.setdefault(algorithm, digest)
         with self._context.stats.timed("hash", file=name):
-            wrong = find_mismatch(cached.file, expected, self._context.cancellation.check)
+            wrong = find_mismatch(cached.file, expected, self._context.cancellation.check, count)
         if wrong is not None and shard.digests and wrong[0] not in shard.digests:
             expected, wrong = dict(shard.digests), None  # the note is wrong, and not the file
-        if wrong is not None:
+        if wrong is not None or not has_right_header(cached.file, shard):
             return False
         if cached.compare(shard, content_id) is not Match.SAME and self._cache.is_published(name, cached.file):
             metadata = cached.metadata_after_check(expected, content_id)

@@ -12,7 +12,6 @@ import contextlib
 import errno
 import hashlib
 import os
-import stat
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -23,15 +22,18 @@ from ..errors import CacheUnavailableError, UnsafeCacheError
 from ..files.folder import Folder, sync
 from ..files.notes import read_note
 from ..format.manifest import Shard
-from ..format.paths import flatten
+from ..format.paths import STATE_DIRECTORY, flatten
+from ..format.safetensors.headers import HEADERS_DIRECTORY
+from .digest_index import DigestIndex
 from .layout import Layout
 from .lock import DownloadLock, Patience, acquire_or_wait, try_lock
 from .metadata import FileMetadata, Match
-from .partial import PartialFile
-from .partial_files import PartialFiles
-from .publish import give_name, quarantine
+from .old_files import OldFiles
+from .partials.file import PartialFile
+from .partials.folder import PartialFiles
+from .publish import give_name, quarantine, tell_apart, withdraw_note
 
-__all__ = ["ModelDirectory"]
+__all__ = ["ModelDirectory", "read_metadata"]
 
 
 class ModelDirectory:
@@ -50,26 +52,46 @@ class ModelDirectory:
         The cache's root, above `directory`: no symbolic link is followed below it. Default: two folders up.
     is_private : bool
         Whether to make the root, if it is missing, for this account only. Default False.
+    is_cached : bool
+        Whether the root is that of the cache. Default False.
 
     Attributes
     ----------
     directory : pathlib.Path
     layout : Layout
         Its folders.
+    layout_in_cache : Layout or None
+        Those in the cache, where loads note that they use the model; None if the model is elsewhere only.
     partials : PartialFiles
         Files that are being written, or that interrupted loads left.
     why_not_kept : str or None
         Why new files are not kept here; see `FallbackDirectory`.
+    digests : DigestIndex or None
+        Where other models of the cache have the same bytes; None for a directory outside the cache.
+    old_files : OldFiles
+        The files that count as missing.
+    keeps_ranges : bool
+        Whether some ranges of a shard will do. Only ndcache reads the partial files in which they are kept.
     """
 
     why_not_kept: str | None = None
+    digests: DigestIndex | None = None
+    old_files = OldFiles()
+    keeps_ranges = True
 
     def __init__(
-        self, directory: Path, source: str = "", *, root: Path | None = None, is_private: bool = False
+        self,
+        directory: Path,
+        source: str = "",
+        *,
+        root: Path | None = None,
+        is_private: bool = False,
+        is_cached: bool = False,
     ) -> None:
         self.directory = directory
         root = directory.parent.parent if root is None else root
-        self.layout = Layout(Folder(root, directory.relative_to(root).parts, is_private), source)
+        self.layout = Layout(Folder(root, directory.relative_to(root).parts, is_private), source, is_cached)
+        self.layout_in_cache: Layout | None = self.layout
         self.partials = PartialFiles(self.layout)
 
     def fall_back(self, error: CacheUnavailableError) -> bool:
@@ -137,23 +159,30 @@ class ModelDirectory:
 
     def metadata(self, name: str) -> FileMetadata | None:
         """Return the noted metadata of a published file; None if there is no note, or it cannot be read."""
-        with self.layout.translate_errors(name):
-            note = read_note(self.layout.metadata, f"{flatten(name)}.json")
-        return None if note is None else FileMetadata.from_note(note)
+        return None if self.old_files.has(name) else read_metadata(self.layout, name)
 
     def read(self, name: str, limit: int) -> bytes | None:
         """Return the first `limit` bytes of a published file, and one more if it is larger; None if there is none."""
         with self.layout.translate_errors(name):
-            folder, last = self.layout.place(name)
-            file = folder.open(last)
+            file = self.open_file(name)
             if file is None:
                 return None
             with file:
                 size = os.fstat(file.fileno()).st_size
                 return file.read(min(size, limit) + 1)
 
+    def open_file(self, name: str) -> BinaryIO | None:
+        """Open a published file for reading; return None if there is none."""
+        if self.old_files.has(name):
+            return None
+        with self.layout.translate_errors(name):
+            folder, last = self.layout.place(name)
+            return folder.open(last)
+
     def open_shard(self, shard: Shard) -> BinaryIO | None:
         """Open the shard's file for reading, if it is there and of the right size."""
+        if self.old_files.has(shard.data_path):
+            return None
         with self.layout.translate_errors(shard.data_path):
             folder, last = self.layout.place(shard.data_path)
             status = folder.status(last)
@@ -166,9 +195,10 @@ class ModelDirectory:
             return file
 
     def manifest_names(self) -> list[str]:
-        """Return the names of files that may be manifests."""
+        """Return the names of files that may be manifests, and the paths of those that keep headers."""
         with self.layout.translate_errors():
             found = [entry for entry in self.layout.model.entries() if entry.endswith(".json")]
+            found += [f"{STATE_DIRECTORY}/{HEADERS_DIRECTORY}/{entry}" for entry in self.layout.headers.entries()]
         return [entry for entry in found if self.size(entry) is not None]
 
     # --- writing
@@ -223,20 +253,25 @@ class ModelDirectory:
         CacheError
         """
         with self.layout.translate_errors(name), self.layout.model.held(), self.partials.folder.held():
+            folder, last = self.layout.place(name)
             with syncing():
                 sync(partial.file.fileno())
+            tell_apart(partial, folder, last)
             status, named = os.fstat(partial.file.fileno()), partial.folder.status(partial.file_name)
-            has_stable_inodes = named is not None and os.path.samestat(named, status)
+            if named is None:
+                raise FileNotFoundError(errno.ENOENT, "a file that is being written is gone", str(partial.path))
+            has_stable_inodes = os.path.samestat(named, status)
             partial.file.close()
-            folder, last = self.layout.place(name)
             folder.make()
+            known = FileMetadata.of(
+                status, partial.hasher.hexdigests, etag=etag, last_modified=last_modified, content_id=content_id
+            )
+            if content_id is not None:
+                withdraw_note(self.layout, f"{flatten(name)}.json", known)
             file = give_name(partial, folder, last, lambda: self.quarantine(name))
             try:
                 with syncing():
                     folder.sync()
-                known = FileMetadata.of(
-                    status, partial.hasher.hexdigests, etag=etag, last_modified=last_modified, content_id=content_id
-                )
                 now = folder.status(last)
                 # By now, somebody else's file may have taken the name.
                 if now is not None and (
@@ -298,7 +333,11 @@ class ModelDirectory:
             return self.layout.make(self.layout.locks).path / flatten(name)
 
     def _status(self, name: str) -> os.stat_result | None:
-        with self.layout.translate_errors(name):
-            folder, last = self.layout.place(name)
-            status = folder.status(last)
-            return status if status is not None and stat.S_ISREG(status.st_mode) else None
+        return None if self.old_files.has(name) else self.layout.status(name)
+
+
+def read_metadata(layout: Layout, name: str) -> FileMetadata | None:
+    """Return the noted metadata of a published file; None if there is no note, or it cannot be read."""
+    with layout.translate_errors(name):
+        note = read_note(layout.metadata, f"{flatten(name)}.json")
+    return None if note is None else FileMetadata.from_note(note)

@@ -1,47 +1,29 @@
-"""Find the cache, the models in it, and the directory of each."""
+"""Find the cache, and the directory of each model in it."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote, unquote
+from typing import Any
+from urllib.parse import quote
 
 import platformdirs
 
 from ..errors import CacheUnavailableError, UnsafeCacheError
-from ..files.folder import Folder, is_gone
-from ..files.notes import read_note
+from ..files.folder import Folder
 from ..format.paths import STATE_DIRECTORY
 from ..location import Location
-from .cleanup import delete_model, disk_bytes
+from .digest_index import DigestIndex
 from .directory import ModelDirectory
-from .memory import FallbackDirectory
+from .housekeeping.deletion import delete_model
+from .housekeeping.pruning import PruneRules, prune_cache
+from .housekeeping.quantities import parse_size
+from .housekeeping.usage import forget_use
+from .memory import FallbackDirectory, UnwrittenDirectory
 
-__all__ = ["CacheScope", "CachedModel", "cache_root", "cache_scope", "models"]
-
-
-@dataclass(frozen=True)
-class CachedModel:
-    """A model found in the cache by `models`.
-
-    Attributes
-    ----------
-    scope : str
-    source : str
-        Its URL, without secrets.
-    path : pathlib.Path
-        Its directory.
-    nbytes : int
-        Bytes on disk.
-    """
-
-    scope: str
-    source: str
-    path: Path
-    nbytes: int
+__all__ = ["CacheScope", "cache_root", "cache_scope"]
 
 
 @dataclass(frozen=True)
@@ -58,12 +40,15 @@ class CacheScope:
         Whether to make `top`, if it is missing, for this account only.
     why_no_top : str or None
         Why there is no place for a cache. Local directories can be loaded nevertheless.
+    max_size : int or None
+        The most bytes that the whole cache may have.
     """
 
     top: Path | None
     name: str
     is_private: bool
     why_no_top: str | None = None
+    max_size: int | None = None
 
     @property
     def root(self) -> Path:
@@ -89,12 +74,45 @@ class CacheScope:
 
     def open(self, location: Location) -> ModelDirectory:
         """Open a model's directory, which is created when the first file is written."""
-        return ModelDirectory(self._directory(location), location.label, root=self.top, is_private=self.is_private)
+        found = ModelDirectory(self._directory(location), location.label, **self._place)
+        found.digests = self._digests(location)
+        return found
 
     def open_with_fallback(self, location: Location) -> FallbackDirectory:
         """Open a model's directory that falls back to memory where files cannot be kept."""
         directory = None if self.top is None else self._directory(location)
-        return FallbackDirectory(directory, location.label, self.why_no_top, root=self.top, is_private=self.is_private)
+        found = FallbackDirectory(directory, location.label, self.why_no_top, **self._place)
+        found.digests = self._digests(location)
+        return found
+
+    def open_unwritten(self, location: Location) -> UnwrittenDirectory:
+        """Open a model's directory to look at what is there; new files go to memory."""
+        directory = None if self.top is None else self._directory(location)
+        found = UnwrittenDirectory(directory, location.label, "nothing is written", root=self.top)
+        found.digests = self._digests(location)
+        return found
+
+    def make_room(self, nbytes: int, model: Path) -> int:
+        """Remove models that have not been used for the longest time, so that the cache keeps to its limit.
+
+        Models in use stay.
+
+        Parameters
+        ----------
+        nbytes : int
+            Bytes that will be added.
+        model : pathlib.Path
+            The directory of the model that they are for, which stays, too.
+
+        Returns
+        -------
+        int
+            By how many bytes the cache will exceed its limit nevertheless.
+        """
+        if self.top is None or self.max_size is None:
+            return 0
+        report = prune_cache(self.top, PruneRules(max_size=max(0, self.max_size - nbytes)), keeps=model)
+        return max(0, report.size + nbytes - self.max_size)
 
     def delete(self, location: Location) -> int:
         """Remove a model from the cache, given its URL or its directory in the cache.
@@ -111,7 +129,7 @@ class CacheScope:
         """
         root = self.root
         if location.directory is None:
-            return sum(delete_model(ModelDirectory(directory, root=root)) for directory in self.directories(location))
+            return sum(map(_delete, (ModelDirectory(directory, root=root) for directory in self.directories(location))))
         directory = Path(os.path.abspath(location.directory))
         # A model lies two folders below the root. The way to the root may have links, the way below it may not.
         if os.path.realpath(directory.parent.parent) != os.path.realpath(root):
@@ -119,11 +137,27 @@ class CacheScope:
                 f"{directory} does not lie in the cache {root} as a model does",
                 hint="ndcache deletes only what it fetched; remove the directory yourself.",
             )
-        return delete_model(ModelDirectory(root.joinpath(*directory.parts[-2:]), root=root))
+        return _delete(ModelDirectory(root.joinpath(*directory.parts[-2:]), root=root))
+
+    @property
+    def _place(self) -> dict[str, Any]:
+        return {"root": self.top, "is_private": self.is_private, "is_cached": True}
+
+    def _digests(self, location: Location) -> DigestIndex | None:
+        if self.top is None:
+            return None
+        folder = Folder(self.top, (), self.is_private)
+        return DigestIndex(folder, Folder(self.top, (self.name,), self.is_private), location.identities[0])
 
     def _directory(self, location: Location) -> Path:
         first, *earlier = self.directories(location)
         return first if os.path.isdir(first) else next(filter(os.path.isdir, earlier), first)
+
+
+def _delete(directory: ModelDirectory) -> int:
+    freed = delete_model(directory)
+    forget_use(directory.layout)
+    return freed
 
 
 def cache_root(cache_dir: str | os.PathLike[str] | None, home: str | None) -> Path:
@@ -152,55 +186,26 @@ def cache_root(cache_dir: str | os.PathLike[str] | None, home: str | None) -> Pa
 
 
 def cache_scope(cache_dir: str | os.PathLike[str] | None, name: str, environ: Mapping[str, str]) -> CacheScope:
-    """Return a scope of the cache in `cache_dir`, else in NDCACHE_HOME, else in the system's place for caches."""
+    """Return a scope of the cache in `cache_dir`, else in NDCACHE_HOME, else in the system's place for caches.
+
+    Raises
+    ------
+    ValueError
+        NDCACHE_MAX_SIZE is no size.
+    """
     home = environ.get("NDCACHE_HOME")
     top, why_no_top = None, None
     try:
         top = cache_root(cache_dir, home)
     except CacheUnavailableError as error:
         why_no_top = str(error)
-    return CacheScope(top, quote(name, safe=""), is_private=cache_dir is None and not home, why_no_top=why_no_top)
+    is_private, max_size = cache_dir is None and not home, _max_size(environ)
+    return CacheScope(top, quote(name, safe=""), is_private, why_no_top, max_size)
 
 
-def models(root: Path) -> Iterator[CachedModel]:
-    """Yield the models of all scopes in the cache, sorted by name; skip symbolic links.
-
-    Raises
-    ------
-    CacheUnavailableError
-        The cache's directory cannot be listed.
-    """
+def _max_size(environ: Mapping[str, str]) -> int | None:
+    text = environ.get("NDCACHE_MAX_SIZE", "").strip()
     try:
-        scopes = _folders(root)
-    except OSError as error:
-        if is_gone(error):
-            return
-        raise CacheUnavailableError(
-            f"the cache directory {root} cannot be listed: {error.strerror}",
-            hint="Choose another one: cache_dir, --cache-dir, or NDCACHE_HOME.",
-        ) from error
-    for scope in scopes:
-        with contextlib.suppress(OSError):  # it belongs to another account, or was deleted just now
-            for name in _folders(root / scope):
-                if not name.endswith(".deleted") and (model := _model(Folder(root, (scope, name)))) is not None:
-                    yield model
-
-
-def _model(folder: Folder) -> CachedModel | None:
-    scope, name = folder.names
-    state = folder / STATE_DIRECTORY
-    try:
-        if not state.exists():
-            return None
-    except OSError:
-        return None  # it belongs to another account, or is a link
-    source = (read_note(state, "source.json") or {}).get("source")
-    return CachedModel(
-        unquote(scope), source if isinstance(source, str) else name, folder.path, disk_bytes(folder.path)
-    )
-
-
-def _folders(directory: Path) -> list[str]:
-    """Return the sorted names of the folders in a directory, without links to folders."""
-    with os.scandir(directory) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
+        return parse_size(text) if text else None
+    except ValueError as error:
+        raise ValueError(f"NDCACHE_MAX_SIZE cannot be used: {error}") from error

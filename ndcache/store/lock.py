@@ -28,7 +28,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["DownloadLock", "Patience", "acquire_or_wait", "try_lock"]
+__all__ = ["DownloadLock", "Patience", "acquire_or_wait", "find_holder", "is_locked", "share_lock", "try_lock"]
 
 _OPEN = os.O_RDWR | NO_LINKS
 _CREATE = _OPEN | os.O_CREAT
@@ -40,15 +40,19 @@ _PATIENCE = (28.0, 33.0)
 _PAUSE, _LONGEST_PAUSE = 0.02, 0.5
 #: Seconds since the last sign of progress until which the pauses stay short: the file may be there at any moment.
 _PROMPT = 2.0
-#: How many times as long as a look a short pause is. On a local disk a look takes less than a millisecond; on a network
+#: The ratio of a short pause to the time of a look. On a local disk a look takes less than a millisecond; on a network
 #: file system with slow answers, the pauses are longer.
 _LOOK_TO_PAUSE = 50
+#: How often to open a lock's file that is removed each time.
+_OPENINGS = 5
+#: How often to try to share a lock. Those who take it alone do so for a moment.
+_SHARINGS = 100
 #: By folder, whether locks in it were seen to work.
 _are_effective: dict[Path, bool] = {}
 
 
 class _Result(Enum):
-    """How an attempt to get a lock ended."""
+    """The result of an attempt to get a lock."""
 
     HELD = auto()
     BUSY = auto()  # somebody else holds it
@@ -70,7 +74,7 @@ class DownloadLock:
 
 
 class Patience:
-    """How long to wait for the holder of a lock, and how often to look.
+    """A policy for waiting: how long for the holder of a lock, and how often to look.
 
     Attributes
     ----------
@@ -157,6 +161,53 @@ def try_lock(path: Path, is_there: Callable[[], bool] = lambda: False) -> Iterat
             lock.release()
 
 
+@contextlib.contextmanager
+def share_lock(path: Path) -> Iterator[None]:
+    """Hold a lock for the block together with others that share it: nobody gets it alone meanwhile.
+
+    The block runs without it where locks cannot be shared (Windows), or there are none.
+    """
+    lock = None if fcntl is None else _FileLock(path, is_shared=True)
+    result = _Result.UNAVAILABLE if lock is None else _try(lock)
+    for _ in range(_SHARINGS):
+        if lock is None or result is not _Result.BUSY:
+            break
+        time.sleep(_PAUSE)
+        result = _try(lock)
+    try:
+        yield
+    finally:
+        if lock is not None and result is _Result.HELD:
+            lock.release()
+
+
+def is_locked(path: Path) -> bool:
+    """Return whether somebody holds a lock, whose file exists."""
+    lock = _lock(path)
+    result = _try(lock)
+    if result is _Result.HELD:
+        lock.release()
+    return result is _Result.BUSY
+
+
+def find_holder(path: Path) -> int | None:
+    """Return the id of the process that holds a lock; None if nobody does, or it cannot be known.
+
+    Linux lists the locks of the processes that this one can see: none on other machines, and none of other containers.
+    Other systems do not tell.
+    """
+    try:
+        inode = os.stat(path).st_ino
+        with open("/proc/locks", encoding="ascii", errors="replace") as file:
+            # "1: FLOCK  ADVISORY  WRITE 1234 08:01:131073 0 EOF". The device is not compared: some file systems have
+            # another one here than in their files' status.
+            fields = [line.split() for line in file]
+    except OSError:
+        return None
+    found = {int(each[4]) for each in fields if each[1:2] == ["FLOCK"] and each[5].rpartition(":")[2] == str(inode)}
+    return found.pop() if len(found) == 1 and min(found) > 0 else None
+
+
 def _remove_if(path: Path, is_there: Callable[[], bool]) -> None:
     """Remove the file of a lock that is held: those who wait for it see the downloaded file, and need no lock."""
     if is_there():
@@ -185,14 +236,15 @@ def _wait(
 
 
 class _FileLock:
-    """A lock on a file, which keeps out other threads and processes until it is released.
+    """A lock on a file, which keeps out other threads and processes, unless all share it, until it is released.
 
     filelock does this too, and serves where there is no ``flock`` (Windows), but it takes four times as many system
     calls. Those were a sixth of the cost of a small shard.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, is_shared: bool = False) -> None:
         self.path = path
+        self._is_shared = is_shared
         self._handle = -1  # of the file, while it is locked
 
     def try_acquire(self) -> _Result:
@@ -201,12 +253,11 @@ class _FileLock:
         Only a regular file without another hard link serves as a lock. File systems that do not count links give no
         locks, either.
         """
-        handle = self._open()
+        handle, status = self._open_named()
         result = _Result.UNAVAILABLE
         try:
-            status = os.fstat(handle)
             if stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(handle, (fcntl.LOCK_SH if self._is_shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
                 # The last holder may have removed the file, so that others lock a new one.
                 result = _Result.HELD if os.fstat(handle).st_nlink == 1 else _Result.BUSY
         except BlockingIOError:
@@ -225,6 +276,17 @@ class _FileLock:
             fcntl.flock(handle, fcntl.LOCK_UN)
         finally:
             os.close(handle)
+
+    def _open_named(self) -> tuple[int, os.stat_result]:
+        """Open the file again if the last holder has removed it just after it was opened."""
+        for _ in range(_OPENINGS):
+            handle = self._open()
+            status = os.fstat(handle)
+            if status.st_nlink:
+                return handle, status
+            os.close(handle)
+        handle = self._open()
+        return handle, os.fstat(handle)  # this file system does not count links
 
     def _open(self) -> int:
         try:

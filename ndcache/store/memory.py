@@ -24,11 +24,12 @@ from ..files.folder import Folder
 from ..format.manifest import Shard
 from .directory import ModelDirectory
 from .lock import DownloadLock, Patience
-from .partial import PartialFile
-from .partial_files import PartialFiles
-from .ranges import ByteRanges
+from .metadata import FileMetadata
+from .partials.file import PartialFile
+from .partials.folder import PartialFiles
+from .partials.ranges import ByteRanges
 
-__all__ = ["FallbackDirectory"]
+__all__ = ["FallbackDirectory", "UnwrittenDirectory"]
 
 
 class FallbackDirectory(ModelDirectory):
@@ -44,7 +45,7 @@ class FallbackDirectory(ModelDirectory):
         Where the files come from, without secrets.
     why_not_kept : str, optional
         Why the cache has no place.
-    root, is_private
+    root, is_private, is_cached
         See `ModelDirectory`.
 
     Attributes
@@ -61,10 +62,11 @@ class FallbackDirectory(ModelDirectory):
         *,
         root: Path | None = None,
         is_private: bool = False,
+        is_cached: bool = False,
     ) -> None:
         # Nothing lies below a device, and nothing can be made there.
         nowhere = Path(os.devnull, "scope", "model")
-        super().__init__(directory or nowhere, source, root=root, is_private=is_private)
+        super().__init__(directory or nowhere, source, root=root, is_private=is_private, is_cached=is_cached)
         self.why_not_kept = why_not_kept
         self.partials = _FallbackPartialFiles(self.layout, lambda: self.why_not_kept is None)
 
@@ -120,7 +122,7 @@ class FallbackDirectory(ModelDirectory):
         syncing: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> BinaryIO:
         if isinstance(partial, MemoryPartialFile):
-            return partial.reopen()
+            return partial.open_reader()
         return super().publish(
             partial, name, etag=etag, last_modified=last_modified, content_id=content_id, syncing=syncing
         )
@@ -130,6 +132,19 @@ class FallbackDirectory(ModelDirectory):
             super().quarantine(name, file)
         except CacheUnavailableError as error:
             self.fall_back(error)  # a good file is used instead, and the next load finds this one bad again
+
+
+class UnwrittenDirectory(FallbackDirectory):
+    """A model's cache directory that is only looked at."""
+
+    def remember(self, name: str, metadata: FileMetadata) -> None:
+        pass
+
+    def quarantine(self, name: str, file: BinaryIO | None = None) -> None:
+        pass
+
+    def remove(self, name: str) -> None:
+        pass
 
 
 @dataclass(frozen=True)
@@ -174,10 +189,9 @@ class MemoryPartialFile(PartialFile):
 
     def keep_with_holes(self, nbytes: int) -> BinaryIO:
         self.file.truncate(nbytes)
-        return self.reopen()
+        return self.open_reader()
 
-    def reopen(self) -> BinaryIO:
-        """Return a second file object for reading, which stays open when the partial file is closed."""
+    def open_reader(self) -> BinaryIO:
         return os.fdopen(os.dup(self.file.fileno()), "rb", buffering=0)
 
     def delete(self) -> None:

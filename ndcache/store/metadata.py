@@ -27,7 +27,7 @@ _UNITS = (2 * 10**9, 10**9, 10**6, 10**3, 100)
 
 
 class Match(Enum):
-    """Whether a file has the content that the manifest describes."""
+    """The answer to whether a file has the content that the manifest describes."""
 
     SAME = "the same content"
     DIFFERENT = "other content"

@@ -11,16 +11,21 @@ import shutil
 import stat
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import BinaryIO
 
 from ..files.folder import Folder, is_gone, sync
 from ..format.paths import STATE_DIRECTORY
-from .partial import PartialFile
+from .layout import Layout
+from .metadata import FileMetadata
+from .partials.file import PartialFile
 
-__all__ = ["give_name", "quarantine", "remove_idle_copies"]
+__all__ = ["give_name", "quarantine", "remove_idle_copies", "tell_apart", "withdraw_note"]
 
 #: The name of a copy that is being made beside its future name.
 _COPY = re.compile(re.escape(STATE_DIRECTORY) + r"\.[0-9a-f]{16}")
+#: Nanoseconds to add to a file's time until it is another one: file systems round it to up to two seconds.
+_TIME_STEPS = (1, 10**6, 10**9, 2 * 10**9)
 
 
 def give_name(partial: PartialFile, folder: Folder, name: str, quarantine: Callable[[], None]) -> BinaryIO:
@@ -58,6 +63,27 @@ def give_name(partial: PartialFile, folder: Folder, name: str, quarantine: Calla
             file.close()
         raise
     return file
+
+
+def tell_apart(partial: PartialFile, folder: Folder, name: str) -> None:
+    """Give a partial file another time than the file that it will replace: notes know a file by its size and time."""
+    old, handle = folder.status(name), partial.file.fileno()
+    for step in _TIME_STEPS:
+        new = os.fstat(handle)
+        # Not that of a hard link: it is the time of another model's file.
+        if old is None or new.st_nlink > 1 or (new.st_size, new.st_mtime_ns) != (old.st_size, old.st_mtime_ns):
+            return
+        os.utime(handle, ns=(new.st_atime_ns, old.st_mtime_ns + step))
+
+
+def withdraw_note(layout: Layout, note: str, known: FileMetadata) -> None:
+    """Take back what a note says of the file that will be replaced, so that nobody believes it of the new one."""
+    if layout.metadata.status(note) is not None:
+        try:
+            layout.write_note(layout.metadata, note, replace(known, content_ids={}).to_note())
+        except OSError:  # the cache is full
+            with contextlib.suppress(OSError):
+                layout.metadata.unlink(note)
 
 
 def _rename(partial: PartialFile, folder: Folder, name: str) -> None:

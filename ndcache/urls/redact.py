@@ -25,7 +25,7 @@ def redact(text: str) -> str:
 
     If the text is neither a URL nor a path, leave out everything that may be a password.
     """
-    is_url = re.match(r"\s*https?://", text, re.IGNORECASE)
+    is_url = re.match(r"\s*(https?|s3|gs|az)://", text, re.IGNORECASE)
     return printable(_redact_url(text.strip()) if is_url else _redact_other(text))
 
 

@@ -17,12 +17,16 @@ from urllib.parse import quote, unquote, urljoin
 
 from .queries import query_digest
 
-__all__ = ["Origin", "Url", "UrlError", "parse", "parse_proxy", "quoted"]
+__all__ = ["OBJECT_SCHEMES", "Origin", "Url", "UrlError", "parse", "parse_http", "parse_proxy", "quoted"]
 
+#: The schemes of object storage: what stands in place of the host is a bucket or a container.
+OBJECT_SCHEMES = ("s3", "gs", "az")
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 #: Characters that are read differently wherever they stand: urlsplit drops some, urllib3 ends the host at a backslash.
 _AMBIGUOUS = re.compile(r"[\x00-\x1f\x7f-\x9f\\\ud800-\udfff]")
-_URL = re.compile(r"(https?)://([^/?#]*)([^?#]*)(?:\?([^#]*))?(?:#.*)?", re.IGNORECASE)
+_URL = re.compile(r"(https?|s3|gs|az)://([^/?#]*)([^?#]*)(?:\?([^#]*))?(?:#.*)?", re.IGNORECASE)
+#: Names of buckets, those of old ones included, and Azure's ``$web`` and ``$root``.
+_BUCKET = re.compile(r"\$?[A-Za-z0-9][A-Za-z0-9._-]{0,221}")
 _LABEL = r"[a-z0-9_-]{1,63}"
 _NAME = re.compile(rf"{_LABEL}(\.{_LABEL})*\.?")
 #: Hosts that browsers and the system's resolver take for an IPv4 address in some notation.
@@ -31,7 +35,7 @@ _SAFE = "/%~!$&'()*+,:;=@[]"  # with letters, digits and "-._", all that request
 
 
 class UrlError(ValueError):
-    """A text is not an http(s) URL, or can be read in more than one way. The message holds no part of it."""
+    """A text is not a URL of these schemes, or can be read in more than one way. The message holds no part of it."""
 
 
 class Origin(NamedTuple):
@@ -44,12 +48,13 @@ class Origin(NamedTuple):
 
 @dataclass(frozen=True)
 class Url:
-    """An http(s) URL that every parser reads alike. Its ``str`` may be sent: it has no user and password.
+    """A URL that every parser reads alike. Its ``str`` may be sent: it has no user and password.
 
     Attributes
     ----------
     scheme, host : str
-        In lower case; the host is ASCII, an IPv6 address without brackets.
+        In lower case; the host is ASCII, an IPv6 address without brackets. For `OBJECT_SCHEMES`, the bucket or
+        container, as written.
     port : int or None
         As written.
     path, query : str
@@ -71,7 +76,12 @@ class Url:
     @property
     def origin(self) -> Origin:
         """Return the scheme, host and port, with the default port if none is written."""
-        return Origin(self.scheme, self.host, self.port or _DEFAULT_PORTS[self.scheme])
+        return Origin(self.scheme, self.host, self.port or _DEFAULT_PORTS.get(self.scheme, 0))
+
+    @property
+    def is_object(self) -> bool:
+        """Return whether this names an object of a bucket, and no address that can be requested."""
+        return self.scheme in OBJECT_SCHEMES
 
     @property
     def root(self) -> str:
@@ -88,7 +98,7 @@ class Url:
     @property
     def identity(self) -> str:
         """Return the text that has always identified a file in caches: without default port and query."""
-        port = "" if self.port in (None, _DEFAULT_PORTS[self.scheme]) else f":{self.port}"
+        port = "" if self.port in (None, _DEFAULT_PORTS.get(self.scheme)) else f":{self.port}"
         return f"{self.scheme}://{self.written_host}{port}{self.path}"
 
     @property
@@ -114,10 +124,10 @@ class Url:
         if _AMBIGUOUS.search(target):
             raise UrlError("it has a backslash or a control character")
         if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", target):
-            return parse(target)
+            return parse_http(target)
         if target.startswith("//"):
-            return parse(f"{self.scheme}:{target}")
-        there = parse(urljoin(str(self), target))
+            return parse_http(f"{self.scheme}:{target}")
+        there = parse_http(urljoin(str(self), target))
         if there.origin != self.origin:
             raise UrlError("it is relative, and yet leads to another server")
         return there
@@ -133,12 +143,12 @@ class Url:
 
 @functools.lru_cache(maxsize=256)  # each request parses its URL several times
 def parse(text: str) -> Url:
-    """Read an http(s) URL.
+    """Read a URL, of http(s) or of an object in a bucket.
 
     Raises
     ------
     UrlError
-        `text` is not an http(s) URL, or can be read in more than one way.
+        `text` is no such URL, or can be read in more than one way.
     """
     if _AMBIGUOUS.search(text):
         raise UrlError("it has a backslash or a control character")
@@ -146,6 +156,8 @@ def parse(text: str) -> Url:
     if match is None:
         raise UrlError("it does not begin with http:// or https://")
     scheme, authority, path, query = match.groups()
+    if scheme.lower() in OBJECT_SCHEMES:
+        return _object_url(text, scheme.lower(), authority, path)
     user, at, rest = authority.rpartition("@")
     if re.search(r"[\s@\[\]]", user):
         raise UrlError("it has a space, @, [ or ] in its user or password; write %20, %40, %5B or %5D")
@@ -159,6 +171,34 @@ def parse(text: str) -> Url:
         user if at else None,
         host.lower(),
     )
+
+
+def _object_url(text: str, scheme: str, bucket: str, path: str) -> Url:
+    if "@" in bucket:
+        raise UrlError("it has a user or password; credentials come from the environment")
+    if re.search("[?#]", text):
+        raise UrlError("it has a query or a fragment; in the name of an object, write %3F for ? and %23 for #")
+    if not bucket:
+        raise UrlError(f"it names no bucket; write {scheme}://bucket/folder/")
+    if not _BUCKET.fullmatch(bucket):
+        raise UrlError("its bucket cannot be a bucket's name")
+    if re.search(r"//|/\.\.?(/|$)", unquote(path)):
+        raise UrlError("its path has an empty part, . or ..")
+    return Url(scheme, bucket, None, quoted(path), "", None, bucket)
+
+
+def parse_http(text: str) -> Url:
+    """Read an http(s) URL.
+
+    Raises
+    ------
+    UrlError
+        `text` is not an http(s) URL, or can be read in more than one way.
+    """
+    url = parse(text)
+    if url.is_object:
+        raise UrlError("it does not begin with http:// or https://")
+    return url
 
 
 def parse_proxy(text: str) -> Url:
@@ -176,7 +216,7 @@ def parse_proxy(text: str) -> Url:
     if not re.search("[/?#]", user):
         rest = user.replace("@", "%40") + at + host
     is_http = scheme.lower() in ("", "socks4", "socks4a", "socks5", "socks5h")
-    url = parse(f"{'http' if is_http else scheme}://{rest}")
+    url = parse_http(f"{'http' if is_http else scheme}://{rest}")
     if "@" in url.path:
         raise UrlError("it has an @ after its host")
     return url

@@ -67,14 +67,15 @@ class Outcomes(Generic[T]):
         self._arriving.put(_Outcome(index, None, error))
         self._has_failure.set()
 
-    def wait_for(self, index: int, tick: Callable[[], None] = lambda: None) -> None:
+    def wait_for(self, index: int, tick: Callable[[], None] | None = None) -> None:
         """Wait for the result of the task `index`, calling `tick` meanwhile; raise the first error of any task."""
         while index not in self._results or not self._arriving.empty():
+            if tick is not None:
+                tick()
             try:
                 outcome = self._arriving.get(timeout=_TICK)
             except Empty:
                 self._cancellation.poll()
-                tick()
                 continue
             if outcome.error is not None:
                 try:
@@ -114,10 +115,12 @@ class Task(Generic[T]):
         Receives the result or the error. Without it, they are dropped.
     index : int
         The number of the task in `outcomes`.
+    needs_slot : bool
+        Whether it may use a connection, and so runs only in a worker that has a slot, unless it was postponed.
 
     Attributes
     ----------
-    work
+    work, needs_slot
     postponed_seconds : float or None
         After how many seconds to run the task again; None if it is done.
     gate : Gate or None
@@ -127,8 +130,11 @@ class Task(Generic[T]):
     postponed_seconds: float | None = None
     gate: Gate[Task[Any]] | None = None
 
-    def __init__(self, work: Callable[[], T], outcomes: Outcomes[T] | None = None, index: int = 0) -> None:
+    def __init__(
+        self, work: Callable[[], T], outcomes: Outcomes[T] | None = None, index: int = 0, *, needs_slot: bool = True
+    ) -> None:
         self.work = work
+        self.needs_slot = needs_slot
         self._outcomes = outcomes
         self._index = index
 

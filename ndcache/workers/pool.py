@@ -96,6 +96,7 @@ class WorkerPool:
         self._is_shut_down = False
         self._starting = threading.Lock()
         self._tasks: SimpleQueue[Task[Any] | None] = SimpleQueue()
+        self._slotless_tasks: SimpleQueue[Task[Any]] = SimpleQueue()
         self._slots = Slots(max_workers)
         self.turns = Turns(max_workers + _SPARE_THREADS)
         self._goodbyes: SimpleQueue[None] = SimpleQueue()
@@ -140,9 +141,17 @@ class WorkerPool:
         return max(0, min(self.max_workers, self._wanted - self._extra) - 1)
 
     def submit(self, task: Task[Any]) -> None:
-        """Run `task` in a worker when its turn comes; without workers, run it here and now."""
+        """Run `task` in a worker when its turn comes; without workers, run it here and now.
+
+        One that needs no slot is run before those that have not begun, because it may be long until a slot is free.
+        """
         if self.has_threads:
-            self._tasks.put(task)
+            if task.needs_slot:
+                self._tasks.put(task)
+                return
+            self._slotless_tasks.put(task)
+            self._slots.wake()
+            self.submit_helper(_do_nothing)  # wakes a worker that has a slot, and waits for tasks
             return
         with task:
             if task.is_wanted:
@@ -153,11 +162,17 @@ class WorkerPool:
         if self.has_threads:
             self._tasks.put(Task(work))
 
+    def submit_next(self, task: Task[Any]) -> None:
+        """Run `task` in a worker before those that have not begun. Only workers may call this."""
+        self._postponed.add(task, 0.0)
+        if not task.needs_slot:
+            self._slots.wake()
+        self.submit_helper(_do_nothing)
+
     def open_gate(self, gate: Gate[Task[Any]]) -> None:
         """Run the tasks that `gate` has held back, before those that have not begun."""
         for task in gate.open():
-            self._postponed.add(task, 0.0)
-            self.submit_helper(_do_nothing)  # wakes a worker that waits for tasks
+            self.submit_next(task)
 
     @property
     def can_postpone(self) -> bool:
@@ -249,9 +264,10 @@ class WorkerPool:
         self._wanted = 0
         self._next_spare_work, self._sleep = _do_nothing, self.cancellation.sleep  # not what refers to this pool
         self._executor.shutdown(wait=False, cancel_futures=True)
-        with suppress(Empty):
-            while True:
-                self._tasks.get_nowait()
+        for queue in (self._tasks, self._slotless_tasks):
+            with suppress(Empty):
+                while True:
+                    queue.get_nowait()
         if self._serial_queue is not None:
             self._serial_queue.cancel()
         self._end_threads()
@@ -262,10 +278,10 @@ class WorkerPool:
                 self._goodbyes.get(timeout=_SHUTDOWN_CHECK)
                 self._ended += 1
                 continue
-            if not any(thread.is_alive() for thread in self._threads()):
+            if not any(thread.is_alive() for thread in _threads_of(self._name)):
                 break  # Ctrl-C came while a thread was started, or counted.
         self._executor.shutdown()
-        for thread in self._threads():  # The executor may not know all of them.
+        for thread in _threads_of(self._name):  # The executor may not know all of them.
             join_thread(thread)
         self._is_shut_down = True
 
@@ -304,7 +320,7 @@ class WorkerPool:
         while True:
             has_slot = self._slots.acquire(self._check_seconds)
             # While all slots are taken, a postponed task can still be completed if what it waited for is there.
-            task = self._next_task() if has_slot else self._postponed.take()
+            task = self._next_task() if has_slot else self._next_without_slot()
             if task is None and not has_slot:
                 continue
             if task is None:
@@ -319,9 +335,14 @@ class WorkerPool:
             del task  # frees what it holds while this thread waits
             self.release_slot()
 
+    def _next_without_slot(self) -> Task[Any] | None:
+        with suppress(Empty):
+            return self._postponed.take() or self._slotless_tasks.get_nowait()
+        return None
+
     def _next_task(self) -> Task[Any] | None:
         while True:
-            if (task := self._postponed.take()) is not None:
+            if (task := self._next_without_slot()) is not None:
                 return task
             with suppress(Empty):
                 if self._postponed:
@@ -356,8 +377,10 @@ class WorkerPool:
         self._tasks.put(None)
         self._slots.add()
 
-    def _threads(self) -> list[threading.Thread]:
-        return [thread for thread in threading.enumerate() if thread.name.startswith(f"{self._name}_")]
+
+def _threads_of(name: str) -> list[threading.Thread]:
+    """Return the threads of the pool with this name."""
+    return [thread for thread in threading.enumerate() if thread.name.startswith(f"{name}_")]
 
 
 def _do_nothing() -> None:

@@ -35,6 +35,7 @@ class SharedResource(Generic[T]):
         self._resource: T | None = None
         self._users = users  # that have not used it yet
         self._in_use = 0
+        self._failure: BaseException | None = None
         self._is_abandoned = False
         self._close = close
         self._gate = Gate[Task[Any]]()
@@ -48,14 +49,29 @@ class SharedResource(Generic[T]):
             self._close_if_unused()
         pool.open_gate(self._gate)
 
+    def fail(self, error: BaseException, pool: WorkerPool) -> None:
+        """Let one of the tasks raise an error, because there will be no resource; the others are cancelled."""
+        with self._lock:
+            self._failure = None if self._is_abandoned else error
+        pool.open_gate(self._gate)
+
+    def skip(self) -> None:
+        """Count a use by a task that did without the resource."""
+        with self._lock:
+            self._users -= 1
+            self._close_if_unused()
+
     def abandon(self) -> None:
         """Close the resource now, or as soon as no task uses it; call this when no other task will."""
         with self._lock:
-            self._is_abandoned = True
+            self._is_abandoned, self._failure = True, None
             self._close_if_unused()
 
     def __enter__(self) -> T:
         with self._lock:
+            if (error := self._failure) is not None:
+                self._failure, self._is_abandoned = None, True
+                raise error
             if self._is_abandoned:
                 raise CancelledError("the load was cancelled")
             if self._resource is None:

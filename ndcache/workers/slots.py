@@ -20,19 +20,23 @@ class Slots:
     # locked that the workers need.
 
     def __init__(self, count: int) -> None:
-        self._free: SimpleQueue[None] = SimpleQueue()
+        self._free: SimpleQueue[bool] = SimpleQueue()  # True for a slot, False for `wake`
         self._this_thread = threading.local()
         for _ in range(count):
             self.add()
 
     def acquire(self, timeout: float | None = None) -> bool:
-        """Wait for a free slot, so many seconds at most; return whether this thread holds one now."""
+        """Wait for a free slot, or `wake`, so many seconds at most; return whether this thread holds a slot now."""
         try:
-            self._free.get(timeout=timeout)
+            is_slot = self._free.get(timeout=timeout)
         except Empty:
             return False
-        self._this_thread.holds_slot = True
-        return True
+        self._this_thread.holds_slot = is_slot
+        return is_slot
+
+    def wake(self) -> None:
+        """End the wait of one thread that waits for a slot, or of the next one that does."""
+        self._free.put(False)
 
     @property
     def is_held(self) -> bool:
@@ -43,8 +47,8 @@ class Slots:
         """Free the slot of this thread, if it still holds one."""
         if self.is_held:
             self._this_thread.holds_slot = False
-            self._free.put(None)
+            self._free.put(True)
 
     def add(self) -> None:
         """Add one slot."""
-        self._free.put(None)
+        self._free.put(True)

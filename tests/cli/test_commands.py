@@ -27,7 +27,9 @@ import ndcache
 from ndcache.cli import commands as cli
 from ndcache.cli import doctor, options
 
-from ..helpers.models import random_array, simple_model, write_model
+from ..helpers.commands import new_runner
+from ..helpers.companions import mlc_model
+from ..helpers.models import random_array, simple_model, through_bf16, write_model
 from ..helpers.requirements import need_module
 from ..helpers.servers import Connection, FileServer, Request, ScriptedServer, Step, reply, then_stall
 
@@ -44,12 +46,7 @@ def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def invoke(*args: object) -> click.testing.Result:
-    new_runner: Callable[..., click.testing.CliRunner] = click.testing.CliRunner
-    try:
-        runner = new_runner(mix_stderr=False)
-    except TypeError:  # since click 8.2, output and errors are always separate
-        runner = new_runner()
-    result = runner.invoke(cli.main, [str(arg) for arg in args])
+    result = new_runner().invoke(cli.main, [str(arg) for arg in args])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result
@@ -73,7 +70,7 @@ def wait_until(happened: Callable[[], Any], process: subprocess.Popen[Any]) -> N
 
 def real_files(directory: Path) -> list[str]:
     """Return the names of the files in the cache, without ndcache's own state."""
-    found = (path for path in directory.rglob("*") if path.is_file() and ".ndcache" not in path.parts)
+    found = (path for path in directory.glob("[!.]*/**/*") if path.is_file() and ".ndcache" not in path.parts)
     return sorted(path.name for path in found)
 
 
@@ -95,7 +92,8 @@ def test_load_reports_on_standard_output(tmp_path: Path, serve: Callable[..., Fi
     assert lines["checked"] == "4 shards: 4 by md5"
     assert re.search(r"^from network +0 B in 1 request$", second.stdout, re.M)
     assert re.search(r"^from cache +4.0 MiB$", second.stdout, re.M)
-    assert first.stderr.splitlines()[-1].startswith("fetched 4/4 shards, 4.0 of 4.0 MiB, 100%")
+    assert re.fullmatch(r"Fetched [\d.:]+: 4\.0 MiB in 4 shards, .*B/s", first.stderr.splitlines()[-1])
+    assert re.fullmatch(r"Mapped [\d.:]+: 4\.0 MiB in 4 shards, [^/]*s\n", second.stderr)
     assert "\r" not in first.stderr
 
 
@@ -162,6 +160,7 @@ def test_cache_dir_and_scope(tmp_path: Path, serve: Callable[..., FileServer], c
         (["--processes", "3"], {"processes": 3}),
         (["--processes", "auto"], {"processes": "auto"}),
         (["--timeout", "2.5"], {"timeout": 2.5}),
+        (["--timeout", "2.5,60"], {"timeout": (2.5, 60.0)}),
         (["--retries", "0"], {"retries": 0}),
         (["--verify", "always"], {"verify": "always"}),
         (["--offline"], {"offline": True}),
@@ -183,6 +182,27 @@ def test_options_reach_the_loader(
     monkeypatch.setattr(options, "Loader", Spy)
     assert invoke("fetch", tmp_path / "model", "-q", *args).exit_code == 0
     assert given == {"offline": False} | expected
+
+
+def test_companion_files_and_a_directory_of_the_users(tmp_path: Path, serve: Callable[..., FileServer]) -> None:
+    mlc_model(tmp_path / "model")
+    (tmp_path / "model" / "README.md").touch()
+    url, target = serve(tmp_path / "model").url, tmp_path / "target"
+    invoke("fetch", url, "-q", "--local-dir", target, "--include", "README.md", "--exclude", "*_config.json")
+    names = {path.name for path in target.iterdir() if path.suffix != ".bin"}
+    assert names == {".ndcache", "README.md", "mlc-chat-config.json", "tensor-cache.json", "tokenizer.json"}
+    result = invoke("fetch", url, "-q", "--include", "*.md")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: include has the pattern '*.md', and there is no listing of the files")
+    directory = Path(invoke("fetch", url, "-q", "--no-files").stdout.strip())
+    assert not (directory / "mlc-chat-config.json").exists()
+    assert invoke("fetch", url, "-q").exit_code == 0
+    good = invoke("verify", url).stdout.splitlines()[0]
+    assert "3 shards and 3 companion files, " in good
+    (directory / "tokenizer.json").write_text("damaged")
+    result = invoke("verify", url)
+    assert result.exit_code == 1
+    assert "error: 1 file bad and set aside; the next load downloads it again" in result.stderr
 
 
 def test_retries_can_be_switched_off(scripted: ScriptedServer) -> None:
@@ -254,17 +274,19 @@ def test_ls_and_rm(tmp_path: Path, serve: Callable[..., FileServer], cache_dir: 
     assert (empty.exit_code, empty.stdout, empty.stderr) == (0, "", f"no model in {cache_dir}\n")
     assert invoke("ls", "--json").stdout == "[]\n"
     path = invoke("fetch", url, "-q").stdout.strip()
-    header, row = invoke("ls").stdout.splitlines()
-    assert header.split() == ["scope", "source", "size", "path"]
-    assert row.split()[:2] == ["default", url]
-    assert row.endswith(path)
+    header, row, empty_line, total = invoke("ls").stdout.splitlines()
+    assert header.split() == ["source", "state", "size", "age", "last", "use"]
+    assert re.fullmatch(rf"{re.escape(url)}  complete  (25\d\.\d KiB)  now  now", row)
+    assert (empty_line, total) == ("", f"1 model, {row.split()[2]} KiB")
+    assert invoke("ls", "--paths").stdout.splitlines()[1].endswith(path)
+    assert invoke("ls", "-q").stdout == f"{url}\n"
     (model,) = json.loads(invoke("ls", "--json").stdout)
     assert (model["source"], model["path"]) == (url, path)
     removed = invoke("rm", url)
     assert re.fullmatch(rf"{re.escape(url)}: 25\d\.\d KiB freed\n", removed.stdout)
     assert not Path(path).exists()
     again = invoke("rm", url)
-    assert (again.exit_code, again.stdout) == (0, f"{url}: was not cached\n")
+    assert (again.exit_code, again.stdout, again.stderr) == (1, "", f"error: {url} is not in the cache\n")
 
 
 def test_rm_accepts_paths_of_ls_and_continues_after_an_error(tmp_path: Path, serve: Callable[..., FileServer]) -> None:
@@ -313,17 +335,24 @@ def test_dump_of_safetensors(tmp_path: Path) -> None:
     numpy_files = pytest.importorskip("safetensors.numpy")
     arrays = {"a": random_array((8,)), "b": random_array((3, 3), "bfloat16")}
     numpy_files.save_file(arrays, tmp_path / "in.safetensors")
-    assert invoke("dump", tmp_path / "in.safetensors", tmp_path / "out").exit_code == 0
+    result = invoke("dump", tmp_path / "in.safetensors", tmp_path / "out")
+    assert result.stdout.endswith(": 2 tensors, 34 B, 1 shard\nfloat32 became bfloat16 in 1 tensor: a\n")
     loaded = ndcache.load(tmp_path / "out")
     np.testing.assert_array_equal(loaded["a"], arrays["a"].astype(ml_dtypes.bfloat16).astype(np.float32))
     np.testing.assert_array_equal(loaded["b"], arrays["b"])
 
 
-def test_dump_without_safetensors_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "safetensors", None)
-    result = invoke("dump", tmp_path / "in.safetensors", tmp_path / "out")
-    assert result.exit_code == 1
-    assert 'pip install "ndcache[safetensors]"' in result.stderr
+def test_dump_of_a_model(tmp_path: Path, serve: Callable[..., FileServer]) -> None:
+    arrays = simple_model(tmp_path / "model", shards=2)
+    for source in (tmp_path / "model", tmp_path / "model" / "tensor-cache.json", serve(tmp_path / "model").url):
+        result = invoke("dump", source, tmp_path / "out")
+        assert result.stdout == (
+            f"{tmp_path / 'out'}: 2 tensors, 64.0 KiB, 1 shard\n"
+            "float32 became bfloat16 in 2 tensors: layer.0, layer.1\n"
+        )
+        for name, array in ndcache.load(tmp_path / "out").items():
+            np.testing.assert_array_equal(array, through_bf16(arrays[name]))
+    assert invoke("dump", tmp_path / "model", tmp_path / "out.npz").stderr.startswith("error: the target ")
 
 
 def test_dump_runs_no_pickle(tmp_path: Path) -> None:
@@ -341,8 +370,6 @@ def test_dump_runs_no_pickle(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["in.npz", "in.safetensors", "in.bin"])
 @pytest.mark.parametrize("content", [None, b"", b"PK\x03\x04 no", b"\x08\0\0\0\0\0\0\0{}{}{}{}"])
 def test_dump_of_garbage_is_one_line(tmp_path: Path, name: str, content: bytes | None) -> None:
-    if name.endswith("safetensors"):
-        pytest.importorskip("safetensors")
     if content is not None:
         (tmp_path / name).write_bytes(content)
     result = invoke("dump", tmp_path / name, tmp_path / "out")
@@ -486,6 +513,10 @@ def test_gpu_drivers_print_nothing(monkeypatch: pytest.MonkeyPatch, gpu: Any) ->
 @pytest.mark.parametrize(
     ("args", "message"),
     [
+        (
+            ["load", "{model}", "--names", "layer"],
+            "error: no tensor of tensor-cache.json matches 'layer'; did you mean 'layer.*'",
+        ),
         (["load", "{model}", "--names", "nothing"], "error: no tensor of tensor-cache.json matches 'nothing'"),
         (["load", "{model}", "--scope", ".x"], "error: scope must be a name"),
         (["load", "ftp://host/"], "error: sources of the kind ftp://"),
@@ -493,11 +524,15 @@ def test_gpu_drivers_print_nothing(monkeypatch: pytest.MonkeyPatch, gpu: Any) ->
         (["fetch", "http://host/", "--mirror", "."], "error: a mirror is an http(s) URL"),
         (["fetch", "http://host/", "--timeout", "inf"], "error: timeout must be seconds"),
         (
-            ["inspect", "http://host/", "--integrity", f"x.json={DIGEST}", "--offline"],
-            "error: integrity is given for x.json",
+            ["inspect", "http://host/", "--integrity", f"tensor-cache-x.json={DIGEST}", "--offline"],
+            "error: integrity is given for tensor-cache-x.json",
         ),
         (["rm", "ftp://host/"], "error: sources of the kind ftp://"),
-        (["dump", "in.bin", "out"], "error: in.bin is neither .safetensors nor .npz"),
+        (
+            ["dump", "{model}/params_shard_0.bin", "out"],
+            "error: {model}/params_shard_0.bin is neither .safetensors",
+        ),
+        (["dump", "none.safetensors", "out"], "error: there is no such directory or file"),
         (["load", "no/where"], "error: there is no such directory or file"),
         (["fetch", "http://host/", "--offline"], "error: offline, and not in the cache"),
         (["verify", "http://host/"], "error: http://host/ is not in the cache"),
@@ -508,8 +543,13 @@ def test_a_wrong_argument_is_one_line(tmp_path: Path, args: list[str], message: 
     simple_model(tmp_path / "model")
     result = invoke(*(arg.format(model=tmp_path / "model") for arg in args))
     assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr.startswith(message)
+    assert result.stderr.startswith(message.format(model=tmp_path / "model"))
     assert result.stderr.count("\n") == 1
+
+
+def test_the_working_directory_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert f"in {tmp_path}, and no" in invoke("load", ".").stderr
 
 
 @pytest.mark.parametrize("args", [["--verbose", "load", "no/where"], ["load", "no/where", "--verbose"]])
@@ -529,7 +569,9 @@ def test_verbose_shows_what_is_logged(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["lod"], "No such command 'lod'."),
+        (["lod"], "No such command 'lod'. Did you mean 'load'?"),
+        (["remov"], "No such command 'remov'. Did you mean 'rm'?"),
+        (["zzz"], "No such command 'zzz'."),
         (["load"], "Missing argument 'SOURCE'"),
         (["load", "x", "--devic", "gpu"], "No such option"),
         (["load", "x", "--integrity", "a=md5-x"], "FILE=sha256-..."),
@@ -537,6 +579,11 @@ def test_verbose_shows_what_is_logged(tmp_path: Path) -> None:
         (["load", "x", "--max-workers", "0"], "--max-workers"),
         (["load", "x", "--memory-limit-mib", "0"], "--memory-limit-mib"),
         (["load", "x", "--timeout", "0"], "--timeout"),
+        (["load", "x", "--timeout", "5,x"], "CONNECT,READ such as 5,30"),
+        (["load", "x", "--timeout", "1,2,3"], "CONNECT,READ such as 5,30"),
+        (["inspect", "x", "--summary", "--names"], "not both"),
+        (["fetch", "x", "y", "--local-dir", "z"], "one SOURCE"),
+        (["fetch", "x", "--local-dir", ""], "--local-dir is empty"),
         (["demo", "--rate-mib", "0"], "--rate-mib"),
     ],
 )
@@ -544,6 +591,19 @@ def test_wrong_usage(args: list[str], message: str) -> None:
     result = invoke(*args)
     assert (result.exit_code, result.stdout) == (2, "")
     assert message in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["help"], "No such command 'help'. Did you mean '--help'?"),
+        (["prune", "--keep-last", "x"], "'x' is not a valid whole number."),
+        (["dump", "m", "n", "--shard-mib", "0"], "0 is not in the range x>=1."),
+    ],
+)
+def test_mistakes_are_named_in_plain_words(args: list[str], message: str) -> None:
+    result = invoke(*args)
+    assert (result.exit_code, message in result.stderr) == (2, True), result.stderr
 
 
 @pytest.mark.parametrize(("typed", "meant"), [("--devic", "--device"), ("--max-worker", "--max-workers")])
@@ -564,9 +624,9 @@ def test_a_bug_shows_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def fail(*_: object, **__: object) -> None:
         raise kind("a bug")
 
-    monkeypatch.setattr(cli, "models", fail)
+    monkeypatch.setattr(ndcache.cache, "models", fail)
     monkeypatch.setattr(ndcache.Loader, "load", fail)
-    monkeypatch.setattr(ndcache.Loader, "delete", fail)
+    monkeypatch.setattr(ndcache.cache, "delete", fail)
     for command_name, *args in (["ls"], ["load", tmp_path], ["rm", tmp_path]):
         with pytest.raises(kind, match="a bug"):
             invoke(command_name, *args)
@@ -617,9 +677,12 @@ def test_a_reader_that_goes_away_causes_no_message(tmp_path: Path, args: list[st
 
 
 @posix_only
-def test_characters_that_the_terminal_lacks_are_escaped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_characters_that_the_terminal_lacks_are_escaped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
     write_model(tmp_path / "model", [{"模型": random_array((1,))}])
-    monkeypatch.setenv("PYTHONIOENCODING", "cp1252")
+    monkeypatch.setenv("PYTHONIOENCODING", encoding)
     result = run("inspect", tmp_path / "model")
     assert (result.returncode, result.stderr) == (0, "")
     assert "\\u6a21\\u578b" in result.stdout
@@ -637,7 +700,8 @@ def test_bar_on_a_terminal(tmp_path: Path, serve: Callable[..., FileServer], qui
         assert terminal == ""
         return
     last = terminal.rstrip().splitlines()[-1].rpartition("\r")[2]
-    assert re.search(r"100%.*4\.00M/4\.00M .*B/s.*4/4 shards", last)
+    assert re.fullmatch(r"Fetched [\d.:]+: 4\.0 MiB in 4 shards, .*B/s", last)
+    assert re.search(r" 0% \|.*4\.0 MiB", terminal)
 
 
 def on_a_terminal(arguments: list[str], columns: int = 120) -> tuple[str, int, bytes]:
@@ -697,7 +761,10 @@ HALF = 1 << 15
 @posix_only
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("phase", ["the manifest's headers", "a shard's body", "a retry", "a lock", "hashing"])
+@pytest.mark.parametrize(
+    "phase",
+    ["the manifest's headers", "a shard's body", "a retry", "a lock", pytest.param("hashing", marks=pytest.mark.once)],
+)
 def test_row_36_signals_in_each_phase(
     tmp_path: Path, scripted: ScriptedServer, cache_dir: Path, phase: str, number: signal.Signals, status: int
 ) -> None:
@@ -751,15 +818,18 @@ def test_row_36_signals_in_each_phase(
         elif phase == "a retry":
             wait_until(is_refused.is_set, process)
         else:
-            # After the first shard, only the other one is in progress; one of 128 GiB prints no line before its end.
-            line = "0/2" if phase == "hashing" else "1/2"
+            # After the first shard, only the other one is in progress.
+            line = "1/2"
             assert process.stderr is not None
             while line not in process.stderr.readline():
                 assert process.poll() is None
         process.send_signal(number)
         out, err = process.communicate(timeout=30)
     assert (process.returncode, out) == (status, ""), err
-    assert err.splitlines()[-1] == ("interrupted" if number == signal.SIGINT else "terminated")
+    word = "interrupted" if number == signal.SIGINT else "terminated"
+    has_news = phase in ("a shard's body", "a retry", "a lock")
+    nbytes = "96 KiB" if phase == "a shard's body" else "64 KiB"
+    assert err.splitlines()[-1] == (f"{word}: {nbytes} kept; run it again to go on" if has_news else word)
     kept = sorted(cache_dir.rglob("parts/*"))
     if phase != "a shard's body":
         assert kept == []
@@ -808,3 +878,56 @@ def test_the_handler_of_sigterm_is_restored() -> None:
     before = signal.getsignal(signal.SIGTERM)
     invoke("ls")
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+# --- other names, several sources, dry runs -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("download", "fetch"), ("pull", "fetch"), ("list", "ls"), ("remove", "rm"), ("delete", "rm"), ("info", "inspect")],
+)
+def test_names_that_commands_have_elsewhere(typed: str, meant: str) -> None:
+    assert f"Usage: ndcache {meant} " in invoke(typed, "--help").stdout.replace("main", "ndcache")
+
+
+def test_fetch_of_several_sources_goes_on_after_an_error(tmp_path: Path, serve: Callable[..., FileServer]) -> None:
+    simple_model(tmp_path / "model")
+    url = serve(tmp_path / "model").url
+    result = invoke("fetch", url, tmp_path / "none", "ftp://x/", tmp_path / "model", "-q")
+    assert result.exit_code == 1
+    assert result.stdout.splitlines()[1:] == [str(tmp_path / "model")]
+    assert [line[:12] for line in result.stderr.splitlines()] == ["error: there", "error: sourc"]
+
+
+def test_a_dry_run_shows_what_would_be_fetched(
+    tmp_path: Path, serve: Callable[..., FileServer], cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    simple_model(tmp_path / "model", shards=2)
+    url = serve(tmp_path / "model").url
+    result = invoke("fetch", url, "--dry-run")
+    assert result.exit_code == 0
+    assert not cache_dir.exists()
+    lines = [re.sub(r" {2,}", "|", line.strip()) for line in result.stdout.splitlines()]
+    assert lines[1:4] == ["params_shard_0.bin|64.0 KiB|64.0 KiB", "params_shard_1.bin|64.0 KiB|64.0 KiB", ""]
+    assert "to fetch|128.0 KiB of 128.0 KiB" in lines
+    monkeypatch.setattr("ndcache.loaders.plan.free_bytes", lambda directory: 1024)
+    full = invoke("fetch", url, "--dry-run")
+    assert (full.exit_code, full.stderr) == (1, "error: no room: 128.0 KiB needed, 1.0 KiB free\n")
+
+
+def test_force_downloads_again(tmp_path: Path, serve: Callable[..., FileServer]) -> None:
+    simple_model(tmp_path / "model", shards=2)
+    server = serve(tmp_path / "model")
+    for args in ([], [], ["--force"]):
+        assert invoke("fetch", server.url, "-q", *args).exit_code == 0
+    assert len(server.shard_requests()) == 4
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    simple_model(tmp_path / "model")
+    assert invoke("load", tmp_path / "model", "-q", "--trace", tmp_path / "trace.json").exit_code == 0
+    page = tmp_path / "none" / "page.html"
+    assert invoke("report", tmp_path / "trace.json", page).stderr == f"error: {page}: No such file or directory\n"
+    lock = tmp_path / "trace.json" / "model.lock"
+    assert invoke("lock", tmp_path / "model", "-q", "-o", lock).stderr == f"error: {lock}: Not a directory\n"

@@ -139,7 +139,7 @@ def test_command_prints_a_table(temporary: Path) -> None:
     assert re.fullmatch(r"over the network +8 +[\d.]+ +[\d.,]+ +[\d.]+x", eight)
     assert re.fullmatch(r"from the cache +8 +[\d.]+ +[\d.,]+ +[\d.]+x", cached)
     assert verdict.startswith("Every value of ")
-    assert len(re.findall(r"^(?:fetched|loaded) .*100%", result.stderr, re.M)) == 3
+    assert len(re.findall(r"^(?:Fetched|Loaded|Mapped) .* in \d+ shards", result.stderr, re.M)) == 3
 
 
 def test_command_fails_when_a_value_is_wrong(

@@ -19,6 +19,7 @@ import ndcache
 from ndcache.cluster import members
 from ndcache.cluster.coordinator import fetch_to_nodes
 
+from ..helpers.companions import mlc_model
 from ..helpers.engines import LocalEngine
 from ..helpers.loads import assert_same, partial_files
 from ..helpers.models import random_array, simple_model, write_model
@@ -163,6 +164,104 @@ def test_progress_counts_shards_that_are_everywhere(tmp_path: Path, serve: Serve
     fetch_to_nodes(engine_of(tmp_path, "a", "b"), server.url, {}, progress=reports.append)
     assert [report.shards_done for report in reports] == [0, 0, 1, 2, 3]
     assert reports[-1].progress == 1.0
+
+
+# --- companion files ----------------------------------------------------------------------------------
+
+COMPANIONS = ["mlc-chat-config.json", "tokenizer.json", "tokenizer_config.json"]
+
+
+def same_files(model: Path, directory: Path) -> set[str]:
+    files = {path.name for path in model.iterdir() if (directory / path.name).is_file()}
+    return {name for name in files if (directory / name).read_bytes() == (model / name).read_bytes()}
+
+
+def test_companion_files_leave_the_origin_once(tmp_path: Path, serve: Serve) -> None:
+    mlc_model(tmp_path / "model")
+    server, engine = serve(tmp_path / "model"), engine_of(tmp_path, "a", "b", "c")
+    directories = fetch_to_nodes(engine, server.url, {})
+    assert set(requested(server).values()) == {1}
+    assert (engine.counts["fetch_files"], engine.counts["keep_files"]) == (1, 2)
+    for directory in directories.values():
+        assert same_files(tmp_path / "model", directory) == {path.name for path in (tmp_path / "model").iterdir()}
+    for home in engine.homes.values():
+        assert ndcache.verify(server.url, cache_dir=home).files == tuple(COMPANIONS)
+    before, ran = len(server.requests), engine.counts["keep_files"]
+    for home in engine.homes.values():
+        ndcache.fetch(server.url, cache_dir=home, offline=True)
+    fetch_to_nodes(engine, server.url, {})
+    assert (len(server.requests), engine.counts["keep_files"]) == (before + 1, ran), "the manifest alone"
+    (directories["b"] / "tokenizer.json").write_text("edited")
+    fetch_to_nodes(engine, server.url, {})
+    assert "tokenizer.json" in same_files(tmp_path / "model", directories["b"])
+    assert engine.left == 0
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"files": False}, []),
+        ({"exclude": "tokenizer*"}, COMPANIONS[:1]),
+        ({"include": ["a.md"]}, [*COMPANIONS, "a.md"]),
+    ],
+    ids=str,
+)
+def test_companion_files_that_are_wanted(
+    tmp_path: Path, serve: Serve, files: dict[str, Any], expected: list[str]
+) -> None:
+    mlc_model(tmp_path / "model")
+    (tmp_path / "model" / "a.md").write_text("more")
+    server, engine = serve(tmp_path / "model"), engine_of(tmp_path, "a", "b")
+    for directory in fetch_to_nodes(engine, server.url, {}, files=files).values():
+        names = same_files(tmp_path / "model", directory)
+        assert {name for name in names if name != "tensor-cache.json" and not name.endswith(".bin")} == set(expected)
+
+
+@pytest.mark.parametrize("memory_limit", [512 << 20, 1000], ids=["sent", "each for itself"])
+def test_row_73_wrong_bytes_of_companion_files_are_refused(tmp_path: Path, serve: Serve, memory_limit: int) -> None:
+    mlc_model(tmp_path / "model")
+    server, engine = serve(tmp_path / "model"), engine_of(tmp_path, "a", "b")
+
+    def damage(worker: str, name: str, result: Any) -> Any:
+        if name == "read_files":
+            file = result.files["tokenizer.json"]
+            return dataclasses.replace(
+                result, files={**result.files, "tokenizer.json": dataclasses.replace(file, data=file.data[::-1])}
+            )
+        return result
+
+    engine.change = damage
+    directories = fetch_to_nodes(engine, server.url, {"memory_limit": memory_limit})
+    for directory in directories.values():
+        assert set(COMPANIONS) <= same_files(tmp_path / "model", directory)
+    assert requested(server)["/tokenizer.json"] == 2, "the other node asks the origin itself"
+
+
+def test_row_92_a_companion_file_that_fails_is_the_error_when_the_shards_are_there(
+    tmp_path: Path, serve: Serve
+) -> None:
+    arrays = mlc_model(tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").unlink()
+    server, engine = serve(tmp_path / "model"), engine_of(tmp_path, "a", "b")
+    with pytest.raises(ndcache.NotFoundError, match=r"tokenizer\.json") as caught:
+        fetch_to_nodes(engine, server.url, NO_RETRY)
+    assert caught.value.node in ("a", "b")
+    for home in engine.homes.values():
+        assert_same(ndcache.load(server.url, cache_dir=home, offline=True), arrays)
+    fetch_to_nodes(engine, server.url, {}, files={"exclude": "tokenizer.json"})
+
+
+@pytest.mark.parametrize("name", ["fetch_files", "read_files", "keep_files"])
+def test_row_74_a_worker_that_is_lost_with_companion_files(tmp_path: Path, serve: Serve, name: str) -> None:
+    mlc_model(tmp_path / "model")
+    server, engine = serve(tmp_path / "model"), engine_of(tmp_path, "a", "b", "c")
+    killed = kill_at(engine, name, 1)
+    directories = fetch_to_nodes(engine, server.url, {})
+    assert len(killed) == 1
+    assert set(directories) == {"a", "b", "c"} - set(killed)
+    for directory in directories.values():
+        assert set(COMPANIONS) <= same_files(tmp_path / "model", directory)
+    assert engine.left == 0
 
 
 # --- wrong bytes --------------------------------------------------------------------------------------
@@ -396,7 +495,7 @@ def test_row_76_a_manifest_that_is_not_there(tmp_path: Path, serve: Serve) -> No
     with pytest.raises(ndcache.NotFoundError) as caught:
         fetch_to_nodes(engine, server.url, NO_RETRY)
     assert caught.value.node in ("a", "b")
-    assert len(server.requests) == 2
+    assert len(server.requests) == 4  # one for each name
 
 
 def test_row_76_offline_nodes_share_what_one_of_them_has(tmp_path: Path, serve: Serve) -> None:

@@ -19,11 +19,13 @@ import pytest
 import ndcache
 
 from ..helpers import dask_cluster
+from ..helpers.companions import mlc_model
 from ..helpers.dask_cluster import TIMEOUT, DaskCluster
 from ..helpers.loads import assert_same
 from ..helpers.models import random_array, simple_model, write_model
 from ..helpers.requirements import need_module
 from ..helpers.servers import FileServer
+from ..helpers.tensor_files import write_files
 
 distributed = need_module("distributed")
 ndcache_dask = need_module("ndcache.dask")
@@ -102,20 +104,36 @@ def assert_cached(server: FileServer, homes: list[Path], arrays: dict[str, Any])
 
 
 def test_each_shard_leaves_the_origin_once(client: Any, tmp_path: Path, serve: Serve) -> None:
-    arrays = simple_model(tmp_path / "model", shards=12)
+    arrays = mlc_model(tmp_path / "model", shards=12)
     server = serve(tmp_path / "model")
     directories = ndcache_dask.fetch(client, server.url, max_workers=2)
     assert set(directories) == set(client.nthreads())
-    assert len(server.requests) == 13
+    assert len(server.requests) == 13 + 3
     assert set(requested(server).values()) == {1}
     assert_cached(server, [tmp_path / f"home{number}" for number in range(3)], arrays)
     for address, directory in directories.items():
         future = client.submit(dask_cluster.names_in, directory, workers=[address])
         assert future.result() == sorted(arrays)
-    assert len(server.requests) == 13
+        for path in (tmp_path / "model").iterdir():
+            assert (directory / path.name).read_bytes() == path.read_bytes()
+    assert len(server.requests) == 13 + 3
     assert ndcache_dask.fetch(client, server.url) == directories
     assert requested(server)["/tensor-cache.json"] == 2
-    assert len(server.requests) == 14
+    assert len(server.requests) == 14 + 3
+
+
+def test_safetensors_files(client: Any, tmp_path: Path, serve: Serve) -> None:
+    arrays = {f"layer.{number}": random_array((MIB // 4,), seed=number) for number in range(4)}
+    files = write_files(tmp_path / "model", arrays, 3)
+    (tmp_path / "model" / "config.json").write_text("{}")
+    server = serve(tmp_path / "model")
+    directories = ndcache_dask.fetch(client, server.url, memory_limit=MIB)
+    asked = Counter((request.path, request.headers.get("range")) for request in server.shard_requests())
+    assert sorted(asked.values()) == [1] * 2 * len(files), "the header of each file, and the file"
+    assert_cached(server, [tmp_path / f"home{number}" for number in range(3)], arrays)
+    for directory in directories.values():
+        for path in (tmp_path / "model").iterdir():
+            assert (directory / path.name).read_bytes() == path.read_bytes()
 
 
 def test_workers_that_share_a_cache_are_one_node(

@@ -15,10 +15,12 @@ import pytest
 import ndcache
 import ndcache.ray
 
+from ..helpers.companions import mlc_model
 from ..helpers.loads import QUICK, flip, partial_files, wait_until
-from ..helpers.models import random_array, simple_model, write_model
+from ..helpers.models import random_array, write_model
 from ..helpers.ray_cluster import TIMEOUT, RayCluster, open_ray_cluster, wait_for_nothing
 from ..helpers.servers import FileServer
+from ..helpers.tensor_files import write_files
 
 SHARDS = 24
 SECRET = "lindwurm"
@@ -34,7 +36,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    simple_model(tmp_path / "model", shards=SHARDS)
+    mlc_model(tmp_path / "model", shards=SHARDS)
     return tmp_path / "model"
 
 
@@ -95,6 +97,20 @@ def test_in_pieces_and_without_digests(cluster: RayCluster, serve: Callable[...,
     found = cluster.run(fetch, server.url, memory_limit=20_000)
     assert_complete(found, cluster, server, model)
     assert len(server.shard_requests()) == 4
+
+
+@pytest.mark.once
+def test_safetensors_files(cluster: RayCluster, serve: Callable[..., FileServer], tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    write_files(model, {f"layer.{i}": random_array((1000 * (i + 1),), seed=i) for i in range(8)}, 3)
+    for name in ("config.json", "tokenizer.json"):
+        (model / name).write_text(name)
+    server = serve(model)
+    found = cluster.run(fetch, server.url, memory_limit=20_000)
+    assert_complete(found, cluster, server, model)
+    ranges = Counter((request.path, request.headers.get("range")) for request in server.shard_requests())
+    assert set(ranges.values()) == {1}, "the header of each file, and the file"
+    assert len(ranges) == 6
 
 
 def fetch_in_a_task(url: str, done: Path) -> dict[str, Path]:
@@ -162,7 +178,13 @@ def test_row_74_an_actor_that_is_killed_costs_only_its_share(
     server.gate.clear()
     fetching = cluster.start(fetch, server.url)
     victim = next(iter(cluster.homes))
-    wait_until(lambda: under_way(cluster.homes[victim], server) >= 3, TIMEOUT)
+
+    def has_begun() -> bool:
+        """Return whether the victim downloads some, and no node is between its lock and its request."""
+        counts = {home: under_way(home, server) for home in cluster.homes.values()}
+        return counts[cluster.homes[victim]] >= 3 and len(server.shard_requests()) >= sum(counts.values())
+
+    wait_until(has_begun, TIMEOUT)
     cluster.kill_actors(victim)
     server.gate.set()
     found = fetching.result(TIMEOUT)

@@ -24,8 +24,8 @@ from ndcache.devices.cpu import CpuDevice, CpuUpload
 from ndcache.devices.gpu.upload import GpuUpload
 from ndcache.devices.segments import Segment
 from ndcache.devices.torch import opening
+from ndcache.devices.torch.api import TorchApi
 from ndcache.devices.torch.cpu import TorchCpuUpload
-from ndcache.devices.torch.driver import TorchApi
 from ndcache.devices.torch.other import OtherDevice, OtherUpload
 from ndcache.devices.torch.pinned import free_idle_lanes
 from ndcache.devices.torch.upload import CudaUpload
@@ -168,6 +168,30 @@ class DeviceConformance:
         opened.discard(tensors)
         assert tensors == {}
 
+    @pytest.mark.parametrize("decode", [True, False])
+    @pytest.mark.parametrize("encoding", ["raw", "f32-to-bf16"])
+    def test_slices(
+        self, device: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str, decode: bool
+    ) -> None:
+        """Rows have any size and begin anywhere; those of large tensors are staged in several segments."""
+        monkeypatch.setattr("ndcache.devices.segments._MIN_SEGMENT_BYTES", 1 << 12)
+        shapes = [shape for shape in [*SHAPES, (9, 1001), (5001, 3)] if shape]
+        arrays = {
+            f"{dtype} {shape}": models.random_array(shape, dtype, seed=n)
+            for n, (dtype, shape) in enumerate(itertools.product(DTYPES, shapes))
+        }
+        models.write_model(tmp_path, [arrays], encoding=encoding, gap=b"x")
+        whole = {name: array.copy() for name, array in ndcache.load(tmp_path, decode=decode).items()}
+        ends = itertools.cycle([slice(1, None), slice(None), slice(-3, -1), slice(2, 2), slice(None, -1), slice(1, 4)])
+        names = {name: next(ends) for name in arrays}
+        expected = {name: whole[name][rows] for name, rows in names.items()}
+        with ndcache.load(tmp_path, device, names=names, decode=decode, copy=True) as lent:
+            assert_tensors(lent, expected)
+            into = {name: lent[name] for name in list(names)[::2]}
+            again = dict(ndcache.stream(tmp_path, device, names=names, into=into, decode=decode, memory_limit=1 << 12))
+            assert_tensors(again, expected)
+            assert all(again[name] is memory for name, memory in into.items())
+
     # --- memory
 
     @pytest.mark.parametrize("encoding", ["raw", "f32-to-bf16"])
@@ -245,7 +269,7 @@ class DeviceConformance:
         self, device: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str
     ) -> None:
         """They are larger than a segment; some devices write them in parts."""
-        monkeypatch.setattr("ndcache.pipeline._MIN_SEGMENT_BYTES", 1 << 12)
+        monkeypatch.setattr("ndcache.devices.segments._MIN_SEGMENT_BYTES", 1 << 12)
         sizes = {"float32": 10_001, "uint8": 30_003, "float16": 12_289}
         arrays = {dtype: models.random_array((size,), dtype) for dtype, size in sizes.items()}
         models.write_model(tmp_path, [arrays], encoding=encoding, gap=b"x")
@@ -356,7 +380,7 @@ class DeviceConformance:
     def test_weights_name_their_device(self, device: Any, tmp_path: Path) -> None:
         models.simple_model(tmp_path, shards=1)
         with ndcache.load(tmp_path, device) as weights:
-            assert weights.device is device
+            assert weights.device == device
             assert open_device(device).name in repr(weights)
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ndcache
-from ndcache.devices.segments import Segment, cut_shard
+from ndcache.devices.segments import Segment, cut_shard, cut_shards
 from ndcache.format.manifest import Record
 
 LIMIT = 8192
@@ -75,3 +75,28 @@ def test_parts_of_a_record_have_about_the_same_size(nbytes: int, parts: int) -> 
 def test_a_file_without_records_is_one_segment() -> None:
     shard = ndcache.Shard("a.bin", 1 << 30, None, None, "raw-shard", ())
     assert cut_shard(shard, LIMIT, cuts_records=True) == [Segment(shard, (), 0)]
+
+
+def test_the_first_segments_of_a_file_that_is_read_early_are_smaller() -> None:
+    shard, most = shard_of(*[1 << 20] * 1024), 64 << 20
+    segments = cut_shard(shard, most, cuts_records=False, is_early=True)
+    before = 0
+    for segment in segments:
+        assert segment.nbytes <= min(most, max(8 << 20, before // 4))
+        before += segment.nbytes
+    assert before == shard.nbytes
+    assert len(segments) < 30
+    assert max(segment.nbytes for segment in segments) == most
+    assert len(cut_shard(shard, most, cuts_records=False)) == 16
+
+
+def test_segments_are_no_larger_than_the_memory_limit() -> None:
+    early, late = shard_of(*[1 << 20] * 64), shard_of(*[1 << 20] * 64)
+
+    def counts(memory_limit: int) -> list[int]:
+        files = cut_shards([early, late], 32 << 20, memory_limit, lambda shard: shard is early, cuts_records=True)
+        return list(map(len, files))
+
+    assert counts(1 << 30) == [8, 2]
+    assert counts(4 << 20) == [16, 16]
+    assert counts(1) == [64, 64]

@@ -20,10 +20,9 @@ from ..helpers.servers import FileServer
 
 pytest.importorskip("resource")
 
+pytestmark = pytest.mark.once
 Serve = Callable[..., FileServer]
 SHARDS = 250
-#: Of cases that take long, the others are enough on the other Pythons.
-ONCE = pytest.mark.once
 
 
 @pytest.fixture
@@ -65,17 +64,17 @@ def run(script: str, **arguments: Any) -> Any:
 @pytest.mark.parametrize(
     ("where", "limit", "times"),
     [
-        pytest.param("local", 64, 1, marks=ONCE),
+        ("local", 64, 1),
         ("local", 1024, 6),
-        pytest.param("cached", 256, 2, marks=ONCE),
+        ("cached", 256, 2),
         ("cached", 64, 2),
-        pytest.param("cached", 32, 1, marks=ONCE),
+        ("cached", 32, 1),
         ("cached", 1024, 6),
         ("cold", 64, 1),
-        pytest.param("cold", 32, 1, marks=ONCE),
-        pytest.param("in memory", 64, 1, marks=ONCE),
-        pytest.param("in memory", 32, 1, marks=ONCE),
-        pytest.param("in memory", 1024, 6, marks=ONCE),
+        ("cold", 32, 1),
+        ("in memory", 64, 1),
+        ("in memory", 32, 1),
+        ("in memory", 1024, 6),
     ],
 )
 def test_row_55_a_load_manages_with_few_descriptors(
@@ -125,7 +124,7 @@ def test_row_55_concurrent_loads_share_the_descriptors(model: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("where", ["cached", "cold"])
-@pytest.mark.parametrize("limit", [64, pytest.param(256, marks=ONCE)])
+@pytest.mark.parametrize("limit", [64, 256])
 def test_row_55_the_program_can_open_files_during_a_load(model: Path, serve: Serve, where: str, limit: int) -> None:
     server = serve(model)
     if where == "cached":
@@ -144,7 +143,7 @@ def test_row_55_the_program_can_open_files_during_a_load(model: Path, serve: Ser
 
 
 @pytest.mark.parametrize("verb", ["load", "fetch", "verify", "stream", "local", "in memory", "by name"])
-@pytest.mark.parametrize("left", [1, pytest.param(2, marks=ONCE)])
+@pytest.mark.parametrize("left", [1, 2])
 def test_row_55_a_shortage_is_reported_as_such(model: Path, serve: Serve, verb: str, left: int) -> None:
     server = serve(model)
     if verb == "verify":

@@ -20,7 +20,6 @@ from ndcache.cli import commands as cli
 from ndcache.files import folder as folders
 from ndcache.files.folder import Folder, is_gone
 from ndcache.location import locate
-from ndcache.store import inventory
 from ndcache.store.lock import DownloadLock, acquire_or_wait, try_lock
 
 from ..helpers import models
@@ -118,7 +117,7 @@ def test_row_57_links_at_notes_and_names_are_replaced_and_not_followed(
         (directory / name).symlink_to(victim / SHARD)
     assert list(ndcache.load(server.url)) == list(arrays)
     assert ndcache.verify(server.url).ok
-    assert [model.path for model in inventory.models(cache_dir)] == [directory]
+    assert [model.path for model in ndcache.cache.models(cache_dir=cache_dir)] == [directory]
     assert tree(victim) == before
     assert ndcache.delete(server.url) > 0
     assert tree(victim) == before
@@ -133,7 +132,7 @@ def test_row_57_a_directory_linked_into_the_cache_is_neither_listed_nor_deleted_
     link.parent.mkdir(parents=True, exist_ok=True)
     link.symlink_to(elsewhere if "MODEL" in place else elsewhere.parent)
     before = tree(tmp_path / "elsewhere")
-    assert list(inventory.models(cache_dir)) == []
+    assert list(ndcache.cache.models(cache_dir=cache_dir)) == []
     for path in (cache_dir / "default" / elsewhere.name, elsewhere):
         with pytest.raises(ndcache.UnsafeCacheError):
             ndcache.delete(path)
@@ -159,7 +158,7 @@ def test_row_57_links_above_and_at_the_root_are_followed(server: FileServer, tmp
         directory = ndcache.fetch(server.url, cache_dir=cache_dir)
         assert directory.is_relative_to(cache_dir)
         assert ndcache.verify(server.url, cache_dir=cache_dir).ok
-        assert [model.path for model in inventory.models(cache_dir)] == [directory]
+        assert [model.path for model in ndcache.cache.models(cache_dir=cache_dir)] == [directory]
         assert ndcache.delete(directory.resolve(), cache_dir=cache_dir) > 0
         ndcache.fetch(server.url, cache_dir=cache_dir)
         assert ndcache.delete(directory, cache_dir=cache_dir) > 0

@@ -131,37 +131,51 @@ def verbs(url: str, cache_dir: Path) -> None:
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("first", ["load", "fetch", "verbs", "delete"])
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("what", [*NOTES, *NAMES])
 def test_row_57_anything_at_a_name_that_ndcache_uses_is_survived(
-    server: FileServer, cache_dir: Path, what: str, damage: str, first: str
+    server: FileServer, cache_dir: Path, what: str, damage: str
 ) -> None:
     directory = ndcache.fetch(server.url)
     with contextlib.closing(ndcache.load(server.url)) as weights:
         arrays = {name: array.copy() for name, array in weights.items()}
+    for first in ("load", "fetch", "verbs", "delete"):
+        plant(directory, server, what, damage)
+        if (what, damage) == ("lock", "dangling") and first != "delete":
+            with pytest.raises(ndcache.UnsafeCacheError, match="symbolic link"):
+                ndcache.load(server.url)
+            (directory / NOTES["lock"]).unlink()
+        if first == "verbs":
+            verbs(server.url, cache_dir)
+        elif first == "fetch":
+            ndcache.fetch(server.url)
+        if first != "delete":
+            with contextlib.closing(ndcache.load(server.url, verify="always")) as weights:
+                models.assert_same(weights, arrays)
+    assert ndcache.delete(server.url) > 0
+    assert list(cache_dir.glob("[!.]*/*")) == []
+
+
+def plant(directory: Path, server: FileServer, what: str, damage: str) -> None:
+    """Put something else into the place of a file of ndcache's, and what makes ndcache look at it beside that."""
     path = directory / {**NOTES, **NAMES}[what]
     if what == "partial file":
         (directory / NOTES["note of a partial file"]).write_text(json.dumps(partial_note(server)))
     elif what == "note of a partial file":
+        remove(directory / PARTIAL)
         (directory / PARTIAL).write_bytes(b"\0" * 100)
     if what in ("partial file", "note of a partial file", "lock"):
-        (directory / SHARD).unlink()
-    path.unlink(missing_ok=True)
+        (directory / SHARD).unlink(missing_ok=True)
+    remove(path)
     DAMAGES[damage](path)
-    if (what, damage) == ("lock", "dangling") and first != "delete":
-        with pytest.raises(ndcache.UnsafeCacheError, match="symbolic link"):
-            ndcache.load(server.url)
-        path.unlink()
-    if first == "verbs":
-        verbs(server.url, cache_dir)
-    elif first == "fetch":
-        ndcache.fetch(server.url)
-    if first != "delete":
-        with contextlib.closing(ndcache.load(server.url, verify="always")) as weights:
-            models.assert_same(weights, arrays)
-    assert ndcache.delete(server.url) > 0
-    assert list(cache_dir.glob("*/*")) == []
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def partial_note(server: FileServer) -> dict[str, Any]:

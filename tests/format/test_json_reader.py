@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from ndcache.errors import ManifestLimitError, ManifestSyntaxError
 from ndcache.format import json_reader
 from ndcache.format.json_reader import JsonReader
+from ndcache.format.strict_json import MAX_MANIFEST_BYTES
 
 
 @pytest.fixture(params=[24, 64, 1 << 20])
@@ -126,3 +127,23 @@ def test_row_22_too_many_values_are_refused(monkeypatch: pytest.MonkeyPatch, tex
     monkeypatch.setattr(json_reader, "MAX_VALUES", 4)
     with pytest.raises(ManifestLimitError, match="more than 4 values"):
         read(text.encode())
+
+
+def test_elements_that_cannot_be_read_together_are_scanned_together_once() -> None:
+    reader, scans = JsonReader(b"[" + b'{"a": 1}, ' * 100 + b'"}"]'), list[str]()
+    decode = reader._decode
+
+    def note(text: str, start: int = 0) -> Any:
+        scans.append(text[start])
+        return decode(text, start)
+
+    reader._decode = note  # type: ignore[assignment]
+    assert list(reader.elements_at_once()) == [[{"a": 1}]] * 100 + [["}"]]
+    assert scans.count("[") == 1
+
+
+@pytest.mark.parametrize(("start", "hint"), [(b"PK\x03\x04", "`ndcache dump`"), (b"\xff\x01", "not a shard")])
+@pytest.mark.parametrize("nbytes", [100, MAX_MANIFEST_BYTES])
+def test_a_file_of_arrays_is_no_manifest(start: bytes, hint: str, nbytes: int) -> None:
+    with pytest.raises((ManifestSyntaxError, ManifestLimitError), match=hint):
+        JsonReader(start + b"\xff" * nbytes)

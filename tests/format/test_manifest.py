@@ -43,7 +43,8 @@ def names_of(shards: Iterable[Shard]) -> list[str]:
         ("*.q", ["layers.0.q", "layers.1.q", "layers[1].q", "Layers.0.q"]),
         (["head", "layers.0.k"], ["layers.0.k", "head"]),
         (("head", "head", "h?ad"), ["head"]),
-        ({"head": 1}, ["head"]),
+        ({"head": 1}.keys(), ["head"]),
+        ({"head": slice(4)}, ["head"]),
         (iter(["head"]), ["head"]),
         ("layers[1].q", ["layers[1].q"]),  # the exact name; the pattern would match layers1.q
         ("head*", ["head*"]),

@@ -113,3 +113,8 @@ def test_row_23_nothing_is_allocated_for_a_huge_shape() -> None:
     finally:
         tracemalloc.stop()
     assert manifest.nbytes == 4 * size
+
+
+def test_row_23_a_tensor_of_too_many_elements_is_refused() -> None:
+    item = record(dtype="uint8", shape=[1 << 61], nbytes=1 << 61)
+    check_refused(document(shard(item, nbytes=1 << 62)), ManifestLayoutError)

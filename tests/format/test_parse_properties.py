@@ -9,6 +9,7 @@ import os
 import pickle
 from pathlib import Path
 from typing import Any
+from unittest import mock
 from urllib.parse import unquote
 
 from hypothesis import HealthCheck, given, settings
@@ -22,6 +23,8 @@ from ndcache.errors import (
     UnsupportedDtypeError,
     UnsupportedFormatError,
 )
+from ndcache.format import json_reader
+from ndcache.format import parse as parse_module
 from ndcache.format.manifest import Manifest
 from ndcache.format.numpy_dtypes import DTYPES
 from ndcache.format.parse import parse_manifest
@@ -31,7 +34,7 @@ from ..helpers.manifests import byte_record, document, parse, record, shard
 from .test_paths import UNSAFE_PATHS
 
 
-def thorough(ci: int, default: int = 300) -> settings:
+def thorough(ci: int, default: int = 100) -> settings:
     """Try a property `ci` times with HYPOTHESIS_PROFILE=ci: over 20,000 times for the whole parser."""
     return settings(
         max_examples=ci if os.environ.get("HYPOTHESIS_PROFILE") == "ci" else default,
@@ -76,15 +79,28 @@ def check_invariants(manifest: Manifest) -> None:
         str(error).encode()
 
 
-def check_parsed_or_refused(data: bytes) -> None:
-    """Check that `data` gives a good manifest or one of the four errors."""
-    kinds = (ManifestSyntaxError, ManifestLayoutError, ManifestLimitError, UnsafePathError)
+def outcome(data: bytes) -> Manifest | tuple[type[Exception], str]:
+    """Return the manifest, or one of the four errors as its class and message."""
     try:
-        manifest = parse_manifest(data)
-    except kinds as error:
+        return parse_manifest(data)
+    except (ManifestSyntaxError, ManifestLayoutError, ManifestLimitError, UnsafePathError) as error:
         str(error).encode()
-    else:
-        check_invariants(manifest)
+        return type(error), str(error)
+
+
+def check_parsed_or_refused(data: bytes) -> None:
+    """Check that `data` gives a good manifest or an error, the same whether records are read together or alone."""
+    for window in (1 << 20, 128):
+        with mock.patch.multiple(json_reader, _WINDOW_BYTES=window, _LEAST_WINDOW_BYTES=window):
+            found = outcome(data)
+            if isinstance(found, Manifest):
+                check_invariants(found)
+            with (
+                mock.patch.object(json_reader.JsonReader, "_next_elements", return_value=[]),
+                mock.patch.object(parse_module, "_record_fields", {}.__getitem__),
+                mock.patch.object(parse_module, "_usual_end", return_value=None),
+            ):
+                assert outcome(data) == found
 
 
 integers = st.one_of(

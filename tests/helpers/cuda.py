@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from ndcache.devices.torch import opening
+from ndcache.devices.torch.api import CudaApi
 from ndcache.devices.torch.cuda import CudaDevice
-from ndcache.devices.torch.driver import CudaApi
 from ndcache.devices.torch.framework import as_bytes
 from ndcache.devices.torch.memory import Allocator
 from ndcache.devices.torch.pinned import Slots
@@ -79,8 +79,11 @@ class FakeApi(CudaApi):
     def synchronize(self, stream: int) -> None:
         self._check()
         with self._lock:
-            for target, source in self.streams[stream]:
-                target.numpy()[:] = source.numpy()  # PyTorch knows nothing of copies of the driver
+            for target, source in self.streams[stream]:  # as bytes; PyTorch knows nothing of copies of the driver
+                stored = source.numpy()
+                if target.numel() > source.numel():
+                    stored = (stored.copy().view("<u2").astype("<u4") << 16).view("u1")
+                target.numpy()[:] = stored
             self.streams[stream].clear()
 
     def register(self, address: int, nbytes: int) -> None:
@@ -94,13 +97,11 @@ class FakeApi(CudaApi):
         del self.registered[address]
 
     def copy(self, tensor: Any, start: int, slots: Slots, offset: int, nbytes: int, stream: int) -> None:
-        self._check()
-        assert nbytes > 0
-        target, source = as_bytes(tensor)[start : start + nbytes], slots.tensor[offset : offset + nbytes]
-        assert target.numel() == source.numel() == nbytes
-        with self._lock:
-            self.streams[stream].append((target, source))
-        self.copied += nbytes
+        self._add(tensor, start, nbytes, slots.tensor[offset : offset + nbytes], stream)
+
+    def expand(self, tensor: Any, start: int, slots: Slots, offset: int, nbytes: int, stream: int) -> None:
+        assert (start % 4, nbytes % 2) == (0, 0)
+        self._add(tensor, start, nbytes * 2, slots.tensor[offset : offset + nbytes], stream)
 
     def free_stream(self, stream: int) -> None:
         assert not self.streams.pop(stream)
@@ -124,6 +125,14 @@ class FakeApi(CudaApi):
 
     def reserve(self, sizes: Sequence[int]) -> None:
         self.reserved.extend(sizes)
+
+    def _add(self, tensor: Any, start: int, nbytes: int, source: Any, stream: int) -> None:
+        self._check()
+        target = as_bytes(tensor)[start : start + nbytes]
+        assert target.numel() == nbytes > 0
+        with self._lock:
+            self.streams[stream].append((target, source))
+        self.copied += source.numel()
 
     def _check(self) -> None:
         assert getattr(self._active, "depth", 0) > 0, "the API is not active in this thread"

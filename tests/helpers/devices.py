@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ndcache.format.numpy_dtypes import DTYPES
+from ndcache.format.numpy_dtypes import TENSOR_DTYPES
 
 from .requirements import need_module
 
@@ -40,7 +40,7 @@ def as_array(tensor: Any) -> np.ndarray[Any, Any]:
     torch = need_module("torch")
     # PyTorch cannot give NumPy its smallest floats.
     stored: np.ndarray[Any, Any] = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return stored.view(DTYPES[str(tensor.dtype).removeprefix("torch.")]).reshape(tensor.shape)
+    return stored.view(TENSOR_DTYPES[str(tensor.dtype).removeprefix("torch.")]).reshape(tensor.shape)
 
 
 def relabel(directory: Path, dtype: str, encoding: str) -> None:

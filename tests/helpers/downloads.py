@@ -10,8 +10,8 @@ from typing import Any
 
 import ndcache
 from ndcache.sources.client import Client
-from ndcache.sources.download import Downloader
-from ndcache.sources.shard_request import DownloadPlan
+from ndcache.sources.downloads.download import Downloader
+from ndcache.sources.downloads.shard_request import DownloadPlan
 from ndcache.store.directory import ModelDirectory
 
 from .servers import ScriptedServer, reply, then_close

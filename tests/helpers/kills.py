@@ -40,10 +40,11 @@ import urllib3.connection
 
 import ndcache.api  # with all the rest, before anything is forked
 import ndcache.cached
-import ndcache.sources.download
-import ndcache.store.partial
+import ndcache.store.partials.file
 import ndcache.tvm
+from ndcache.format.paths import unflatten
 from ndcache.location import locate
+from ndcache.sources.downloads import download
 
 from . import models
 from .processes import TIMEOUT, Child, Zygote, start_zygote
@@ -161,8 +162,8 @@ def left_behind(directory: Path, *, of_shards: bool = False) -> list[str]:
     if of_shards:
         found = [name for name in found if ".bin.json." not in name]
     found += [f"{folder}/{name}" for folder in ("locks", "aside") for name in _entries(state / folder)]
-    names = [name for name in _entries(state / "validators") if not (directory / name.removesuffix(".json")).exists()]
-    return sorted(found + [f"validators/{name}" for name in names])
+    names = {name: unflatten(name.removesuffix(".json")) for name in _entries(state / "validators")}
+    return sorted(found + [f"validators/{name}" for name, file in names.items() if not (directory / file).exists()])
 
 
 def make_old(directory: Path, seconds: float = 7200.0) -> None:
@@ -281,8 +282,8 @@ class _Series:
 def fetch(url: str, in_ranges: bool = False, **options: Any) -> None:
     """Fetch through sockets with small buffers, as their contents are lost at a kill."""
     if in_ranges:  # in a process of its own
-        ndcache.sources.download.RANGE_THRESHOLD, ndcache.sources.download.RANGE_BYTES = 1, _RANGE_BYTES
-        ndcache.store.partial._NOTE_BYTES = _NOTE_BYTES
+        download.RANGE_THRESHOLD, download.RANGE_BYTES = 1, _RANGE_BYTES
+        ndcache.store.partials.file._NOTE_BYTES = _NOTE_BYTES
     small = (socket.SOL_SOCKET, socket.SO_RCVBUF, _CHUNK_BYTES)
     urllib3.connection.HTTPConnection.default_socket_options.append(small)
     ndcache.fetch(url, **options)

@@ -31,8 +31,8 @@ def assert_same(weights: Mapping[str, Any], arrays: Mapping[str, np.ndarray[Any,
 
 
 def published(cache_dir: Path) -> list[str]:
-    """Return the files in the cache that have a real name."""
-    return sorted(path.name for path in cache_dir.rglob("*") if path.is_file() and ".ndcache" not in path.parts)
+    """Return the files of models in the cache that have a real name."""
+    return sorted(path.name for path in cache_dir.glob("[!.]*/**/*") if path.is_file() and ".ndcache" not in path.parts)
 
 
 def partial_files(cache_dir: Path) -> list[Path]:

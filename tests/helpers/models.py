@@ -101,15 +101,17 @@ def through_bf16(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return rounded.astype(np.uint32).view(np.float32)
 
 
-def simple_model(directory: Path, shards: int = 4, shard_bytes: int = 1 << 16) -> dict[str, np.ndarray[Any, Any]]:
-    """Write a model of `shards` shards with one raw float32 tensor each.
+def simple_model(
+    directory: Path, shards: int = 4, shard_bytes: int = 1 << 16, seed: int = 0
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Write a model of `shards` shards with one raw float32 tensor each, which are those of a seed.
 
     Returns
     -------
     dict
         Its tensors, ``"layer.0"`` and so on.
     """
-    arrays = {f"layer.{index}": random_array((shard_bytes // 4,), seed=index) for index in range(shards)}
+    arrays = {f"layer.{index}": random_array((shard_bytes // 4,), seed=seed + index) for index in range(shards)}
     write_model(directory, [{name: array} for name, array in arrays.items()])
     return arrays
 

@@ -40,6 +40,15 @@ def need_program(name: str) -> str:
     return path or _missing(f"the program {name} is not installed")
 
 
+def need_s3rver() -> Path:
+    """Return the path of npm's s3rver: NDCACHE_TEST_S3RVER has the directory into which npm has installed it."""
+    program = Path(os.environ.get("NDCACHE_TEST_S3RVER", ""), "node_modules", "s3rver", "bin", "s3rver.js")
+    if not program.is_file():
+        _missing(f"npm's s3rver is not installed at {program}: see CONTRIBUTING.rst")
+    need_program("node")
+    return program
+
+
 def need_file(distribution: str, name: str) -> Path:
     """Return the path of a file, given by name, that a distribution installs; the distribution is not imported."""
     try:

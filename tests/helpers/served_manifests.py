@@ -28,7 +28,8 @@ def scripted_model(scripted: ScriptedServer, model: Path, name: str, seed: int =
 
 
 def manifests_asked_for(scripted: ScriptedServer) -> list[str]:
-    return [request.path for request in scripted.requests if request.path.endswith(".json")]
+    """Return the manifests of NDArray caches that were requested."""
+    return [request.path for request in scripted.requests if request.path.endswith("-cache.json")]
 
 
 def cached_manifests(cache_dir: Path) -> list[str]:

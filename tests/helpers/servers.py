@@ -30,6 +30,10 @@ class Request:
         return self.target.partition("?")[0]
 
 
+#: Files that may tell a model's companion files. Most tests are about models without them, and about other requests.
+_PROBED = ("/mlc-chat-config.json", "/mlc-model-manifest.json")
+
+
 # --- a directory --------------------------------------------------------------------------------------
 
 
@@ -113,7 +117,9 @@ class FileServer:
     url : str
         Ends in a slash.
     requests : list of Request
-        All requests so far, each with the client's port as ``x-test-peer``.
+        The requests so far, each with the client's port as ``x-test-peer``.
+    probes : int
+        How many other requests there were, for companion files that are not there.
     peak_bodies : int
         The most shard bodies that were in flight at once.
     stalled : set of str
@@ -127,6 +133,7 @@ class FileServer:
         self.limit = limit
         self.rate = rate
         self.requests: list[Request] = []
+        self.probes = 0
         self.peak_bodies = 0
         self.gate = threading.Event()
         self.gate.set()
@@ -168,7 +175,10 @@ class FileServer:
         headers = {name.lower(): value for name, value in handler.headers.items()}
         request = Request("GET", handler.path, {**headers, "x-test-peer": str(handler.client_address[1])})
         with self._lock:
-            self.requests.append(request)
+            if request.path.endswith(_PROBED) and not self._file(request).is_file():
+                self.probes += 1
+            else:
+                self.requests.append(request)
         if self.limit is None or request.path.endswith(".json"):
             self._answer_file(handler, request)
         elif self.limit.enter():
@@ -184,7 +194,7 @@ class FileServer:
 
     def _answer_file(self, handler: BaseHTTPRequestHandler, request: Request) -> None:
         status = self.status.get(request.path)
-        path = self.directory / unquote(request.path).lstrip("/")
+        path = self._file(request)
         if status is not None or not path.is_file():
             handler.send_response(status or 404)
             handler.send_header("Content-Length", "0")
@@ -209,6 +219,9 @@ class FileServer:
         handler.end_headers()
         with self._body(request), contextlib.suppress(ConnectionError):
             self._send(handler, memoryview(body)[first : last + 1])
+
+    def _file(self, request: Request) -> Path:
+        return self.directory / unquote(request.path).lstrip("/")
 
     @contextlib.contextmanager
     def _body(self, request: Request) -> Iterator[None]:
@@ -316,7 +329,7 @@ class ScriptedServer:
     script : dict of str to list
         The steps of each path, such as ``"/params_shard_0.bin"``.
     requests : list of Request
-        All requests so far.
+        The requests so far, without those for companion files that have no script.
     connections : int
         The number of connections accepted so far.
     """
@@ -397,8 +410,9 @@ class ScriptedServer:
 
     def _next_step(self, request: Request) -> bytes | Step:
         with self._lock:
-            self.requests.append(request)
             steps = self.script.get(request.path)
+            if steps or not request.path.endswith(_PROBED):
+                self.requests.append(request)
             if not steps:
                 return reply(404)
             index = self._times_asked.get(request.path, 0)

@@ -174,6 +174,7 @@ WRONG_PROXIES = [
     ("http://127.0.0.1:port", "_PROXY is not the address of a proxy"),
     ("http://user:secret@a..b:80", NO_ADDRESS),
     ("ftp://127.0.0.1:21", "kind"),
+    ("s3://bucket", "kind"),
     ("socks9://user:secret@127.0.0.1:21", "kind"),
     ("http://no-such-host.invalid:3128", "http://no-such-host.invalid:3128"),
     ("http://user:secret@no-such-host.invalid:3128", "not known"),

@@ -45,7 +45,7 @@ def test_a_redirect_within_the_origin_keeps_what_the_caller_sends(scripted: Scri
 
 
 @pytest.mark.parametrize("differs", ["port", "host", "scheme"])
-@pytest.mark.parametrize("by", ["session", "token", "URL", "netrc"])
+@pytest.mark.parametrize("by", ["session", "token", "URL", "netrc", "options"])
 @pytest.mark.parametrize("status", [302, 308])
 def test_row_19_another_origin_gets_no_secrets(
     scripted: ScriptedServer,
@@ -81,7 +81,12 @@ def test_row_19_another_origin_gets_no_secrets(
         (tmp_path / "netrc").write_text(machines)
         monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     login = Login({"HF_ENDPOINT": here, "HF_TOKEN": "secret"}) if by == "token" else None
-    transport = Transport(session=session, login=login)
+    transport = Transport(
+        session=session,
+        login=login,
+        token="secret" if by == "options" else None,
+        headers={"X-Other": "secret"} if by == "options" else None,
+    )
     with authority.cert_pem.tempfile() as path:
         session.verify = path
         assert body(transport, f"{url}a") == b"moved"
@@ -89,7 +94,7 @@ def test_row_19_another_origin_gets_no_secrets(
     session.close()
     first, *_, last = [*scripted.requests, *other.requests]
     assert (first.path, last.path) == ("/a", "/b")
-    assert {"authorization", "cookie", "x-api-key"} <= first.headers.keys()
+    assert {"authorization", "cookie", "x-api-key", *(["x-other"] if by == "options" else [])} <= first.headers.keys()
     assert last.headers.keys() == {"host", "accept-encoding", "user-agent"}
     assert "secret" not in str(last)
 
@@ -146,6 +151,7 @@ def test_row_19_netrc_is_not_used_for_another_origin(
         "file:///etc/passwd",
         "FILE:/etc/passwd",
         "ftp://host/a",
+        "s3://bucket/a",
         "http://[bad/",
         "data:,x",
     ],

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import requests
 import trustme
@@ -22,7 +23,9 @@ from ndcache.http.response import Response
 from ndcache.http.transport import Transport
 from ndcache.workers.cancellation import Cancellation
 
-from ..helpers.servers import Connection, Request, ScriptedServer, Step, reply
+from ..helpers.models import assert_same
+from ..helpers.servers import Connection, Request, ScriptedServer, Step, reply, then_close
+from ..helpers.tensor_files import file_bytes, header_of
 
 DATA = bytes(range(256)) * 4096  # 1 MiB
 SHARD = "/params_shard_0.bin"
@@ -382,3 +385,19 @@ def test_a_connection_that_failed_is_not_used_again(secure: ScriptedServer, tran
     with transport.get(secure.url + "b", {}, Cancellation()) as response:
         assert read_all(response) == b"good"
     assert secure.connections == 2
+
+
+def test_a_safetensors_file_that_breaks_off_over_tls_is_resumed(secure: ScriptedServer) -> None:
+    arrays = {name: np.full(1000, ord(name), np.float32) for name in "ab"}
+    data = file_bytes(header_of(arrays), b"".join(array.tobytes() for array in arrays.values()))
+    half, etag = len(data) // 2, {"ETag": '"one"'}
+    rest = {**etag, "Content-Range": f"bytes {half}-{len(data) - 1}/{len(data)}"}
+    secure.script["/model.safetensors"] = [
+        reply(200, data, etag),  # for the header, of which no more is read
+        then_close(reply(200, data, etag)[: half - len(data)]),
+        reply(206, data[half:], rest),
+    ]
+    with ndcache.load(f"{secure.url}model.safetensors") as weights:
+        assert_same(weights, arrays)
+    ranges = [request.headers.get("range") for request in secure.requests_for("/model.safetensors")]
+    assert ranges == ["bytes=0-262143", None, f"bytes={half}-{len(data) - 1}"]

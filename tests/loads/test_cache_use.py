@@ -15,7 +15,7 @@ import pytest
 import ndcache
 from ndcache.devices.cpu import CpuUpload
 from ndcache.devices.segments import Segment
-from ndcache.sources.manifest import ManifestSource
+from ndcache.sources.manifests.manifest import ManifestSource
 
 from ..helpers import models
 from ..helpers.loads import Serve, assert_same, flip, published, truncate, wait_until
@@ -265,4 +265,4 @@ def test_scopes_are_apart(model: Path, serve: Serve, cache_dir: Path) -> None:
     server = serve(model)
     for scope in ("a", "webllm/model"):
         ndcache.fetch(server.url, scope=scope)
-    assert sorted(path.name for path in cache_dir.iterdir()) == ["a", "webllm%2Fmodel"]
+    assert sorted(path.name for path in cache_dir.glob("[!.]*")) == ["CACHEDIR.TAG", "a", "webllm%2Fmodel"]

@@ -316,7 +316,7 @@ def test_row_85_nothing_is_written_after_the_call(model: Path, monkeypatch: pyte
 
 @pytest.mark.parametrize("encoding", ["raw", "f32-to-bf16"])
 def test_several_workers_read_a_large_tensor(model: Path, monkeypatch: pytest.MonkeyPatch, encoding: str) -> None:
-    monkeypatch.setattr("ndcache.pipeline._MIN_SEGMENT_BYTES", 1 << 14)
+    monkeypatch.setattr("ndcache.devices.segments._MIN_SEGMENT_BYTES", 1 << 14)
     arrays = {"small": models.random_array((7,)), "large": models.random_array((50_001,)), "last": np.ones(5, np.int8)}
     models.write_model(model, [arrays], encoding=encoding, gap=b"x")
     parts = []

@@ -19,7 +19,8 @@ def test_a_missing_model_names_what_was_looked_for(scripted: ScriptedServer) -> 
     with pytest.raises(ndcache.NotFoundError, match=r"tensor-cache\.json or ndarray-cache\.json") as caught:
         ndcache.load(scripted.url)
     assert caught.value.status == 404
-    assert [request.path for request in scripted.requests] == ["/tensor-cache.json", "/ndarray-cache.json"]
+    names = ["tensor-cache.json", "ndarray-cache.json", "model.safetensors.index.json", "model.safetensors"]
+    assert [request.path for request in scripted.requests] == [f"/{name}" for name in names]
 
 
 @pytest.mark.parametrize("where", WHERE)

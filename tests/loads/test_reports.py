@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 import ndcache
 
 from ..helpers import models
-from ..helpers.loads import Serve, loading_threads, published
+from ..helpers.loads import Serve, loading_threads, published, wait_until
 
 
 def test_reports_are_those_of_web_llm(model: Path, serve: Serve) -> None:
@@ -42,6 +44,36 @@ def test_reports_are_those_of_web_llm(model: Path, serve: Serve) -> None:
     ndcache.load(server.url, progress=callback)
     assert reports[-1].text.startswith("Loading model from cache[3/3]: 3MB loaded. 100% completed, ")
     assert all(report.cache_only for report in reports)
+
+
+def test_reports_in_between_move_within_a_shard(model: Path, serve: Serve) -> None:
+    models.simple_model(model, shards=1, shard_bytes=4 << 20)
+    reports: list[ndcache.ProgressReport] = []
+    ndcache.load(serve(model, rate=4 << 20).url, progress=reports.append, progress_interval=0.1)
+    assert [report.shards_done for report in reports if report.is_shard] == [0, 0, 1]
+    between = [report for report in reports if not report.is_shard]
+    assert any(0 < report.bytes_done < report.bytes_total for report in between)
+    assert {report.phase for report in between} == {"fetch"}
+    assert [report.bytes_done for report in reports] == sorted(report.bytes_done for report in reports)
+
+
+@pytest.mark.skipif(not Path("/proc/locks").exists(), reason="only Linux tells who holds a lock")
+def test_reports_say_which_process_is_waited_for(model: Path, serve: Serve, cache_dir: Path) -> None:
+    models.simple_model(model, shards=1)
+    server, said = serve(model), list[str]()
+    server.gate.clear()
+
+    def callback(report: ndcache.ProgressReport) -> None:
+        if report.waiting:
+            said.append(report.waiting)
+            server.gate.set()
+
+    with subprocess.Popen([sys.executable, "-m", "ndcache", "fetch", server.url, "-q"]) as process:
+        wait_until(lambda: bool(server.shard_requests()))
+        ndcache.load(server.url, progress=callback, progress_interval=0.1)
+        assert process.wait(60) == 0
+    assert said[0] == f"waiting for process {process.pid}, which downloads params_shard_0.bin"
+    assert len(server.shard_requests()) == 1
 
 
 KINDS_OF_REPORTS: dict[str, Callable[[ndcache.ProgressReport], bool]] = {

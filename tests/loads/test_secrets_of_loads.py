@@ -15,6 +15,7 @@ import requests
 import ndcache
 
 from ..helpers import models
+from ..helpers.hub import HubServer
 from ..helpers.loads import HALF, QUICK, Serve, assert_same, partial_files
 from ..helpers.servers import ScriptedServer, reply, then_close, then_stall
 
@@ -50,6 +51,46 @@ def test_row_19_a_mirror_is_told_nothing_of_the_session(tmp_path: Path, serve: S
     assert not any("x-key" in request.headers for request in mirror.requests)
 
 
+def test_row_113_only_the_source_is_told_the_token_and_the_headers(tmp_path: Path, serve: Serve) -> None:
+    """Mirrors and the storage behind redirects are told nothing."""
+    arrays = models.simple_model(tmp_path / "www")
+    hub, mirror = HubServer(tmp_path / "www", lfs=(".bin",)), serve(tmp_path / "www")
+    hub.failing["params_shard_1.bin"] = 404
+    try:
+        weights = ndcache.load(
+            f"{hub.url}/owner/model/resolve/main/",
+            token="secret",
+            headers={"X-Key": "secret", "User-Agent": "mine"},
+            mirrors=[mirror.url],
+        )
+        assert_same(weights, arrays)
+        assert {str(sent.get("authorization")) for sent in hub.headers} == {"Bearer secret"}
+        assert {(sent["x-key"], sent["user-agent"]) for sent in hub.headers} == {("secret", "mine")}
+        assert len(hub.storage.requests) == 3
+        assert [request.path for request in mirror.requests] == ["/params_shard_1.bin"]
+        assert "secret" not in str(hub.storage.requests) + str(mirror.requests)
+    finally:
+        hub.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "sent"),
+    [
+        ({"headers": {"authorization": "Basic own"}}, "Basic own"),
+        ({"token": "own"}, "Bearer own"),
+    ],
+)
+def test_options_take_precedence_over_other_credentials(
+    tmp_path: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], sent: str
+) -> None:
+    models.simple_model(tmp_path / "www")
+    server = serve(tmp_path / "www")
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login user password secret\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    ndcache.read_manifest(server.url.replace("//", "//user:secret@"), **options)
+    assert [request.headers["authorization"] for request in server.requests] == [sent]
+
+
 SECRET = "hunter2"
 
 FORMS = (SECRET.encode(), base64.b64encode(f"user:{SECRET}".encode()))
@@ -64,7 +105,7 @@ def everything_in(error: BaseException) -> bytes:
     return texts + b"".join(everything_in(other) for other in (*others, *causes))
 
 
-@pytest.mark.parametrize("way", ["token", "query", "user and password", "netrc", "session", "redirect"])
+@pytest.mark.parametrize("way", ["token", "query", "user and password", "netrc", "session", "redirect", "options"])
 @pytest.mark.parametrize(
     ("broken", "answer", "error"),
     [
@@ -124,6 +165,8 @@ def test_row_40_no_secret_is_shown_or_kept(
     reports: list[ndcache.ProgressReport] = []
     timeout = (30, 0.3 if error is ndcache.StallError else 30)
     options = {"retries": QUICK, "timeout": timeout, "session": session if way == "session" else None}
+    if way == "options":
+        options |= {"token": SECRET, "headers": {"X-Key": SECRET}}
     seen, ended_with = b"", list[type[BaseException]]()
     with caplog.at_level(logging.DEBUG, "ndcache"), ndcache.Loader(**options) as loader:  # type: ignore[arg-type]
         for _ in range(2):  # the second time from the cache, and from partial files

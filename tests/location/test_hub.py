@@ -16,6 +16,7 @@ from ndcache.location import locate
 from ndcache.location.hub import Login, token_path
 from ndcache.urls.url import Origin
 
+from ..helpers.hub import HubServer
 from ..helpers.models import assert_same, simple_model
 from ..helpers.servers import FileServer, ScriptedServer, reply
 
@@ -58,6 +59,60 @@ def test_row_43_a_revision_with_slashes_and_a_folder_are_told_apart(source: str,
     location = locate(source, {})
     assert location.base == f"https://huggingface.co/o/n/resolve/{revision}/{folder}"
     assert not location.query
+
+
+@pytest.mark.parametrize(
+    ("source", "revision", "base"),
+    [
+        ("hf://o/n", "v1", "v1/"),
+        ("hf://o/n@v1/sub", "v1", "v1/sub/"),
+        ("hf://o/n@refs%2Fpr%2F1", "refs/pr/1", "refs%2Fpr%2F1/"),
+        ("hf://o/n/sub", "feature/x", "feature%2Fx/sub/"),
+        ("https://huggingface.co/o/n", "v1", "v1/"),
+        ("https://hf.co/o/n/tree/v1/sub", "v1", "v1/sub/"),
+    ],
+)
+def test_the_revision_of_a_repository_may_be_an_option(source: str, revision: str, base: str) -> None:
+    assert locate(source, {}, revision=revision).base == f"https://huggingface.co/o/n/resolve/{base}"
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("hf://o/n@main", "the source names the revision 'main', and the option another one, 'v1'"),
+        ("https://huggingface.co/o/n/tree/main", "the source names the revision 'main'"),
+        (
+            "https://user:secret@host/model/",
+            "revision is for repositories on Hugging Face .*, and not for https://host/",
+        ),
+        ("s3://bucket/model", "revision is for repositories on Hugging Face .*, and not for s3://bucket/model"),
+        (".", "revision is for repositories on Hugging Face"),
+    ],
+)
+@pytest.mark.parametrize("verb", [ndcache.fetch, ndcache.is_cached, ndcache.delete])
+def test_row_114_a_revision_that_does_not_fit_is_refused(
+    verb: Callable[..., object], source: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        verb(source, revision="v1")
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["fetch_file", "find_file", "delete_file"])
+def test_single_files_are_of_the_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    simple_model(tmp_path / "www")
+    hub = HubServer(tmp_path / "www", lfs=())
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    try:
+        with ndcache.Loader(revision="v1") as at_v1, ndcache.Loader() as at_main:
+            file = at_v1.fetch_file("hf://owner/model/tensor-cache.json")
+            assert at_main.find_file("hf://owner/model/tensor-cache.json") is None
+            getattr(at_v1, name)("hf://owner/model/tensor-cache.json")
+            assert file.exists() == (name != "delete_file")
+            with pytest.raises(ValueError, match="another one, 'v1'"):
+                getattr(at_v1, name)("hf://owner/model@main/tensor-cache.json")
+    finally:
+        hub.close()
 
 
 def test_row_43_a_pull_request_is_loaded(tmp_path: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,6 +48,10 @@ def remote(source: str, **environ: str) -> Location:
         ("http://[FE80:0::1]/model", "http://[fe80::1]/model/", MANIFEST_NAMES),
         ("http://127.0.0.1/model", "http://127.0.0.1/model/", MANIFEST_NAMES),
         ("https://user:pass@host/model", "https://user:pass@host/model/", MANIFEST_NAMES),
+        ("s3://bucket", "s3://bucket/", MANIFEST_NAMES),
+        ("S3://Bucket.1/a b/ü", "s3://Bucket.1/a%20b/%C3%BC/", MANIFEST_NAMES),
+        ("gs://bucket/a@b:c/tensor-cache-b16.json", "gs://bucket/a@b:c/", B16),
+        ("az://$web/model/", "az://$web/model/", MANIFEST_NAMES),
         ("hf://owner/name", f"{HF}/main/", MANIFEST_NAMES),
         ("HF://owner/name", f"{HF}/main/", MANIFEST_NAMES),
         ("hf://owner/name/", f"{HF}/main/", MANIFEST_NAMES),
@@ -93,9 +97,10 @@ def test_endpoint_unset_or_empty() -> None:
     assert str(hf_endpoint({})) == str(hf_endpoint({"HF_ENDPOINT": ""})) == f"{HF_ENDPOINT}/"
 
 
-def test_endpoint_without_scheme() -> None:
+@pytest.mark.parametrize("endpoint", ["mirror.test", "s3://bucket"])
+def test_endpoint_that_is_no_server(endpoint: str) -> None:
     with pytest.raises(ValueError, match="HF_ENDPOINT"):
-        locate("hf://owner/name", {"HF_ENDPOINT": "mirror.test"})
+        locate("hf://owner/name", {"HF_ENDPOINT": endpoint})
 
 
 # --- local --------------------------------------------------------------------------------------------
@@ -204,7 +209,8 @@ def test_wrong_manifest_name(model: Path) -> None:
         ("", "empty"),
         (" \n", "empty"),
         ("htp://host/model", "htp://"),
-        ("s3://bucket/model", "s3://"),
+        ("ftp://host/model", "ftp://"),
+        ("s3a://bucket/model", "write s3://"),
         ("ftp://host/model", "not supported"),
         ("://host", "not supported"),
         ('{"url": "https://host/"}' * 1000, "not supported"),
@@ -258,7 +264,7 @@ def test_not_understood(source: str, words: str) -> None:
 
 @pytest.mark.parametrize("source", [None, 1, b"https://host/", ["https://host/"]])
 def test_not_a_source(source: object) -> None:
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match=r"the source must be a text or a path, not (NoneType|int|bytes|list)$"):
         locate(source)  # type: ignore[arg-type]
 
 

@@ -6,7 +6,6 @@ import errno
 import io
 import os
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import pytest
 import ndcache
 
 from ..helpers import kills, models
+from ..helpers.disks import mount, mounted
 from ..helpers.kills import CountingServer, check_published, left_behind, model_directory
 from .children import MIB, Serve, assert_fetched, digest_of, load
 
@@ -23,18 +23,8 @@ from .children import MIB, Serve, assert_fetched, digest_of, load
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """Mount a file system of 3 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount("-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder))
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)  # a test that failed may have files open
-
-
-def mount(*args: str) -> None:
-    try:
-        subprocess.run(["mount", *args], check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"mounting a tmpfs is not permitted: {error}")
+    with mounted(tmp_path / "disk") as folder:
+        yield folder
 
 
 def test_row_29_a_lack_of_room_for_the_model_is_noticed_before_the_download(

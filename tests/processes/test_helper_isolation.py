@@ -26,6 +26,8 @@ from .children import Serve, wait_until
 
 pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
 
+#: Of cases that take long, the others are enough on the other Pythons.
+ONCE = pytest.mark.once
 ROOT = Path(ndcache.__file__).parents[1]
 SHARDS = 8
 #: Loads a model with a helper, which must take part, and prints what it got.
@@ -122,7 +124,12 @@ def test_scripts_need_no_guard(server: FileServer, tmp_path: Path, how: str) -> 
 
 @pytest.mark.parametrize(
     "path",
-    [str(ROOT), os.pathsep.join([str(ROOT), ""]), os.pathsep.join([str(ROOT), "."]), os.pathsep.join(["", str(ROOT)])],
+    [
+        pytest.param(str(ROOT), marks=ONCE),
+        os.pathsep.join([str(ROOT), ""]),
+        pytest.param(os.pathsep.join([str(ROOT), "."]), marks=ONCE),
+        os.pathsep.join(["", str(ROOT)]),
+    ],
     ids=["root", "root and empty", "root and dot", "empty and root"],
 )
 def test_row_70_nothing_is_imported_from_the_working_directory(
@@ -160,7 +167,9 @@ def test_the_command_line_has_the_option(server: FileServer) -> None:
     assert len(list(directory.glob("*.bin"))) == SHARDS
 
 
-@pytest.mark.parametrize("how", ["insert", "append", "script's folder", "relative"])
+@pytest.mark.parametrize(
+    "how", ["insert", "relative", *(pytest.param(how, marks=ONCE) for how in ("append", "script's folder"))]
+)
 def test_helpers_import_the_ndcache_of_their_parent(server: FileServer, tmp_path: Path, how: str) -> None:
     """It may lie beside a script, or in a folder that the script puts into `sys.path`."""
     folder = tmp_path / "lib"
@@ -177,7 +186,9 @@ def test_helpers_import_the_ndcache_of_their_parent(server: FileServer, tmp_path
     assert run(server, str(script), cwd=tmp_path, environ={"LANG": "C.UTF-8"}) == EXPECTED
 
 
-@pytest.mark.parametrize("given", ["-I", "-E", "-s", "-O", "-B", "-X utf8", "-W error"])
+@pytest.mark.parametrize(
+    "given", ["-I", "-W error", "-X utf8", *(pytest.param(flag, marks=ONCE) for flag in ("-E", "-s", "-O", "-B"))]
+)
 def test_flags_of_the_interpreter_are_passed_on(server: FileServer, given: str) -> None:
     flags = given.split()
     script = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{LOAD}"

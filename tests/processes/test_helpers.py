@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import signal
@@ -22,6 +23,7 @@ import requests
 import ndcache
 from ndcache.processes import beside, supervisor
 from ndcache.processes.how_many import process_count
+from ndcache.report.timeline import read_timeline
 
 from ..helpers import kills, models
 from ..helpers.kills import left_behind
@@ -76,9 +78,10 @@ def held(
             server.gate.set()
 
 
-def test_processes_share_the_shards(server: FileServer, model: Path) -> None:
+def test_processes_share_the_shards(server: FileServer, model: Path, tmp_path: Path) -> None:
     reports: list[ndcache.ProgressReport] = []
     options: dict[str, Any] = {"processes": 3, "max_workers": 2, "progress": reports.append}
+    options |= {"token": "secret", "headers": {"X-Key": "secret"}, "trace": tmp_path / "load.json"}
     with held(server, 6, ndcache.load, server.url, **options) as future:
         assert server.peak_bodies == 6  # two of each process, all different
         assert len(helpers_of(os.getpid())) == 2
@@ -87,11 +90,22 @@ def test_processes_share_the_shards(server: FileServer, model: Path) -> None:
         stats = weights.stats
     assert set(Counter(request.path for request in server.requests).values()) == {1}
     assert len(server.requests) == SHARDS + 1 == stats.requests
+    assert {(sent.headers["authorization"], sent.headers["x-key"]) for sent in server.requests} == {
+        ("Bearer secret", "secret")
+    }
     assert (stats.nbytes, stats.network_bytes, stats.cache_bytes) == (NBYTES, NBYTES, 0)
     assert stats.integrity == {"md5": SHARDS}
     assert stats.seconds["network"] > 0
     assert not reports[0].cache_only
     assert [report.shards_done for report in reports] == [0, *range(SHARDS + 1)]
+    # What the helpers do is in the trace, too.
+    trace = read_timeline(json.loads((tmp_path / "load.json").read_text()))
+    bodies = [event for event in trace.events if event.phase == "network"]
+    assert {event.file: event.nbytes for event in bodies} == dict.fromkeys(trace.facts["shards"], NBYTES // SHARDS)
+    assert {trace.threads[event.thread].partition(".")[0] for event in bodies} >= {"helper 1", "helper 2"}
+    assert all(0 < event.start < event.end <= trace.total for event in bodies)
+    assert {origin for _, origin, _ in trace.facts["shards"].values()} == {"network"}
+    assert trace.facts["processes"] == 3
 
 
 def test_fetch_and_stream_use_helpers(server: FileServer, cache_dir: Path, tmp_path: Path) -> None:
@@ -108,19 +122,22 @@ def test_fetch_and_stream_use_helpers(server: FileServer, cache_dir: Path, tmp_p
     assert len(future.result()) == SHARDS
 
 
-def test_parts_of_shards_come_through_helpers(server: FileServer, model: Path) -> None:
+@pytest.mark.parametrize(
+    "names", ["*.c", {f"{shard}.c": slice(9, None) for shard in range(6)}], ids=["names", "slices"]
+)
+def test_parts_of_shards_come_through_helpers(server: FileServer, model: Path, names: Any) -> None:
     """As in a load with one process, only the bytes of the wanted tensors are requested."""
     shards = [
         {f"{shard}.{name}": models.random_array((1 << 20,), "uint8", shard) for name in ("a", "b", "c", "d")}
         for shard in range(6)
     ]
     models.write_model(model, shards)
-    with held(server, 4, ndcache.load, server.url, names="*.c", processes=2, max_workers=2) as future:
+    with held(server, 4, ndcache.load, server.url, names=names, processes=2, max_workers=2) as future:
         assert server.peak_bodies == 4
     weights = future.result()
-    assert sorted(weights) == [f"{shard}.c" for shard in range(6)]
-    models.assert_same(weights, {name: shard[name] for shard in shards for name in shard if name.endswith("c")})
-    assert weights.stats.network_bytes == weights.stats.nbytes == 6 << 20
+    first = 0 if isinstance(names, str) else 9
+    models.assert_same(weights, {name: shard[name][first:] for shard in shards for name in shard if name.endswith("c")})
+    assert weights.stats.network_bytes == weights.stats.nbytes == 6 * ((1 << 20) - first)
     assert all(request.headers["range"] for request in server.shard_requests())
 
 
@@ -130,7 +147,8 @@ def test_a_manifest_larger_than_a_pipe(server: FileServer, model: Path) -> None:
     ]
     models.write_model(model, shards)
     assert (model / "tensor-cache.json").stat().st_size > 4 << 16
-    with held(server, 4, ndcache.load, server.url, processes=2, max_workers=2) as future:
+    secrets = {"token": "secret", "headers": {"X-Key": "secret"}}
+    with held(server, 4, ndcache.load, server.url, processes=2, max_workers=2, **secrets) as future:
         assert server.peak_bodies == 4
     assert len(future.result()) == 6400
 
@@ -242,7 +260,7 @@ def test_row_72_no_process_can_start(server: FileServer, monkeypatch: pytest.Mon
 
 
 def test_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ndcache.processes.how_many._cores", lambda: 16)
+    monkeypatch.setattr("ndcache.processes.how_many.usable_cores", lambda: 16)
     assert process_count(4, 100, 1) == 4
     assert process_count(4, 2, 1) == 2
     assert process_count(4, 0, 0) == 1

@@ -9,9 +9,10 @@ import pytest
 import ndcache
 
 from ..helpers import kills, models
-from ..helpers.kills import CountingServer, check_published, left_behind
+from ..helpers.companions import mlc_model
+from ..helpers.kills import CountingServer, check_published, left_behind, model_directory
 from ..helpers.processes import Zygote
-from .children import MIB, Serve, hold_at_half, ranges
+from .children import MIB, Serve, hold_at_half, ranges, wait_until
 
 
 @pytest.mark.once
@@ -47,6 +48,24 @@ def test_row_25_a_file_that_has_changed_is_not_resumed(
     zygote.start(kills.fetch, server.url, cache_dir=cache_dir, retries=ndcache.RetryPolicy(backoff=0.01)).result()
     assert kills.digests(directory) == kills.digests(model)
     assert left_behind(directory) == []
+
+
+def test_row_25_a_resumed_fetch_asks_only_for_the_rest_of_a_companion(
+    model: Path, counting: Serve, zygote: Zygote, cache_dir: Path
+) -> None:
+    mlc_model(model, tokenizer_files=["tokenizer.json", "tokenizer_config.json", "tokenizer.model"])
+    (model / "tokenizer.model").write_bytes(bytes(MIB))
+    server = counting(model)
+    server.holds["/tokenizer.model"] = (MIB // 2,)
+    child = zygote.start(kills.fetch, server.url, cache_dir=cache_dir)
+    parts = model_directory(cache_dir, server.url) / ".ndcache" / "parts"
+    wait_until(lambda: any(path.stat().st_size == MIB // 2 for path in parts.glob("tokenizer.model.*")))
+    assert not child.kill()
+    zygote.start(kills.fetch, server.url, cache_dir=cache_dir).result()
+    asked = [request.headers.get("range") for request in server.requests if request.path == "/tokenizer.model"]
+    assert asked == [None, f"bytes={MIB // 2}-"]
+    assert kills.digests(parts.parent.parent) == kills.digests(model)
+    assert left_behind(parts.parent.parent) == []
 
 
 def kill_at_half(server: CountingServer, zygote: Zygote, cache_dir: Path, nbytes: int) -> Path:

@@ -10,7 +10,8 @@ import pytest
 
 import ndcache
 from ndcache.http.retry import RetryPolicy
-from ndcache.store import lock, partial
+from ndcache.store import lock
+from ndcache.store.partials import file as partial
 
 from ..helpers import models
 from ..helpers.nginx import nginx, statuses
@@ -18,15 +19,16 @@ from ..helpers.processes import Child, Zygote
 from ..helpers.servers import Connection, ConnectionLimit, FileServer, RateLimit, Request, ScriptedServer, reply
 from .children import load, wait_until
 
+pytestmark = pytest.mark.once
 PROCESSES = 4
 SHARDS = 48
 
 
 def model_of_each(folder: Path, processes: int, shards: int, shard_bytes: int) -> list[str]:
-    """Write a model for each process, `shards` in all, and return their names."""
-    names = [f"model-{number}" for number in range(processes)]
-    for name in names:
-        models.simple_model(folder / name, shards=shards // processes, shard_bytes=shard_bytes)
+    """Write a model for each process, `shards` in all, and return their names. All shards differ."""
+    names, count = [f"model-{number}" for number in range(processes)], shards // processes
+    for number, name in enumerate(names):
+        models.simple_model(folder / name, shards=count, shard_bytes=shard_bytes, seed=number * count)
     return names
 
 
@@ -51,7 +53,6 @@ def refusals(
     return limit.refused
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("make", [lambda: ConnectionLimit(2), lambda: RateLimit(8, 1)], ids=["connections", "rate"])
 def test_row_67_processes_are_refused_as_seldom_as_one(
     tmp_path: Path, zygote: Zygote, serve: Callable[..., FileServer], make: Callable[[], ConnectionLimit]
@@ -62,7 +63,6 @@ def test_row_67_processes_are_refused_as_seldom_as_one(
     assert together <= alone + 18
 
 
-@pytest.mark.once
 @pytest.mark.parametrize(
     ("limit", "shard_bytes", "needed"),
     [

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import ndcache
-from ndcache.store.partial import PartialFile
+from ndcache.store.partials.file import PartialFile
 
 from ..helpers import models
 from ..helpers.kills import CountingServer, left_behind, model_directory

@@ -12,7 +12,7 @@ from ndcache.http.limits.rate_limits import RateLimits
 from ndcache.http.retry import RetryPolicy
 from ndcache.http.transport import Transport
 from ndcache.sources.client import Client
-from ndcache.sources.download import Downloader
+from ndcache.sources.downloads.download import Downloader
 from ndcache.store.directory import ModelDirectory
 from ndcache.store.inventory import CacheScope
 from ndcache.workers.pool import WorkerPool

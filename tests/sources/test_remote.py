@@ -123,7 +123,7 @@ def test_shards_of_former_versions_are_removed(model: Path, serve: Serve) -> Non
     models.assert_same(ndcache.load(server.url), kept)
     names = ["mine.txt", "params_shard_0.bin", "params_shard_1.bin", "tensor-cache.json"]
     assert sorted(path.name for path in directory.iterdir() if path.is_file()) == names
-    assert state(directory) == [f"validators/{name}.json" for name in names[1:]]
+    assert state(directory) == ["companions.json", *(f"validators/{name}.json" for name in names[1:])]
 
 
 def test_a_load_that_fails_removes_nothing(model: Path, serve: Serve) -> None:

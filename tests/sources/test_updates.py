@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
+import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +15,8 @@ import numpy as np
 import pytest
 
 import ndcache
+from ndcache.store.directory import ModelDirectory
+from ndcache.store.metadata import FileMetadata
 
 from ..helpers import models
 from ..helpers.servers import FileServer
@@ -61,7 +65,7 @@ def test_an_unchanged_shard_may_vanish_before_it_is_opened(
     server = serve(model)
     directory = ndcache.fetch(server.url)
     write(model, arrays, md5=False, metadata={"version": 2})
-    from ndcache.sources.download import Downloader
+    from ndcache.sources.downloads.download import Downloader
 
     download, vanished = Downloader.download_shard, []
 
@@ -165,6 +169,31 @@ def test_a_file_that_was_replaced_is_not_noted_as_the_new_one(model: Path, serve
     newest = {name: array + 1 for name, array in new.items()}
     write(model, newest, md5=False, metadata={"version": 3})
     models.assert_same(ndcache.load(server.url), newest)
+
+
+def test_row_11_a_file_that_is_replaced_while_its_note_is_read_is_not_taken_for_the_new_one(
+    model: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A load has opened the old file; another one publishes the new file and the note, which the first one reads."""
+    _, new = two_versions(model)
+    server = serve(model)
+    ndcache.fetch(server.url)
+    write(model, new, md5=False, metadata={"version": 2})
+    read, begun, others = ModelDirectory.metadata, threading.Lock(), []
+
+    def overtaken(cache: ModelDirectory, name: str) -> FileMetadata | None:
+        is_looking = name == "params_shard_1.bin" and "open_cached" in callers()
+        if is_looking and begun.acquire(blocking=False):
+            others.append(ndcache.load(server.url))
+        return read(cache, name)
+
+    def callers() -> list[str]:
+        return [frame.name for frame in traceback.extract_stack()]
+
+    monkeypatch.setattr(ModelDirectory, "metadata", overtaken)
+    for weights in ndcache.load(server.url), *others:
+        models.assert_same(weights, new)
+    assert others
 
 
 def test_row_32_an_old_load_does_not_remove_files_of_a_new_version(model: Path, serve: Serve) -> None:

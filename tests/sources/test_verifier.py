@@ -51,10 +51,10 @@ def at_each_check(monkeypatch: pytest.MonkeyPatch, happens: Callable[[int, Any],
     """Call `happens` before each cached file is read, with the number of files read before, and the file."""
     find_mismatch, lock, calls = integrity.find_mismatch, threading.Lock(), iter(range(10**6))
 
-    def spy(file: Any, expected: Any, check: Any) -> Any:
+    def spy(file: Any, *args: Any) -> Any:
         with lock:
             happens(next(calls), file)
-        return find_mismatch(file, expected, check)
+        return find_mismatch(file, *args)
 
     monkeypatch.setattr(verifier, "find_mismatch", spy)
 

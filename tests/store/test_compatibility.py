@@ -276,6 +276,7 @@ def test_a_whole_model_is_written_as_before(server: FileServer, cache_dir: Path,
     assert ndcache.fetch(server.url) == directory
     notes = directory / ".ndcache" / "validators"
     assert tree(directory) == [
+        ".ndcache/companions.json",
         ".ndcache/source.json",
         ".ndcache/validators/more%2Fparams_shard_1.bin.json",
         ".ndcache/validators/params_shard_0.bin.json",

@@ -24,11 +24,12 @@ import ndcache
 from ndcache.format.integrity import find_mismatch
 from ndcache.format.paths import flatten, unflatten
 from ndcache.sources import verifier
-from ndcache.store.cleanup import disk_bytes
 from ndcache.store.directory import ModelDirectory
+from ndcache.store.housekeeping.sizes import disk_bytes
 from ndcache.store.metadata import FileMetadata
 
 from ..helpers import models
+from ..helpers.disks import mounted
 from ..helpers.servers import FileServer
 
 Serve = Callable[..., FileServer]
@@ -51,9 +52,9 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return a list to which each file of the cache is added whose digests are computed."""
     found: list[str] = []
 
-    def spy(file: Any, expected: Any, check: Any) -> Any:
+    def spy(file: Any, *args: Any) -> Any:
         found.append(os.path.basename(file.name))
-        return find_mismatch(file, expected, check)
+        return find_mismatch(file, *args)
 
     monkeypatch.setattr(verifier, "find_mismatch", spy)
     return found
@@ -151,9 +152,10 @@ def test_row_58_a_model_that_cannot_be_renamed_loses_its_manifest_first(
     unlink = os.unlink
 
     def spy(name: Any, **folder: Any) -> None:
-        removed.append(name)
-        assert (directory / ".ndcache").is_dir()
-        assert removed[0] == "tensor-cache.json"
+        if directory.exists():  # otherwise it is the note about its use
+            removed.append(name)
+            assert (directory / ".ndcache").is_dir()
+            assert removed[0] == "tensor-cache.json"
         unlink(name, **folder)
 
     monkeypatch.setattr(os, "unlink", spy)
@@ -199,15 +201,46 @@ def test_row_58_a_model_of_a_lower_layer_of_overlayfs_is_used_updated_and_delete
     try:
         cache_dir = tmp_path / "merged" / "cache"
         models.assert_same(load(url, cache_dir=cache_dir, offline=True), arrays)
+        with ndcache.load(url, cache_dir=cache_dir, offline=True):  # a map alone would not hold its lock
+            assert ndcache.cache.prune(keep_last=0, cache_dir=cache_dir).removed == ()
         models.write_model(model, [{name: array + 1} for name, array in arrays.items()])
         models.assert_same(load(url, cache_dir=cache_dir), {name: array + 1 for name, array in arrays.items()})
         assert ndcache.delete(url, cache_dir=cache_dir) > 3 << 16
         assert not ndcache.is_cached(url, cache_dir=cache_dir)
-        assert list(cache_dir.glob("*/*")) == []
+        assert list(cache_dir.glob("[!.]*/*")) == []
         load(url, cache_dir=cache_dir)
         assert ndcache.verify(url, cache_dir=cache_dir).ok
     finally:
         subprocess.run(["umount", "-l", str(tmp_path / "merged")], check=True)
+
+
+@pytest.mark.once
+def test_row_58_a_dry_run_knows_that_nothing_can_be_deleted_on_a_read_only_disk(
+    server: FileServer, tmp_path: Path
+) -> None:
+    with mounted(tmp_path / "disk") as disk:
+        directory = ndcache.fetch(server.url, cache_dir=disk)
+        (directory / ".ndcache" / "aside").mkdir()
+        (directory / ".ndcache" / "aside" / SHARD).write_bytes(b"bad")
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        reports = [
+            ndcache.cache.prune(**rule, cache_dir=disk, dry_run=is_dry)
+            for rule in ({"keep_last": 0}, {"aside": True})
+            for is_dry in (True, False)
+        ]
+    assert [(report.removed, report.cleaned, report.freed, len(report.failed)) for report in reports] == [
+        ((), (), 0, 1)
+    ] * 4
+
+
+def test_row_122_verify_goes_on_after_a_model_that_cannot_be_read(
+    server: FileServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (ndcache.fetch(server.url, scope=scope) for scope in ("default", "other"))
+    failing(monkeypatch, "open", errno.EACCES, lambda path, *_, **__: str(path) == str(first / "tensor-cache.json"))
+    found = {model.path: report for model, report in ndcache.cache.verify()}
+    assert (found[first].bad, found[first].kept) == (("tensor-cache.json",),) * 2
+    assert found[second].complete
 
 
 @pytest.mark.parametrize("answer", [(0, 0, 0), (1 << 40, 1 << 40, 0), OSError(errno.ENOSYS, "no statvfs")])

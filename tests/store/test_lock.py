@@ -255,6 +255,26 @@ def test_a_lock_whose_file_was_removed_meanwhile_is_not_held(path: Path, monkeyp
     assert sleep.seconds > 0
 
 
+@with_kind("flock")
+def test_row_26_a_lock_that_is_removed_as_it_is_opened_is_no_lack_of_locks(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise two loads would download the same file."""
+    really_open, removals = os.open, [1, 2, 3]
+
+    def opened(name: Path, *options: int) -> int:
+        handle = really_open(name, *options)
+        if removals:
+            removals.pop()
+            os.unlink(path)
+        return handle
+
+    monkeypatch.setattr(os, "open", opened)
+    with acquire_or_wait(path, is_there=never, progress=int, sleep=Sleeper()) as mine:
+        assert mine == DownloadLock(is_exclusive=True)
+    assert not removals
+
+
 def test_row_30_a_symlink_at_the_locks_name_is_refused(path: Path, tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     victim.write_text("precious")

@@ -21,6 +21,7 @@ from ndcache import tvm
 from ndcache.store.inventory import cache_root
 
 from ..helpers import models
+from ..helpers.disks import mounted
 from ..helpers.models import assert_same
 from ..helpers.processes import run_script
 from ..helpers.servers import FileServer
@@ -156,13 +157,9 @@ def test_row_54_verbs_that_must_keep_files_say_what_to_set(
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        ["load", "-q"],
-        *(pytest.param(c, marks=pytest.mark.once) for c in (["ls"], ["doctor"], ["verify"], ["rm"], ["fetch", "-q"])),
-    ],
-)
+@pytest.mark.once
+@pytest.mark.parametrize("no_cache", ["below a file", "a loop of links", "a home of nobody"], indirect=True)
+@pytest.mark.parametrize("command", [["load", "-q"], ["ls"], ["doctor"], ["verify"], ["rm"], ["fetch", "-q"]])
 def test_row_54_the_command_line_reports_it_in_one_line(
     model: Path, serve: Serve, no_cache: str, command: list[str]
 ) -> None:
@@ -326,14 +323,8 @@ def test_row_54_a_user_without_a_home_directory_can_load(
 @pytest.fixture
 def full_disk(tmp_path: Path) -> Iterator[Path]:
     """Mount a small file system."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    try:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder], check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"mounting is not permitted: {error}")
-    yield folder
-    subprocess.run(["umount", "--lazy", folder], check=True)
+    with mounted(tmp_path / "disk") as folder:
+        yield folder
 
 
 def test_row_54_a_read_only_disk_is_used_even_if_it_is_full(model: Path, serve: Serve, full_disk: Path) -> None:

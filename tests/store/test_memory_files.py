@@ -62,8 +62,8 @@ def test_wrong_bytes_in_memory_are_noticed(model: Path, serve: Serve) -> None:
 def test_ranges_of_a_large_shard_come_from_several_workers(
     model: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ndcache.sources.download.RANGE_THRESHOLD", 1 << 16)
-    monkeypatch.setattr("ndcache.sources.download.RANGE_BYTES", (1 << 16, 1 << 17))
+    monkeypatch.setattr("ndcache.sources.downloads.download.RANGE_THRESHOLD", 1 << 16)
+    monkeypatch.setattr("ndcache.sources.downloads.download.RANGE_BYTES", (1 << 16, 1 << 17))
     arrays = models.simple_model(model, shards=2, shard_bytes=1 << 20)
     server = serve(model)
     assert_same(ndcache.load(server.url), arrays)

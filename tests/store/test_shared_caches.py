@@ -194,7 +194,7 @@ def test_row_59_two_accounts_of_a_group_share_one_cache(zygote: Zygote, counting
     # The second account adds to the folders of the first, and the first uses what it added.
     assert act(SECOND, "load") == (TENSORS, TOTAL - SHARD_BYTES, 0)
     assert act(FIRST, "load", verify="always") == (TENSORS, 0, 0)
-    (directory,) = root.glob("*/*")
+    (directory,) = root.glob("[!.]*/*")
     os.utime(directory / SHARD, (1, 1))
     assert act(SECOND, "verify").ok
     (directory / SHARD).write_bytes(bytes(SHARD_BYTES))
@@ -204,7 +204,7 @@ def test_row_59_two_accounts_of_a_group_share_one_cache(zygote: Zygote, counting
     assert (folders, files) == ({0o2775}, {0o664})
     assert {path.stat().st_gid for path in root.rglob("*")} == {GROUP}
     assert act(SECOND, "delete") > TOTAL
-    assert list(root.glob("*/*")) == []
+    assert list(root.glob("[!.]*/*")) == []
 
 
 @several_accounts
@@ -259,7 +259,7 @@ def test_row_59_an_account_that_may_only_read_can_load_and_not_delete(
         assert act(uid, "is_cached") is True
         assert act(uid, "verify").ok
         assert act(uid, "delete")[0] == "CacheUnavailableError"
-    (directory,) = root.glob("*/*")
+    (directory,) = root.glob("[!.]*/*")
     (directory / SHARD).write_bytes(bytes(SHARD_BYTES))
     report = act(SECOND, "verify")
     assert (report.bad, report.kept, len(report.checked)) == ((SHARD,), (SHARD,), SHARDS - 1)
@@ -275,7 +275,7 @@ def test_row_59_links_and_special_files_of_the_group_are_refused(
 ) -> None:
     root = shared(public)
     zygote.start(act_as, FIRST, 0o002, counting.url, str(root), "fetch").result(15)
-    (directory,) = root.glob("*/*")
+    (directory,) = root.glob("[!.]*/*")
     victim = public / "victim"
     shutil.copytree(directory, victim)
     if planted == "model":
@@ -301,7 +301,7 @@ def test_row_60_no_verb_raises_a_bare_permission_error_for_a_folder_of_another_a
     root = shared(public, 0o755)
     zygote.start(act_as, FIRST, 0o022, counting.url, str(root), "fetch").result(15)
     if is_gone:
-        (next(root.glob("*/*")) / SHARD).unlink()
+        (next(root.glob("[!.]*/*")) / SHARD).unlink()
     (folder,) = root.glob(closed) if closed else [root]
     folder.chmod(0o700)
     for what in VERBS.keys() - {"leave partial file"}:

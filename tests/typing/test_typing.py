@@ -27,7 +27,7 @@ MISTAKES = {
     'ndcache.load("", verify="sometimes")': "call-overload",
     'ndcache.stream("", progres=True)': "call-overload",
     'ndcache.load("", into=[1])': "call-overload",
-    'ndcache.fetch("", max_worker=3)': "call-arg",
+    'ndcache.fetch("", max_worker=3)': "call-overload",
     'ndcache.verify("", timeout="3")': "arg-type",
     "ndcache.Loader(ofline=True)": "call-arg",
     'ndcache.loda("")': "attr-defined",

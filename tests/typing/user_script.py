@@ -70,6 +70,8 @@ def memory_of_the_callers(array: Array, buffer: object, device: Device) -> None:
 def streams(name: str) -> None:
     for _, array in ndcache.stream(URL):
         assert_type(array, Array)
+    for _, tensor in ndcache.stream(URL, "gpu", names={"w": slice(0, 512)}):
+        assert_type(tensor, ndcache.GPUTensor)
     for _, tensor in ndcache.stream(URL, "gpu", names="model.*"):
         assert_type(tensor, GPUTensor)
     for _, either in ndcache.stream(URL, device=name, offline=True):

@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 
 import ndcache
+from ndcache.workers import pool as pool_module
 from ndcache.workers.cancellation import Cancellation
+from ndcache.workers.outcomes import Outcomes, Task
 from ndcache.workers.pool import WorkerPool
+from ndcache.workers.postponed import Gate
 
 from ..helpers.tasks import run, shards
 
@@ -33,6 +36,33 @@ def test_never_more_than_max_workers(max_workers: int) -> None:
     barrier = threading.Barrier(max_workers)
     list(run(shards(*[1] * 12), work, max_workers=max_workers))
     assert peak == max_workers
+
+
+@pytest.mark.parametrize("how", ["submit", "open_gate"])
+def test_a_task_that_needs_no_slot_runs_while_all_are_taken(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "_IDLE_CHECK", 300.0)  # no thread finds the task by chance
+    with WorkerPool(1) as pool:
+        pool.start()
+        begun, may_end, ran = threading.Event(), threading.Event(), threading.Event()
+        outcomes, gate = Outcomes[None](pool.cancellation), Gate[Task[Any]]()
+
+        def hold() -> None:
+            begun.set()
+            assert may_end.wait(30)
+
+        pool.submit(Task(hold, outcomes, 0))
+        assert begun.wait(30)
+        task = Task(ran.set, outcomes, 1, needs_slot=False)
+        if how == "submit":
+            pool.submit(task)
+        else:
+            gate.hold(task)
+            pool.open_gate(gate)
+        try:
+            assert ran.wait(30)
+        finally:
+            may_end.set()
+        outcomes.wait_for(0)
 
 
 @pytest.mark.parametrize("max_workers", [1, 3])

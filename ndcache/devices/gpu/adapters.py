@@ -173,8 +173,8 @@ def _may_have_hardware(found: Sequence[wgpu.GPUAdapter]) -> bool:
 def _installation_hint() -> str:
     if sys.platform == "linux":
         return (
-            "Install your GPU's driver with Vulkan support, or the package mesa-vulkan-drivers for a software adapter. "
-            "Or load with device='cpu'."
+            "Install your GPU's driver with Vulkan support, or a software adapter (mesa-vulkan-drivers on Debian"
+            " and Fedora; vulkan-swrast on Arch; mesa-vulkan-swrast on Alpine). Or load with device='cpu'."
         )
     return "Update the GPU's driver, or load with device='cpu'."
 

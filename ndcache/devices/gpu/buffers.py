@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...format.manifest import Record
-from ...format.numpy_dtypes import DTYPES
+from ...format.numpy_dtypes import TENSOR_DTYPES
 from ...stats import LoadStats
 from ...workers.serial import Pending, SerialQueue
 from ..into import Destination
@@ -25,7 +25,7 @@ __all__ = ["BufferMaker", "tensor_dtype", "tensor_nbytes", "tensor_usage"]
 
 def tensor_dtype(record: Record, *, decode: bool) -> np.dtype[Any]:
     """Return the dtype that a record's tensor has on the device."""
-    return DTYPES[record.dtype if decode else record.stored_dtype]
+    return TENSOR_DTYPES[record.dtype if decode else record.stored_dtype]
 
 
 def tensor_nbytes(record: Record, *, decode: bool) -> int:

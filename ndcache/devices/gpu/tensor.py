@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from ...caller import public
 from .layout import round_up
 from .shield import nothing_to_undo, shielded
 from .translate import translated_errors
@@ -27,6 +28,9 @@ class GPUTensor:
         Usage STORAGE | COPY_SRC | COPY_DST. Its size is `nbytes` rounded up to a multiple of 4, at least 4; the bytes
         beyond `nbytes` are 0. Do not read the tensor after you have destroyed its buffer: wgpu would end the process.
     shape : tuple of int
+    ndim : int
+    size : int
+        The number of elements.
     dtype : numpy.dtype
         For bfloat16 and float8, a dtype of ml_dtypes.
     nbytes : int
@@ -51,6 +55,27 @@ class GPUTensor:
         self.device = device
         self._released = False
 
+    @property
+    def ndim(self) -> int:
+        """Return the number of dimensions."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Return the number of elements."""
+        return math.prod(self.shape)
+
+    def __len__(self) -> int:
+        """Return the size of the first dimension; a scalar has none."""
+        if not self.shape:
+            raise TypeError("len() of a scalar")
+        return self.shape[0]
+
+    def __bool__(self) -> bool:
+        """Return True: a tensor is there, whatever its values and its length are."""
+        return True
+
+    @public
     def numpy(self) -> npt.NDArray[Any]:
         """Wait for the GPU and return a copy of the tensor in the CPU's memory.
 

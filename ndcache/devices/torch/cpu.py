@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ...format.codec import decode_record
-from ...format.dtypes import ITEM_SIZES
+from ...format.dtypes import TENSOR_SIZES
 from ...format.manifest import Record, Shard
-from ...format.numpy_dtypes import DTYPES
+from ...format.numpy_dtypes import TENSOR_DTYPES
 from ...stats import LoadStats
 from ...workers.pool import WorkerPool
 from ..base import Device
@@ -40,6 +40,7 @@ class TorchCpuDevice(Device["torch.Tensor"]):
 
     segment_bytes = CpuDevice.segment_bytes
     cuts_records = CpuDevice.cuts_records
+    maps_files = CpuDevice.maps_files
 
     def __init__(self, handle: torch.device) -> None:
         self.handle = handle
@@ -52,7 +53,7 @@ class TorchCpuDevice(Device["torch.Tensor"]):
         import torch
 
         found = find_destination(record, memory, torch.device("cpu"), decode=decode)  # the handle may have a number
-        dtype = DTYPES[record.dtype if decode else record.stored_dtype]
+        dtype = TENSOR_DTYPES[record.dtype if decode else record.stored_dtype]
         return replace(found, memory=as_bytes(found.owner).numpy().view(dtype), takes_parts=True)
 
     def open_upload(
@@ -102,7 +103,7 @@ class TorchCpuUpload(CpuUpload):
             return torch.from_numpy(decode_record(record, data, start))
         name = record.dtype if self._expands else record.stored_dtype
         if name not in self._dtypes:
-            self._dtypes[name] = getattr(torch, name), ITEM_SIZES[name]
+            self._dtypes[name] = getattr(torch, name), TENSOR_SIZES[name]
         dtype, item_size = self._dtypes[name]
         if record.nbytes == 0:
             return torch.empty(record.shape, dtype=dtype)

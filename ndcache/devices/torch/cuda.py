@@ -12,7 +12,7 @@ from ...workers.pool import WorkerPool
 from ..base import Device
 from ..into import Destination
 from ..segments import Segment
-from .driver import CudaApi
+from .api import CudaApi
 from .framework import check_dtypes, find_destination, note_writes
 from .memory import Allocator
 from .pinned import PIECE_BYTES

@@ -1,9 +1,7 @@
-"""The calls of CUDA that a load makes: pinned memory, streams, events, asynchronous copies.
+"""CUDA through the driver's own library, which every user of CUDA has.
 
-`DriverApi` calls the driver's library, which every user of CUDA has. A copy costs 3 µs, where PyTorch's own takes 9 and
-gives up the interpreter lock several times: with 16 readers, loads are twice as fast (H100). cuda-bindings takes 2 µs,
-but comes only with recent versions of PyTorch. `TorchApi` does the same through PyTorch alone, for AMD's GPUs and where
-the library cannot be used.
+A copy costs 3 µs, where PyTorch's own takes 9 and gives up the interpreter lock several times: with 16 readers, loads
+are twice as fast (H100). cuda-bindings takes 2 µs, but comes only with recent versions of PyTorch.
 """
 
 from __future__ import annotations
@@ -12,28 +10,27 @@ import ctypes
 import functools
 import logging
 import os
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from .framework import as_bytes
+from .api import PORTABLE, CudaApi, TorchApi, expand_through_torch
+from .expansion import Expansion, load_expansion
 
 if TYPE_CHECKING:
     import torch
 
     from .pinned import Slots
 
-__all__ = ["CudaApi", "DriverApi", "TorchApi", "open_api"]
+__all__ = ["DriverApi", "open_api"]
 
 logger = logging.getLogger("ndcache")
 
 _LIBRARY = "nvcuda.dll" if os.name == "nt" else "libcuda.so.1"
 _OUT_OF_MEMORY, _NOT_READY = 2, 600
-#: Flags: events that only order work; streams that do not wait for the default stream; memory for all contexts.
-_DISABLE_TIMING, _NON_BLOCKING, _PORTABLE = 2, 1, 1
-#: Tensors up to this size come out of blocks of this size.
-_RESERVED_TENSOR, _RESERVED_BLOCK = 64 << 20, 1 << 30
+#: Flags: events that only order work; streams that do not wait for the default stream.
+_DISABLE_TIMING, _NON_BLOCKING = 2, 1
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_size_t
 #: The functions that return at once, and so keep the interpreter lock, with their arguments.
 _SHORT: dict[str, list[Any]] = {
@@ -46,6 +43,8 @@ _SHORT: dict[str, list[Any]] = {
     "cuEventRecord": [_POINTER, _POINTER],
     "cuGetErrorName": [ctypes.c_int, _POINTER],
     "cuGetErrorString": [ctypes.c_int, _POINTER],
+    "cuLaunchKernel": [_POINTER, *[ctypes.c_uint] * 7, _POINTER, _POINTER, _POINTER],
+    "cuMemHostGetDevicePointer_v2": [_POINTER, _POINTER, ctypes.c_uint],
     "cuMemcpyHtoDAsync_v2": [ctypes.c_uint64, ctypes.c_uint64, _SIZE, _POINTER],
     "cuStreamWaitEvent": [_POINTER, _POINTER, ctypes.c_uint],
 }
@@ -55,96 +54,12 @@ _LONG: dict[str, list[Any]] = {
     "cuEventSynchronize": [_POINTER],
     "cuMemHostRegister_v2": [_POINTER, _SIZE, ctypes.c_uint],
     "cuMemHostUnregister": [_POINTER],
+    "cuModuleGetFunction": [_POINTER, _POINTER, ctypes.c_char_p],
+    "cuModuleLoadData": [_POINTER, ctypes.c_char_p],
     "cuStreamCreate": [_POINTER, ctypes.c_uint],
     "cuStreamDestroy_v2": [_POINTER],
     "cuStreamSynchronize": [_POINTER],
 }
-
-
-class CudaApi(ABC):
-    """The calls of CUDA that a load makes on one device.
-
-    Its methods are called within `active`, except for `caller_stream`, `on` and `reserve`.
-
-    Attributes
-    ----------
-    device : torch.device
-    """
-
-    device: torch.device
-
-    @abstractmethod
-    def active(self) -> AbstractContextManager[None]:
-        """Return a context in which the calling thread uses this device."""
-
-    @abstractmethod
-    def new_stream(self) -> Any: ...
-
-    @abstractmethod
-    def new_event(self) -> Any: ...
-
-    @abstractmethod
-    def record(self, event: Any, stream: Any) -> None:
-        """Let an event happen when the stream has done all that it was given so far."""
-
-    @abstractmethod
-    def has_happened(self, event: Any) -> bool:
-        """Return whether an event has happened, or was never recorded."""
-
-    @abstractmethod
-    def wait(self, event: Any) -> None:
-        """Wait until an event has happened."""
-
-    @abstractmethod
-    def follow(self, stream: Any, other: Any) -> None:
-        """Let what a stream is given from now on wait for all that another one was given so far."""
-
-    @abstractmethod
-    def synchronize(self, stream: Any) -> None:
-        """Wait until a stream has done all that it was given."""
-
-    @abstractmethod
-    def register(self, address: int, nbytes: int) -> None:
-        """Pin memory, so that the device can read it by itself."""
-
-    @abstractmethod
-    def unregister(self, address: int) -> None: ...
-
-    @abstractmethod
-    def copy(self, tensor: torch.Tensor, start: int, slots: Slots, offset: int, nbytes: int, stream: Any) -> None:
-        """Copy bytes of pinned memory from `offset` on into the bytes of a contiguous tensor from `start` on."""
-
-    @abstractmethod
-    def free_stream(self, stream: Any) -> None: ...
-
-    @abstractmethod
-    def free_event(self, event: Any) -> None: ...
-
-    @abstractmethod
-    def caller_stream(self) -> Any:
-        """Return PyTorch's current stream in this thread."""
-
-    @abstractmethod
-    def on(self, stream: Any) -> AbstractContextManager[Any]:
-        """Return a context in which PyTorch gives its work to a stream."""
-
-    def reserve(self, sizes: Sequence[int]) -> None:
-        """Let PyTorch hold memory for tensors of these sizes in few large blocks, if CUDA has enough.
-
-        512 allocations of 8 MiB take CUDA 16 ms, and 4 of 1 GiB 0.7 ms.
-        """
-        import torch
-
-        wanted = sum(size for size in sizes if size <= _RESERVED_TENSOR)
-        # This is only about speed: some allocators tell nothing, and others may have limits of their own.
-        with suppress(RuntimeError):
-            held = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-            free, _ = torch.cuda.mem_get_info(self.device)
-            if held < wanted and sum(sizes) <= free * 0.9:
-                blocks = []  # all at once, so that each has memory of its own
-                for start in range(0, wanted, _RESERVED_BLOCK):
-                    nbytes = min(_RESERVED_BLOCK, wanted - start)
-                    blocks.append(torch.empty(nbytes, dtype=torch.uint8, device=self.device))
 
 
 class DriverApi(CudaApi):
@@ -163,6 +78,9 @@ class DriverApi(CudaApi):
         self._functions = functions
         self._context = context
         self._copy = functions["cuMemcpyHtoDAsync_v2"]
+        self._expansion: Expansion | None = None
+        self._has_tried = False
+        self._loading = threading.Lock()  # taken by workers only
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -216,7 +134,7 @@ class DriverApi(CudaApi):
         self._call("cuStreamSynchronize", stream)
 
     def register(self, address: int, nbytes: int) -> None:
-        self._call("cuMemHostRegister_v2", address, nbytes, _PORTABLE)
+        self._call("cuMemHostRegister_v2", address, nbytes, PORTABLE)
 
     def unregister(self, address: int) -> None:
         self._call("cuMemHostUnregister", address)
@@ -225,6 +143,18 @@ class DriverApi(CudaApi):
         code = self._copy(tensor.data_ptr() + start, slots.address + offset, nbytes, stream)
         if code:
             raise self._error("cuMemcpyHtoDAsync", code)
+
+    def expand(self, tensor: torch.Tensor, start: int, slots: Slots, offset: int, nbytes: int, stream: int) -> None:
+        if slots.device_address and (expansion := self._load_expansion()) is not None:
+            expansion.launch(slots.device_address + offset, tensor.data_ptr() + start, nbytes // 2, stream)
+        else:
+            with self.on(stream):
+                expand_through_torch(tensor, start, slots, offset, nbytes)
+
+    def device_address(self, address: int) -> int:
+        found = ctypes.c_void_p()
+        code = self._functions["cuMemHostGetDevicePointer_v2"](ctypes.byref(found), address, 0)
+        return 0 if code else found.value or 0
 
     def free_stream(self, stream: int) -> None:
         self._call("cuStreamDestroy_v2", stream)
@@ -242,92 +172,24 @@ class DriverApi(CudaApi):
         if code:
             raise self._error(name, code)
 
+    def _load_expansion(self) -> Expansion | None:
+        """Return the kernels that expand bfloat16; None if this driver cannot load them."""
+        if not self._has_tried:
+            with self._loading:
+                if not self._has_tried:
+                    try:
+                        self._expansion = load_expansion(self._call)
+                    except RuntimeError as error:
+                        logger.debug("PyTorch expands bfloat16, as the driver loads no kernel for it: %s", error)
+                    self._has_tried = True
+        return self._expansion
+
     def _error(self, name: str, code: int) -> RuntimeError:
         return RuntimeError(f"{name}: {_error_text(self._functions, code)}")
 
 
-class TorchApi(CudaApi):
-    """CUDA, or what PyTorch calls so, through PyTorch alone.
-
-    Parameters
-    ----------
-    device : torch.device
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    @contextmanager
-    def active(self) -> Iterator[None]:
-        import torch
-
-        with torch.cuda.device(self.device):
-            yield
-
-    def new_stream(self) -> torch.cuda.Stream:
-        import torch
-
-        return torch.cuda.Stream(self.device)
-
-    def new_event(self) -> torch.cuda.Event:
-        import torch
-
-        return torch.cuda.Event()
-
-    def caller_stream(self) -> torch.cuda.Stream:
-        import torch
-
-        return torch.cuda.current_stream(self.device)
-
-    @contextmanager
-    def on(self, stream: torch.cuda.Stream) -> Iterator[None]:
-        import torch
-
-        with torch.cuda.stream(stream):
-            yield
-
-    def record(self, event: torch.cuda.Event, stream: torch.cuda.Stream) -> None:
-        event.record(stream)
-
-    def has_happened(self, event: torch.cuda.Event) -> bool:
-        return bool(event.query())
-
-    def wait(self, event: torch.cuda.Event) -> None:
-        event.synchronize()
-
-    def follow(self, stream: torch.cuda.Stream, other: torch.cuda.Stream) -> None:
-        stream.wait_stream(other)
-
-    def synchronize(self, stream: torch.cuda.Stream) -> None:
-        stream.synchronize()
-
-    def register(self, address: int, nbytes: int) -> None:
-        import torch
-
-        code = int(torch.cuda.cudart().cudaHostRegister(address, nbytes, _PORTABLE))
-        if code:
-            raise RuntimeError(f"cudaHostRegister: error {code}")
-
-    def unregister(self, address: int) -> None:
-        import torch
-
-        torch.cuda.cudart().cudaHostUnregister(address)
-
-    def copy(
-        self, tensor: torch.Tensor, start: int, slots: Slots, offset: int, nbytes: int, stream: torch.cuda.Stream
-    ) -> None:
-        with self.on(stream):
-            as_bytes(tensor)[start : start + nbytes].copy_(slots.tensor[offset : offset + nbytes], non_blocking=True)
-
-    def free_stream(self, stream: torch.cuda.Stream) -> None:
-        pass
-
-    def free_event(self, event: torch.cuda.Event) -> None:
-        pass
-
-
 def open_api(device: torch.device) -> CudaApi:
-    """Return the driver's API for a device, or PyTorch's if that cannot be used."""
+    """Return the driver's API for a device, or PyTorch's if that cannot be used: for AMD's GPUs, say."""
     try:
         return _open_driver(device)
     except (OSError, AttributeError, RuntimeError) as error:

@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from ...errors import DeviceError, OutOfDeviceMemoryError, UnsupportedDtypeError
-from ...format.dtypes import ITEM_SIZES
+from ...format.dtypes import TENSOR_SIZES
 from ...format.manifest import Record, Shard
 from ..into import Destination, check_fit, foreign_memory, misfit
 
@@ -42,7 +42,7 @@ def import_torch() -> ModuleType:
         if error.name != "torch":
             raise _broken(error) from error
         raise DeviceError(
-            "PyTorch is not installed", hint="Install it: pip install 'ndcache[torch]', or see https://pytorch.org."
+            "PyTorch is not installed", hint="Install it: pip install torch, or see https://pytorch.org for your CUDA."
         ) from error
     except (ImportError, OSError) as error:  # such as a missing library of CUDA
         raise _broken(error) from error
@@ -121,7 +121,7 @@ def check_dtypes(device: torch.device, shards: Sequence[Shard], *, decode: bool)
         for record in shard.records:
             first.setdefault(record.dtype if decode else record.stored_dtype, (record, shard))
     for name, (record, shard) in first.items():
-        dtype = getattr(torch, name, None) if name in ITEM_SIZES else None
+        dtype = getattr(torch, name, None) if name in TENSOR_SIZES else None
         if dtype is None:
             raise UnsupportedDtypeError(
                 f"tensor {record.name!r} is {name}, which PyTorch {torch.__version__} does not have",

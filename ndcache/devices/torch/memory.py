@@ -35,16 +35,19 @@ class Copy(NamedTuple):
     ----------
     offset, nbytes : int
         Where they lie in the file; in a `Read`, where they lie in that.
-    tensor : torch.Tensor or None
-        A contiguous tensor that receives them; None for the temporary memory of the reader.
+    tensor : torch.Tensor
+        A contiguous tensor that receives them.
     start : int
-        Where in its bytes they begin.
+        Where they begin among the stored bytes of its values.
+    expands : bool
+        Whether they are bfloat16 and the tensor is float32, so that each value takes twice its stored bytes.
     """
 
     offset: int
     nbytes: int
-    tensor: torch.Tensor | None
+    tensor: torch.Tensor
     start: int
+    expands: bool = False
 
 
 @dataclass(slots=True)
@@ -66,39 +69,27 @@ class Read:
 
 @dataclass(eq=False)
 class SegmentTensors:
-    """The tensors of a segment, and where each byte of the file goes.
+    """The tensors of a segment, and, once they are planned, where each byte of the file goes.
 
     Attributes
     ----------
     tensors : list of torch.Tensor
-        In the order of the records.
+        In the order of the records. Before the reads are planned, those that will share a block are missing.
+    blocks : list of torch.Tensor
+        Memory of uint8 that small tensors share.
     reads : list of Read
         In the order of the file.
-    temp_bytes : int
-        The bytes of temporary memory that receive what is to be expanded.
-    targets : list of torch.Tensor
-        Flat tensors of float32, to expand one after the other from the temporary memory.
     """
 
     tensors: list[torch.Tensor] = field(default_factory=list)
+    blocks: list[torch.Tensor] = field(default_factory=list)
     reads: list[Read] = field(default_factory=list)
-    temp_bytes: int = 0
-    targets: list[torch.Tensor] = field(default_factory=list)
-
-    def sources(self, temp: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Return the bfloat16 of each of the `targets`, in temporary memory of uint8."""
-        import torch
-
-        sizes = [target.numel() for target in self.targets]
-        stored = temp.view(torch.bfloat16)
-        parts: Sequence[torch.Tensor] = stored.split([*sizes, stored.numel() - sum(sizes)])
-        return parts[: len(sizes)]
 
     def clear(self) -> None:
         """Drop the tensors."""
         self.tensors.clear()
+        self.blocks.clear()
         self.reads.clear()
-        self.targets.clear()
 
 
 class Allocator:
@@ -118,11 +109,6 @@ class Allocator:
         The most bytes of a `Read`.
     decode, copy
         See `Device.open_upload`. Copies share no storage.
-
-    Attributes
-    ----------
-    temp_bytes : int
-        The temporary memory that is enough for each segment.
     """
 
     def __init__(
@@ -141,28 +127,44 @@ class Allocator:
         self._decode = decode
         small = sum(self._is_small(record) for segment in segments for record in segment.records)
         self._shares = not copy and small > _MOST_SMALL
-        self.temp_bytes = max((self._temp_bytes(segment) for segment in segments), default=0) if decode else 0
         self._cut: dict[str, torch.Tensor] = {}  # the tensors of cut records that are not complete
         self._cut_lock = threading.Lock()  # taken by workers only
 
     def allocate(self, segment: Segment) -> SegmentTensors:
-        """Allocate the tensors of a segment, but no temporary memory. Several threads may call this at once."""
+        """Allocate the tensors of a segment. Several threads may call this at once."""
         made = SegmentTensors()
         try:
-            self._fill(made, segment)
+            for group in self._sharing(segment):
+                made.blocks.append(self.bytes(self._block_bytes(group)))
+            for record in segment.records:
+                if not self._shares_block(record):
+                    made.tensors.append(self._own(record, is_cut=segment.part is not None))
         except BaseException:
             made.clear()
             raise
         return made
 
+    def plan(self, made: SegmentTensors, segment: Segment) -> None:
+        """Make the tensors that share blocks, and plan what to read and where to copy it."""
+        copies: list[Copy] = []
+        views: dict[str, torch.Tensor] = {}
+        for group, block in zip(self._sharing(segment), made.blocks, strict=True):
+            views.update(self._share(copies, group, block))
+        own, made.tensors = iter(made.tensors), []
+        for record in segment.records:
+            tensor = views.get(record.name)
+            if tensor is None:
+                tensor = next(own)
+                first, end = segment.part or (0, record.nbytes)
+                if first < end:
+                    copies.append(Copy(record.byte_offset + first, end - first, tensor, first, self._expands(record)))
+            made.tensors.append(tensor)
+        made.reads = plan_reads(_merge(copies), self._piece_bytes)
+
     def sizes(self, segments: Iterable[Segment]) -> list[int]:
         """Return the bytes of each tensor that has to be allocated."""
         records = {record.name: record for segment in segments for record in segment.records}.values()
-        return [
-            record.nbytes * 2 if self._expands(record) else record.nbytes
-            for record in records
-            if record.name not in self._into
-        ]
+        return [self._nbytes(record) for record in records if record.name not in self._into]
 
     def bytes(self, nbytes: int) -> torch.Tensor:
         """Allocate bytes."""
@@ -179,51 +181,22 @@ class Allocator:
         """Drop all tensors."""
         self._cut.clear()
 
-    def _fill(self, made: SegmentTensors, segment: Segment) -> None:
-        copies: list[Copy] = []
-        shared = [record for record in segment.records if self._shares and self._is_small(record)]
-        views = self._share(made, copies, shared) if shared else {}
-        for record in segment.records:
-            tensor = views.get(record.name)
-            if tensor is None:
-                tensor = self._own(record, is_cut=segment.part is not None)
-                self._plan(made, copies, record, tensor, segment.part or (0, record.nbytes))
-            made.tensors.append(tensor)
-        made.reads = plan_reads(_merge(copies), self._piece_bytes)
+    def _sharing(self, segment: Segment) -> list[list[Record]]:
+        """Return the records whose tensors share memory: those to expand in one block, the others in another one."""
+        if not self._shares:
+            return []
+        shared = [record for record in segment.records if self._shares_block(record)]
+        expanded = [record for record in shared if self._expands(record)]
+        raw = [record for record in shared if not self._expands(record)]
+        return [group for group in (expanded, raw) if group]
 
-    def _plan(
-        self, made: SegmentTensors, copies: list[Copy], record: Record, tensor: torch.Tensor, part: tuple[int, int]
-    ) -> None:
-        first, end = part
-        if first == end:
-            return
-        if not self._expands(record):
-            copies.append(Copy(record.byte_offset + first, end - first, tensor, first))
-            return
-        copies.append(Copy(record.byte_offset + first, end - first, None, made.temp_bytes))
-        made.temp_bytes += end - first
-        flat = tensor.detach().view(-1)
-        made.targets.append(flat if end - first == record.nbytes else flat[first // 2 : end // 2])
-
-    def _share(self, made: SegmentTensors, copies: list[Copy], records: Sequence[Record]) -> dict[str, torch.Tensor]:
-        """Allocate blocks for small tensors, first in `made`; return the tensors by name."""
-        import torch
-
-        expanded = [record for record in records if self._expands(record)]
-        raw = [record for record in records if not self._expands(record)]
-        views: dict[str, torch.Tensor] = {}
-        if expanded:
-            places, made.temp_bytes = _pack(expanded)
-            block = self.bytes(made.temp_bytes * 2)
-            made.targets.append(block.view(torch.float32))
-            copies += [Copy(record.byte_offset, record.nbytes, None, places[record.name]) for record in expanded]
-            views.update(self._views(block, expanded, {name: start * 2 for name, start in places.items()}))
-        if raw:
-            places, nbytes = _pack(raw)
-            block = self.bytes(nbytes)
-            copies += [Copy(record.byte_offset, record.nbytes, block, places[record.name]) for record in raw]
-            views.update(self._views(block, raw, places))
-        return views
+    def _share(
+        self, copies: list[Copy], records: Sequence[Record], block: torch.Tensor
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Return the names and the tensors of records that share a block."""
+        places, expands = _pack(records), self._expands(records[0])
+        copies += [Copy(record.byte_offset, record.nbytes, block, places[record.name], expands) for record in records]
+        return self._views(block, records, {name: start << expands for name, start in places.items()})
 
     def _views(
         self, block: torch.Tensor, records: Iterable[Record], places: Mapping[str, int]
@@ -252,31 +225,41 @@ class Allocator:
 
         return torch.empty(record.shape, dtype=tensor_dtype(record, decode=self._decode), device=self._device)
 
-    def _temp_bytes(self, segment: Segment) -> int:
-        if segment.part is not None:
-            return segment.part[1] - segment.part[0] if self._expands(segment.records[0]) else 0
-        return sum(_round_up(record.nbytes) for record in segment.records if self._expands(record))
-
     def _expands(self, record: Record) -> bool:
         return self._decode and record.is_bf16_encoded
+
+    def _nbytes(self, record: Record) -> int:
+        """Return the bytes of a record's tensor."""
+        return record.nbytes * 2 if self._expands(record) else record.nbytes
+
+    def _block_bytes(self, records: Sequence[Record]) -> int:
+        """Return the bytes of the block that the tensors of records of one kind share."""
+        stored = sum(_round_up(record.nbytes) for record in records)
+        return stored * 2 if self._expands(records[0]) else stored
+
+    def _shares_block(self, record: Record) -> bool:
+        return self._shares and self._is_small(record)
 
     def _is_small(self, record: Record) -> bool:
         return 0 < record.nbytes < _SMALL_BYTES and record.name not in self._into
 
 
 def plan_reads(copies: Iterable[Copy], piece_bytes: int) -> list[Read]:
-    """Return the ranges of the file to read, of at most `piece_bytes`, with the copies to make from each."""
+    """Return the ranges of the file to read, of at most `piece_bytes`, with the copies to make from each.
+
+    Pieces end between two values where these are expanded.
+    """
     reads: list[Read] = []
     read = Read(0, 0)
-    for first, nbytes, tensor, start in copies:
+    for first, nbytes, tensor, start, expands in copies:
         offset, end = first, first + nbytes
         while offset < end:
             room = read.offset + piece_bytes - offset
-            if not reads or room <= 0 or offset - read.offset - read.nbytes > _GAP_BYTES:
+            if not reads or room <= expands or offset - read.offset - read.nbytes > _GAP_BYTES:
                 read, room = Read(offset, 0), piece_bytes
                 reads.append(read)
-            count = min(end - offset, room)
-            read.copies.append(Copy(offset - read.offset, count, tensor, start + offset - first))
+            count = min(end - offset, room - room % 2 if expands else room)
+            read.copies.append(Copy(offset - read.offset, count, tensor, start + offset - first, expands))
             read.nbytes = max(read.nbytes, offset + count - read.offset)
             offset += count
     return reads
@@ -286,23 +269,23 @@ def _merge(copies: list[Copy]) -> list[Copy]:
     """Sort copies by their place in the file, and merge neighbours that are neighbours on the device, too."""
     merged: list[Copy] = []
     for copy in sorted(copies, key=operator.attrgetter("offset")):
-        offset, nbytes, tensor, start = copy
+        offset, nbytes, tensor, start, expands = copy
         if merged:
             last = merged[-1]
             if last.tensor is tensor and last.offset + last.nbytes == offset and last.start + last.nbytes == start:
-                merged[-1] = Copy(last.offset, last.nbytes + nbytes, tensor, last.start)
+                merged[-1] = Copy(last.offset, last.nbytes + nbytes, tensor, last.start, expands)
                 continue
         merged.append(copy)
     return merged
 
 
-def _pack(records: Iterable[Record]) -> tuple[dict[str, int], int]:
-    """Return where each record begins in one block of memory, and the bytes of the block."""
+def _pack(records: Iterable[Record]) -> dict[str, int]:
+    """Return where the stored bytes of each record begin in one block of memory."""
     offsets, start = {}, 0
     for record in records:
         offsets[record.name] = start
         start += _round_up(record.nbytes)
-    return offsets, start
+    return offsets
 
 
 def _strides(shape: tuple[int, ...]) -> list[int]:

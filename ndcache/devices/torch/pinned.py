@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .driver import CudaApi
+from .api import CudaApi
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +31,8 @@ logger = logging.getLogger("ndcache")
 PIECE_BYTES = 4 << 20
 _SLOTS = 2
 _HUGE_PAGE = 2 << 20
+#: Linux's advice, which `mmap` does not name, to give forked processes zeros in the place of some memory.
+_MADV_WIPEONFORK = 18
 #: The most lanes of a device that are kept for later loads: those of 16 workers, and of the two spare threads that a
 #: pool has.
 _MOST_IDLE = 18
@@ -55,6 +57,8 @@ class Slots:
         Where it begins.
     is_registered : bool
         Whether `address` must be unregistered; otherwise it is PyTorch's.
+    device_address : int
+        Where it begins for programs that run on the device; 0 if they cannot read it.
     """
 
     tensor: torch.Tensor
@@ -62,6 +66,7 @@ class Slots:
     starts: list[int]
     address: int
     is_registered: bool
+    device_address: int = 0
 
 
 def _pin(api: CudaApi) -> Slots:
@@ -76,7 +81,8 @@ def _pin(api: CudaApi) -> Slots:
         tensor, is_registered = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True), False
     whole, starts = memoryview(tensor.numpy()), list(range(0, nbytes, PIECE_BYTES))
     views = [whole[start : start + PIECE_BYTES] for start in starts]
-    return Slots(tensor, views, starts, tensor.data_ptr(), is_registered)
+    address = tensor.data_ptr()
+    return Slots(tensor, views, starts, address, is_registered, api.device_address(address))
 
 
 def _huge_pages(nbytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -87,7 +93,10 @@ def _huge_pages(nbytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
     with suppress(OSError):  # a kernel without them
         pages.madvise(mmap.MADV_HUGEPAGE)
     # The device would go on reading the parent's pages if a fork made the parent's next write go to a copy.
-    pages.madvise(mmap.MADV_DONTFORK)
+    try:
+        pages.madvise(_MADV_WIPEONFORK)
+    except OSError:  # Linux before 4.14
+        pages.madvise(mmap.MADV_DONTFORK)
     whole = np.frombuffer(pages, np.uint8)
     start = -whole.ctypes.data % _HUGE_PAGE
     memory = whole[start : start + nbytes]
@@ -109,8 +118,6 @@ class Lane:
 
     Attributes
     ----------
-    temp : torch.Tensor or None
-        Temporary memory on the device, for the load that uses the lane.
     follows_caller : bool
         Whether the stream waits for all that the caller's stream had to do when memory was allocated.
     """
@@ -119,7 +126,6 @@ class Lane:
         self.api = api
         self.slots = slots
         self.stream = stream
-        self.temp: torch.Tensor | None = None
         self.follows_caller = False
         self._events = events
         self._next = 0
@@ -163,7 +169,7 @@ def _open_lane(api: CudaApi) -> Lane:
 
 def return_lane(lane: Lane) -> None:
     """Keep a lane for later loads, or free it. Its stream must have nothing to do, and its API must be active."""
-    lane.temp, lane.follows_caller = None, False
+    lane.follows_caller = False
     idle = _idle.setdefault((lane.api.device, type(lane.api)), [])
     if len(idle) < _MOST_IDLE:
         idle.append(lane)

@@ -13,7 +13,7 @@ from ...stats import LoadStats
 from ..base import Upload
 from ..reading import check_size, read_into
 from ..segments import Segment
-from .driver import CudaApi
+from .api import CudaApi
 from .framework import translated_errors
 from .memory import Allocator, SegmentTensors
 from .pinned import Lane, return_lane, take_lane
@@ -43,8 +43,8 @@ class CudaUpload(Upload[StagedSegment, "torch.Tensor"]):
     """Upload the segments of one load.
 
     Each worker has a lane: it reads pieces of files into two slots of pinned memory of its own, in turn, and a stream
-    of its own copies them from there to the tensors. Where bfloat16 is to be expanded, its bytes go to temporary memory
-    of the lane, and the stream expands them when the segment is there. So no thread waits for another one's work.
+    of its own copies them from there to the tensors, or expands bfloat16 on its way. So no thread waits for another
+    one's work.
 
     The tensors belong to the caller's stream, the one that is PyTorch's current one when the load begins, as if the
     caller had made them. PyTorch gives out memory again that is still in use by work that this stream has to do, so
@@ -82,22 +82,17 @@ class CudaUpload(Upload[StagedSegment, "torch.Tensor"]):
                 raise
 
     def stage(self, file: BinaryIO, segment: Segment) -> StagedSegment:
-        check_size(file, segment.shard)
+        if not segment.is_early:
+            check_size(file, segment.shard)
         with translated_errors(self._api.device):
             lane = self._lane()
-            tensors = self._allocated.pop(_key(segment), None)
-            if tensors is None or (tensors.temp_bytes and lane.temp is None):
-                with self._api.on(self._caller):  # each thread has a current stream of its own
-                    tensors = self._allocate(segment, tensors, lane)
-            self._in_use.add(staged := StagedSegment(tensors, lane))
+            self._in_use.add(staged := StagedSegment(self._tensors(segment), lane))
             with self._api.active():
                 if not (self._keeps_all and lane.follows_caller):
                     self._api.follow(lane.stream, self._caller)
                     lane.follows_caller = True
                 with self._stats.timed("read", file=segment.shard.data_path, nbytes=segment.nbytes):
                     self._read(file, segment.shard, staged)
-            if tensors.targets:
-                self._expand(staged)
         return staged
 
     def place(self, staged: StagedSegment, segment: Segment) -> Iterator[tuple[Record, torch.Tensor]]:
@@ -146,16 +141,17 @@ class CudaUpload(Upload[StagedSegment, "torch.Tensor"]):
             self._lanes.append(lane)
         return lane
 
-    def _allocate(self, segment: Segment, tensors: SegmentTensors | None, lane: Lane) -> SegmentTensors:
-        """Allocate what a segment lacks: its tensors, unless they are there, and temporary memory of the lane."""
-        tensors = tensors or self._allocator.allocate(segment)
-        if tensors.temp_bytes and lane.temp is None:
-            try:
-                lane.temp = self._allocator.bytes(self._allocator.temp_bytes)
-            except BaseException:
-                tensors.clear()
-                raise
-            lane.follows_caller = False
+    def _tensors(self, segment: Segment) -> SegmentTensors:
+        """Return a segment's tensors with their plan."""
+        tensors = self._allocated.pop(_key(segment), None)
+        if tensors is None:
+            with self._api.on(self._caller):  # each thread has a current stream of its own
+                tensors = self._allocator.allocate(segment)
+        try:
+            self._allocator.plan(tensors, segment)
+        except BaseException:
+            tensors.clear()
+            raise
         return tensors
 
     def _read(self, file: BinaryIO, shard: Shard, staged: StagedSegment) -> None:
@@ -168,18 +164,12 @@ class CudaUpload(Upload[StagedSegment, "torch.Tensor"]):
                 api.wait(event)
             read_into(file, read.offset, slots.views[slot][: read.nbytes], shard)
             first = slots.starts[slot]
-            for copy in read.copies:
-                tensor = lane.temp if copy.tensor is None else copy.tensor
-                api.copy(tensor, copy.start, slots, first + copy.offset, copy.nbytes, stream)
+            for offset, nbytes, tensor, start, expands in read.copies:
+                if expands:
+                    api.expand(tensor, start * 2, slots, first + offset, nbytes, stream)
+                else:
+                    api.copy(tensor, start, slots, first + offset, nbytes, stream)
             api.record(event, stream)
-
-    def _expand(self, staged: StagedSegment) -> None:
-        import torch
-
-        # Inference mode, because tensors of it can be written to in no other one, and the caller's thread may be in it.
-        # Few operations, because each gives up the interpreter lock and then waits for it among all readers.
-        with torch.inference_mode(), self._api.on(staged.lane.stream):
-            torch._foreach_copy_(staged.tensors.targets, staged.tensors.sources(staged.lane.temp))
 
 
 def _key(segment: Segment) -> Hashable:

@@ -21,7 +21,7 @@ from .origin import STATUSES, OriginLimit
 from .shared import SharedState
 from .state import LimitState
 
-__all__ = ["OriginActivity", "RateLimits", "is_refusal", "origin_of"]
+__all__ = ["OriginActivity", "RateLimits", "is_refusal", "origin_of", "refusal_reason"]
 
 logger = logging.getLogger("ndcache")
 
@@ -37,6 +37,11 @@ def origin_of(url: str) -> str:
 def is_refusal(error: NdcacheError) -> bool:
     """Return whether an error means that a server gets too many requests."""
     return isinstance(error, TransferError) and error.status in STATUSES
+
+
+def refusal_reason(seconds: float | None) -> str:
+    """Return why requests wait, for a bar, if the server may have asked for a pause of some seconds."""
+    return f"the server asks us to wait {seconds:,.0f} s" if seconds and seconds >= 1 else "the server limits requests"
 
 
 class OriginActivity:

@@ -42,4 +42,16 @@ def test_a_tensor_becomes_an_array_on_demand(gpu: Any, tmp_path: Path) -> None:
         if np.lib.NumpyVersion(np.__version__) >= "2.0.0":
             with pytest.raises(ValueError, match="without a copy"):
                 np.asarray(tensor, copy=False)
+        assert (tensor.ndim, tensor.size, len(tensor)) == (array.ndim, array.size, len(array))
         assert repr(tensor) == "GPUTensor(shape=(6, 7), dtype=float32, nbytes=168)"
+
+
+def test_a_scalar_has_no_length_and_an_empty_tensor_is_there(gpu: Any, tmp_path: Path) -> None:
+    models.write_model(tmp_path, [{"scalar": np.full((), 2, np.float32), "empty": np.empty((0, 3), np.float32)}])
+    with ndcache.load(tmp_path, gpu) as weights:
+        scalar, empty = weights["scalar"], weights["empty"]
+        assert (scalar.ndim, scalar.size, empty.ndim, empty.size, len(empty)) == (0, 1, 2, 0, 0)
+        with pytest.raises(TypeError, match="scalar"):
+            len(scalar)
+        assert scalar
+        assert empty

@@ -13,7 +13,8 @@ import pytest
 import ndcache
 import ndcache.torch
 from ndcache.devices.torch import opening, pinned
-from ndcache.devices.torch.driver import CudaApi, DriverApi, TorchApi, open_api
+from ndcache.devices.torch.api import CudaApi, TorchApi
+from ndcache.devices.torch.driver import DriverApi, open_api
 
 from ...helpers import models
 from ...helpers.devices import as_array, assert_tensors, relabel

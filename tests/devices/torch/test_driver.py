@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from ndcache.devices.torch import driver
-from ndcache.devices.torch.driver import DriverApi, TorchApi, open_api
+from ndcache.devices.torch.api import TorchApi
+from ndcache.devices.torch.driver import DriverApi, open_api
 
 from ...helpers.requirements import need_module
 
@@ -109,3 +112,60 @@ def test_without_the_library_pytorch_is_enough(
     with caplog.at_level(logging.DEBUG, "ndcache"):
         assert type(open_api(torch.device("cuda", 99))) is TorchApi
     assert ("libcuda-of-nobody" if why == "no library" else "other GPUs than NVIDIA's") in caplog.text
+
+
+class Memory:
+    """A tensor's memory at some address."""
+
+    def __init__(self, address: int) -> None:
+        self._address = address
+
+    def data_ptr(self) -> int:
+        return self._address
+
+
+@pytest.mark.parametrize(
+    ("offset", "nbytes", "launches"),
+    [
+        (32, 64, [(4, 0, 0)]),
+        (32, 70, [(4, 0, 0), (3, 64, 128)]),
+        (32, 6, [(3, 0, 0)]),
+        (33, 64, [(32, 0, 0)]),
+        (40, 64, [(32, 0, 0)]),
+    ],
+)
+def test_bfloat16_is_expanded_by_eights_where_it_is_aligned(
+    api: DriverApi, library: Library, offset: int, nbytes: int, launches: list[tuple[int, int, int]]
+) -> None:
+    found: list[tuple[int, int, int]] = []
+
+    def launch(kernel: Any, *arguments: Any) -> int:
+        source, target, threads = (ctypes.c_uint64.from_address(arguments[8][index]).value for index in range(3))
+        assert arguments[0] * arguments[3] >= threads > (arguments[0] - 1) * arguments[3]
+        found.append((threads, source - (1 << 20) - offset, target - (1 << 21) - 400))
+        return 0
+
+    functions = api._functions
+    functions["cuLaunchKernel"] = launch
+    slots: Any = SimpleNamespace(device_address=1 << 20)
+    tensor: Any = Memory(1 << 21)
+    api.expand(tensor, 400, slots, offset, nbytes, 5)
+    assert found == launches
+    assert library.called.count("cuModuleLoadData") == 1
+
+
+@pytest.mark.parametrize("refuses", ["cuModuleLoadData", "cuMemHostGetDevicePointer_v2"])
+def test_pytorch_expands_if_the_driver_cannot(
+    api: DriverApi, library: Library, monkeypatch: pytest.MonkeyPatch, refuses: str
+) -> None:
+    torch = need_module("torch")
+    library.codes[refuses] = 218
+    monkeypatch.setattr(api, "on", lambda stream: nullcontext())
+    stored = torch.tensor([0, 1.5, -2, float("inf"), 3e-39], dtype=torch.bfloat16)
+    memory = torch.cat([torch.zeros(3, dtype=torch.uint8), stored.view(torch.uint8)])
+    address = api.device_address(memory.data_ptr()) if refuses.startswith("cuMem") else 1 << 20
+    slots: Any = SimpleNamespace(tensor=memory, device_address=address)
+    target = torch.zeros(7)
+    api.expand(target, 4, slots, 3, 10, 5)
+    assert torch.equal(target, torch.tensor([0, *stored.float().tolist(), 0]))
+    assert "cuLaunchKernel" not in library.called

@@ -60,7 +60,7 @@ def write(torch: Any, directory: Path, *, without: tuple[str, ...] = (), others:
 def assert_loaded(module: Any, arrays: Arrays) -> None:
     state = module.state_dict()
     for name, array in arrays.items():
-        assert state[name].numpy().tobytes() == array.tobytes(), name
+        assert state[name].cpu().numpy().tobytes() == array.tobytes(), name
 
 
 def test_the_memory_of_parameters_and_buffers_is_kept(torch: Any, tmp_path: Path) -> None:
@@ -259,6 +259,20 @@ def test_names_select(torch: Any, tmp_path: Path) -> None:
     assert torch.equal(module.norm.weight, before)
 
 
+@pytest.mark.parametrize("where", ["cpu", "meta"])
+def test_slices_go_into_smaller_parameters(torch: Any, tmp_path: Path, where: str) -> None:
+    arrays = {name: models.random_array((6, 4), seed=n) for n, name in enumerate(("weight", "other"))}
+    models.write_model(tmp_path, [arrays])
+    module = torch.nn.Module()
+    module.weight = torch.nn.Parameter(torch.zeros(2, 4, device=where))
+    with pytest.raises(RuntimeError, match="size mismatch for weight"):
+        ndcache.torch.load_model(module, tmp_path, names="weight")
+    assert ndcache.torch.load_model(module, tmp_path, names={"weight": slice(-2, None)}) == ([], [])
+    assert_loaded(module, {"weight": arrays["weight"][-2:]})
+    with pytest.raises(TypeError, match="must be a slice"):
+        ndcache.torch.load_model(module, "http://127.0.0.1:9/", names={"weight": 3})
+
+
 def test_a_failure_names_what_is_undefined(torch: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arrays, module = write(torch, tmp_path), make_module(torch)
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
@@ -303,7 +317,7 @@ def test_a_module_on_cuda(torch: Any, tmp_path: Path, device: str) -> None:
     arrays, module = write(torch, tmp_path), make_module(torch, device)
     ndcache.torch.load_model(module, tmp_path, "cuda")
     assert {tensor.device.type for tensor in module.state_dict().values()} == {"cuda"}
-    assert_loaded(module.cpu(), arrays)
+    assert_loaded(module, arrays)
 
 
 @pytest.mark.cuda
@@ -313,4 +327,4 @@ def test_a_module_on_two_devices(torch: Any, tmp_path: Path) -> None:
     assert ndcache.torch.load_model(module, tmp_path) == ([], [])
     assert module.norm.weight.is_cuda
     assert not module.head.weight.is_cuda
-    assert_loaded(module.cpu(), arrays)
+    assert_loaded(module, arrays)

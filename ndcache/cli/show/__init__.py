@@ -1,0 +1,1 @@
+"""Models, loads and reports in words: labelled facts, rows of tables, and JSON."""

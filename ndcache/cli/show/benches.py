@@ -1,0 +1,82 @@
+"""Measurements of this machine beside a load, in words and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ...report.timeline import read_timeline
+from ...report.verdict import judge
+from ...report.words import format_rate, format_seconds, format_size
+from ..bench import BenchReport, Rate
+from ..values import locate_source
+from .devices import device_words
+
+__all__ = ["bench_json", "bench_rows", "limit_sentence", "page_rates"]
+
+_SUBJECTS = {
+    "network": "the network gives",
+    "disk, write": "the disk writes",
+    "disk, read": "the disk reads",
+    "device": "the device takes",
+}
+
+
+def bench_rows(report: BenchReport) -> Iterator[tuple[str, str, str, str]]:
+    """Yield the name, MiB/s, the load's share of it, and how it was measured; first of the load."""
+    size, seconds = format_size(report.nbytes), format_seconds(report.seconds)
+    yield "load", _mib(report.nbytes / report.seconds), "", f"{size} in {seconds}"
+    for rate in report.rates:
+        yield rate.name, _mib(rate.bytes_per_second), _percent(rate), rate.how
+
+
+def page_rates(report: BenchReport) -> Iterator[tuple[str, str, str]]:
+    """Yield the rows of the table on the page of the load."""
+    for rate in report.rates:
+        text = "–" if rate.bytes_per_second is None else format_rate(rate.bytes_per_second, 1)
+        share = f"; the load used {_percent(rate)} of it" if rate.share is not None else ""
+        yield rate.name, text, f"{rate.how}{share}"
+
+
+def limit_sentence(report: BenchReport) -> str:
+    """Return what limited the load, in words."""
+    limit = report.limit
+    if limit is not None:
+        is_own = limit.name == "network" and report.is_limited
+        name = "--limit-rate" if is_own else f"The {limit.name.partition(',')[0]}"
+        gives = "it lets through" if is_own else _SUBJECTS[limit.name]
+        return f"{name} was the limit: the load used {_percent(limit)} of what {gives}."
+    known = [rate for rate in report.rates if rate.share is not None]
+    nearest = max(known, key=lambda rate: rate.share or 0.0, default=None)
+    most = "" if nearest is None else f": the load used at most {_percent(nearest)}, of what {_SUBJECTS[nearest.name]}"
+    verdict = judge(read_timeline(report.trace))
+    return " ".join((f"None of them was the limit{most}.", verdict.spent or verdict.headline, *verdict.advice))
+
+
+def bench_json(source: str, report: BenchReport) -> dict[str, object]:
+    """Return the value of ``bench``."""
+    return {
+        "source": str(locate_source(source)),
+        "device": device_words(report.device),
+        "tensors": report.tensors,
+        "nbytes": report.nbytes,
+        "seconds": round(report.seconds, 6),
+        "network_bytes": report.stats.network_bytes,
+        "limit": None if report.limit is None else report.limit.name,
+        "rates": [
+            {
+                "name": rate.name,
+                "bytes_per_second": None if rate.bytes_per_second is None else round(rate.bytes_per_second),
+                "share": None if rate.share is None else round(rate.share, 4),
+                "how": rate.how,
+            }
+            for rate in report.rates
+        ],
+    }
+
+
+def _mib(rate: float | None) -> str:
+    return "none" if rate is None else f"{rate / (1 << 20):,.1f}"
+
+
+def _percent(rate: Rate) -> str:
+    return "" if rate.share is None else f"{rate.share:.0%}".replace("%", " %")

@@ -1,0 +1,154 @@
+"""The values of options and arguments: sources, devices, seconds, rates, headers and tokens."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.shell_completion import CompletionItem
+
+from ..location import Location, locate
+from .completion import cached_sources
+
+if TYPE_CHECKING:
+    ParamType = click.ParamType[Any]
+else:
+    ParamType = click.ParamType  # generic since click 8.2
+
+__all__ = [
+    "CACHED",
+    "DEVICES",
+    "DIRECTORY",
+    "SECONDS",
+    "SOURCE",
+    "HeaderType",
+    "ParamType",
+    "RateType",
+    "WholeNumber",
+    "locate_source",
+    "read_token",
+]
+
+_DEVICE_NAMES = ("cpu", "gpu", "cuda", "auto")
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
+_RATE = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*([kmg]i?)?(?:b(?:/s)?)?", re.IGNORECASE)
+#: The most characters of a token, and of the line that it is read from.
+_MAX_TOKEN = 4096
+
+
+class WholeNumber(click.IntRange):
+    """A whole number from a range; click's own errors would call it an "integer range"."""
+
+    name = "whole number"
+
+
+class _Seconds(ParamType):
+    """Seconds, or two numbers of seconds: to connect, and to wait for bytes."""
+
+    name = "seconds"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            numbers = [float(part) for part in value.split(",")]
+        except ValueError:
+            numbers = []
+        if len(numbers) not in (1, 2) or not all(number > 0 for number in numbers):
+            self.fail(f"{value!r} is not SECONDS, or CONNECT,READ such as 5,30.", param, ctx)
+        return numbers[0] if len(numbers) == 1 else tuple(numbers)
+
+
+class _Cached(ParamType):
+    """The source of a cached model, which the shell completes."""
+
+    name = "source"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        found = {source for source in cached_sources(ctx.params.get("cache_dir")) if source.startswith(incomplete)}
+        return [CompletionItem(source) for source in sorted(found)]
+
+
+class _Source(_Cached):
+    """The source of a model. The shell completes those in the cache, else paths."""
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        # The name of a URL with a query stands for a part of it, so it is not a source.
+        found = [item for item in super().shell_complete(ctx, param, incomplete) if " " not in item.value]
+        return found or [CompletionItem(incomplete, type="file")]
+
+
+class _Device(ParamType):
+    """A device. The shell completes the names, and numbers after a colon."""
+
+    name = "device"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        kind, colon, _ = incomplete.partition(":")
+        names = [f"{kind}:{number}" for number in range(8)] if colon and kind in ("gpu", "cuda") else _DEVICE_NAMES
+        return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+
+
+class _Directory(ParamType):
+    """A directory, which need not exist."""
+
+    name = "directory"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(incomplete, type="dir")]
+
+
+SECONDS, CACHED, SOURCE, DEVICES, DIRECTORY = _Seconds(), _Cached(), _Source(), _Device(), _Directory()
+
+
+class RateType(ParamType):
+    """Bytes per second: ``10MB/s``, ``500k``, ``1.5MiB``."""
+
+    name = "rate"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return the bytes per second that a text means."""
+        match = _RATE.fullmatch(str(value).strip())
+        rate = float(match[1]) * _UNITS[(match[2] or "").lower()] if match else 0.0
+        if not 0 < rate < math.inf:
+            self.fail("it must be bytes per second, such as 10MB/s, 500kB/s or 1.5MiB/s.", param, ctx)
+        return rate
+
+
+class HeaderType(ParamType):
+    """A header of HTTP: ``NAME: VALUE``. In the environment, each has a line."""
+
+    name = "header"
+    envvar_list_splitter = "\n"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
+        """Return the name and the value; an error shows neither, as both may be a secret."""
+        name, colon, text = str(value).partition(":")
+        if not colon or not name.strip():
+            self.fail("it must be 'NAME: VALUE'.", param, ctx)
+        return name.strip(), text.strip()
+
+
+def read_token(ctx: click.Context, _: click.Parameter, value: str | None) -> str | None:
+    """Return the token, which is the first line of standard input for ``-``."""
+    if value != "-" or ctx.resilient_parsing:  # a shell that completes must not wait
+        return value
+    token = sys.stdin.readline(_MAX_TOKEN + 1).strip()
+    if not token:
+        raise click.BadParameter("standard input has no token.")
+    return token
+
+
+def locate_source(source: str) -> Location:
+    """Return the location of a source of the command that runs, at the revision that its options say.
+
+    Raises
+    ------
+    NotFoundError, ValueError
+        See `location.locate`.
+    """
+    context = click.get_current_context(silent=True)
+    return locate(source, revision=None if context is None else context.params.get("revision"))

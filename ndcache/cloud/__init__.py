@@ -1,0 +1,1 @@
+"""Object storage: addresses for the objects of buckets, signed by obstore, and listings."""

@@ -1,0 +1,1 @@
+"""Write a model to other formats: safetensors, .npz, and NDArray caches."""

@@ -1,0 +1,1 @@
+"""safetensors files: each is a shard whose records are in its own header."""

@@ -1,0 +1,1 @@
+"""The methods of `Loader` that need much code, in base classes."""

@@ -1,0 +1,121 @@
+"""The method of a loader that downloads a model without loading it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, overload
+
+from ..caller import PublicFrame
+from ..companions import Companions
+from ..errors import OfflineError
+from ..format.manifest import NameFilter
+from ..format.slices import check_slices
+from ..options import Source, check_flags, check_keywords, hide_keywords
+from ..pipeline import fetch_shards
+from ..progress import Progress
+from ..trace import tracing
+from ..workers.stop_iteration import unwrap_stop_iteration
+from .base import LoaderBase
+from .local_dir import copy_companions, open_target
+from .plan import FetchPlan, plan_fetch
+
+__all__ = ["FetchLoader"]
+
+
+class FetchLoader(LoaderBase):
+    """Download models."""
+
+    @overload
+    def fetch(
+        self,
+        source: Source,
+        *,
+        names: NameFilter = None,
+        files: bool = True,
+        include: str | Sequence[str] = (),
+        exclude: str | Sequence[str] = (),
+        force: bool = False,
+        dry_run: Literal[False] = False,
+        local_dir: str | os.PathLike[str] | None = None,
+        progress: Progress = None,
+        trace: str | os.PathLike[str] | None = None,
+        report: str | os.PathLike[str] | None = None,
+    ) -> Path: ...
+
+    @overload
+    def fetch(
+        self,
+        source: Source,
+        *,
+        names: NameFilter = None,
+        files: bool = True,
+        include: str | Sequence[str] = (),
+        exclude: str | Sequence[str] = (),
+        force: bool = False,
+        dry_run: Literal[True],
+        local_dir: str | os.PathLike[str] | None = None,
+        progress: Progress = None,
+        trace: str | os.PathLike[str] | None = None,
+        report: str | os.PathLike[str] | None = None,
+    ) -> FetchPlan: ...
+
+    @hide_keywords
+    def fetch(
+        self,
+        source: Source,
+        *,
+        names: NameFilter = None,
+        files: bool = True,
+        include: str | Sequence[str] = (),
+        exclude: str | Sequence[str] = (),
+        force: bool = False,
+        dry_run: bool = False,
+        local_dir: str | os.PathLike[str] | None = None,
+        progress: Progress = None,
+        trace: str | os.PathLike[str] | None = None,
+        report: str | os.PathLike[str] | None = None,
+        **unknown: Any,
+    ) -> Path | FetchPlan:
+        """Download a model into the cache without decoding it: see `ndcache.fetch`."""
+        with PublicFrame() as __tracebackhide__:
+            check_keywords(FetchLoader.fetch, unknown)
+            check_flags(files=files, force=force, dry_run=dry_run)
+            check_slices(names)
+            where = None if local_dir is None else _absolute(local_dir)
+            if force and self._resources.is_offline and self._resources.locate(source).is_remote:
+                hint = "Leave one of the two out."
+                raise OfflineError("offline, and force downloads again what is cached", hint=hint)
+            companions = Companions(files=files, include=include, exclude=exclude, force=force, are_required=True)
+        with (
+            PublicFrame() as __tracebackhide__,
+            tracing(trace, report) as events,
+            unwrap_stop_iteration(),
+            self._resources.open_model(
+                source,
+                trace=events,
+                must_keep=True,
+                local_dir=None if dry_run else where,
+                force=force,
+                dry_run=dry_run,
+                is_use=not dry_run,
+            ) as (model, context),
+        ):
+            shards = model.manifest.shards_with(names)
+            if dry_run:
+                return plan_fetch(model, context, shards, companions, where)
+            helpers = self._helpers(source)
+            if where is None:
+                fetch_shards(model, context, shards, progress, helpers, companions)
+                return model.directory
+            use = open_target(where, model, context)
+            fetch_shards(model, context, shards, progress, helpers, companions, use)
+            copy_companions(where, model, context, companions)
+            return where
+
+
+def _absolute(local_dir: str | os.PathLike[str]) -> Path:
+    if local_dir == "":  # as from a variable that is not set: the working directory would be filled
+        raise ValueError("local_dir is empty: give a directory, or None for the cache")
+    return Path(os.path.abspath(Path(local_dir).expanduser()))

@@ -1,0 +1,139 @@
+"""Count the shards of a load that are here, or on their way."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+
+from ..urls.redact import printable
+
+__all__ = ["Arrivals"]
+
+
+class Arrivals:
+    """Keep which of a load's shards are here, are coming, or wait: for a server, or for another process.
+
+    The workers write it, and the caller's thread reads it.
+    """
+
+    # Without a lock, which Ctrl-C could leave locked: each step is one operation of a dict, and readers copy.
+
+    def __init__(self) -> None:
+        self._sizes: Mapping[str, int] = {}
+        self._counted = 0  # entries of `_here` that the next two are of
+        self._names: list[str] = []
+        self._names_bytes = 0
+        self._here: dict[str, None] = {}
+        self._coming: dict[str, Callable[[], int]] = {}
+        self._left: dict[str, int] = {}
+        self._elsewhere: dict[int, int] = {}
+        self._waits: dict[str, Callable[[], int | None]] = {}
+        self._pauses: dict[object, tuple[bool, str]] = {}
+
+    # --- for the workers; shards are named by their ``dataPath``
+
+    def begin(self, name: str, count: Callable[[], int]) -> None:
+        """Note that a download begins; `count` returns the bytes that are here."""
+        self._waits.pop(name, None)
+        self._coming[name] = count
+
+    def end(self, name: str, kept: int) -> None:
+        """Note that a download ended, perhaps early, and how many bytes it left in a partial file."""
+        self._left[name] = kept
+        self._coming.pop(name, None)
+
+    def add(self, name: str) -> None:
+        """Note that a shard is here."""
+        self._here[name] = None
+        self._waits.pop(name, None)
+
+    def reading(self, name: str) -> Callable[[int], None]:
+        """Note that a file is read whole; return a function to call with the bytes of each part that was."""
+        nbytes = 0
+
+        def count(more: int) -> None:
+            nonlocal nbytes
+            nbytes += more
+
+        self.begin(name, lambda: nbytes)
+        return count
+
+    def wait(self, name: str, find_holder: Callable[[], int | None]) -> None:
+        """Note that a worker waits for somebody else who downloads a shard.
+
+        Parameters
+        ----------
+        name : str
+        find_holder : callable
+            Return the id of the process that does, or None if it cannot be known.
+        """
+        self._waits[name] = find_holder
+
+    def pause(self, key: object, reason: str, *, is_wanted: bool) -> None:
+        """Note why requests have to wait, or are made again. It replaces the last reason with the same key.
+
+        A reason that the server wants comes before others.
+        """
+        self._pauses[key] = is_wanted, reason
+
+    def go_on(self, key: object) -> None:
+        """Note that a pause is over, if there was one."""
+        self._pauses.pop(key, None)
+
+    def note_elsewhere(self, process: int, nbytes: int) -> None:
+        """Note how many bytes of shards that are not here yet a helper process has received."""
+        self._elsewhere[process] = nbytes
+
+    # --- for the caller's thread
+
+    def expect(self, sizes: Mapping[str, int]) -> None:
+        """Set the bytes of each wanted shard."""
+        self._sizes = sizes
+
+    def size(self, name: str) -> int:
+        """Return the bytes of a shard."""
+        return self._sizes.get(name, 0)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Return the bytes of each wanted shard, in manifest order."""
+        return list(self._sizes.values())
+
+    @property
+    def names(self) -> list[str]:
+        """Return the wanted shards that are here, in the order in which they came."""
+        if (count := len(self._here)) > self._counted:
+            self._counted = count
+            self._names = [name for name in self._here.copy() if name in self._sizes]
+            self._names_bytes = sum(map(self.size, self._names))
+        return self._names
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of wanted shards that are here, those of incomplete ones included."""
+        coming = self._coming.copy()
+        here = self._names_bytes if self.names else 0
+        # A shard that was here and comes again was damaged.
+        again = sum(self.size(name) for name in coming if name in self._here)
+        parts = {name: count for name, count in self._left.copy().items() if name not in self._here}
+        parts.update({name: count() for name, count in coming.items()})
+        incomplete = sum(min(count, self.size(name)) for name, count in parts.items())
+        return here - again + incomplete + sum(self._elsewhere.copy().values())
+
+    @property
+    def waiting(self) -> str | None:
+        """Return the reason of a pause, or which process downloads what workers wait for; None if they do not wait."""
+        if pauses := self._pauses.copy():
+            return max(pauses.values(), key=lambda pause: pause[0])[1]
+        waits, coming = self._waits.copy(), self._coming.copy()
+        names = {name: find_holder for name, find_holder in waits.items() if name not in coming}
+        if not names:
+            return None
+        (name, find_holder), *others = names.items()
+        pid = find_holder()
+        if pid is None:
+            who = "another process"
+        else:
+            who = "another load of this process" if pid == os.getpid() else f"process {pid}"
+        more = f" and {len(others)} more" if others else ""
+        return f"waiting for {who}, which downloads {printable(name)}{more}"

@@ -1,0 +1,160 @@
+"""The texts of bars and of lines in a log."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..report.words import format_count, format_rate, format_seconds, format_size
+from ..urls.redact import printable
+from .reports import ProgressReport
+
+__all__ = ["Summary", "bar_line", "bar_parts", "log_line", "summary_line"]
+
+#: The least columns of a bar, and of a name that is cut.
+_LEAST_BAR, _LEAST_NAME = 8, 12
+
+#: Draws a bar: how much is done, from 0 to 1, and its columns.
+DrawBar = Callable[[float, int], str]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The result of a load.
+
+    Attributes
+    ----------
+    how : str
+        ``"Fetched"``; for a cached model ``"Mapped"``, ``"Loaded"``, ``"Cached"`` or ``"Checked"``.
+    nbytes, shards : int
+        What the load wanted.
+    received : int
+        Bytes that came; fewer than `nbytes` if some were there before.
+    seconds : float
+    """
+
+    how: str
+    nbytes: int
+    shards: int
+    received: int
+    seconds: float
+
+
+def summary_line(summary: Summary, model: str) -> str:
+    """Return the last line about a load."""
+    total, shards = format_size(summary.nbytes), format_count(summary.shards, "shard")
+    start = f"{summary.how} {_name(model)}: {total} in {shards}"
+    if summary.how == "Cached":  # nothing was done
+        return start
+    start = f"{start}, {format_seconds(summary.seconds)}"
+    if summary.how == "Mapped":  # nothing was read, so a rate would be absurd
+        return start
+    if not summary.received:  # others brought all of it
+        return start
+    came = f", {format_size(summary.received)} of it now" if summary.received < 0.99 * summary.nbytes else ""
+    return f"{start}, {format_rate(summary.received, summary.seconds)}{came}"
+
+
+def log_line(report: ProgressReport, verb: str) -> str:
+    """Return a line about a load that goes on."""
+    parts = [
+        f"{verb} {_name(report.model)}: {_percent(report)}% of {format_size(report.bytes_total)}",
+        f"{report.shards_here}/{format_count(report.shards_total, 'shard')}",
+    ]
+    if report.waiting:
+        parts.append(report.waiting)
+    elif report.bytes_per_second > 0:
+        parts += [_rate(report), *_left(report)]
+    return ", ".join(parts)
+
+
+def bar_parts(report: ProgressReport) -> tuple[str, str]:
+    """Return what stands on the left of a bar, and on the right."""
+    left, *right = _parts(report)
+    return left, printable(report.waiting) if report.waiting else "  ".join(filter(None, right))
+
+
+def bar_line(report: ProgressReport, columns: int, draw: DrawBar, ellipsis: str) -> str:
+    """Return a line with a bar that is not wider than `columns`; leave out what does not fit.
+
+    Parameters
+    ----------
+    report : ProgressReport
+    columns : int
+    draw : callable
+    ellipsis : str
+        Stands at the end of a text that is cut.
+    """
+    if report.waiting:
+        name = _cut(_name(report.model), max(_LEAST_NAME, columns // 4), ellipsis)
+        return _cut(f"{name} {_percent(report):3}%  {report.waiting}", columns, ellipsis)
+    _, amount, *others = _parts(report)
+    left, rate, shards = others
+    # The parts in the order in which they stand, from the most that may fit to the least.
+    choices = [amount, rate, left, shards], [amount, rate, left], [amount, left], [left or amount]
+    for parts in choices:
+        right = "  ".join(part for part in parts if part)
+        room = columns - len(right) - len(" 100% || ") - _LEAST_BAR
+        if room >= min(_LEAST_NAME, _width(_name(report.model))) or parts is choices[-1]:
+            break
+    name = _cut(_name(report.model), min(max(_LEAST_NAME, columns // 4), max(room, _LEAST_NAME)), ellipsis)
+    start, width = f"{name} {_percent(report):3}% ", columns - _width(name) - len(right) - len(" 100% || ")
+    if width < _LEAST_BAR:
+        return _cut(start + right, columns, ellipsis)
+    return f"{start}|{draw(report.progress, width)}| {right}"
+
+
+def _parts(report: ProgressReport) -> tuple[str, str, str, str, str]:
+    """Return name and percentage; amount; time left; rate; shards."""
+    total = format_size(report.bytes_total)
+    done = format_size(report.bytes_done)
+    if done.rpartition(" ")[2] == total.rpartition(" ")[2]:
+        done = done.rpartition(" ")[0]
+    return (
+        f"{_name(report.model)} {_percent(report):3}%",
+        f"{done}/{total}",
+        "".join(_left(report)),
+        _rate(report) if report.bytes_per_second > 0 else "",
+        f"{report.shards_here}/{format_count(report.shards_total, 'shard')}",
+    )
+
+
+def _name(model: str) -> str:
+    return printable(model) or "model"
+
+
+def _percent(report: ProgressReport) -> int:
+    """Return the percentage, computed in integers: as a float, 29 % may be rounded down to 28."""
+    if report.bytes_total and report.shards_done < report.shards_total:
+        return report.bytes_done * 100 // report.bytes_total
+    return int(report.progress * 100)
+
+
+def _rate(report: ProgressReport) -> str:
+    return format_rate(report.bytes_per_second, 1.0)
+
+
+def _left(report: ProgressReport) -> list[str]:
+    """Return the time that is left, if it is known and not over."""
+    seconds = report.seconds_left
+    if seconds is None or seconds >= 1e6 or report.bytes_done >= report.bytes_total:
+        return []
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return [f"{hours}:{minutes:02}:{rest:02} left" if hours else f"{minutes}:{rest:02} left"]
+
+
+def _width(text: str) -> int:
+    """Return the columns that a text takes."""
+    from tqdm.utils import disp_len  # takes a while to import, and loads without a bar do not need it
+
+    return int(disp_len(text))
+
+
+def _cut(text: str, columns: int, ellipsis: str) -> str:
+    """Return `text`, with its end left out if it has more columns."""
+    if _width(text) <= columns:
+        return text
+    while text and _width(text) + len(ellipsis) > columns:
+        text = text[:-1]
+    return text + ellipsis

@@ -1,0 +1,77 @@
+"""A bar in a Jupyter notebook: one output of the cell, which each report replaces. It needs no widgets."""
+
+from __future__ import annotations
+
+import html
+import sys
+import time
+from typing import Any, TextIO
+
+from .lines import bar_parts
+from .reports import ProgressReport
+
+__all__ = ["NotebookBar", "is_notebook", "show_line"]
+
+#: The least seconds between two updates: each of them is a message to the page.
+_SECONDS = 0.2
+
+
+class NotebookBar:
+    """A bar in the output of a cell. The notebook's file keeps only how it looked last.
+
+    Parameters
+    ----------
+    report : ProgressReport
+    """
+
+    def __init__(self, report: ProgressReport) -> None:
+        self._report = report
+        self._shown = time.monotonic()
+        self._display = _display(_content(report), display_id=True)
+
+    def show(self, report: ProgressReport) -> None:
+        """Draw a report."""
+        self._report = report
+        if (now := time.monotonic()) - self._shown >= _SECONDS:
+            self._shown = now
+            self._display.update(_content(report), raw=True)
+
+    def finish(self, line: str) -> None:
+        """Put a line in the place of the bar."""
+        self._display.update({"text/plain": line}, raw=True)
+
+    def close(self) -> None:
+        """Leave the last report in the place of the bar."""
+        self.finish("  ".join(bar_parts(self._report)))
+
+    def abandon(self) -> None:
+        """Do nothing: what was drawn stays."""
+
+
+def show_line(line: str) -> None:
+    """Show a line in the output of a cell. On standard error, it would look like an error."""
+    _display({"text/plain": line})
+
+
+def is_notebook(file: TextIO) -> bool:
+    """Return whether a file is the standard error of a kernel of Jupyter, and not something in its place."""
+    ipython = sys.modules.get("IPython")
+    shell = None if ipython is None else getattr(ipython, "get_ipython", lambda: None)()
+    is_redirected = type(file).__module__ in ("_io", "io", "codecs", "tempfile")
+    return getattr(shell, "kernel", None) is not None and not is_redirected
+
+
+def _display(content: dict[str, str], **options: Any) -> Any:
+    from IPython.display import display
+
+    return display(content, raw=True, **options)
+
+
+def _content(report: ProgressReport) -> dict[str, str]:
+    left, right = bar_parts(report)
+    bar = f'<progress value="{report.progress:.4f}" style="width:20em"></progress>'
+    style = "font-family:monospace;white-space:pre"
+    return {
+        "text/plain": f"{left}  {right}",
+        "text/html": f'<div style="{style}">{html.escape(left)} {bar} {html.escape(right)}</div>',
+    }

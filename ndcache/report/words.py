@@ -1,0 +1,41 @@
+"""Numbers in words: sizes, rates, times and counts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+__all__ = ["format_checks", "format_count", "format_rate", "format_seconds", "format_size"]
+
+
+def format_size(nbytes: float) -> str:
+    """Return a number of bytes as text: ``"1.5 MiB"``."""
+    if nbytes < 1 << 10:
+        return f"{nbytes:.0f} B"
+    unit, name = next((unit, name) for unit, name in ((30, "GiB"), (20, "MiB"), (10, "KiB")) if nbytes >= 1 << unit)
+    return f"{nbytes / (1 << unit):,.1f} {name}"
+
+
+def format_rate(nbytes: float, seconds: float) -> str:
+    """Return bytes per time as text: ``"165.2 MiB/s"``; a dash if no time has passed."""
+    return f"{nbytes / seconds / (1 << 20):,.1f} MiB/s" if seconds > 0 else "–"
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a time as text, with three digits: ``"12 ms"``, ``"6.20 s"``, ``"2 min 5 s"``."""
+    if seconds < 0.9995:
+        return f"{seconds * 1e3:.3g} ms" if seconds >= 0.0005 or not seconds else "under 1 ms"
+    if seconds < 99.5:
+        return f"{seconds:.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes:,} min {rest} s"
+
+
+def format_count(number: int, noun: str) -> str:
+    """Return a number of things as text: ``"1 shard"``, ``"2 shards"``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def format_checks(checks: Iterable[tuple[str, int]]) -> str:
+    """Return the number of shards that passed each check: ``"3 by md5, 1 by size alone"``."""
+    words = [f"{number:,} by {'size alone' if check == 'size' else check}" for check, number in checks]
+    return ", ".join(words) or "nothing"

@@ -1,0 +1,1 @@
+"""Partial files: files that are being written, or that interrupted writers left."""
