@@ -8,14 +8,18 @@ import math
 import re
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 from tqdm.utils import disp_len
 
+import ndcache
 from ndcache.progress import Arrivals, Bar, ProgressReport, Reporter, telling_what_is_kept
 from ndcache.progress import reporter as module
 from ndcache.progress.lines import bar_line
+
+from .helpers.models import simple_model
 
 MIB = 1 << 20
 TAIL = " It can take a while when we first visit this page to populate the cache. Later refreshes will become faster."
@@ -319,6 +323,40 @@ def test_bars_fit(columns: int, name: str, waiting: str | None) -> None:
         assert " 33% |" in line
 
 
+LONG_NAME = "Llama-3-8B-Instruct-q4f16_1-MLC"
+
+
+@pytest.mark.parametrize(
+    ("columns", "name", "has_shards"),
+    [
+        (40, "Llama-3…_1-MLC", False),
+        (80, "Llama-3-8B-I…-q4f16_1-MLC", False),
+        (120, LONG_NAME, True),
+    ],
+)
+def test_the_name_gets_the_room_that_there_is(columns: int, name: str, has_shards: bool) -> None:
+    report = dataclasses.replace(
+        run([MIB] * 3, cache_only=False)[2],
+        model=LONG_NAME,
+        bytes_done=64 * MIB,
+        bytes_total=128 * MIB,
+        bytes_per_second=100 * MIB,
+        seconds_left=26.0,
+    )
+    line = bar_line(report, columns, lambda fraction, width: "#" * width, "…")
+    assert line.startswith(f"{name}  50% |####")
+    assert disp_len(line) == columns
+    assert ("shards" in line) == has_shards
+
+
+def test_the_name_gives_way_to_the_reason_of_a_pause() -> None:
+    report = dataclasses.replace(run([MIB] * 3, cache_only=False)[2], model=LONG_NAME)
+    reasons = {"the server limits requests": LONG_NAME, "x" * 61: "Llama-…1-MLC"}
+    for reason, name in reasons.items():
+        line = bar_line(dataclasses.replace(report, waiting=reason), 80, lambda fraction, width: "", "…")
+        assert line == f"{name}  33%  {reason}"
+
+
 def test_two_bars_have_two_names() -> None:
     first, second, third = (io.StringIO() for _ in range(3))
     reporters = [
@@ -435,6 +473,15 @@ def test_an_interrupt_says_what_is_kept() -> None:
     with pytest.raises(KeyboardInterrupt) as caught, telling_what_is_kept(arrivals, lambda: False):
         raise KeyboardInterrupt
     assert not caught.value.args
+
+
+def test_the_last_line_of_a_check_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    simple_model(tmp_path / "model", shards=4)
+    (tmp_path / "model" / "params_shard_1.bin").unlink()
+    (tmp_path / "model" / "params_shard_2.bin").write_bytes(b"bad")
+    report = ndcache.verify(tmp_path / "model", progress=True)
+    assert (len(report.bad), len(report.missing)) == (1, 1)
+    assert re.match(r"Checked model: [\d.]+ KiB in 3 of 4 shards, ", capsys.readouterr().err)
 
 
 def test_bar_without_standard_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,9 @@ from ..workers.stop_iteration import wrap_stop_iteration
 
 __all__ = ["ModelCheck", "VerifyReport", "open_check", "run_checks"]
 
+#: The flaws of files that the model, as its manifest has it, lacks.
+_MISSING = (Flaw.MISSING, Flaw.OF_ANOTHER_VERSION)
+
 
 @dataclass(frozen=True)
 class VerifyReport:
@@ -107,6 +110,11 @@ class ModelCheck:
         """Return whether no other process updated the model during the check."""
         return Flaw.OF_ANOTHER_VERSION not in self.results.values()
 
+    @property
+    def missing(self) -> list[str]:
+        """Return the files that are not there, or belong to another version of the model."""
+        return [name for name, result in self.results.items() if result in _MISSING]
+
     def report(self) -> VerifyReport:
         """Return what was found."""
         found = {name: (result, self.sizes[name]) for name, result in self.results.items()} | dict(self.others)
@@ -117,7 +125,7 @@ class ModelCheck:
         return VerifyReport(
             checked={name: result for name, (result, _) in found.items() if isinstance(result, str)},
             bad=having(Flaw.BAD, Flaw.BAD_AND_KEPT),
-            missing=having(Flaw.MISSING, Flaw.OF_ANOTHER_VERSION),
+            missing=having(*_MISSING),
             nbytes=sum(nbytes for result, nbytes in found.values() if isinstance(result, str)),
             kept=having(Flaw.BAD_AND_KEPT),
             files=tuple(found if self.manifest is None else self.others),
@@ -167,6 +175,7 @@ def run_checks(checks: Sequence[ModelCheck], progress: Progress) -> None:
         model=context.model if len(checks) == 1 else f"{len(checks)} models",
         verb="Checking",
         how=lambda: "Checked",
+        absent=lambda: [each.sizes[name] for each in checks for name in each.missing],
     )
     results = map_ordered(
         work,

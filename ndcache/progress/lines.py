@@ -11,8 +11,10 @@ from .reports import ProgressReport
 
 __all__ = ["Summary", "bar_line", "bar_parts", "log_line", "summary_line"]
 
-#: The least columns of a bar, and of a name that is cut.
-_LEAST_BAR, _LEAST_NAME = 8, 12
+#: The least columns of a bar.
+_LEAST_BAR = 8
+#: The least columns of a name that is cut, and those that it gets before the number of shards.
+_LEAST_NAME, _GOOD_NAME = 12, 24
 
 #: Draws a bar: how much is done, from 0 to 1, and its columns.
 DrawBar = Callable[[float, int], str]
@@ -27,7 +29,9 @@ class Summary:
     how : str
         ``"Fetched"``; for a cached model ``"Mapped"``, ``"Loaded"``, ``"Cached"`` or ``"Checked"``.
     nbytes, shards : int
-        What the load wanted.
+        What the load wanted, or `verify` found.
+    absent : int
+        How many shards more `verify` wanted, which are missing.
     received : int
         Bytes that came; fewer than `nbytes` if some were there before.
     seconds : float
@@ -38,12 +42,15 @@ class Summary:
     shards: int
     received: int
     seconds: float
+    absent: int = 0
 
 
 def summary_line(summary: Summary, model: str) -> str:
     """Return the last line about a load."""
-    total, shards = format_size(summary.nbytes), format_count(summary.shards, "shard")
-    start = f"{summary.how} {_name(model)}: {total} in {shards}"
+    shards = format_count(summary.shards + summary.absent, "shard")
+    if summary.absent:
+        shards = f"{summary.shards:,} of {shards}"
+    start = f"{summary.how} {_name(model)}: {format_size(summary.nbytes)} in {shards}"
     if summary.how == "Cached":  # nothing was done
         return start
     start = f"{start}, {format_seconds(summary.seconds)}"
@@ -77,17 +84,20 @@ def bar_parts(report: ProgressReport) -> tuple[str, str]:
 def bar_line(report: ProgressReport, columns: int, draw: DrawBar, ellipsis: str) -> str:
     """Return a line with a bar that is not wider than `columns`; leave out what does not fit.
 
+    The bar becomes short before the name is cut. In its middle: names of models differ at both ends.
+
     Parameters
     ----------
     report : ProgressReport
     columns : int
     draw : callable
     ellipsis : str
-        Stands at the end of a text that is cut.
+        Stands where a text is cut.
     """
     if report.waiting:
-        name = _cut(_name(report.model), max(_LEAST_NAME, columns // 4), ellipsis)
-        return _cut(f"{name} {_percent(report):3}%  {report.waiting}", columns, ellipsis)
+        rest = f" {_percent(report):3}%  {printable(report.waiting)}"
+        name = _cut_middle(_name(report.model), max(_LEAST_NAME, columns - _width(rest)), ellipsis)
+        return _cut(name + rest, columns, ellipsis)
     _, amount, *others = _parts(report)
     left, rate, shards = others
     # The parts in the order in which they stand, from the most that may fit to the least.
@@ -95,9 +105,10 @@ def bar_line(report: ProgressReport, columns: int, draw: DrawBar, ellipsis: str)
     for parts in choices:
         right = "  ".join(part for part in parts if part)
         room = columns - len(right) - len(" 100% || ") - _LEAST_BAR
-        if room >= min(_LEAST_NAME, _width(_name(report.model))) or parts is choices[-1]:
+        least = _GOOD_NAME if shards in parts else _LEAST_NAME
+        if room >= min(least, _width(_name(report.model))) or parts is choices[-1]:
             break
-    name = _cut(_name(report.model), min(max(_LEAST_NAME, columns // 4), max(room, _LEAST_NAME)), ellipsis)
+    name = _cut_middle(_name(report.model), max(room, _LEAST_NAME), ellipsis)
     start, width = f"{name} {_percent(report):3}% ", columns - _width(name) - len(right) - len(" 100% || ")
     if width < _LEAST_BAR:
         return _cut(start + right, columns, ellipsis)
@@ -158,3 +169,14 @@ def _cut(text: str, columns: int, ellipsis: str) -> str:
     while text and _width(text) + len(ellipsis) > columns:
         text = text[:-1]
     return text + ellipsis
+
+
+def _cut_middle(text: str, columns: int, ellipsis: str) -> str:
+    """Return `text`, with its middle left out if it has more columns."""
+    if _width(text) <= columns:
+        return text
+    room = columns - len(ellipsis)
+    end = text[::-1]
+    while end and _width(end) > room // 2:
+        end = end[:-1]
+    return _cut(text, columns - _width(end), ellipsis) + end[::-1]

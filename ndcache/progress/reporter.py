@@ -8,7 +8,7 @@ callbacks that ask for it, also get reports in between.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TypeAlias
@@ -74,6 +74,8 @@ class Reporter:
         What is done, for bars. Default: ``"Loading"`` if all shards are cached, else ``"Fetching"``.
     how : callable
         Returns how a cached model was loaded, for bars: see `Summary`.
+    absent : callable
+        Returns the bytes of each shard that counts as done because it is missing.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class Reporter:
         model: str = "",
         verb: str | None = None,
         how: Callable[[], str] = lambda: "Loaded",
+        absent: Callable[[], Sequence[int]] = tuple,
     ) -> None:
         sizes = list(shard_sizes)
         self._listeners = [self._listen(callback, interval) for callback in _callbacks(progress)]
@@ -103,6 +106,7 @@ class Reporter:
         self._received = self._count_done if received is None or cache_only else received
         self._model = model
         self._how = how
+        self._absent = absent
         self._started = self._moved = time.monotonic()
         self._received_before = self._received()
         self._rate = Rate(self._started, self._received_before)
@@ -228,12 +232,14 @@ class Reporter:
         return (nbytes, self._bytes_total) if self._bytes_total else (self._shards_done, self._shards_total)
 
     def _summary(self) -> Summary:
+        absent = self._absent()
         return Summary(
             how=self._how() if self._cache_only else "Fetched",
-            nbytes=self._bytes_total,
-            shards=self._shards_total,
-            received=self._received() - self._received_before,
+            nbytes=self._bytes_total - sum(absent),
+            shards=self._shards_total - len(absent),
+            received=self._received() - self._received_before - sum(absent),
             seconds=time.monotonic() - self._started,
+            absent=len(absent),
         )
 
 
