@@ -20,7 +20,6 @@ from .directory import ModelDirectory
 from .housekeeping.deletion import delete_model
 from .housekeeping.pruning import PruneRules, prune_cache
 from .housekeeping.quantities import parse_size
-from .housekeeping.usage import forget_use
 from .memory import FallbackDirectory, UnwrittenDirectory
 
 __all__ = ["CacheScope", "cache_root", "cache_scope"]
@@ -129,7 +128,7 @@ class CacheScope:
         """
         root = self.root
         if location.directory is None:
-            return sum(map(_delete, (ModelDirectory(directory, root=root) for directory in self.directories(location))))
+            return sum(delete_model(ModelDirectory(each, root=root)) for each in self.directories(location))
         directory = Path(os.path.abspath(location.directory))
         # A model lies two folders below the root. The way to the root may have links, the way below it may not.
         if os.path.realpath(directory.parent.parent) != os.path.realpath(root):
@@ -137,7 +136,7 @@ class CacheScope:
                 f"{directory} does not lie in the cache {root} as a model does",
                 hint="ndcache deletes only what it fetched; remove the directory yourself.",
             )
-        return _delete(ModelDirectory(root.joinpath(*directory.parts[-2:]), root=root))
+        return delete_model(ModelDirectory(root.joinpath(*directory.parts[-2:]), root=root))
 
     @property
     def _place(self) -> dict[str, Any]:
@@ -152,12 +151,6 @@ class CacheScope:
     def _directory(self, location: Location) -> Path:
         first, *earlier = self.directories(location)
         return first if os.path.isdir(first) else next(filter(os.path.isdir, earlier), first)
-
-
-def _delete(directory: ModelDirectory) -> int:
-    freed = delete_model(directory)
-    forget_use(directory.layout)
-    return freed
 
 
 def cache_root(cache_dir: str | os.PathLike[str] | None, home: str | None) -> Path:

@@ -12,9 +12,10 @@
             locks/<file>                 held by the process that downloads the file: see `acquire_or_wait`
             headers/<file>               the headers of safetensors files: see `format.safetensors.headers`
             aside/<file>                 a file with wrong bytes, in quarantine
+            used                         locked while the model is used; its time is that of the last use
 
-``<root>/.<scope>.digests`` is the index of digests (see `DigestIndex`). ``<root>/.ndcache`` has the limits of servers,
-and notes about the use of models (see `housekeeping.usage`). ``<root>/CACHEDIR.TAG`` is for backups.
+``<root>/.<scope>.digests`` is the index of digests (see `DigestIndex`). ``<root>/.ndcache`` has the limits of servers.
+``<root>/CACHEDIR.TAG`` is for backups.
 
 These names, and the form of the notes, are shared with other versions of ndcache that use the same cache.
 """

@@ -47,8 +47,7 @@ def lines(*args: object) -> list[str]:
 
 def use(model: ndcache.cache.CachedModel, days_ago: float) -> None:
     """Change when a model was used last."""
-    file = model.path.parent.parent / ".ndcache" / "used" / f"{model.path.parent.name}%2F{model.path.name}"
-    os.utime(file, (time.time() - days_ago * DAY,) * 2)
+    os.utime(model.path / ".ndcache" / "used", (time.time() - days_ago * DAY,) * 2)
 
 
 @pytest.fixture
@@ -325,15 +324,22 @@ def test_the_last_use_is_that_of_loads_and_not_of_looks(urls: dict[str, str]) ->
         assert again.last_used - model.last_used < timedelta(minutes=5)
 
 
-def test_nothing_is_left_of_the_use_of_a_model_that_is_gone(urls: dict[str, str], cache_dir: Path) -> None:
-    ndcache.delete(urls["one"])
+def test_nothing_is_left_of_a_model_that_is_deleted_while_it_is_used(urls: dict[str, str], cache_dir: Path) -> None:
     with ndcache.load(urls["third"]):
         ndcache.delete(urls["third"])
-        assert len(os.listdir(cache_dir / ".ndcache" / "used")) == 2
-    ndcache.cache.prune(aside=True)
-    assert len(os.listdir(cache_dir / ".ndcache" / "used")) == 1
-    ndcache.delete(urls["other"])
-    assert not (cache_dir / ".ndcache").exists()
+    for name in ("one", "other"):
+        ndcache.delete(urls[name])
+    assert [path for path in cache_dir.glob("*/*") if path.is_dir()] == []
+
+
+def test_pruning_is_no_use_of_a_model(urls: dict[str, str]) -> None:
+    (model,) = (model for model in ndcache.cache.models() if "one" in model.source)
+    (model.path / ".ndcache" / "used").unlink()  # as earlier versions of ndcache left it
+    aside = model.path / ".ndcache" / "aside"
+    aside.mkdir()
+    (aside / "params_shard_0.bin").write_bytes(b"bad")
+    assert ndcache.cache.prune(aside=True).freed == 3
+    assert not (model.path / ".ndcache" / "used").exists()
 
 
 def test_a_model_has_a_repr_that_one_can_read(urls: dict[str, str]) -> None:

@@ -40,8 +40,9 @@ def asked(server: FileServer) -> list[str]:
 
 
 def state(directory: Path) -> list[str]:
-    """Return the files in ndcache's own folder, without the note of the source."""
-    found = [path for path in (directory / ".ndcache").rglob("*") if path.is_file() and path.name != "source.json"]
+    """Return the files in ndcache's own folder, without those about the source and the use of the model."""
+    ignored = ("source.json", "used")
+    found = [path for path in (directory / ".ndcache").rglob("*") if path.is_file() and path.name not in ignored]
     return sorted(str(path.relative_to(directory / ".ndcache")) for path in found)
 
 

@@ -176,7 +176,8 @@ def test_a_whole_model_is_used_without_a_download(
     assert [request.headers.get("if-none-match") for request in server.requests] == (
         [] if offline else [f'"{md5(before[MANIFEST])}"']
     )
-    assert {name: (directory / name).read_bytes() for name in tree(directory)} == before
+    after = {name: (directory / name).read_bytes() for name in tree(directory)}
+    assert after == {**before, ".ndcache/used": b"\n"}
     assert ndcache.verify(server.url).ok
 
 
@@ -278,6 +279,7 @@ def test_a_whole_model_is_written_as_before(server: FileServer, cache_dir: Path,
     assert tree(directory) == [
         ".ndcache/companions.json",
         ".ndcache/source.json",
+        ".ndcache/used",
         ".ndcache/validators/more%2Fparams_shard_1.bin.json",
         ".ndcache/validators/params_shard_0.bin.json",
         ".ndcache/validators/tensor-cache.json.json",

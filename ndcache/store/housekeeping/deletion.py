@@ -12,6 +12,7 @@ from ...errors import CacheUnavailableError, UnsafeCacheError
 from ...files.folder import Folder, is_gone
 from ...format.paths import STATE_DIRECTORY
 from ..directory import ModelDirectory
+from . import usage
 from .sizes import Balance, disk_use
 
 __all__ = ["check_deletion", "delete_leftovers", "delete_model", "empty_trash", "is_trash", "remove_tree"]
@@ -128,9 +129,11 @@ def remove_tree(top: Folder) -> OSError | None:
                 folders.append(folder / name)
             else:
                 files.append((folder, name))
-    # The manifest goes first. The note that marks the folder as ndcache's goes last, and stays if anything else stays.
-    source = (top / STATE_DIRECTORY, "source.json")
-    files.sort(key=lambda file: 2 if file == source else not (file[0] == top and file[1].endswith(".json")))
+    # The manifest goes first. The file that `unused` has locked goes almost last. The note that marks the folder as
+    # ndcache's goes last, and stays if anything else stays.
+    source, lock = ((top / STATE_DIRECTORY, name) for name in ("source.json", usage.FILE))
+    last = {lock: 2, source: 3}
+    files.sort(key=lambda file: last.get(file, not (file[0] == top and file[1].endswith(".json"))))
     for file in files:
         if failure is None or file != source:
             try:

@@ -22,7 +22,7 @@ from ...files.folder import Folder
 from .deletion import check_deletion, delete_leftovers, delete_model, remove_tree
 from .listing import CachedModel, FoundModel, find_models, find_trash
 from .sizes import Balance, DiskUse, disk_use
-from .usage import forget_uses, is_used, unused
+from .usage import is_used, unused
 
 __all__ = ["PruneReport", "PruneRules", "prune_cache", "remove_models"]
 
@@ -135,8 +135,6 @@ def prune_cache(
     sweep = _Sweep([*trash.values(), *(each.use for each in found)], dry_run=dry_run)
     for folder, use in trash.items():
         sweep.empty(folder, use)
-    if not dry_run:
-        forget_uses(root)
     for each in rules.due(found):
         sweep.remove(each)
     rest = {each.model.path: sweep.clean(each, rules) for each in found if each.model.path not in sweep.seen}

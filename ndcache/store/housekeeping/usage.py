@@ -1,9 +1,8 @@
 """Record the processes that use a model, and the time of its last use.
 
-Both are told by one small file for each model, ``<root>/.ndcache/used/<scope>%2F<model>``. A load holds a shared lock
-on it until the load ends and, on the CPU, as long as its `Weights` are open; the system releases the locks of a process
-that dies. Whoever removes a model that nobody has named takes the lock exclusively before. The time of the file is that
-of the last use.
+Both are told by one small file of the model's state, ``used``. A load holds a shared lock on it until the load ends
+and, on the CPU, as long as its `Weights` are open; the system releases the locks of a process that dies. Whoever
+removes a model that nobody has named takes the lock exclusively before. The time of the file is that of the last use.
 
 The lock is held by a map of the file, which needs no descriptor: on Linux, a map keeps the file open that it was made
 of. On overlayfs it keeps only the file of a layer open, which does not have the lock; there, each use has a descriptor.
@@ -16,10 +15,8 @@ import os
 import time
 from collections.abc import Iterator
 from enum import Enum, auto
-from pathlib import Path
 
 from ...files.folder import Folder
-from ...format.paths import STATE_DIRECTORY, flatten, unflatten
 from ..layout import Layout
 from ..lock import is_locked
 
@@ -28,9 +25,10 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["Use", "begin_use", "forget_use", "forget_uses", "is_used", "last_use", "unused"]
+__all__ = ["FILE", "Use", "begin_use", "is_used", "last_use", "unused"]
 
-_FOLDER = (STATE_DIRECTORY, "used")
+#: The name of the file.
+FILE = "used"
 _CONTENT = b"\n"  # no empty file can be mapped
 #: Attempts to get a shared lock: whoever removes a model holds it for a moment. Attempts to get an exclusive one:
 #: listings try it. Seconds between two of them.
@@ -86,25 +84,22 @@ def begin_use(layout: Layout, *, creates: bool = True) -> Use | None:
     creates : bool
         Whether to make the file if it is missing.
     """
-    file = _UseFile(layout)
+    state = layout.state
     with contextlib.suppress(OSError):  # read-only, without descriptors, or gone: no load fails for this
         for attempt in range(_ATTEMPTS):
-            handle = file.open()
+            handle = state.open_to_read(FILE)
             if handle is None:
-                if not creates or not layout.state.exists():
+                if not creates or not state.exists():
                     return None
-                try:
-                    handle = file.create()
-                except FileNotFoundError:
-                    continue  # its folder was empty, and was removed just now
+                handle = _create(state)
             use = Use(handle)
             is_busy = _lock(handle, exclusive=False) is _Result.BUSY
             # A file that has lost its name since it was opened is that of a model that was removed. One more look is
             # enough, as on some file systems inode numbers change.
-            if not is_busy and (attempt > 0 or file.has_name(handle)):
+            if not is_busy and (attempt > 0 or _has_name(state, handle)):
                 with contextlib.suppress(OSError):  # the file is of another account
-                    os.utime(handle if os.utime in os.supports_fd else file.folder.path / file.name)
-                return _close_if_possible(file, use, os.fstat(handle).st_dev)
+                    os.utime(handle if os.utime in os.supports_fd else state.path / FILE)
+                return _close_if_possible(state, use, os.fstat(handle).st_dev)
             use.end()
             time.sleep(_PAUSE if is_busy else 0)
     return None
@@ -113,45 +108,25 @@ def begin_use(layout: Layout, *, creates: bool = True) -> Use | None:
 @contextlib.contextmanager
 def unused(layout: Layout) -> Iterator[bool]:
     """Keep loads from beginning to use a model during the block; yield False if one uses it, or downloads a file."""
-    file, handle, is_new, is_free = _UseFile(layout), -1, False, True
+    state, handle, is_new, is_free = layout.state, -1, False, True
     with contextlib.suppress(OSError):  # a model that this account may not write to cannot be removed, either
-        is_new = file.time() is None
-        handle = file.create()
-        is_free = _excludes_others(handle)
+        if state.exists():
+            is_new = state.status(FILE) is None
+            handle = _create(state)
+            is_free = _excludes_others(handle)
     try:
         yield is_free and not _is_downloaded(layout)
     finally:
-        if handle >= 0:
-            use = Use(handle)
-            try:
-                if is_free and (is_new or not layout.model.exists()):
-                    file.remove()
-            finally:
-                use.end()
-
-
-def forget_use(layout: Layout) -> None:
-    """Remove the file about the use of a model that is gone, unless a load still uses it."""
-    with contextlib.suppress(OSError):
-        if _UseFile(layout).time() is not None:
-            with unused(layout):
-                pass
-
-
-def forget_uses(root: Path) -> None:
-    """Remove the files about models that are gone: their deletion was interrupted, or a load still used them then."""
-    with contextlib.suppress(OSError):  # links, or another account's
-        for entry in Folder(root, _FOLDER).entries():
-            names = tuple(unflatten(entry).split("/"))  # not those of the model if the entry's name was cut
-            layout = Layout(Folder(root, names))
-            if len(names) == 2 and _UseFile(layout).name == entry and not layout.model.exists():
-                forget_use(layout)
+        if is_new and is_free:  # nobody has used the model
+            with contextlib.suppress(OSError):
+                state.unlink(FILE)
+        Use(handle).end()
 
 
 def is_used(layout: Layout) -> bool:
     """Return whether a load uses a model at this moment, or downloads a file of it."""
     with contextlib.suppress(OSError):
-        handle = _UseFile(layout).open()
+        handle = layout.state.open_to_read(FILE)
         if handle is not None:
             probe = Use(handle)
             is_free = _excludes_others(handle)
@@ -163,52 +138,12 @@ def is_used(layout: Layout) -> bool:
 
 def last_use(layout: Layout) -> float:
     """Return when a model was used last, in seconds since 1970; 0 if that is unknown."""
-    if (used := _UseFile(layout).time()) is not None:
+    state, notes = layout.state, layout.metadata
+    if (used := _time(state, FILE)) is not None:
         return used
     # Earlier versions of ndcache did not note it: the time when files were added, then.
-    state, notes = layout.state, layout.metadata
     places = ((state, "source.json"), (state.parent, state.names[-1]), (notes.parent, notes.names[-1]))
     return max(_time(*place) or 0.0 for place in places)
-
-
-class _UseFile:
-    """The file about the use of a model."""
-
-    def __init__(self, layout: Layout) -> None:
-        self.folder = Folder(layout.model.root, _FOLDER, layout.model.is_private)
-        self.name = flatten("/".join(layout.model.names))
-
-    def open(self) -> int | None:
-        """Return a descriptor; None if there is no file."""
-        return self.folder.open_to_read(self.name)
-
-    def create(self) -> int:
-        """Return a descriptor for writing; make the file if it is missing."""
-        self.folder.make()
-        handle = self.folder.open_to_write(self.name, creates=True)
-        try:
-            if not os.fstat(handle).st_size:
-                os.write(handle, _CONTENT)
-        except BaseException:
-            os.close(handle)
-            raise
-        return handle
-
-    def remove(self) -> None:
-        """Remove the file, and the folders that are empty then."""
-        with contextlib.suppress(OSError):
-            self.folder.unlink(self.name)
-            self.folder.remove()
-            self.folder.parent.remove()
-
-    def has_name(self, handle: int) -> bool:
-        """Return whether an open file still has this name."""
-        named = self.folder.status(self.name)
-        return named is not None and os.path.samestat(named, os.fstat(handle))
-
-    def time(self) -> float | None:
-        """Return the time of the file; None if there is none."""
-        return _time(self.folder, self.name)
 
 
 class _Result(Enum):
@@ -238,13 +173,31 @@ def _excludes_others(handle: int) -> bool:
     return False
 
 
-def _close_if_possible(file: _UseFile, use: Use, device: int) -> Use:
+def _create(state: Folder) -> int:
+    """Open the file for writing, and make it if it is missing; return a descriptor."""
+    handle = state.open_to_write(FILE, creates=True)
+    try:
+        if not os.fstat(handle).st_size:
+            os.write(handle, _CONTENT)
+    except BaseException:
+        os.close(handle)
+        raise
+    return handle
+
+
+def _has_name(state: Folder, handle: int) -> bool:
+    """Return whether an open file is still the one of this model."""
+    named = state.status(FILE)
+    return named is not None and os.path.samestat(named, os.fstat(handle))
+
+
+def _close_if_possible(state: Folder, use: Use, device: int) -> Use:
     """Close the descriptor of a use if a map holds the lock on this file system."""
     if _do_maps_hold_locks.get(device, True):
         use.close_descriptor()
     if device in _do_maps_hold_locks:
         return use
-    handle = file.open()
+    handle = state.open_to_read(FILE)
     if handle is None:
         return use
     second = Use(handle)
