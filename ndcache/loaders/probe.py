@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from ..format.manifest import NameFilter, Shard
 from ..options import Source
@@ -35,11 +35,14 @@ class NetworkRate:
     seconds : float
     connections : int
         How many there were at most.
+    busy_cores : float
+        How many cores this process kept busy, on average.
     """
 
     nbytes: int
     seconds: float
     connections: int
+    busy_cores: float
 
 
 @dataclass(frozen=True)
@@ -93,9 +96,15 @@ class _Budget:
 
 
 def measure_network(
-    loader: LoaderBase, source: Source, names: NameFilter, *, processes: int, max_bytes: int, max_seconds: float
+    loader: LoaderBase,
+    source: Source,
+    names: NameFilter,
+    *,
+    connections: int | None,
+    max_bytes: int,
+    max_seconds: float,
 ) -> NetworkRate | None:
-    """Receive the bytes of a model's shards over as many connections as a load, and neither check nor keep them.
+    """Receive the bytes of a model's shards over several connections, and neither check nor keep them.
 
     Parameters
     ----------
@@ -104,8 +113,9 @@ def measure_network(
     source : str or path
     names : NameFilter
         The tensors that were loaded.
-    processes : int
-        How many processes the load had. This one opens the connections of all.
+    connections : int or None
+        How many this process opens, if there is enough to receive; None for those of a load by one process, which may
+        be fewer than `max_workers` if file descriptors are scarce.
     max_bytes : int
         Stop after about this many bytes.
     max_seconds : float
@@ -125,16 +135,14 @@ def measure_network(
     if not resources.locate(source).is_remote:
         return None
     resources.close()
-    # None is for one process: then, few file descriptors may mean fewer threads.
-    threads = None if processes == 1 else processes * loader._options.max_workers
-    with resources.open_model(source, threads=threads) as (model, context), closing(model):
+    with resources.open_model(source, threads=connections) as (model, context), closing(model):
         assert isinstance(model, RemoteModel)
         client = Client(context)
         client.commits.update(model.commits)
         workers = context.pool.max_workers
         pieces = list(_cut(model, model.manifest.select(names), workers))
         context.pool.start(len(pieces))
-        begun = time.perf_counter()
+        begun, cpu_begun = time.perf_counter(), time.process_time()
         budget = _Budget(max_bytes, begun + max_seconds)
         results = map_ordered(
             pieces,
@@ -147,20 +155,24 @@ def measure_network(
         with closing(results):
             for _ in results:
                 pass
-        return NetworkRate(budget.received, time.perf_counter() - begun, min(workers, budget.pieces))
+        seconds = time.perf_counter() - begun
+        busy = (time.process_time() - cpu_begun) / seconds
+        return NetworkRate(budget.received, seconds, min(workers, budget.pieces), busy)
 
 
-def local_files(loader: LoaderBase, source: Source, names: NameFilter) -> list[str]:
-    """Return the paths of a local model's files that have tensors to load.
+def local_files(loader: LoaderBase, source: Source, names: NameFilter) -> list[Path] | None:
+    """Return the paths of a local model's files that have tensors to load, or None if the source is remote.
 
     Raises
     ------
     NdcacheError
         There is no such model.
     """
+    if loader._resources.locate(source).is_remote:
+        return None
     with loader._resources.open_model(source) as (model, _), closing(model):
         shards = model.manifest.select(names)
-        return [os.path.join(model.directory, *shard.data_path.split("/")) for shard in shards]
+        return [Path(model.directory, *shard.data_path.split("/")) for shard in shards]
 
 
 def _cut(model: RemoteModel, shards: Sequence[Shard], workers: int) -> Iterator[_Piece]:

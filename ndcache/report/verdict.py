@@ -8,7 +8,7 @@ from typing import Any
 
 from .limits import GROUP_OF, GROUPS, REST, shares
 from .timeline import Event, Timeline
-from .words import format_count, format_rate, format_seconds
+from .words import format_count, format_rate, format_seconds, format_size
 
 __all__ = ["Verdict", "judge"]
 
@@ -32,6 +32,8 @@ _SHORT_SECONDS = 0.05
 _BUSY = 0.75
 #: Several workers may share a file that is larger than this; see `sources.downloads`.
 _SHARED_FILE_BYTES = 64 << 20
+#: Files that are smaller than this on average cost their number, not their bytes.
+_SMALL_FILE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -67,12 +69,15 @@ def judge(timeline: Timeline) -> Verdict:
     phase, of_group = _longest_phase(limit, timeline)
     is_own = phase in _WORDS and phase != limit and (of_group > 0.5 or limit not in _WORDS)
     subject, doing = _WORDS[phase if is_own else limit]
+    small = _small_files(timeline) if (limit, phase) == ("disk", "publish") else ""
+    if small:
+        subject, doing = "The number of files", f"writing, syncing and naming {small}"
     part = round(spent[limit] * (of_group if is_own else 1) * 100 / total)
     share = f"{part} % of {format_seconds(total)} {doing}."
     if timeline.facts.get("outcome") in ("failed", "stopped"):
         return Verdict(limit, f"Until then: {share}")
     verb = "were" if phase == "backoff" else "was"
-    advice = tuple(_advice(limit, phase if is_own else "", timeline))
+    advice = tuple(_advice_for_small_files(timeline) if small else _advice(limit, phase if is_own else "", timeline))
     return Verdict(limit, f"{subject} {verb} the limit: {share}", advice, f"It spent {share}")
 
 
@@ -133,8 +138,7 @@ def _advice_for_network(timeline: Timeline) -> Iterator[str]:
     if (retries := int(timeline.stats.get("retries") or 0)) > 0:
         yield f"{format_count(retries, 'request')} had to be made again."
     useful = _useful_connections(shards, bodies)
-    busy_cores = float(timeline.facts.get("cpu_seconds") or 0.0) / timeline.total
-    cores = int(timeline.facts.get("cores") or 0)
+    busy_cores, cores = _busy_cores(timeline), int(timeline.facts.get("cores") or 0)
     if (seconds := _seconds(timeline, "memory_limit")) > timeline.total / 4:
         yield _advice_for_memory(seconds)
     elif useful is not None and useful <= workers:
@@ -149,6 +153,27 @@ def _advice_for_network(timeline: Timeline) -> Iterator[str]:
         )
     else:
         yield f"{mean:.1f} of {workers} workers were busy on average: more would not help."
+
+
+def _small_files(timeline: Timeline) -> str:
+    """Return how many files got their names, and how small they are; nothing if they are not small."""
+    shards = timeline.facts.get("shards") or {}
+    sizes = [
+        int(shards[event.file][0]) for event in timeline.events if event.phase == "publish" and event.file in shards
+    ]
+    if len(sizes) < 2 or sum(sizes) >= _SMALL_FILE_BYTES * len(sizes):
+        return ""
+    return f"{format_count(len(sizes), 'file')} of {format_size(sum(sizes) / len(sizes))} on average"
+
+
+def _advice_for_small_files(timeline: Timeline) -> Iterator[str]:
+    yield "Fewer, larger shards would help."
+    if (busy := _busy_cores(timeline)) >= _BUSY:
+        yield f"{busy:.1f} cores were busy: a faster disk would hardly help."
+
+
+def _busy_cores(timeline: Timeline) -> float:
+    return float(timeline.facts.get("cpu_seconds") or 0.0) / timeline.total
 
 
 def _advice_for_memory(seconds: float) -> str:

@@ -14,9 +14,13 @@ import pytest
 
 import ndcache
 import ndcache.cache
-from ndcache.cli.bench import temporary_cache
+from ndcache.cli.bench.device import device_rate
+from ndcache.cli.bench.disk import disk_rates, part_in_memory
+from ndcache.cli.bench.rates import Used
+from ndcache.cli.bench.temporary import temporary_cache
 from ndcache.loaders.probe import NetworkRate, measure_network
 
+from ..helpers.requirements import need_cuda
 from ..helpers.servers import FileServer
 from .test_commands import invoke
 
@@ -63,7 +67,111 @@ def test_a_local_source_needs_no_network(model: Path, tmp_path: Path) -> None:
 def test_the_connections_of_all_processes_count(model: Path, tmp_path: Path, serve: Callable[..., FileServer]) -> None:
     options = ("--processes", "2", "--max-workers", "1", "--limit-rate", "100MB/s", "--json", "-q")
     value = json.loads(invoke("bench", serve(model).url, "--cache-dir", tmp_path / "cache", *options).stdout)
-    assert value["rates"][0]["how"] == "0.6 MiB over 2 connections, neither checked nor kept, within --limit-rate"
+    how = "585.9 KiB over 2 connections, neither checked nor kept, within --limit-rate"
+    assert value["rates"][0]["how"].startswith(how)
+
+
+def probes(monkeypatch: pytest.MonkeyPatch, first: NetworkRate, more: NetworkRate | Exception) -> list[Any]:
+    """Let the network be measured as these two rates; return the connections that are asked for."""
+    asked: list[Any] = []
+
+    def measure(*args: Any, connections: int | None, **options: Any) -> NetworkRate:
+        asked.append(connections)
+        found = first if len(asked) == 1 else more
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr("ndcache.cli.bench.network.measure_network", measure)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("more", "row", "sentence"),
+    [
+        (NetworkRate(400, 1.0, 8, 0.1), "400 B over 8 connections: 4.0 times as much", "try --max-workers 8."),
+        (NetworkRate(110, 1.0, 8, 0.1), "110 B over 8 connections: 1.1 times as much", "is at its limit."),
+        (ndcache.ServerError("429"), "not measured: 429", "of what the network gives."),
+    ],
+)
+def test_more_connections_are_tried(
+    model: Path,
+    tmp_path: Path,
+    serve: Callable[..., FileServer],
+    monkeypatch: pytest.MonkeyPatch,
+    more: NetworkRate | Exception,
+    row: str,
+    sentence: str,
+) -> None:
+    asked = probes(monkeypatch, NetworkRate(100, 1.0, 2, 0.1), more)
+    result = invoke("bench", serve(model).url, "--cache-dir", tmp_path / "cache", "--max-workers", "2", "-q")
+    assert asked == [None, 8]
+    assert re.search(rf"^network, more +\S+ +{re.escape(row)}$|^network, more +none +{row}$", result.stdout, re.M)
+    assert result.stdout.startswith("measured")
+    assert result.stdout.rstrip().endswith(sentence)
+
+
+def test_a_busy_process_is_not_taken_for_the_network(
+    model: Path, tmp_path: Path, serve: Callable[..., FileServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = probes(monkeypatch, NetworkRate(100, 1.0, 8, 0.9), ndcache.ServerError("not asked for"))
+    value = json.loads(invoke("bench", serve(model).url, "--cache-dir", tmp_path / "cache", "--json", "-q").stdout)
+    assert asked == [None]
+    assert value["limit"] != "network"
+    assert value["rates"][0]["how"].endswith("; this process used 0.9 cores for it: the network may give more")
+
+
+def test_more_connections_receive_what_fewer_did(model: Path, tmp_path: Path, serve: Callable[..., FileServer]) -> None:
+    server = serve(model, rate=2 << 20)
+    with ndcache.Loader(cache_dir=tmp_path / "cache", max_workers=1) as loader:
+        found = [
+            measure_network(loader, server.url, None, connections=count, max_bytes=1 << 20, max_seconds=60)
+            for count in (None, 4)
+        ]
+    assert [(rate.nbytes, rate.connections) for rate in found if rate] == [(600_000, 1), (600_000, 3)]
+
+
+def test_the_disk_is_met_as_a_load_meets_it(tmp_path: Path) -> None:
+    used = Used(ndcache.LoadStats(), read=0, moved=0)
+    write, read = disk_rates(tmp_path, [40 << 20, 10 << 20], None, 2, used, None)
+    assert write.how == "64.0 MiB in 3 files by 2 threads, each synced"
+    assert read.how.startswith("64.0 MiB of those files by 2 threads, ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_in_memory_is_known(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(100_000))
+    assert part_in_memory([path]) == 1
+    assert part_in_memory([]) is None
+
+
+def test_a_load_from_memory_says_so(tmp_path: Path) -> None:
+    values = np.zeros(100_000, np.float32)
+    ndcache.dump({"a": values}, tmp_path / "model")
+    value = json.loads(invoke("bench", tmp_path / "model", "--cache-dir", tmp_path / "cache", "--json", "-q").stdout)
+    assert value["rates"][2]["how"].endswith("; the load found 100 % in memory")
+
+
+def test_a_device_that_cannot_be_measured_is_no_error(tmp_path: Path) -> None:
+    used = Used(ndcache.LoadStats(), read=0, moved=0)
+    (tmp_path / "model").write_text("in the way")
+    rate = device_rate(tmp_path, "gpu", used, is_cpu=False)
+    assert (rate.bytes_per_second, rate.share) == (None, None)
+    assert rate.how.startswith("not measured: ")
+
+
+@pytest.mark.cuda
+def test_it_measures_cuda(model: Path, tmp_path: Path, serve: Callable[..., FileServer]) -> None:
+    need_cuda()
+    for source in (model, serve(model).url):
+        options = ("--device", "cuda", "--cache-dir", tmp_path / "cache", "--json", "-q")
+        value = json.loads(invoke("bench", source, *options).stdout)
+        assert value["device"].startswith("cuda:0")
+        device = value["rates"][-1]
+        assert (device["name"], device["how"]) == ("device", "64.0 MiB from the page cache onto it")
+        assert device["bytes_per_second"] > 0
+        assert device["share"] > 0
 
 
 def test_a_network_that_cannot_be_measured_is_no_error(
@@ -75,7 +183,7 @@ def test_a_network_that_cannot_be_measured_is_no_error(
         server.status["/params_shard_0.bin"] = 404
         return measure_network(*args, **options)
 
-    monkeypatch.setattr("ndcache.cli.bench.measure_network", refuse)
+    monkeypatch.setattr("ndcache.cli.bench.network.measure_network", refuse)
     result = invoke("bench", server.url, "--cache-dir", tmp_path / "cache", "-q")
     assert result.exit_code == 0
     assert "not measured: the server has no such file" in result.stdout

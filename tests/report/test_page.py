@@ -232,6 +232,25 @@ def test_workers_may_share_a_large_file() -> None:
     assert "max_workers=8" in found.advice[-1]
 
 
+@pytest.mark.parametrize(
+    ("nbytes", "cpu_seconds", "headline", "advice"),
+    [
+        (4096, 9.0, "The number of files was the limit: 100 % of 10 s writing, syncing and naming", "hardly help"),
+        (4096, 1.0, "The number of files was the limit: 100 % of 10 s writing, syncing and naming", "larger shards"),
+        (4 << 20, 1.0, "The disk was the limit: 100 % of 10 s", "faster disk"),
+    ],
+)
+def test_many_small_files_are_not_called_a_slow_disk(
+    nbytes: int, cpu_seconds: float, headline: str, advice: str
+) -> None:
+    rows: list[Row] = [("publish", 1, float(index), index + 1.0, {"file": str(index)}) for index in range(10)]
+    shards = {str(index): [nbytes, "", ""] for index in range(10)}
+    network: Row = ("network", 2, 0, 0.001, {"file": "0", "nbytes": 9})
+    found = judge(read_timeline(trace([network, *rows], shards=shards, cpu_seconds=cpu_seconds, cores=2)))
+    assert found.headline.startswith(headline)
+    assert advice in found.advice[-1]
+
+
 def test_a_request_that_the_server_s_limits_hold_up() -> None:
     row: Row = ("request", 1, 0, 4, {"url": "h/a.bin", "rate_limit (s)": 3.0})
     timeline = read_timeline(trace([row], outcome="failed"))

@@ -47,7 +47,8 @@ def bench(
     The model is loaded into a temporary cache, on the disk of the cache, which needs as much room as the model and is
     removed afterwards.
     """
-    from ..bench import run_bench, temporary_cache
+    from ..bench.run import run_bench
+    from ..bench.temporary import temporary_cache
 
     with temporary_cache(find_root(options["cache_dir"])) as folder:
         with make_loader({**options, "cache_dir": str(folder / "cache")}, source) as loader:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from ...report.timeline import read_timeline
 from ...report.verdict import judge
 from ...report.words import format_rate, format_seconds, format_size
-from ..bench import BenchReport, Rate
+from ..bench.rates import BenchReport, Rate
 from ..values import locate_source
 from .devices import device_words
 
@@ -19,12 +19,16 @@ _SUBJECTS = {
     "disk, read": "the disk reads",
     "device": "the device takes",
 }
+#: More connections are worth it if they give so many times as much.
+_WORTH_IT = 1.2
 
 
 def bench_rows(report: BenchReport) -> Iterator[tuple[str, str, str, str]]:
     """Yield the name, MiB/s, the load's share of it, and how it was measured; first of the load."""
     size, seconds = format_size(report.nbytes), format_seconds(report.seconds)
-    yield "load", _mib(report.nbytes / report.seconds), "", f"{size} in {seconds}"
+    opening = float(report.trace["otherData"]["seconds"]) - report.seconds
+    after = f", after {format_seconds(opening)} to open the device" if opening > 0.1 * report.seconds else ""
+    yield "load", _mib(report.nbytes / report.seconds), "", f"{size} in {seconds}{after}"
     for rate in report.rates:
         yield rate.name, _mib(rate.bytes_per_second), _percent(rate), rate.how
 
@@ -39,17 +43,29 @@ def page_rates(report: BenchReport) -> Iterator[tuple[str, str, str]]:
 
 def limit_sentence(report: BenchReport) -> str:
     """Return what limited the load, in words."""
-    limit = report.limit
-    if limit is not None:
-        is_own = limit.name == "network" and report.is_limited
-        name = "--limit-rate" if is_own else f"The {limit.name.partition(',')[0]}"
-        gives = "it lets through" if is_own else _SUBJECTS[limit.name]
-        return f"{name} was the limit: the load used {_percent(limit)} of what {gives}."
-    known = [rate for rate in report.rates if rate.share is not None]
-    nearest = max(known, key=lambda rate: rate.share or 0.0, default=None)
-    most = "" if nearest is None else f": the load used at most {_percent(nearest)}, of what {_SUBJECTS[nearest.name]}"
-    verdict = judge(read_timeline(report.trace))
-    return " ".join((f"None of them was the limit{most}.", verdict.spent or verdict.headline, *verdict.advice))
+    limit, nearest, verdict = report.limit, report.nearest, judge(read_timeline(report.trace))
+    if limit is None:
+        most = f": the load used at most {_percent(nearest)}, of what {_SUBJECTS[nearest.name]}" if nearest else ""
+        return " ".join((f"None of them was the limit{most}.", verdict.spent or verdict.headline, *verdict.advice))
+    is_own = limit.name == "network" and report.is_limited
+    name = "--limit-rate" if is_own else f"The {limit.name.partition(',')[0]}"
+    gives = "it lets through" if is_own else _SUBJECTS[limit.name]
+    sentences = [f"{name} was the limit: the load used {_percent(limit)} of what {gives}."]
+    more = next((rate for rate in report.rates if rate.name == "network, more"), None)
+    if limit.name == "network" and more is not None:
+        sentences += _more_words(limit, more)
+    return " ".join(sentences)
+
+
+def _more_words(limit: Rate, more: Rate) -> Iterator[str]:
+    """Yield whether more connections would help."""
+    if limit.bytes_per_second and more.bytes_per_second:
+        times = more.bytes_per_second / limit.bytes_per_second
+        if times >= _WORTH_IT:
+            count = more.connections
+            yield f"{count} connections give {times:.1f} times as much: try --max-workers {count}."
+        else:
+            yield f"{more.connections} connections give hardly more: the line or the server is at its limit."
 
 
 def bench_json(source: str, report: BenchReport) -> dict[str, object]:

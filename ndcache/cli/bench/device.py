@@ -1,0 +1,73 @@
+"""Measure the device: copies on the CPU, and loads from memory onto another device."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import NdcacheError
+from ...format.writer import dump
+from ...loader import Loader
+from ...processes.how_many import usable_cores
+from ...report.words import format_count, format_size
+from ..group import one_line
+from .rates import Rate, Used, per_second
+
+__all__ = ["device_rate"]
+
+_LEAST_BYTES = 64 << 20
+_MOST_BYTES = 256 << 20
+_MOST_THREADS = 8
+_COPIES = 4
+_PARTS = 16
+
+
+def device_rate(folder: Path, device: str, used: Used, *, is_cpu: bool) -> Rate:
+    """Copy on the CPU; onto another device, load a model that lies in the page cache."""
+    nbytes = max(_LEAST_BYTES, min(used.moved, _MOST_BYTES)) >> 20 << 20
+    values = np.ones(nbytes, np.uint8)
+    if is_cpu:
+        return _cpu_rate(values, used)
+    try:
+        rate = per_second(nbytes, _load(folder / "model", device, values))
+    except (NdcacheError, OSError) as error:
+        return Rate("device", None, None, f"not measured: {one_line(error)}")
+    return Rate("device", rate, used.share(used.moved, rate), f"{format_size(nbytes)} from the page cache onto it")
+
+
+def _load(folder: Path, device: str, values: NDArray[np.uint8]) -> float:
+    """Write values as a model, and return the seconds to load it."""
+    parts = {f"part.{index}": part for index, part in enumerate(np.split(values, _PARTS))}
+    dump(parts, folder, shard_bytes=values.nbytes // _PARTS * 2)
+    seconds = 0.0
+    with Loader() as loader:
+        for _ in range(2):  # the first time, the driver makes its buffers and compiles
+            with loader.load(folder, device, files=False, progress=False) as weights:
+                seconds = weights.stats.seconds["total"]
+    return seconds
+
+
+def _cpu_rate(values: NDArray[np.uint8], used: Used) -> Rate:
+    threads, nbytes = min(usable_cores(), _MOST_THREADS), values.nbytes * _COPIES
+    rate = per_second(nbytes, _copy(values, threads))
+    how = f"{format_size(nbytes)} copied by {format_count(threads, 'thread')}"
+    if not used.moved:
+        how += "; the load maps its files, and copies nothing"
+    return Rate("device", rate, used.share(used.moved, rate), how)
+
+
+def _copy(values: NDArray[np.uint8], threads: int) -> float:
+    """Copy an array several times, with several threads; return the seconds."""
+    copy = np.empty_like(values)
+    pairs = list(zip(np.array_split(copy, threads), np.array_split(values, threads), strict=True))
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in pool.map(lambda pair: np.copyto(*pair), pairs):
+            pass  # the system gives memory when it is written to for the first time
+        begun = time.perf_counter()
+        for _ in pool.map(lambda pair: np.copyto(*pair), pairs * _COPIES):
+            pass
+        return time.perf_counter() - begun
