@@ -461,6 +461,44 @@ def test_what_was_there_does_not_count_for_the_rate(clock: Clock) -> None:
     assert told[-1].seconds_left == pytest.approx(293 / 50)
 
 
+def test_what_other_processes_bring_counts_for_the_rate(clock: Clock) -> None:
+    arrivals, received = Arrivals(), [0]
+    arrivals.add("there")
+    arrivals.expect({"there": 50, "own": 400, "other": 400, "unseen": 100, "linked": 50})
+    arrivals.begin("own", lambda: received[0])
+    told: list[ProgressReport] = []
+    reporter = Reporter(
+        told.append, [1000], cache_only=False, arrivals=arrivals, received=lambda: received[0], interval=1.0
+    )
+    reporter.start()
+    for seconds in (1, 2, 3, 4):
+        clock.now += 1
+        received[0] = 10 * seconds
+        arrivals.wait("other", lambda: 1234, 60 + 30 * seconds)  # 90 were there before the first look
+        reporter.tick()
+    assert (told[-1].bytes_done, told[-1].bytes_per_second) == (50 + 40 + 180, (40 + 90) / 4)
+    assert told[-1].seconds_left == pytest.approx((1000 - 270) / (130 / 4))
+    arrivals.add("other")
+    arrivals.add("unseen")
+    arrivals.end("linked", 50)
+    arrivals.add("linked")
+    assert arrivals.brought == 400 - 90 + 100
+
+
+def test_what_helper_processes_receive_counts_once() -> None:
+    arrivals = Arrivals()
+    arrivals.expect({"a": 100, "b": 100})
+    arrivals.wait("a", lambda: 1234, 10)
+    arrivals.wait("a", lambda: 1234, 30)
+    assert (arrivals.nbytes, arrivals.brought) == (30, 20)
+    arrivals.note_helper("helper", {"a": 40}, [], (True, "the server limits requests"))
+    assert (arrivals.nbytes, arrivals.brought) == (40, 0)  # it counts among the load's own
+    assert arrivals.waiting == "the server limits requests"
+    arrivals.note_helper("helper", {}, ["a"], None)
+    assert (arrivals.nbytes, arrivals.brought, arrivals.names) == (100, 0, ["a"])
+    assert arrivals.waiting is None
+
+
 def test_an_interrupt_says_what_is_kept() -> None:
     arrivals = Arrivals()
     arrivals.expect({"a": 128 * MIB, "b": 1 << 30, "c": MIB})

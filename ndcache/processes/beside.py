@@ -78,7 +78,7 @@ class HelperProcesses:
             from .supervisor import Supervisor  # imports what loads in one process do not need
 
             self._supervisor = Supervisor(
-                self._request(model, context, missing), count - 1, context.stats, context.bucket
+                self._request(model, context, missing), count - 1, context.stats, context.arrivals, context.bucket
             )
             context.pool.run_beside(self._supervisor.run, self._supervisor.end)
         elif wanted != "auto":

@@ -16,6 +16,7 @@ from ..errors import AuthError, IntegrityError, NdcacheError, TransferError
 from ..format.manifest import Shard
 from ..http.retry import RetryPolicy
 from ..options import LoaderOptions
+from ..progress import Arrivals
 from ..resources import LoaderResources
 from ..sources.remote import RemoteModel, open_known_model
 from ..stats import LoadStats
@@ -53,7 +54,7 @@ def download(fields: dict[str, Any], reports: int, on_end: Callable[[Callable[[]
     ) as context:
         if request.trace_started is not None:
             context.stats.record_to(Trace(request.trace_started, "ndcache helper"))
-        reporter = _Reporter(reports, context.stats)
+        reporter = _Reporter(reports, context.stats, context.arrivals)
         logger.addHandler(reporter.handler)
         logger.propagate = False
         logger.setLevel(request.log_level)
@@ -117,11 +118,12 @@ class _Reporter:
         Puts log records into the reports.
     """
 
-    def __init__(self, descriptor: int, stats: LoadStats) -> None:
+    def __init__(self, descriptor: int, stats: LoadStats, arrivals: Arrivals) -> None:
         self.published: SimpleQueue[str] = SimpleQueue()
         self.handler = _QueueHandler()
         self._descriptor = descriptor
         self._stats = stats
+        self._arrivals = arrivals
         self._last = 0.0
 
     def tick(self) -> None:
@@ -136,6 +138,8 @@ class _Reporter:
             published=_take_all(self.published),
             log=_take_all(self.handler.records),
             events=[] if self._stats.trace is None else self._stats.trace.take_events(),
+            coming=self._arrivals.coming,
+            pause=self._arrivals.first_pause,
             is_done=is_done,
         )
         line = memoryview(report.encode())

@@ -117,6 +117,10 @@ class HelperReport:
         Levels and texts of log records since the last report.
     events : list of dict
         Events since the last report, for the load's `Trace`.
+    coming : dict of str to int
+        The bytes of each shard that it receives now.
+    pause : tuple of bool and str, or None
+        Why its requests have to wait; see `Arrivals.first_pause`.
     is_done : bool
         Whether nothing is left for it to begin.
     """
@@ -126,6 +130,8 @@ class HelperReport:
     published: list[str] = field(default_factory=list)
     log: list[tuple[int, str]] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)
+    coming: dict[str, int] = field(default_factory=dict)
+    pause: tuple[bool, str] | None = None
     is_done: bool = False
 
     @classmethod

@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 
 from ..http.limits.token_bucket import TokenBucket
+from ..progress import Arrivals
 from ..stats import LoadStats
 from .command import helper_arguments, helper_environ
 from .messages import HelperReport, HelperRequest
@@ -40,6 +41,8 @@ class Supervisor:
         How many helpers to start.
     stats : LoadStats
         The load's, which their bytes, requests and seconds are added to.
+    arrivals : Arrivals
+        The load's, which learns what they receive, and why they wait.
     bucket : TokenBucket or None
         The load's, which they share.
 
@@ -51,12 +54,20 @@ class Supervisor:
         Why a helper could not start.
     """
 
-    def __init__(self, request: HelperRequest, count: int, stats: LoadStats, bucket: TokenBucket | None = None) -> None:
+    def __init__(
+        self,
+        request: HelperRequest,
+        count: int,
+        stats: LoadStats,
+        arrivals: Arrivals,
+        bucket: TokenBucket | None = None,
+    ) -> None:
         self.published: set[str] = set()
         self.problem: str | None = None
         self._request = request
         self._count = count
         self._stats = stats
+        self._arrivals = arrivals
         self._bucket = bucket
         self._is_ending = False
         self._has_warned = False
@@ -113,7 +124,7 @@ class Supervisor:
             helper.silence += spent
             if helper.is_running and helper.has_begun and helper.silence > _PATIENCE:
                 helper.kill()
-                self._warn("it did not report any more")
+                self._ended(helper, "it did not report any more")
 
     def _read(self, helpers: list[HelperProcess], selector: selectors.BaseSelector) -> None:
         """Move what can be moved through the pipes, for a moment."""
@@ -124,14 +135,15 @@ class Supervisor:
             for report in helper.move():
                 counts, seconds = report.since(helper.last)
                 helper.last = report
+                self._arrivals.note_helper(helper, report.coming, report.published, report.pause)
                 self._stats.count(**counts)
                 self._stats.add_seconds(seconds)
                 self.published.update(report.published)
                 if self._stats.trace is not None:
                     self._stats.trace.add_events(report.events)
                 self._log(report)
-            if not (helper.is_running or helper.last.is_done or self._is_ending):
-                self._warn(helper.last_words)
+            if not helper.is_running:
+                self._ended(helper, helper.last_words)
 
     def _log(self, report: HelperReport) -> None:
         for level, text in report.log:
@@ -139,8 +151,9 @@ class Supervisor:
                 self._logged.add(text)
                 logger.log(level, "%s", text)
 
-    def _warn(self, why: str) -> None:
-        """Warn, once, that a helper ended before it should."""
-        if not self._has_warned:
+    def _ended(self, helper: HelperProcess, why: str) -> None:
+        """Note that a helper has ended; warn, once, if it should not have."""
+        self._arrivals.note_helper(helper, {}, (), None)
+        if not (helper.last.is_done or self._is_ending or self._has_warned):
             self._has_warned = True
             logger.warning("a helper process ended early (%s); the other processes go on", why)

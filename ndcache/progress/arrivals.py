@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from ..urls.redact import printable
 
@@ -26,8 +26,10 @@ class Arrivals:
         self._here: dict[str, None] = {}
         self._coming: dict[str, Callable[[], int]] = {}
         self._left: dict[str, int] = {}
-        self._elsewhere: dict[int, int] = {}
         self._waits: dict[str, Callable[[], int | None]] = {}
+        self._elsewhere: dict[str, tuple[int, int]] = {}  # bytes that another process had at the first look; has now
+        self._coming_to: dict[object, Mapping[str, int]] = {}  # by helper process
+        self._of_helpers: dict[str, None] = {}  # shards that helper processes download, or have
         self._pauses: dict[object, tuple[bool, str]] = {}
 
     # --- for the workers; shards are named by their ``dataPath``
@@ -44,6 +46,10 @@ class Arrivals:
 
     def add(self, name: str) -> None:
         """Note that a shard is here."""
+        is_own = name in self._coming or name in self._left
+        if self._sizes and name not in self._here and not is_own:
+            seen, _ = self._elsewhere.get(name, (0, 0))
+            self._elsewhere[name] = seen, self.size(name)
         self._here[name] = None
         self._waits.pop(name, None)
 
@@ -58,7 +64,7 @@ class Arrivals:
         self.begin(name, lambda: nbytes)
         return count
 
-    def wait(self, name: str, find_holder: Callable[[], int | None]) -> None:
+    def wait(self, name: str, find_holder: Callable[[], int | None], nbytes: int | None = None) -> None:
         """Note that a worker waits for somebody else who downloads a shard.
 
         Parameters
@@ -66,8 +72,13 @@ class Arrivals:
         name : str
         find_holder : callable
             Return the id of the process that does, or None if it cannot be known.
+        nbytes : int, optional
+            How many bytes that process has of it, if that is known.
         """
         self._waits[name] = find_holder
+        if nbytes is not None:
+            seen, last = self._elsewhere.get(name, (nbytes, nbytes))
+            self._elsewhere[name] = seen, max(last, nbytes)
 
     def pause(self, key: object, reason: str, *, is_wanted: bool) -> None:
         """Note why requests have to wait, or are made again. It replaces the last reason with the same key.
@@ -80,9 +91,43 @@ class Arrivals:
         """Note that a pause is over, if there was one."""
         self._pauses.pop(key, None)
 
-    def note_elsewhere(self, process: int, nbytes: int) -> None:
-        """Note how many bytes of shards that are not here yet a helper process has received."""
-        self._elsewhere[process] = nbytes
+    def note_helper(
+        self, key: object, coming: Mapping[str, int], published: Sequence[str], pause: tuple[bool, str] | None
+    ) -> None:
+        """Note what a helper process does.
+
+        Parameters
+        ----------
+        key : object
+            Stands for the process.
+        coming : mapping of str to int
+            The bytes of the shards that it receives.
+        published : sequence of str
+            Shards that are here now.
+        pause : tuple or None
+            Its `first_pause`.
+        """
+        self._of_helpers.update(dict.fromkeys([*coming, *published]))
+        for name in published:
+            self._here[name] = None
+            self._waits.pop(name, None)
+        self._coming_to[key] = coming
+        if pause is None:
+            self.go_on(key)
+        else:
+            self._pauses[key] = pause
+
+    # --- for a helper process, which reports them
+
+    @property
+    def coming(self) -> dict[str, int]:
+        """Return the bytes of each shard that is coming."""
+        return {name: count() for name, count in self._coming.copy().items()}
+
+    @property
+    def first_pause(self) -> tuple[bool, str] | None:
+        """Return whether the server wants a pause, and its reason; None if there is no pause."""
+        return max(self._pauses.copy().values(), key=lambda pause: pause[0], default=None)
 
     # --- for the caller's thread
 
@@ -111,20 +156,30 @@ class Arrivals:
     @property
     def nbytes(self) -> int:
         """Return the bytes of wanted shards that are here, those of incomplete ones included."""
-        coming = self._coming.copy()
+        coming = self.coming
         here = self._names_bytes if self.names else 0
         # A shard that was here and comes again was damaged.
         again = sum(self.size(name) for name in coming if name in self._here)
-        parts = {name: count for name, count in self._left.copy().items() if name not in self._here}
-        parts.update({name: count() for name, count in coming.items()})
-        incomplete = sum(min(count, self.size(name)) for name, count in parts.items())
-        return here - again + incomplete + sum(self._elsewhere.copy().values())
+        elsewhere = {name: count for name, (_, count) in self._elsewhere.copy().items()}
+        parts: dict[str, int] = {}
+        for counts in (self._left.copy(), elsewhere, *self._coming_to.copy().values()):
+            for name, count in counts.items():
+                if name not in self._here:
+                    parts[name] = max(count, parts.get(name, 0))
+        parts.update(coming)
+        return here - again + sum(min(count, self.size(name)) for name, count in parts.items())
+
+    @property
+    def brought(self) -> int:
+        """Return the bytes that came by way of other processes, helpers not counted."""
+        others = self._elsewhere.copy().items()
+        return sum(count - before for name, (before, count) in others if name not in self._of_helpers)
 
     @property
     def waiting(self) -> str | None:
         """Return the reason of a pause, or which process downloads what workers wait for; None if they do not wait."""
-        if pauses := self._pauses.copy():
-            return max(pauses.values(), key=lambda pause: pause[0])[1]
+        if (pause := self.first_pause) is not None:
+            return pause[1]
         waits, coming = self._waits.copy(), self._coming.copy()
         names = {name: find_holder for name, find_holder in waits.items() if name not in coming}
         if not names:

@@ -62,8 +62,8 @@ class Reporter:
     arrivals : Arrivals, optional
         What is here and what is coming, so that bytes count as they come, in any order.
     received : callable, optional
-        Returns the bytes received so far from the network, which the rate is computed from. By default, the rate is
-        that of what is done.
+        Returns the bytes received so far from the network, which the rate is computed from, with those that other
+        processes brought. By default, the rate is that of what is done.
     done : callable, optional
         Returns the bytes that are done, if everything is on disk: by default, those of finished shards.
     interval : float, optional
@@ -99,6 +99,8 @@ class Reporter:
         self._shards_total, self._bytes_total = len(sizes), sum(sizes)
         self._shards_done = self._bytes_done = self._part_bytes = 0
         self._told = 0  # the most bytes of any report: the next ones never go back
+        self._most_own = 0  # the same without those that other processes brought
+        self._brought = 0  # by other processes, when the wait began
         self._waiting: str | None = None
         self._next_look = 0.0
         self._cache_only = cache_only
@@ -108,7 +110,7 @@ class Reporter:
         self._how = how
         self._absent = absent
         self._started = self._moved = time.monotonic()
-        self._received_before = self._received()
+        self._received_before = self._came()
         self._rate = Rate(self._started, self._received_before)
         for listener in self._listeners:
             if isinstance(listener.callback, TwoPhases):
@@ -169,6 +171,9 @@ class Reporter:
     def _count_placed(self) -> int:
         return self._bytes_done + self._part_bytes
 
+    def _came(self) -> int:
+        return self._received() + (0 if self._cache_only else self._arrivals.brought)
+
     @staticmethod
     def _listen(callback: ProgressCallback, interval: float | None) -> _Listener:
         return _Listener(callback, _TICK if isinstance(callback, (Bar, TwoPhases)) else interval)
@@ -186,7 +191,7 @@ class Reporter:
 
     def _make(self, now: float, phase: str | None = None, *, is_shard: bool = True, is_exact: bool) -> ProgressReport:
         elapsed, phase = now - self._started, phase or ("load" if self._cache_only else "fetch")
-        self._rate.add(now, self._received())
+        self._rate.add(now, self._came())
         nbytes = self._bytes_done if is_exact or phase == "start" else self._bytes_here(now)
         done, total = self._fraction(nbytes)
         waiting, rate = self._find_waiting(now), self._rate.per_second
@@ -209,19 +214,26 @@ class Reporter:
         )
 
     def _bytes_here(self, now: float) -> int:
-        """Return how many bytes are here, which never are fewer than before, and note when some came."""
-        here = self._count_done() if self._cache_only else max(self._count_placed(), self._arrivals.nbytes)
-        if (here := min(here, self._bytes_total)) > self._told:
-            self._told, self._moved = here, now
+        """Return how many bytes are here, which never are fewer than before, and note when this load got some."""
+        if self._cache_only:
+            here, own = self._count_done(), self._count_done()
+        else:
+            here = max(self._count_placed(), self._arrivals.nbytes)
+            own = here - self._arrivals.brought
+        if own > self._most_own:
+            self._most_own, self._moved = own, now
+        self._told = max(self._told, min(here, self._bytes_total))
         return self._told
 
     def _find_waiting(self, now: float) -> str | None:
         """Return whom the load waits for; look only now and then."""
         if now - self._moved < _STILL:
-            if self._waiting is not None:
+            if self._waiting is not None and self._arrivals.brought == self._brought:
                 self._rate.restart()
             self._waiting = None
         elif now >= self._next_look:
+            if self._waiting is None:
+                self._brought = self._arrivals.brought
             self._waiting, self._next_look = self._arrivals.waiting, now + _STILL
         return self._waiting
 
@@ -237,7 +249,7 @@ class Reporter:
             how=self._how() if self._cache_only else "Fetched",
             nbytes=self._bytes_total - sum(absent),
             shards=self._shards_total - len(absent),
-            received=self._received() - self._received_before - sum(absent),
+            received=self._came() - self._received_before - sum(absent),
             seconds=time.monotonic() - self._started,
             absent=len(absent),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -22,6 +23,8 @@ __all__ = ["CachedFile", "HeldFiles", "ObtainAttempt", "open_cached", "unreadabl
 _ATTEMPTS = 5
 #: How often to look for a file and the note about it, while other processes keep replacing both.
 _LOOKS = 3
+#: The least seconds before and between looks at how much of a shard another process has. Most waits are shorter.
+_LOOK_SECONDS = 0.25
 #: The most files that all loads of this process hold: descriptors are scarce.
 _MAX_HELD = 128
 #: Free descriptors that there must be for each held file, so that these use a quarter at most.
@@ -167,6 +170,8 @@ class ObtainAttempt:
         self._version: object = None  # of the file that was there at the beginning
         self._looks = 0  # since the last error
         self._errors = 0
+        self._next_count = time.monotonic() + _LOOK_SECONDS
+        self._bytes_elsewhere: int | None = None
         self.patience = Patience()
 
     def is_published(self) -> bool:
@@ -177,6 +182,13 @@ class ObtainAttempt:
     def postpone(self) -> None:
         """Note that time passes before the next look."""
         self._looks = 0
+
+    def bytes_elsewhere(self, content_id: str) -> int | None:
+        """Return how many bytes somebody else has of the shard, in a partial file of this content; None at first."""
+        if (now := time.monotonic()) >= self._next_count:
+            self._next_count = now + _LOOK_SECONDS
+            self._bytes_elsewhere = self._cache.partials.longest(self._shard, content_id, is_checked=True)
+        return self._bytes_elsewhere
 
     def begin(self) -> None:
         """Note which file is there now."""

@@ -79,6 +79,7 @@ class EqualFiles:
                         logger.debug("%s is the same file as %s of %s", shard.data_path, place.name, place.model)
                         with self._context.stats.timed("publish", file=shard.data_path):
                             file = self._cache.publish(partial, shard.data_path, content_id=content_id)
+                        self._context.arrivals.end(shard.data_path, shard.nbytes)  # nobody else brought it
                         return ShardFile(file, from_cache=True, checked=self._verifier.strongest(shard.digests))
                 logger.debug("%s of %s is not what it was", place.name, place.model)
             except OSError as error:

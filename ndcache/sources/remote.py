@@ -153,7 +153,7 @@ class RemoteModel(Model):
                     return found
                 if self._context.offline:
                     raise offline_error(self.locations[0], [shard.data_path])
-                with self._context.pool.turns, self._lock(attempt) as lock:
+                with self._context.pool.turns, self._lock(attempt, shard) as lock:
                     if lock is None:
                         continue  # another process has published a file: this version, or another one
                     if (found := self._find_cached(shard)) is not None:
@@ -187,6 +187,7 @@ class RemoteModel(Model):
         name, attempt = shard.data_path, ObtainAttempt(shard, self.cache)
         attempt.begin()
         if self.is_ready(shard):
+            self._context.arrivals.add(name)
             return True
         with self._context.pool.turns, self.cache.try_lock(name, attempt.is_published) as is_mine:
             if is_mine and not self.is_ready(shard):  # it may have been published between the two looks
@@ -277,12 +278,13 @@ class RemoteModel(Model):
             return None
         return plan_ranges(shard, has_slices=any(self.manifest[each.name] is not each for each in shard.records))
 
-    def _lock(self, attempt: ObtainAttempt) -> contextlib.AbstractContextManager[DownloadLock | None]:
+    def _lock(self, attempt: ObtainAttempt, shard: Shard) -> contextlib.AbstractContextManager[DownloadLock | None]:
         """Wait for the lock to download a shard, or until another process has published it."""
 
         def wait(seconds: float) -> None:
             lock_path = self.cache.layout.locks.path / flatten(attempt.name)
-            self._context.arrivals.wait(attempt.name, functools.partial(find_holder, lock_path))
+            find = functools.partial(find_holder, lock_path)
+            self._context.arrivals.wait(attempt.name, find, attempt.bytes_elsewhere(self._verifier.content_id(shard)))
             if self._context.pool.can_postpone:
                 self._postpone(attempt, seconds)
             if (prefetch := self._next_prefetch()) is not None:

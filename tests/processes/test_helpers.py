@@ -28,8 +28,8 @@ from ndcache.report.timeline import read_timeline
 from ..helpers import kills, models
 from ..helpers.kills import left_behind
 from ..helpers.processes import children_of, helpers_of, is_alive
-from ..helpers.servers import FileServer
-from .children import Serve, wait_until
+from ..helpers.servers import ConnectionLimit, FileServer
+from .children import MIB, Serve, wait_until
 
 pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
 
@@ -106,6 +106,36 @@ def test_processes_share_the_shards(server: FileServer, model: Path, tmp_path: P
     assert all(0 < event.start < event.end <= trace.total for event in bodies)
     assert {origin for _, origin, _ in trace.facts["shards"].values()} == {"network"}
     assert trace.facts["processes"] == 3
+
+
+def test_the_bar_counts_what_helpers_receive(model: Path, counting: Callable[..., kills.CountingServer]) -> None:
+    models.simple_model(model, shards=2, shard_bytes=MIB)
+    server, seen = counting(model), set[int]()
+    server.holds = {f"/params_shard_{index}.bin": (MIB // 2,) for index in range(2)}
+    options: dict[str, Any] = {"processes": 2, "max_workers": 1, "progress_interval": 0.05, "timeout": 300.0}
+
+    def listen(report: ndcache.ProgressReport) -> None:
+        seen.add(report.bytes_done)
+
+    with ThreadPoolExecutor(1) as executor:
+        try:
+            future = executor.submit(lambda: ndcache.load(server.url, progress=listen, **options))
+            wait_until(lambda: max(seen, default=0) == MIB)  # half of each
+        finally:
+            server.go.release(2)
+        future.result().close()
+    assert max(seen) == 2 * MIB
+
+
+def test_the_bar_says_why_a_helper_waits(server: FileServer) -> None:
+    """This process receives the first shard; its helper asks for the next one, and is refused."""
+    told = set[str | None]()
+    server.limit = ConnectionLimit(1, status=429, headers={"Retry-After": "2"})
+    options: dict[str, Any] = {"progress": lambda report: told.add(report.waiting), "progress_interval": 0.05}
+    options["timeout"] = 300.0  # not for this process to make the request again
+    with held(server, 1, ndcache.load, server.url, processes=2, max_workers=1, **options) as future:
+        wait_until(lambda: "the server asks us to wait 2 s" in told)
+    future.result().close()
 
 
 def test_fetch_and_stream_use_helpers(server: FileServer, cache_dir: Path, tmp_path: Path) -> None:

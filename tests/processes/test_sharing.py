@@ -104,6 +104,28 @@ def hold_first(server: CountingServer, zygote: Zygote, cache_dir: Path) -> Child
     return holder
 
 
+# --- what the bar says
+
+
+def test_what_another_process_downloads_moves_the_bar(
+    model: Path, counting: Serve, zygote: Zygote, cache_dir: Path
+) -> None:
+    models.simple_model(model, shards=1, shard_bytes=SHARD_BYTES)
+    server, reports = counting(model), list[ndcache.ProgressReport]()
+    holder = hold_first(server, zygote, cache_dir)
+    told = f"waiting for process {holder.pid}, which downloads {SHARD[1:]}"
+    with ThreadPoolExecutor(1) as executor:
+        try:
+            future = executor.submit(ndcache.load, server.url, progress=reports.append, progress_interval=0.05)
+            wait_until(lambda: reports and (reports[-1].bytes_done, reports[-1].waiting) == (SHARD_BYTES // 2, told))
+        finally:
+            server.go.release()
+        with future.result() as weights:
+            assert weights.stats.network_bytes == 0
+    holder.result()
+    assert reports[-1].bytes_per_second > 0
+
+
 # --- who takes which shard
 
 
