@@ -11,8 +11,6 @@ __all__ = ["main"]
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit; by default with the arguments of this process."""
     try:  # here, so that Ctrl-C during these imports ends quietly
-        import numpy  # noqa: F401 - first: ml_dtypes, which imports it from C, would make an ImportError of Ctrl-C
-
         from .commands import main as run
     except KeyboardInterrupt:
         raise SystemExit(130) from None

@@ -12,10 +12,6 @@ from click import shell_completion
 from click.shell_completion import CompletionItem
 
 from ..errors import NdcacheError
-from ..files.folder import Folder
-from ..files.notes import read_note
-from ..format.paths import STATE_DIRECTORY
-from ..store.inventory import cache_root
 
 __all__ = ["cached_sources"]
 
@@ -102,6 +98,11 @@ def _escaped(match: re.Match[str]) -> str:
 
 def cached_sources(cache_dir: str | None) -> Iterator[str]:
     """Yield the sources of the models in the cache, without their sizes, which take long to find out."""
+    from ..files.folder import Folder  # here, as every command registers the shells
+    from ..files.notes import read_note
+    from ..format.paths import STATE_DIRECTORY
+    from ..store.inventory import cache_root
+
     with contextlib.suppress(NdcacheError, OSError):  # nothing is completed from a cache that cannot be used
         root = cache_root(cache_dir, os.environ.get("NDCACHE_HOME"))
         for state in root.glob(f"[!.]*/*/{STATE_DIRECTORY}"):

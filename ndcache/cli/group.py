@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import io
 import logging
+import re
 import shutil
 import signal
 import sys
@@ -16,14 +18,25 @@ from typing import Any, NoReturn
 
 import click
 
-from ..companions.rules import NoListingError
-from ..errors import NdcacheError
-from ..format.manifest import NoMatchError
+from ..caller import SHOWS_ALL_FRAMES
+from ..errors import NdcacheError, redact
 from ..urls.redact import printable
-from .output import say
+from . import completion as completion
+from .output import print_json, say
 from .streams import safe_streams
 
-__all__ = ["VERBOSE", "CommandGroup", "UserError", "argument_errors", "one_line"]
+__all__ = [
+    "CommandGroup",
+    "UserError",
+    "argument_errors",
+    "error_json",
+    "expected_errors",
+    "is_of_output",
+    "json_option",
+    "one_line",
+    "say_error",
+    "verbose_option",
+]
 
 logger = logging.getLogger("ndcache")
 
@@ -37,16 +50,20 @@ _OTHER_NAMES = {
 _HYPHEN = "\ue000"
 #: On terminals with fewer columns, only such names of options stand beside their meaning.
 _NARROW, _NARROW_COLUMN = 60, 8
-#: The key that a command's context has if ``--verbose`` was given.
-VERBOSE = "ndcache.verbose"
+#: The keys that contexts have if ``--verbose`` or ``--json`` was given; that of ``--json`` leads to the command's own.
+_VERBOSE, _JSON = "ndcache.verbose", "ndcache.json"
 
 
 class UserError(Exception):
     """A mistake of the user that click cannot find; the exit status is 1."""
 
 
-#: Errors that users can meet. Any other exception is a bug, and shows its traceback.
-_EXPECTED = (NdcacheError, OSError, MemoryError, NoMatchError, NoListingError, UserError)
+def expected_errors() -> tuple[type[BaseException], ...]:
+    """Return the errors that users can meet. Any other exception is a bug, and shows its traceback."""
+    from ..companions.rules import NoListingError  # here, as `ndcache --version` needs neither
+    from ..format.manifest import NoMatchError
+
+    return (NdcacheError, OSError, MemoryError, NoMatchError, NoListingError, UserError)
 
 
 class _Terminated(BaseException):
@@ -92,11 +109,15 @@ class CommandGroup(click.Group):
         with safe_streams():
             try:
                 try:
-                    return super().main(*args, **extra)
-                except SystemExit as end:
-                    if not end.code:
-                        sys.stdout.flush()
-                    raise
+                    status = super().main(*args, **{**extra, "standalone_mode": False})
+                except click.ClickException as error:
+                    _say_usage(error)
+                    status = error.exit_code
+                except click.Abort:  # Ctrl-C before the command begins
+                    status = 130
+                if not status:
+                    sys.stdout.flush()
+                raise SystemExit(status or 0)
             except OSError as error:  # while click itself prints, for example --help
                 if not isinstance(error, BrokenPipeError):
                     say(f"error: {one_line(error)}")
@@ -132,11 +153,72 @@ class CommandGroup(click.Group):
             except _Terminated as interrupt:
                 say(f"terminated: {interrupt}" if interrupt.args else "terminated")
                 ctx.exit(143)
-            except _EXPECTED as error:
-                if ctx.meta.get(VERBOSE):
-                    say("".join(traceback.format_exception(error)).rstrip())
-                say(f"error: {one_line(error)}")
+            except expected_errors() as error:
+                say_error(error)
+                if _JSON in ctx.meta and not is_of_output(error):
+                    params = ctx.meta[_JSON].params
+                    print_json(error_json(params.get("source") or params.get("input_"), error))
                 ctx.exit(1)
+
+
+def _set_verbose(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        ctx.meta[_VERBOSE] = True
+        logger.setLevel(logging.INFO)
+        shown = SHOWS_ALL_FRAMES.set(True)
+        ctx.call_on_close(lambda: SHOWS_ALL_FRAMES.reset(shown))
+
+
+verbose_option = click.option(
+    "--verbose",
+    is_flag=True,
+    expose_value=False,
+    callback=_set_verbose,
+    help="Show log messages, and the traceback of an error.",
+)
+
+
+def _set_json(ctx: click.Context, _: click.Parameter, value: bool) -> bool:
+    if value:
+        ctx.meta[_JSON] = ctx
+    return value
+
+
+json_option = click.option("--json", "as_json", is_flag=True, callback=_set_json, help="Print the result as JSON.")
+
+
+def error_json(source: str | None, error: BaseException) -> dict[str, object]:
+    """Return the JSON value for a source, or a command without one, that did not do what it should."""
+    value: dict[str, object] = {} if source is None else {"source": redact(source)}
+    is_wrapped = isinstance(error, UserError) and error.__cause__ is not None
+    return value | {
+        "error": {
+            "type": type(error.__cause__ if is_wrapped else error).__name__,
+            "message": one_line(error),
+            "hint": error.hint if isinstance(error, NdcacheError) else None,
+            "retryable": error.retryable if isinstance(error, NdcacheError) else False,
+        }
+    }
+
+
+def is_of_output(error: BaseException) -> bool:
+    """Return whether an error means that nothing can be printed any more."""
+    return isinstance(error, OSError) and error.filename == "standard output"
+
+
+def say_error(error: BaseException) -> None:
+    """Print an error as one line; with ``--verbose``, its traceback, too."""
+    context = click.get_current_context(silent=True)
+    if context is not None and context.meta.get(_VERBOSE):
+        say("".join(traceback.format_exception(error)).rstrip())
+    say(f"error: {one_line(error)}")
+
+
+def _say_usage(error: click.ClickException) -> None:
+    """Print a mistake that click found as click does, but with the spelling of all other errors."""
+    with io.StringIO() as text:
+        error.show(text)
+        say(re.sub(r"^Error: ", "error: ", text.getvalue(), count=1, flags=re.MULTILINE).rstrip())
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -12,7 +11,6 @@ from typing import Any, TypeVar
 
 import click
 
-from ..caller import SHOWS_ALL_FRAMES
 from ..companions.lock import required_digests
 from ..devices import is_device_name
 from ..format.integrity import manifest_names_to_try, parse_sri
@@ -20,7 +18,7 @@ from ..loader import Loader
 from ..location import locate, locate_mirror
 from ..options import LoaderOptions
 from ..store.inventory import cache_root
-from .group import VERBOSE, UserError, argument_errors
+from .group import UserError, argument_errors, json_option, verbose_option
 from .values import DEVICES, DIRECTORY, SECONDS, SOURCE, HeaderType, RateType, WholeNumber, read_token
 
 __all__ = [
@@ -28,6 +26,7 @@ __all__ = [
     "REQUEST_OPTIONS",
     "cache_dir_option",
     "check_finite",
+    "check_source",
     "device_option",
     "files_option",
     "find_root",
@@ -44,17 +43,7 @@ __all__ = [
     "verbose_option",
 ]
 
-logger = logging.getLogger("ndcache")
-
 Command = TypeVar("Command", bound=Callable[..., Any])
-
-
-def _set_verbose(ctx: click.Context, _: click.Parameter, value: bool) -> None:
-    if value:
-        ctx.meta[VERBOSE] = True
-        logger.setLevel(logging.INFO)
-        shown = SHOWS_ALL_FRAMES.set(True)
-        ctx.call_on_close(lambda: SHOWS_ALL_FRAMES.reset(shown))
 
 
 def _check_device(_: click.Context, __: click.Parameter, value: str) -> str:
@@ -101,13 +90,6 @@ def _as_mapping(_: click.Context, __: click.Parameter, values: tuple[tuple[str, 
     return dict(values) or None
 
 
-verbose_option = click.option(
-    "--verbose",
-    is_flag=True,
-    expose_value=False,
-    callback=_set_verbose,
-    help="Show log messages, and the traceback of an error.",
-)
 device_option = functools.partial(
     click.option,
     "--device",
@@ -121,7 +103,6 @@ device_option = functools.partial(
 )
 source_argument = click.argument("source", type=SOURCE)
 sources_argument = click.argument("sources", metavar="SOURCE...", type=SOURCE, nargs=-1, required=True)
-json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 names_option = click.option(
     "--names", metavar="PATTERN", multiple=True, help="Only tensors with this name or glob pattern. Repeatable."
 )
@@ -290,20 +271,33 @@ def make_loader(options: Mapping[str, Any], source: str | None = None) -> Loader
     NotFoundError
         `source` is a local path that does not exist.
     """
+    given = _given(options)
+    with argument_errors():
+        loader = Loader(**given)
+    if source is not None:
+        check_source(options, source)
+    return loader
+
+
+def check_source(options: Mapping[str, Any], source: str) -> None:
+    """Check a source, and the options that depend on it; raise the errors of `make_loader`."""
+    given = _given(options)
+    with argument_errors():
+        location = locate(source, revision=given.get("revision"))
+        manifest_names_to_try(location.manifest_names, required_digests(given.get("integrity")))
+        if location.is_remote:
+            for mirror in given.get("mirrors", ()):
+                locate_mirror(mirror)
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of `Loader` that were given, by their names there."""
     given = {name: value for name, value in options.items() if value is not None and value != ()}
     if (lock := given.pop("lock", None)) is not None:
         if "integrity" in given:
             raise UserError("--lock and --integrity cannot be used together")
         given["integrity"] = lock
-    with argument_errors():
-        loader = Loader(**given)
-        location = None if source is None else locate(source, revision=given.get("revision"))
-        if location is not None:
-            manifest_names_to_try(location.manifest_names, required_digests(given.get("integrity")))
-        if location is not None and location.is_remote:
-            for mirror in given.get("mirrors", ()):
-                locate_mirror(mirror)
-    return loader
+    return given
 
 
 def find_root(cache_dir: str | None) -> Path:

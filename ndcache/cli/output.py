@@ -8,10 +8,6 @@ import sys
 from collections.abc import Iterable, Sequence
 
 import click
-from rich.cells import cell_len
-from rich.console import Console
-from rich.text import Text
-from tqdm import tqdm
 
 from ..urls.redact import printable
 
@@ -23,6 +19,8 @@ _LINES = 1000
 
 def say(line: str) -> None:
     """Print a line on standard error."""
+    from tqdm import tqdm  # here, as most commands print nothing with it, nor with rich
+
     tqdm.write(line, file=sys.stderr)  # above the progress bar, if there is one
     sys.stderr.flush()
 
@@ -36,12 +34,17 @@ def print_facts(facts: Iterable[tuple[str, str]]) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a table; columns whose names end in a space hold numbers, and are aligned to the right."""
+    """Print a table; columns whose names end in a space hold numbers, and are aligned to the right.
+
+    The rows may be many: so they are printed while they are made, some at once, and columns may grow on the way.
+    """
     # Not rich's Table, which takes 0.3 ms for each row: models have 100,000 tensors.
-    cells = [[_plain(cell) for cell in row] for row in rows]
+    from rich.console import Console
+    from rich.text import Text
+
     headers = [column.strip() for column in columns]
-    widths = [max(map(_width, column)) for column in zip(headers, *cells, strict=True)]
     right = [column.endswith(" ") for column in columns]
+    widths = list(map(_width, headers))
 
     def line(row: Sequence[str]) -> str:
         # A long row stays one line. The terminal wraps it, and a copy of it is still one line.
@@ -51,8 +54,14 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
             parts.append(space + cell if is_right else cell + space)
         return "  ".join(parts).rstrip()
 
-    Console(file=sys.stdout, highlight=False).print(Text(line(headers), style="bold"), soft_wrap=True)
-    _print_lines(map(line, cells))
+    rest, is_first = iter(rows), True
+    while (some := list(itertools.islice(rest, _LINES))) or is_first:
+        cells = [[_plain(cell) for cell in row] for row in some]
+        widths = [max([before, *map(_width, column)]) for before, *column in zip(widths, *cells, strict=True)]
+        if is_first:
+            Console(file=sys.stdout, highlight=False).print(Text(line(headers), style="bold"), soft_wrap=True)
+            is_first = False
+        _print_lines(map(line, cells))
 
 
 def _plain(cell: str) -> str:
@@ -60,7 +69,11 @@ def _plain(cell: str) -> str:
 
 
 def _width(cell: str) -> int:
-    return len(cell) if cell.isascii() else cell_len(cell)
+    if cell.isascii():
+        return len(cell)
+    from rich.cells import cell_len
+
+    return cell_len(cell)
 
 
 def print_lines(lines: Iterable[str]) -> None:

@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from ..companions.rules import NoListingError
-from ..errors import NdcacheError
-from ..format.manifest import NoMatchError
-from .group import UserError, argument_errors, one_line
-from .output import say
-from .show.json_values import error_json
-from .values import locate_source
+from ..loader import Loader
+from .group import error_json, expected_errors, is_of_output, say_error
+from .options import check_source, make_loader
 
 __all__ = ["for_each"]
 
 
-def for_each(sources: Sequence[str], work: Callable[[str], dict[str, object]]) -> tuple[list[dict[str, object]], bool]:
-    """Call `work` for each source; return the JSON values, and whether all calls succeeded.
-
-    The error of one of several sources is a line, and a JSON value. That of a single one is raised.
-    """
+def for_each(
+    sources: Sequence[str], options: Mapping[str, Any], work: Callable[[Loader, str], dict[str, object]]
+) -> tuple[list[dict[str, object]], bool]:
+    """Call `work` for each source with one loader; return the JSON values, and whether all calls succeeded."""
     values, is_good = [], True
-    for source in sources:
-        try:
-            with argument_errors():
-                locate_source(source)
-            values.append(work(source))
-        except (NdcacheError, NoMatchError, NoListingError, UserError) as error:
-            if len(sources) == 1:
-                raise
-            is_good = False
-            say(f"error: {one_line(error)}")
-            values.append(error_json(source, error, one_line(error)))
+    with make_loader(options) as loader:
+        for source in sources:
+            try:
+                check_source(options, source)
+                values.append(work(loader, source))
+            except expected_errors() as error:
+                if is_of_output(error):
+                    raise
+                is_good = False
+                say_error(error)
+                values.append(error_json(source, error))
     return values, is_good

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
@@ -29,6 +28,7 @@ def wait_for(work: Callable[[], Awaitable[T]], cancellation: Cancellation) -> T:
     StallError
         It takes too long.
     """
+    import asyncio  # here, as few loads need it, and its import takes as long as that of ten modules of ndcache
 
     async def run() -> T:
         loop, task = asyncio.get_running_loop(), asyncio.current_task()

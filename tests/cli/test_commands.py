@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from packaging.requirements import Requirement
 import ndcache
 from ndcache.cli import commands as cli
 from ndcache.cli import doctor, options
+from ndcache.cli.output import print_table
 
 from ..helpers.commands import new_runner
 from ..helpers.companions import mlc_model
@@ -656,6 +657,31 @@ def test_row_34_a_warning_is_one_line(tmp_path: Path, serve: Callable[..., FileS
 def test_importing_the_package_imports_no_command_line() -> None:
     code = "import sys, ndcache; print(sorted({'wgpu', 'rich', 'click', 'ndcache.cli.commands'} & set(sys.modules)))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "[]\n"
+
+
+def test_the_version_imports_no_large_library() -> None:
+    code = (
+        "import sys\n"
+        "sys.modules.update(dict.fromkeys(['numpy', 'requests', 'rich', 'tqdm']))\n"
+        "from ndcache.cli import main\n"
+        "main(['--version'])\n"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).startswith("ndcache, version ")
+
+
+@pytest.mark.parametrize("args", [["lod"], ["load"], ["load", "x", "--retries", "y"], ["--quite"]])
+def test_wrong_usage_is_spelled_like_other_errors(args: list[str]) -> None:
+    assert re.search(r"^error: ", invoke(*args).stderr, re.MULTILINE)
+
+
+def test_rows_are_printed_while_they_are_made(capsys: pytest.CaptureFixture[str]) -> None:
+    def rows() -> Iterator[tuple[str, str]]:
+        for number in range(3000):
+            yield f"{10 ** (number // 1000)}", "x"
+        printed = capsys.readouterr().out.splitlines()
+        assert (printed[0], printed[1], printed[-1]) == ("a  b", "1  x", "  100  x"[2:])
+
+    print_table(("a ", "b"), rows())
 
 
 # --- pipes, terminals, signals ------------------------------------------------------------------------

@@ -98,8 +98,37 @@ def test_one_of_several_sources_fails(tmp_path: Path) -> None:
         assert bad["error"]["type"] == "NotFoundError"
         assert f"error: {bad['error']['message']}\n" == result.stderr
         assert good["source"] == str(tmp_path / "model")
-    alone = invoke("fetch", tmp_path / "none", "--json")
-    assert (alone.exit_code, alone.stdout) == (1, "")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        *(["load"], ["fetch"], ["fetch", "--dry-run"], ["inspect"], ["verify"], ["convert", "to.npz"]),
+        *(["dump", "directory"], ["lock"], ["bench"]),
+    ],
+    ids=" ".join,
+)
+def test_the_only_source_fails(tmp_path: Path, args: list[str]) -> None:
+    name, *others = args
+    result = invoke(name, tmp_path / "none", *others, "--json", "-q")
+    assert result.exit_code == 1
+    value = json.loads(result.stdout)
+    if name in ("fetch", "verify"):
+        (value,) = value
+    assert described("errors").keys() == {"source", *(f"error.{field}" for field in value["error"])}
+    assert value["source"] == str(tmp_path / "none")
+    assert (value["error"]["type"], value["error"]["retryable"]) == ("NotFoundError", False)
+    assert result.stderr == f"error: {value['error']['message']}\n"
+
+
+def test_errors_that_have_a_hint_or_no_source(tmp_path: Path) -> None:
+    error = json.loads(invoke("load", "http://user:secret@localhost:9/", "--offline", "--json").stdout)
+    assert (error["source"], error["error"]["type"]) == ("http://localhost:9/", "OfflineError")
+    assert error["error"]["message"].endswith(error["error"]["hint"])
+    assert json.loads(invoke("inspect", "ftp://host/", "--json").stdout)["error"]["type"] == "ValueError"
+    (tmp_path / "file").touch()
+    assert json.loads(invoke("report", tmp_path / "file", "--json").stdout).keys() == {"error"}
+    assert invoke("load", tmp_path, "--json", "--retries", "x").stdout == ""
 
 
 @pytest.mark.parametrize("name", sorted(main.commands))

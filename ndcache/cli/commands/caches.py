@@ -10,6 +10,7 @@ import click
 
 from ... import cache
 from ...errors import NdcacheError, UnsafeCacheError, redact
+from ...loader import Loader
 from ...loaders.verification import VerifyReport
 from ...location import locate
 from ...store.housekeeping.matching import match_source
@@ -23,7 +24,6 @@ from ..options import (
     find_root,
     json_option,
     loader_options,
-    make_loader,
     only_scope_option,
     quiet_option,
 )
@@ -308,13 +308,12 @@ def verify(
         for model, report in cache.verify(**known, progress=progress):
             values.append(show(model.source, report, is_remote=True, name=model_name(model)))
     else:
-        with make_loader(options, sources[0] if len(sources) == 1 else None) as loader:
 
-            def work(source: str) -> dict[str, object]:
-                location = locate_source(source)
-                return show(str(location), loader.verify(source, progress=progress), is_remote=location.is_remote)
+        def work(loader: Loader, source: str) -> dict[str, object]:
+            location = locate_source(source)
+            return show(str(location), loader.verify(source, progress=progress), is_remote=location.is_remote)
 
-            values, have_all = for_each(sources, work)
+        values, have_all = for_each(sources, options, work)
     if as_json:
         print_json(values)
     if not (is_good and have_all):

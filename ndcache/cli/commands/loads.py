@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from ...loader import Loader
 from ...loaders.plan import FetchPlan
 from ..options import (
     device_option,
@@ -127,19 +128,18 @@ def fetch(
         "trace": trace,
         "report": report,
     }
-    with make_loader(options, sources[0] if len(sources) == 1 else None) as loader:
 
-        def work(source: str) -> dict[str, object]:
-            if dry_run:
-                plan = loader.fetch(source, dry_run=True, **wanted)
-                _show_plan(source, plan, as_json=as_json)
-                return plan_json(source, plan)
-            directory = loader.fetch(source, **wanted)
-            if not as_json:
-                click.echo(directory)
-            return fetch_json(source, directory)
+    def work(loader: Loader, source: str) -> dict[str, object]:
+        if dry_run:
+            plan = loader.fetch(source, dry_run=True, **wanted)
+            _show_plan(source, plan, as_json=as_json)
+            return plan_json(source, plan)
+        directory = loader.fetch(source, **wanted)
+        if not as_json:
+            click.echo(directory)
+        return fetch_json(source, directory)
 
-        values, is_good = for_each(sources, work)
+    values, is_good = for_each(sources, options, work)
     if as_json:
         print_json(values)
     if not is_good or any(value.get("has_room") is False for value in values):

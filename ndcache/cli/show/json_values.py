@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...errors import redact
 from ...export.conversion import ConvertReport
 from ...format.manifest import Manifest
 from ...loaders.plan import FetchPlan
@@ -23,7 +22,6 @@ __all__ = [
     "demo_json",
     "doctor_json",
     "dump_json",
-    "error_json",
     "fetch_json",
     "load_json",
     "plan_json",
@@ -71,11 +69,6 @@ def plan_json(source: str, plan: FetchPlan) -> dict[str, object]:
             for file in plan.files
         ],
     }
-
-
-def error_json(source: str, error: BaseException, message: str) -> dict[str, object]:
-    """Return the value for a source of which a command could not do what it should."""
-    return {"source": redact(source), "error": {"type": type(error).__name__, "message": message}}
 
 
 def verify_json(name: str, report: VerifyReport) -> dict[str, object]:
