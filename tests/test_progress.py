@@ -16,6 +16,7 @@ from tqdm.utils import disp_len
 
 import ndcache
 from ndcache.progress import Arrivals, Bar, ProgressReport, Reporter, telling_what_is_kept
+from ndcache.progress import arrivals as arrivals_module
 from ndcache.progress import reporter as module
 from ndcache.progress.lines import bar_line
 
@@ -330,7 +331,7 @@ LONG_NAME = "Llama-3-8B-Instruct-q4f16_1-MLC"
     ("columns", "name", "has_shards"),
     [
         (40, "Llama-3…_1-MLC", False),
-        (80, "Llama-3-8B-I…-q4f16_1-MLC", False),
+        (80, "Llama-3-8B-I…q4f16_1-MLC", False),
         (120, LONG_NAME, True),
     ],
 )
@@ -347,6 +348,8 @@ def test_the_name_gets_the_room_that_there_is(columns: int, name: str, has_shard
     assert line.startswith(f"{name}  50% |####")
     assert disp_len(line) == columns
     assert ("shards" in line) == has_shards
+    earlier = bar_line(dataclasses.replace(report, bytes_done=MIB), columns, lambda fraction, width: "", "…")
+    assert earlier.startswith(f"{name}   0% |")  # the name does not move when the amount grows
 
 
 def test_the_name_gives_way_to_the_reason_of_a_pause() -> None:
@@ -461,28 +464,33 @@ def test_what_was_there_does_not_count_for_the_rate(clock: Clock) -> None:
     assert told[-1].seconds_left == pytest.approx(293 / 50)
 
 
-def test_what_other_processes_bring_counts_for_the_rate(clock: Clock) -> None:
+def test_what_other_processes_bring_counts_for_the_rate(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arrivals_module, "time", clock)
     arrivals, received = Arrivals(), [0]
     arrivals.add("there")
-    arrivals.expect({"there": 50, "own": 400, "other": 400, "unseen": 100, "linked": 50})
+    arrivals.expect({"there": 50, "own": 400, "other": 400, "unseen": 100, "linked": 50, "later": 100})
     arrivals.begin("own", lambda: received[0])
     told: list[ProgressReport] = []
     reporter = Reporter(
         told.append, [1000], cache_only=False, arrivals=arrivals, received=lambda: received[0], interval=1.0
     )
     reporter.start()
+    arrivals.wait("other", lambda: 1234, 90)  # there before
     for seconds in (1, 2, 3, 4):
         clock.now += 1
         received[0] = 10 * seconds
-        arrivals.wait("other", lambda: 1234, 60 + 30 * seconds)  # 90 were there before the first look
+        arrivals.wait("other", lambda: 1234, 90 + 30 * seconds)
         reporter.tick()
-    assert (told[-1].bytes_done, told[-1].bytes_per_second) == (50 + 40 + 180, (40 + 90) / 4)
-    assert told[-1].seconds_left == pytest.approx((1000 - 270) / (130 / 4))
+    assert (told[-1].bytes_done, told[-1].bytes_per_second) == (50 + 40 + 210, (40 + 120) / 4)
+    assert told[-1].seconds_left == pytest.approx((1000 - 300) / (160 / 4))
     arrivals.add("other")
     arrivals.add("unseen")
     arrivals.end("linked", 50)
     arrivals.add("linked")
     assert arrivals.brought == 400 - 90 + 100
+    clock.now += 10
+    arrivals.wait("later", lambda: 1234, 60)
+    assert arrivals.brought == 400 - 90 + 100 + 60  # that download has begun since
 
 
 def test_what_helper_processes_receive_counts_once() -> None:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 
 from ..urls.redact import printable
 
 __all__ = ["Arrivals"]
+
+#: Seconds from the beginning in which workers find what other processes download already. What they find later is of
+#: downloads that began meanwhile.
+_EARLY = 1.0
 
 
 class Arrivals:
@@ -27,7 +32,8 @@ class Arrivals:
         self._coming: dict[str, Callable[[], int]] = {}
         self._left: dict[str, int] = {}
         self._waits: dict[str, Callable[[], int | None]] = {}
-        self._elsewhere: dict[str, tuple[int, int]] = {}  # bytes that another process had at the first look; has now
+        self._began = 0.0
+        self._elsewhere: dict[str, tuple[int, int]] = {}  # bytes that another process had at the beginning; has now
         self._coming_to: dict[object, Mapping[str, int]] = {}  # by helper process
         self._of_helpers: dict[str, None] = {}  # shards that helper processes download, or have
         self._pauses: dict[object, tuple[bool, str]] = {}
@@ -77,7 +83,8 @@ class Arrivals:
         """
         self._waits[name] = find_holder
         if nbytes is not None:
-            seen, last = self._elsewhere.get(name, (nbytes, nbytes))
+            is_early = time.monotonic() - self._began < _EARLY
+            seen, last = self._elsewhere.get(name, (nbytes if is_early else 0, nbytes))
             self._elsewhere[name] = seen, max(last, nbytes)
 
     def pause(self, key: object, reason: str, *, is_wanted: bool) -> None:
@@ -132,8 +139,8 @@ class Arrivals:
     # --- for the caller's thread
 
     def expect(self, sizes: Mapping[str, int]) -> None:
-        """Set the bytes of each wanted shard."""
-        self._sizes = sizes
+        """Set the bytes of each wanted shard, when all that is here has been added."""
+        self._sizes, self._began = sizes, time.monotonic()
 
     def size(self, name: str) -> int:
         """Return the bytes of a shard."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..report.words import format_count, format_rate, format_seconds, format_size
 from ..urls.redact import printable
@@ -98,13 +98,14 @@ def bar_line(report: ProgressReport, columns: int, draw: DrawBar, ellipsis: str)
         rest = f" {_percent(report):3}%  {printable(report.waiting)}"
         name = _cut_middle(_name(report.model), max(_LEAST_NAME, columns - _width(rest)), ellipsis)
         return _cut(name + rest, columns, ellipsis)
-    _, amount, *others = _parts(report)
-    left, rate, shards = others
+    _, amount, left, rate, shards = _parts(report)
+    # So that the name does not move when the amount gets another digit.
+    to_grow = max(0, len(_parts(replace(report, bytes_done=report.bytes_total))[1]) - len(amount))
     # The parts in the order in which they stand, from the most that may fit to the least.
     choices = [amount, rate, left, shards], [amount, rate, left], [amount, left], [left or amount]
     for parts in choices:
         right = "  ".join(part for part in parts if part)
-        room = columns - len(right) - len(" 100% || ") - _LEAST_BAR
+        room = columns - len(right) - len(" 100% || ") - _LEAST_BAR - (to_grow if amount in parts else 0)
         least = _GOOD_NAME if shards in parts else _LEAST_NAME
         if room >= min(least, _width(_name(report.model))) or parts is choices[-1]:
             break
