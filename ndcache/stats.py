@@ -113,7 +113,7 @@ class LoadStats:
     def __str__(self) -> str:
         """Return seven lines: what was loaded, from where, how it was checked, and where the time went."""
         files = f", {format_count(len(self.files), 'companion file')}" if self.files else ""
-        retries = f", {self.retries:,} of them retries" if self.retries else ""
+        retries = f", {self.retries:,} of them {'a retry' if self.retries == 1 else 'retries'}" if self.retries else ""
         resumed = f", {format_size(self.resumed_bytes)} from interrupted downloads" if self.resumed_bytes else ""
         total = self.seconds["total"]
         lines = {

@@ -39,10 +39,12 @@
     }
     return `${bytes.toFixed(0)} B`;
   };
+  const number = (count) => count.toLocaleString("en-US");
   const rate = (bytes, us) => (us > 0 && bytes > 0 ? `${size((bytes * 1e6) / us)}/s` : "–");
 
   $("title").textContent = data.title;
   $("headline").textContent = data.headline;
+  $("headline").hidden = !data.headline;
   if (data.outcome === "failed") $("error").textContent = `The load failed. ${data.error}`;
   if (data.outcome === "stopped") $("error").textContent = "The load was stopped before its end.";
   $("error").hidden = !$("error").textContent;
@@ -52,6 +54,7 @@
     add(pair, "dt", label);
     add(pair, "dd", value);
   }
+  $("remark").textContent = data.remark;
   for (const row of data.rates) {
     const cells = add($("rates").tBodies[0], "tr");
     row.forEach((text, index) => add(cells, "td", text, index === 1 ? "number" : ""));
@@ -356,7 +359,7 @@
     $("shards").tBodies[0].replaceChildren();
     shownRows = 0;
     extend();
-    $("count").textContent = rows.length === shards.length ? `${shards.length} shards` : `${rows.length} of ${shards.length} shards`;
+    $("count").textContent = `${rows.length === shards.length ? "" : `${number(rows.length)} of `}${number(shards.length)} shard${shards.length === 1 ? "" : "s"}`;
     draw();
   }
 

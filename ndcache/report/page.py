@@ -24,7 +24,7 @@ __all__ = ["render_page", "write_text"]
 _LEAST_PART = 0.05
 
 
-def render_page(content: Any, rates: Sequence[tuple[str, str, str]] = ()) -> str:
+def render_page(content: Any, rates: Sequence[tuple[str, str, str]] = (), remark: str = "") -> str:
     """Return the HTML page of a trace.
 
     Parameters
@@ -32,7 +32,9 @@ def render_page(content: Any, rates: Sequence[tuple[str, str, str]] = ()) -> str
     content : mapping
         The content of a trace.
     rates : sequence of (str, str, str)
-        What this machine can do: the name, the rate, and a remark of each measurement.
+        What this machine can do: the name, the rate, and how it was measured.
+    remark : str
+        A sentence about the rates.
 
     Raises
     ------
@@ -42,7 +44,8 @@ def render_page(content: Any, rates: Sequence[tuple[str, str, str]] = ()) -> str
     timeline = read_timeline(content)
     parts = {name: _part(f"page.{name}") for name in ("html", "css", "js")}
     # As JSON has no "<" outside of texts, the element of the page cannot end early.
-    data = json.dumps(_page_data(timeline, rates), ensure_ascii=True, separators=(",", ":")).replace("<", "\\u003c")
+    values = {**_page_data(timeline), "rates": rates, "remark": remark}
+    data = json.dumps(values, ensure_ascii=True, separators=(",", ":")).replace("<", "\\u003c")
     page = parts["html"].replace("{title}", escape(_title(timeline))).replace("{css}", parts["css"])
     return page.replace("{js}", parts["js"]).replace("{data}", data)
 
@@ -72,7 +75,7 @@ def _title(timeline: Timeline) -> str:
     return f"Load of {timeline.facts.get('source') or 'a model'}"
 
 
-def _page_data(timeline: Timeline, rates: Sequence[tuple[str, str, str]]) -> dict[str, Any]:
+def _page_data(timeline: Timeline) -> dict[str, Any]:
     """Return what the page shows. Events are rows of numbers, as there may be many."""
     verdict, spent = judge(timeline), shares(timeline)
     known: Mapping[str, Any] = timeline.facts.get("shards") or {}
@@ -88,7 +91,6 @@ def _page_data(timeline: Timeline, rates: Sequence[tuple[str, str, str]]) -> dic
         "headline": verdict.headline,
         "advice": verdict.advice,
         "facts": list(_facts(timeline)),
-        "rates": rates,
         "total": timeline.total,
         "shares": [[group, seconds] for group, seconds in spent.items()],
         "threads": timeline.threads,
@@ -134,7 +136,8 @@ def _facts(timeline: Timeline) -> Iterator[tuple[str, str]]:
             yield "shards", f"{stats['shards']:,} of {len(known):,}"
         if stats["tensors"]:
             yield "tensors", f"{stats['tensors']:,}"
-        retries = f", {stats['retries']:,} of them retries" if stats["retries"] else ""
+        words = "a retry" if stats["retries"] == 1 else "retries"
+        retries = f", {stats['retries']:,} of them {words}" if stats["retries"] else ""
         requests = format_count(int(stats["requests"]), "request")
         yield "network", f"{format_size(int(stats['network_bytes']))} in {requests}{retries}"
         yield "cache", format_size(int(stats["cache_bytes"]))

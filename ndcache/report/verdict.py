@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,12 +29,17 @@ _WORDS = {
 }
 #: Below this, there is nothing to gain.
 _SHORT_SECONDS = 0.05
+#: A load that fails earlier has no limit worth a sentence.
+_FAILED_SECONDS = 1.0
 #: Workers, or cores, are busy if on average this part of them is.
 _BUSY = 0.75
 #: Several workers may share a file that is larger than this; see `sources.downloads`.
 _SHARED_FILE_BYTES = 64 << 20
 #: Files that are smaller than this on average cost their number, not their bytes.
 _SMALL_FILE_BYTES = 1 << 20
+_MANY_FILES = 32
+#: With fewer cores, `processes="auto"` means one process.
+_CORES_FOR_PROCESSES = 8
 
 
 @dataclass(frozen=True)
@@ -64,21 +70,23 @@ def judge(timeline: Timeline) -> Verdict:
         return Verdict(REST, "Nothing was loaded.")
     spent, total = shares(timeline), timeline.total
     limit = max(spent, key=lambda group: spent[group])
-    if total < _SHORT_SECONDS:
+    is_failed = timeline.facts.get("outcome") in ("failed", "stopped")
+    if total < _SHORT_SECONDS and not is_failed:
         return Verdict(limit, f"{format_seconds(total)} in all: there is little to gain.")
     phase, of_group = _longest_phase(limit, timeline)
     is_own = phase in _WORDS and phase != limit and (of_group > 0.5 or limit not in _WORDS)
     subject, doing = _WORDS[phase if is_own else limit]
-    small = _small_files(timeline) if (limit, phase) == ("disk", "publish") else ""
+    small = _small_files(timeline, phase) if (limit, phase) == ("disk", "publish") else ""
     if small:
         subject, doing = "The number of files", f"writing, syncing and naming {small}"
     part = round(spent[limit] * (of_group if is_own else 1) * 100 / total)
     share = f"{part} % of {format_seconds(total)} {doing}."
-    if timeline.facts.get("outcome") in ("failed", "stopped"):
-        return Verdict(limit, f"Until then: {share}")
+    if is_failed:
+        return Verdict(limit, f"Until then: {share}" if total >= _FAILED_SECONDS else "")
     verb = "were" if phase == "backoff" else "was"
+    was_limit = f"{verb} the limit" if part >= 50 or limit == REST else "took the largest part of the time"
     advice = tuple(_advice_for_small_files(timeline) if small else _advice(limit, phase if is_own else "", timeline))
-    return Verdict(limit, f"{subject} {verb} the limit: {share}", advice, f"It spent {share}")
+    return Verdict(limit, f"{subject} {was_limit}: {share}", advice, f"It spent {share}")
 
 
 def _longest_phase(group: str, timeline: Timeline) -> tuple[str, float]:
@@ -90,6 +98,9 @@ def _longest_phase(group: str, timeline: Timeline) -> tuple[str, float]:
 
 def _advice(limit: str, phase: str, timeline: Timeline) -> Iterator[str]:
     is_download = any(event.phase == "network" for event in timeline.events)
+    if limit in ("hash", "decode") and (others := _busy_elsewhere(timeline)):
+        yield others
+        return
     match limit, phase:
         case "network", _:
             yield from _advice_for_network(timeline)
@@ -101,8 +112,10 @@ def _advice(limit: str, phase: str, timeline: Timeline) -> Iterator[str]:
             yield "The logger ndcache has the error of each try."
         case "lock", _:
             yield "Processes that load the same model share one download: nothing is lost."
-        case "hash", _ if is_download:
+        case "hash", _ if is_download and _may_have_processes(timeline):
             yield 'Digests take CPU: processes="auto" lets more cores download and check.'
+        case "hash", _ if is_download:
+            yield 'Digests take CPU. verify="never" compares only sizes, and would not notice wrong bytes.'
         case "hash", _:
             yield 'verify="download", the default, checks what is cached only when it is downloaded.'
         case "disk", _ if is_download:
@@ -111,6 +124,8 @@ def _advice(limit: str, phase: str, timeline: Timeline) -> Iterator[str]:
             yield "Put the model on a faster disk. A second load is faster if the system keeps the files in memory."
         case "decode", _:
             yield "decode=False leaves bfloat16 as it is, which a GPU expands itself; copy=False maps files if it can."
+        case "rest", _ if files := _small_files(timeline):
+            yield f"There are {files}: fewer, larger shards would help."
         case _, "open_device":
             yield "A process that loads again opens it faster."
         case "device", _ if (seconds := _seconds(timeline, "memory_limit")) > timeline.total / 4:
@@ -145,6 +160,9 @@ def _advice_for_network(timeline: Timeline) -> Iterator[str]:
         yield f"{format_count(useful, 'file')} came from the network, for {workers} workers: more would not help."
     elif cores and busy_cores >= _BUSY * cores:
         yield f"{busy_cores:.1f} cores were busy, of {cores}: more workers would hardly help."
+    elif useful is not None and useful < 2 * workers and mean < _BUSY * workers and _most_running(network) >= workers:
+        yield f"{useful} files came from the network, for {workers} workers: the last ones came alone."
+        yield f"With max_workers={-(-useful // processes)}, all would come at once."
     elif mean >= _BUSY * workers:
         most = min(2 * workers, useful or 2 * workers)
         yield (
@@ -155,13 +173,26 @@ def _advice_for_network(timeline: Timeline) -> Iterator[str]:
         yield f"{mean:.1f} of {workers} workers were busy on average: more would not help."
 
 
-def _small_files(timeline: Timeline) -> str:
-    """Return how many files got their names, and how small they are; nothing if they are not small."""
+def _may_have_processes(timeline: Timeline) -> bool:
+    """Return whether `processes="auto"` could start some."""
+    return not timeline.facts.get("processes") and int(timeline.facts.get("cores") or 0) >= _CORES_FOR_PROCESSES
+
+
+def _busy_elsewhere(timeline: Timeline) -> str:
+    """Return a sentence if threads had work for the CPU and did not get it."""
+    cores, busy = int(timeline.facts.get("cores") or 0), _busy_cores(timeline)
+    had_work = (_seconds(timeline, "hash") + _seconds(timeline, "decode")) / timeline.total
+    if not busy or busy >= min(cores, had_work) / 2:
+        return ""
+    return f"It got {busy:.1f} of {cores} cores, and had work for more: other programs may have kept them busy."
+
+
+def _small_files(timeline: Timeline, phase: str | None = None) -> str:
+    """Return how many files there are, or have this phase, and how small they are; nothing if few, or not small."""
     shards = timeline.facts.get("shards") or {}
-    sizes = [
-        int(shards[event.file][0]) for event in timeline.events if event.phase == "publish" and event.file in shards
-    ]
-    if len(sizes) < 2 or sum(sizes) >= _SMALL_FILE_BYTES * len(sizes):
+    files = [event.file for event in timeline.events if event.phase == phase] if phase else list(shards)
+    sizes = [int(shards[file][0]) for file in files if file in shards]
+    if len(sizes) < _MANY_FILES or sum(sizes) >= _SMALL_FILE_BYTES * len(sizes):
         return ""
     return f"{format_count(len(sizes), 'file')} of {format_size(sum(sizes) / len(sizes))} on average"
 
@@ -191,6 +222,12 @@ def _seconds(timeline: Timeline, phase: str) -> float:
     """Return the seconds of a phase, also as a part of others."""
     whole = sum(event.end - event.start for event in timeline.events if event.phase == phase)
     return whole + sum(event.parts.get(phase, 0.0) for event in timeline.events)
+
+
+def _most_running(events: Sequence[Event]) -> int:
+    """Return how many of these events run at once at most."""
+    steps = sorted(step for event in events for step in ((event.start, 1), (event.end, -1)))
+    return max(itertools.accumulate(step for _, step in steps), default=0)
 
 
 def _mean_running(events: Sequence[Event]) -> float:

@@ -50,6 +50,7 @@ def test_it_measures_beside_a_load_and_leaves_nothing(
     assert [received.count(name) for name in shards] == [2] * 3  # for the load, and for the network alone
     (data,) = re.findall(r'<script[^>]* id="data">(.*?)</script>', page.read_text("utf-8"), re.S)
     assert [row[0] for row in json.loads(data)["rates"]] == NAMES
+    assert json.loads(data)["remark"] in result.stdout
     assert list(cache.iterdir()) == []
 
 

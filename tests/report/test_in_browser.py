@@ -111,5 +111,5 @@ def test_ten_thousand_shards_respond(browser: Browser, tmp_path: Path) -> None:
     )
     assert browser.cpu_seconds() - before < 1
     assert len(rows(browser)) == 100
-    assert "of 10000 shards" in browser.run("return document.getElementById('count').textContent")
+    assert "of 10,000 shards" in browser.run("return document.getElementById('count').textContent")
     assert browser.messages() == []

@@ -226,6 +226,45 @@ def test_the_longest_phase_of_the_limit_is_named() -> None:
     assert found.headline == "The device was the limit: 90 % of 20 s making tensors on it."
 
 
+def test_the_last_files_came_alone() -> None:
+    rows, shards = network(5, at_once=4), {str(index): [99, "", ""] for index in range(5)}
+    found = judge(read_timeline(trace(rows, shards=shards, workers=4)))
+    assert found.advice[-2:] == (
+        "5 files came from the network, for 4 workers: the last ones came alone.",
+        "With max_workers=5, all would come at once.",
+    )
+
+
+@pytest.mark.parametrize(
+    ("facts", "advice"),
+    [
+        ({"cores": 2, "cpu_seconds": 9.0}, 'verify="never"'),
+        ({"cores": 8, "cpu_seconds": 9.0}, 'processes="auto"'),
+        ({"cores": 8, "cpu_seconds": 9.0, "processes": 2}, 'verify="never"'),
+        ({"cores": 2, "cpu_seconds": 1.0}, "It got 0.2 of 2 cores, and had work for more"),
+    ],
+)
+def test_advice_about_digests(facts: dict[str, Any], advice: str) -> None:
+    rows: list[Row] = [("network", 1, 0, 1, {}), ("hash", 1, 1, 6, {}), ("hash", 2, 1, 6, {})]
+    assert advice in judge(read_timeline(trace(rows, workers=2, **facts))).advice[-1]
+
+
+def test_a_load_that_fails_at_once_has_no_limit() -> None:
+    assert judge(read_timeline(trace([("backoff", 1, 0, 0.5, {})], outcome="failed"))).headline == ""
+
+
+def test_less_than_half_of_the_time_is_no_limit() -> None:
+    rows: list[Row] = [("network", 1, 0, 4, {}), ("decode", 1, 4, 7, {}), ("read", 1, 7, 10, {})]
+    found = judge(read_timeline(trace(rows)))
+    assert found.headline == "The network took the largest part of the time: 40 % of 10 s waiting for bytes."
+
+
+def test_many_small_files_from_the_cache() -> None:
+    shards = {str(index): [4096, "cache", "md5"] for index in range(40)}
+    found = judge(read_timeline(trace([("read", 1, 9, 10, {})], shards=shards)))
+    assert found.advice == ("There are 40 files of 4.0 KiB on average: fewer, larger shards would help.",)
+
+
 def test_workers_may_share_a_large_file() -> None:
     rows = [(name, tid, start, end, {**args, "file": "0"}) for name, tid, start, end, args in network(8, at_once=4)]
     found = judge(read_timeline(trace(rows, shards={"0": [1 << 30, "", ""]}, workers=4)))
@@ -235,16 +274,16 @@ def test_workers_may_share_a_large_file() -> None:
 @pytest.mark.parametrize(
     ("nbytes", "cpu_seconds", "headline", "advice"),
     [
-        (4096, 9.0, "The number of files was the limit: 100 % of 10 s writing, syncing and naming", "hardly help"),
-        (4096, 1.0, "The number of files was the limit: 100 % of 10 s writing, syncing and naming", "larger shards"),
-        (4 << 20, 1.0, "The disk was the limit: 100 % of 10 s", "faster disk"),
+        (4096, 36.0, "The number of files was the limit: 100 % of 40 s writing, syncing and naming", "hardly help"),
+        (4096, 1.0, "The number of files was the limit: 100 % of 40 s writing, syncing and naming", "larger shards"),
+        (4 << 20, 1.0, "The disk was the limit: 100 % of 40 s", "faster disk"),
     ],
 )
 def test_many_small_files_are_not_called_a_slow_disk(
     nbytes: int, cpu_seconds: float, headline: str, advice: str
 ) -> None:
-    rows: list[Row] = [("publish", 1, float(index), index + 1.0, {"file": str(index)}) for index in range(10)]
-    shards = {str(index): [nbytes, "", ""] for index in range(10)}
+    rows: list[Row] = [("publish", 1, float(index), index + 1.0, {"file": str(index)}) for index in range(40)]
+    shards = {str(index): [nbytes, "", ""] for index in range(40)}
     network: Row = ("network", 2, 0, 0.001, {"file": "0", "nbytes": 9})
     found = judge(read_timeline(trace([network, *rows], shards=shards, cpu_seconds=cpu_seconds, cores=2)))
     assert found.headline.startswith(headline)

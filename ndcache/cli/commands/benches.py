@@ -20,7 +20,7 @@ from ..options import (
     source_argument,
 )
 from ..output import print_json, print_table, say
-from ..show.benches import bench_json, bench_rows, limit_sentence, page_rates
+from ..show.benches import bench_json, bench_rows, limit_sentence, page_rates, rates_sentence
 
 __all__ = ["bench"]
 
@@ -64,7 +64,7 @@ def bench(
                 say=say if not quiet else lambda line: None,
             )
         if report is not None:  # the load has written one without the rates
-            write_text(Path(report), render_page(found.trace, list(page_rates(found))))
+            write_text(Path(report), render_page(found.trace, list(page_rates(found)), rates_sentence(found)))
     if as_json:
         print_json(bench_json(source, found))
     else:

@@ -11,7 +11,7 @@ from ..bench.rates import BenchReport, Rate
 from ..values import locate_source
 from .devices import device_words
 
-__all__ = ["bench_json", "bench_rows", "limit_sentence", "page_rates"]
+__all__ = ["bench_json", "bench_rows", "limit_sentence", "page_rates", "rates_sentence"]
 
 _SUBJECTS = {
     "network": "the network gives",
@@ -42,11 +42,20 @@ def page_rates(report: BenchReport) -> Iterator[tuple[str, str, str]]:
 
 
 def limit_sentence(report: BenchReport) -> str:
-    """Return what limited the load, in words."""
-    limit, nearest, verdict = report.limit, report.nearest, judge(read_timeline(report.trace))
+    """Return what limited the load, in words, or what it spent its time on."""
+    found = rates_sentence(report)
+    if report.limit is None:
+        verdict = judge(read_timeline(report.trace))
+        found = " ".join((found, verdict.spent or verdict.headline, *verdict.advice))
+    return found
+
+
+def rates_sentence(report: BenchReport) -> str:
+    """Return which of the rates limited the load, in words."""
+    limit, nearest = report.limit, report.nearest
     if limit is None:
         most = f": the load used at most {_percent(nearest)}, of what {_SUBJECTS[nearest.name]}" if nearest else ""
-        return " ".join((f"None of them was the limit{most}.", verdict.spent or verdict.headline, *verdict.advice))
+        return f"None of them was the limit{most}."
     is_own = limit.name == "network" and report.is_limited
     name = "--limit-rate" if is_own else f"The {limit.name.partition(',')[0]}"
     gives = "it lets through" if is_own else _SUBJECTS[limit.name]

@@ -23,7 +23,9 @@ def load_facts(source: str, device: str, weights: Weights[Any]) -> Iterator[tupl
     rate = stats.gb_per_second * 1e9 / 2**20
     yield "time", f"{stats.seconds['total']:.2f} s, {rate:,.1f} MiB/s"
     if location.is_remote:
-        retries = f", {stats.retries:,} of them retries" if stats.retries else ""
+        retries = (
+            f", {stats.retries:,} of them {'a retry' if stats.retries == 1 else 'retries'}" if stats.retries else ""
+        )
         requests = format_count(stats.requests, "request")
         yield "from network", f"{format_size(stats.network_bytes)} in {requests}{retries}"
     if stats.resumed_bytes:
