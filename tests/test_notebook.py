@@ -3,7 +3,7 @@ r"""The notebook among the examples runs, and its outputs are those of a run; ba
 To renew the outputs::
 
     python -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False \
-        examples/notebook.ipynb
+        --ExecutePreprocessor.store_widget_state=False examples/notebook.ipynb
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ import pytest
 
 import ndcache
 
+from .helpers.models import simple_model
 from .helpers.requirements import need_module
+from .helpers.servers import FileServer
 
 _NOTEBOOK = Path(__file__).parent.parent / "examples" / "notebook.ipynb"
 
@@ -39,6 +42,7 @@ class Stream:
         raise AssertionError(f"standard error is not for bars: {text}")
 
 import sys
+sys.modules["ipywidgets"] = None
 shell = InteractiveShell.instance(display_pub_class=Publisher)
 shell.kernel = object()
 errors, sys.stderr = sys.stderr, Stream()
@@ -58,6 +62,37 @@ Reporter(True, [1 << 20], cache_only=True, model="host/cached").close(is_done=Tr
 sys.stderr = errors
 print(json.dumps(shell.display_pub.outputs))
 """
+
+
+# The cells of a notebook.
+_CELLS = [
+    """
+import sys, warnings
+if {is_hidden}:
+    sys.modules["ipywidgets"] = None
+import ndcache
+from ndcache.progress import notebook
+warnings.simplefilter("error")
+notebook._SECONDS = 0.0
+def fetch(name, **options):
+    ndcache.fetch("{url}" + name, cache_dir="cache", progress=True, **options)
+fetch("model")
+""",
+    """
+ndcache.load("{url}model", cache_dir="cache", progress=True);
+""",
+    """
+from concurrent.futures import ThreadPoolExecutor
+with ThreadPoolExecutor() as executor:
+    list(executor.map(fetch, ["a/other", "b/other"]))
+""",
+    """
+fetch("bad", retries=0, max_workers=1)
+""",
+    """
+"hidden" if {is_hidden} else __import__("ipywidgets").Widget.get_manager_state()["state"]
+""",
+]
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -83,22 +118,28 @@ def _text(output: dict[str, Any]) -> str:
     return re.sub(r"\d[\d,.]* (ms|s|MiB/s)(?=$|,)", r"some time", text, flags=re.MULTILINE)
 
 
-@pytest.mark.once
-def test_the_notebook_has_the_outputs_of_a_run(tmp_path: Path) -> None:
+def execute(notebook: Path, folder: Path) -> str:
+    """Return a notebook with the outputs of a run."""
     need_module("nbconvert")
     need_module("ipykernel")
-    command = ["nbconvert", "--to", "notebook", "--execute", "--stdout", "--log-level", "ERROR", str(_NOTEBOOK)]
+    need_module("ipywidgets")
+    command = ["nbconvert", "--to", "notebook", "--execute", "--stdout", "--log-level", "ERROR", str(notebook)]
     done = subprocess.run(
         [sys.executable, "-m", *command],
-        env=environment(tmp_path),
-        cwd=tmp_path,
+        env=environment(folder),
+        cwd=folder,
         check=False,
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    found = outputs(done.stdout)
+    return done.stdout
+
+
+@pytest.mark.once
+def test_the_notebook_has_the_outputs_of_a_run(tmp_path: Path) -> None:
+    found = outputs(execute(_NOTEBOOK, tmp_path))
     assert found == outputs(_NOTEBOOK.read_text("utf-8"))
     (fetched,), (mapped,), (table,), (names,), (stats,), (no_tensor,), (offline,), _ = found[1:]
     assert fetched[1] == "Fetched tiny-model: 16.0 MiB in 17 shards, some time, some time"
@@ -115,6 +156,36 @@ def test_the_notebook_has_no_path_of_a_machine() -> None:
     text = _NOTEBOOK.read_text("utf-8")
     assert not re.search(r"site-packages|/(home|root|tmp|usr|work)\b", text)
     assert not any(".py" in shown for cell in outputs(text) for _, shown in cell)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("is_hidden", [False, True], ids=["with ipywidgets", "without ipywidgets"])
+def test_bars_of_a_kernel(tmp_path: Path, serve: Callable[..., FileServer], is_hidden: bool) -> None:
+    """A kernel says what a page would get; of a widget, it keeps the last state."""
+    for index, name in enumerate(("model", "a/other", "b/other", "bad")):
+        simple_model(tmp_path / "www" / name, shards=3, seed=10 * index)
+    (tmp_path / "www" / "bad" / "params_shard_2.bin").unlink()
+    server = serve(tmp_path / "www")
+    values = {"url": server.url, "is_hidden": is_hidden}
+    cells: list[dict[str, Any]] = [
+        {"cell_type": "code", "execution_count": None, "metadata": {}, "outputs": [], "source": cell.format(**values)}
+        for cell in _CELLS
+    ]
+    cells[3]["metadata"] = {"tags": ["raises-exception"]}
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python", "language": "python"}}
+    path = tmp_path / "bars.ipynb"
+    path.write_text(json.dumps({"cells": cells, "metadata": kernel, "nbformat": 4, "nbformat_minor": 4}))
+    executed = execute(path, tmp_path)
+    (fetched,), (mapped,), others, (failed, (kind, error)), (left,) = outputs(executed)
+    assert fetched == ("display_data", "Fetched model: 192.0 KiB in 3 shards, some time, some time")
+    assert mapped == ("display_data", "Mapped model: 192.0 KiB in 3 shards, some time")
+    names = {text.partition(":")[0].removeprefix("Fetched ") for _, text in others}
+    assert names in ({"other", "a/other"}, {"other", "b/other"})
+    assert failed[0] == "display_data"
+    assert re.fullmatch(r"bad +\d+%  .*/192\.0 KiB  .*\d/3 shards", failed[1])
+    assert (kind, "NotFoundError" in error) == ("error", True)
+    assert left[1] == ("'hidden'" if is_hidden else "{}")  # all parts of all widgets are closed
+    assert ("FloatProgressModel" in executed) is not is_hidden
 
 
 @pytest.mark.once

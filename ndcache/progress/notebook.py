@@ -1,4 +1,8 @@
-"""A bar in a Jupyter notebook: one output of the cell, which each report replaces. It needs no widgets."""
+"""A bar in a Jupyter notebook: one output of the cell, which becomes one line at the end.
+
+With ipywidgets, it is a widget, which tqdm draws. Without it, tqdm would print text, of which the notebook's file keeps
+each step, and in which several bars at once cannot be told apart. So each report replaces the output instead.
+"""
 
 from __future__ import annotations
 
@@ -25,20 +29,32 @@ class NotebookBar:
     """
 
     def __init__(self, report: ProgressReport) -> None:
+        from .widget import WidgetBar  # imports ipywidgets, if it is installed
+
         self._report = report
         self._shown = time.monotonic()
-        self._display = _display(_content(report), display_id=True)
+        self._widget = WidgetBar(report) if WidgetBar.can_be_drawn() else None
+        if self._widget is None:
+            self._output = _display(_content(report), raw=True)
+        else:
+            self._output = _display(self._widget.container)
 
     def show(self, report: ProgressReport) -> None:
         """Draw a report."""
         self._report = report
-        if (now := time.monotonic()) - self._shown >= _SECONDS:
-            self._shown = now
-            self._display.update(_content(report), raw=True)
+        if (now := time.monotonic()) - self._shown < _SECONDS:
+            return
+        self._shown = now
+        if self._widget is None:
+            self._output.update(_content(report), raw=True)
+        else:
+            self._widget.show(report)
 
     def finish(self, line: str) -> None:
         """Put a line in the place of the bar."""
-        self._display.update({"text/plain": line}, raw=True)
+        self._output.update({"text/plain": line}, raw=True)
+        if self._widget is not None:
+            self._widget.close()
 
     def close(self) -> None:
         """Leave the last report in the place of the bar."""
@@ -50,7 +66,7 @@ class NotebookBar:
 
 def show_line(line: str) -> None:
     """Show a line in the output of a cell. On standard error, it would look like an error."""
-    _display({"text/plain": line})
+    _display({"text/plain": line}, raw=True)
 
 
 def is_notebook(file: TextIO) -> bool:
@@ -61,10 +77,10 @@ def is_notebook(file: TextIO) -> bool:
     return getattr(shell, "kernel", None) is not None and not is_redirected
 
 
-def _display(content: dict[str, str], **options: Any) -> Any:
+def _display(content: object, **options: Any) -> Any:
     from IPython.display import display
 
-    return display(content, raw=True, **options)
+    return display(content, display_id=True, **options)
 
 
 def _content(report: ProgressReport) -> dict[str, str]:
