@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ...errors import NdcacheError
@@ -19,14 +20,19 @@ _MOST_SECONDS = 10.0
 #: The second measurement has this many times as many connections as the load, but no more than so many.
 _TIMES = 4
 _MOST_CONNECTIONS = 64
+#: Several workers may share a file that is larger than this; see `sources.downloads`.
+_SHARED_FILE_BYTES = 64 << 20
 #: A process that keeps this much of a core busy may have no time to receive more.
 _BUSY = 0.75
 
 
 def network_rates(
-    loader: Loader, source: str, names: NameFilter, trace: Any, used: Used, *, is_limited: bool
+    loader: Loader, source: str, names: NameFilter, trace: Any, sizes: Sequence[int], used: Used, *, is_limited: bool
 ) -> list[Rate]:
-    """Return the rates of the network; none if the source is local."""
+    """Return the rates of the network; none if the source is local.
+
+    More connections than a load could use, given the sizes of the files, are not tried.
+    """
     facts = trace["otherData"]
     workers = int(facts["workers"])
     connections = workers * int(facts.get("processes") or 1)
@@ -44,7 +50,8 @@ def network_rates(
     if found is None:
         return []
     first = _rate(found, used, ", within --limit-rate" if is_limited else "")
-    most = min(connections * _TIMES, _MOST_CONNECTIONS)
+    useful = _MOST_CONNECTIONS if max(sizes, default=0) > _SHARED_FILE_BYTES else len(sizes)
+    most = min(connections * _TIMES, _MOST_CONNECTIONS, useful)
     if is_limited or first.is_least or found.connections < connections or most <= connections:
         return [first]
     try:

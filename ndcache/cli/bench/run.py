@@ -75,7 +75,7 @@ def run_bench(
         )
     trace = json.loads(path.read_bytes())
     say("measuring the network")
-    network = network_rates(loader, source, wanted, trace, used, is_limited=is_limited)
+    network = network_rates(loader, source, wanted, trace, sizes, used, is_limited=is_limited)
     say("measuring the disk")
     disk = disk_rates(folder, sizes, local, int(trace["otherData"]["workers"]), used, in_memory)
     say("measuring the device")
