@@ -21,6 +21,7 @@ from ..errors import (
     UnsafePathError,
 )
 from ..files.folder import is_gone
+from ..format.safetensors.index import is_safetensors
 from ..http.retry import RetryPolicy
 from ..sources.client import Client
 from ..sources.downloads.download import Downloader
@@ -42,7 +43,6 @@ from .rules import (
     config_name,
     is_pattern,
     is_refused,
-    is_safetensors,
     is_usual,
     matches,
     tokenizer_files,

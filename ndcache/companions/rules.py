@@ -15,6 +15,8 @@ from typing import Any
 
 from ..errors import ManifestSyntaxError, NotFoundError, UnsafePathError
 from ..format.paths import check_path, collision_key
+from ..format.safetensors.index import INDEX_SUFFIX
+from ..location import NDARRAY_CACHE_NAMES
 
 __all__ = [
     "CHAT_CONFIG",
@@ -28,7 +30,6 @@ __all__ = [
     "config_name",
     "is_pattern",
     "is_refused",
-    "is_safetensors",
     "is_usual",
     "matches",
     "tokenizer_files",
@@ -47,6 +48,8 @@ TRANSFORMERS_FILES = (
 MAX_FILE_BYTES, MAX_INCLUDED_BYTES = 64 << 20, 64 << 30
 
 _USUAL = ("*.json", "*.txt", "*.model", "*.jinja")
+#: Manifests of other models in the same directory. One without its weights would keep the directory from being loaded.
+_MANIFESTS = (*NDARRAY_CACHE_NAMES, f"*{INDEX_SUFFIX}")
 #: Code, archives, and weights in other formats, some of which run code when they are loaded.
 _REFUSED = re.compile(
     r".*\.(py[a-z]?|so|dll|dylib|sh|exe|pkl|pickle|joblib|dill|pt|pth|ckpt|bin|npy|npz|h5|hdf5|keras|msgpack|onnx"
@@ -61,11 +64,6 @@ class NoListingError(ValueError):
     """No listing of a model's files exists to match a pattern with."""
 
 
-def is_safetensors(manifest_name: str) -> bool:
-    """Return whether a model's weights are in safetensors files, by the name of its manifest."""
-    return manifest_name.endswith((".safetensors", ".safetensors.index.json"))
-
-
 def is_refused(name: str) -> bool:
     """Return whether a file is fetched only if the caller names it, or its suffix: code, pickles and other weights."""
     return _REFUSED.fullmatch(name) is not None
@@ -73,7 +71,7 @@ def is_refused(name: str) -> bool:
 
 def is_usual(name: str) -> bool:
     """Return whether a file of a listing is a companion by its name: it lies beside the weights, and is a text."""
-    return "/" not in name and not is_refused(name) and matches(name, _USUAL)
+    return "/" not in name and not is_refused(name) and matches(name, _USUAL) and not matches(name, _MANIFESTS)
 
 
 def is_pattern(text: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import ndcache
@@ -12,6 +13,7 @@ from ndcache.companions.rules import is_usual
 
 from ..helpers.companions import mlc_model
 from ..helpers.hub import COMMIT, HubServer
+from ..helpers.tensor_files import write_files
 
 
 @pytest.fixture
@@ -80,7 +82,25 @@ def test_the_digest_of_a_listing_or_a_redirect_is_compared(hub: HubServer, tmp_p
     [
         *((name, True) for name in ("config.json", "merges.txt", "tokenizer.model", "chat_template.jinja")),
         *((name, False) for name in ("onnx/config.json", "model.py", "pytorch_model.bin", "README.md", "x.pkl")),
+        *((name, False) for name in ("tensor-cache.json", "ndarray-cache.json", "model.fp16.safetensors.index.json")),
     ],
 )
 def test_companions_of_a_safetensors_repository(name: str, is_companion: bool) -> None:
     assert is_usual(name) is is_companion
+
+
+def test_the_manifest_of_another_model_in_the_repository_is_no_companion(hub: HubServer, tmp_path: Path) -> None:
+    """It would hide the model that was fetched, and in the cache the other model would lose its shards."""
+    arrays = {name: np.arange(4, dtype=np.float32) for name in ("a", "b")}
+    write_files(hub.directory, arrays, 2)
+    shard = "hf://owner/model/model-00001-of-00002.safetensors"
+    with ndcache.load("hf://owner/model"):
+        pass
+    with ndcache.load(shard) as weights:
+        assert list(weights) == ["a"]
+    assert ndcache.is_cached("hf://owner/model"), "the cache still has the shards of the other model"
+    directory = ndcache.fetch(shard, local_dir=tmp_path / "mine")
+    assert list(ndcache.load(directory)) == ["a"]
+    assert ndcache.verify(directory).ok
+    copied = ndcache.fetch(directory / "model-00001-of-00002.safetensors", local_dir=tmp_path / "copy")
+    assert list(ndcache.load(copied)) == ["a"]
