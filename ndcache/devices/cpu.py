@@ -125,8 +125,7 @@ class CpuUpload(Upload[list[Array], Array]):
     def _make_arrays(self, file: BinaryIO, segment: Segment, records: Sequence[Record]) -> list[Array]:
         shard = segment.shard
         with self._stats.timed("read", file=shard.data_path):
-            if not segment.is_early:
-                check_size(file, shard)  # reading past the end of a map would kill the process
+            check_size(file, segment)  # reading past the end of a map would kill the process
             pages = self._map(file, segment)
             pieces = (
                 read_records(file, records, shard, writable=self._writable) if pages is None else [pages] * len(records)
@@ -137,8 +136,7 @@ class CpuUpload(Upload[list[Array], Array]):
 
     def _fill(self, file: BinaryIO, segment: Segment) -> None:
         """Read the records that go into memory of the caller's."""
-        if not segment.is_early:
-            check_size(file, segment.shard)
+        check_size(file, segment)
         with self._stats.timed("read", file=segment.shard.data_path):
             for record in segment.records:
                 if (destination := self._into.get(record.name)) is not None:

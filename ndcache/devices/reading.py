@@ -14,6 +14,7 @@ import numpy.typing as npt
 from ..errors import SizeMismatchError
 from ..format.manifest import Record, Shard
 from ..format.numpy_dtypes import DTYPES
+from .segments import Segment
 
 __all__ = ["check_size", "read_into", "read_record", "read_records"]
 
@@ -27,11 +28,11 @@ _ALIGNMENT = 64
 _position_lock = threading.Lock()
 
 
-def check_size(file: BinaryIO, shard: Shard) -> None:
-    """Raise `SizeMismatchError` unless the file has the size in the manifest."""
+def check_size(file: BinaryIO, segment: Segment) -> None:
+    """Raise `SizeMismatchError` unless the file of a segment has the size in the manifest, or is still downloaded."""
     size = os.fstat(file.fileno()).st_size
-    if size != shard.nbytes:
-        raise _wrong_size(file, shard, size)
+    if size != segment.shard.nbytes and not segment.is_early:
+        raise _wrong_size(file, segment.shard, size)
 
 
 def read_records(
@@ -157,8 +158,9 @@ def read_record(
 
 
 def _wrong_size(file: BinaryIO, shard: Shard, size: int) -> SizeMismatchError:
+    name = file.name if isinstance(file.name, str) else "the file"  # the cache's are opened by descriptors
     return SizeMismatchError(
-        f"{file.name} has {size:,} bytes where the manifest says {shard.nbytes:,}",
+        f"{name} has {size:,} bytes where the manifest says {shard.nbytes:,}",
         shard=shard.data_path,
         expected=shard.nbytes,
         received=size,

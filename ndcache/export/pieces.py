@@ -67,7 +67,7 @@ class PieceUpload(Upload[list[Bytes], Bytes]):
 
     def stage(self, file: BinaryIO, segment: Segment) -> list[Bytes]:
         shard, records = segment.shard, segment.records
-        check_size(file, shard)
+        check_size(file, segment)
         with self._stats.timed("read", file=shard.data_path, nbytes=segment.nbytes):
             if segment.part is not None:
                 start, end = segment.part

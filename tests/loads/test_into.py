@@ -232,9 +232,9 @@ def test_row_84_a_local_file_that_shrinks_leaves_its_tensor_undefined(
 ) -> None:
     arrays = models.simple_model(model)
 
-    def cut(file: Any, shard: ndcache.Shard) -> None:
-        check_size(file, shard)
-        if shard.data_path == "params_shard_2.bin":
+    def cut(file: Any, segment: Any) -> None:
+        check_size(file, segment)
+        if segment.shard.data_path == "params_shard_2.bin":
             os.truncate(file.name, 1000)
 
     monkeypatch.setattr(cpu_module, "check_size", cut)

@@ -22,6 +22,7 @@ from ndcache.devices import segments
 from ndcache.devices.cpu import CpuDevice, CpuUpload
 from ndcache.devices.gpu.device import GpuDevice
 from ndcache.devices.torch.cpu import TorchCpuDevice
+from ndcache.export.pieces import PieceDevice, PieceUpload
 from ndcache.sources.downloads import download
 from ndcache.store.directory import ModelDirectory
 
@@ -39,7 +40,7 @@ Arrays: TypeAlias = "dict[str, np.ndarray[Any, Any]]"
 
 @pytest.fixture(autouse=True)
 def _small_segments(monkeypatch: pytest.MonkeyPatch) -> None:
-    for kind in (CpuDevice, GpuDevice, TorchCpuDevice):
+    for kind in (CpuDevice, GpuDevice, TorchCpuDevice, PieceDevice):
         monkeypatch.setattr(kind, "segment_bytes", SEGMENT)
 
 
@@ -171,6 +172,23 @@ def test_a_file_of_usual_size_comes_in_segments(
     monkeypatch.setattr(CpuUpload, "stage", note)
     assert_tensors(dict(ndcache.stream(served.url)), served.arrays)
     assert staged == [8], "a cached file is one segment"
+
+
+@pytest.mark.parametrize("kind", ["NDArray", "safetensors"])
+def test_a_file_is_converted_while_it_comes(
+    tmp_path: Path, scripted: ScriptedServer, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    served, stage, were_early = origin(scripted, tmp_path / "model", kind), PieceUpload.stage, list[bool]()
+
+    def note(upload: Any, file: Any, segment: Any) -> Any:
+        were_early.append(segment.is_early)
+        served.go.set()
+        return stage(upload, file, segment)
+
+    monkeypatch.setattr(PieceUpload, "stage", note)
+    ndcache.convert(served.url, tmp_path / "out.npz")
+    assert were_early[0]
+    assert_tensors(dict(np.load(tmp_path / "out.npz")), served.arrays)
 
 
 @pytest.mark.parametrize("options", [{"max_workers": 1}, {"processes": 2}, {"cache_dir": os.devnull + "/cache"}])

@@ -84,8 +84,7 @@ class GpuUpload(Upload[StagedSegment, GPUTensor]):
             self._maker.request(segment)
 
     def stage(self, file: BinaryIO, segment: Segment) -> StagedSegment:
-        if not segment.is_early:
-            check_size(file, segment.shard)
+        check_size(file, segment)
         with translated_errors():
             lent = [self._into.get(record.name) for record in segment.records]
             staged = StagedSegment(self._maker.request(segment), [0 if each is None else each.start for each in lent])

@@ -82,8 +82,7 @@ class CudaUpload(Upload[StagedSegment, "torch.Tensor"]):
                 raise
 
     def stage(self, file: BinaryIO, segment: Segment) -> StagedSegment:
-        if not segment.is_early:
-            check_size(file, segment.shard)
+        check_size(file, segment)
         with translated_errors(self._api.device):
             lane = self._lane()
             self._in_use.add(staged := StagedSegment(self._tensors(segment), lane))

@@ -74,9 +74,9 @@ def test_a_file_that_shrinks_while_it_is_staged_is_refused(
 ) -> None:
     models.simple_model(tmp_path, shards=2)
 
-    def cut(file: Any, shard: Any) -> None:
-        check_size(file, shard)
-        os.truncate(tmp_path / shard.data_path, 5)
+    def cut(file: Any, segment: Any) -> None:
+        check_size(file, segment)
+        os.truncate(tmp_path / segment.shard.data_path, 5)
 
     monkeypatch.setattr(upload_module, "check_size", cut)
     watch = BufferWatch(gpu, monkeypatch)
