@@ -19,7 +19,8 @@ from datetime import timedelta
 from itertools import groupby
 from pathlib import Path
 
-from .caller import public
+from .arguments import check_path
+from .caller import PublicFrame, name_in_tracebacks, public
 from .errors import redact
 from .loader import Loader
 from .loaders.verification import VerifyReport
@@ -210,12 +211,22 @@ def verify(
     --------
     >>> bad = [model.source for model, report in ndcache.cache.verify() if not report.ok]
     """
-    for name, found in groupby(models(scope=scope, cache_dir=cache_dir), key=lambda model: model.scope):
-        with Loader(
-            cache_dir=cache_dir, scope=name, max_workers=max_workers, progress_interval=progress_interval
-        ) as loader:
-            yield from loader._verify_cached(list(found), progress)
+    root = _root(cache_dir)
+    Loader(max_workers=max_workers, progress_interval=progress_interval).close()  # checks them
+    known = [found.model for found in find_models(root, scope)]
+
+    def check() -> Iterator[tuple[CachedModel, VerifyReport]]:
+        with PublicFrame() as __tracebackhide__:
+            for name, found in groupby(known, key=lambda model: model.scope):
+                with Loader(
+                    cache_dir=root, scope=name, max_workers=max_workers, progress_interval=progress_interval
+                ) as loader:
+                    yield from loader._verify_cached(list(found), progress)
+
+    name_in_tracebacks(check, verify.__name__)
+    return check()
 
 
 def _root(cache_dir: str | os.PathLike[str] | None) -> Path:
+    check_path("cache_dir", cache_dir, may_be_none=True)
     return cache_root(cache_dir, os.environ.get("NDCACHE_HOME"))

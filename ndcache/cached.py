@@ -62,6 +62,7 @@ def convert(
     metadata: Mapping[str, Any] | None = None,
     progress: Progress = None,
     trace: str | os.PathLike[str] | None = None,
+    report: str | os.PathLike[str] | None = None,
     max_workers: int = 8,
     processes: int | Literal["auto"] = 1,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -76,7 +77,7 @@ def convert(
     revision: str | None = None,
     mirrors: Sequence[str] = (),
     integrity: Mapping[str, str] | str | os.PathLike[str] | None = None,
-    limit_rate: float | None = None,
+    limit_rate: float | str | None = None,
     memory_limit: int = 512 << 20,
     progress_interval: float | None = None,
     cancel: threading.Event | None = None,
@@ -113,7 +114,7 @@ def convert(
         Files of a directory without any have ``{"format": "pt"}``, which transformers expects.
     progress : True, callable, or iterable of callables, optional
         See `load`.
-    trace : path-like, optional
+    trace, report : path-like, optional
         See `load`.
     {options}
 
@@ -161,7 +162,7 @@ def read_manifest(
     revision: str | None = None,
     mirrors: Sequence[str] = (),
     integrity: Mapping[str, str] | str | os.PathLike[str] | None = None,
-    limit_rate: float | None = None,
+    limit_rate: float | str | None = None,
     memory_limit: int = 512 << 20,
     progress_interval: float | None = None,
     cancel: threading.Event | None = None,
@@ -206,7 +207,7 @@ def is_cached(
     revision: str | None = None,
     mirrors: Sequence[str] = (),
     integrity: Mapping[str, str] | str | os.PathLike[str] | None = None,
-    limit_rate: float | None = None,
+    limit_rate: float | str | None = None,
     memory_limit: int = 512 << 20,
     progress_interval: float | None = None,
     cancel: threading.Event | None = None,
@@ -245,7 +246,7 @@ def verify(
     revision: str | None = None,
     mirrors: Sequence[str] = (),
     integrity: Mapping[str, str] | str | os.PathLike[str] | None = None,
-    limit_rate: float | None = None,
+    limit_rate: float | str | None = None,
     memory_limit: int = 512 << 20,
     progress_interval: float | None = None,
     cancel: threading.Event | None = None,
@@ -293,7 +294,7 @@ def delete(
     revision: str | None = None,
     mirrors: Sequence[str] = (),
     integrity: Mapping[str, str] | str | os.PathLike[str] | None = None,
-    limit_rate: float | None = None,
+    limit_rate: float | str | None = None,
     memory_limit: int = 512 << 20,
     progress_interval: float | None = None,
     cancel: threading.Event | None = None,

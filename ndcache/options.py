@@ -23,6 +23,7 @@ import requests
 from .caller import PublicFrame, name_in_tracebacks
 from .context import VerifyMode
 from .http.retry import RetryPolicy
+from .store.housekeeping.quantities import parse_rate
 
 __all__ = [
     "OPTION_NAMES",
@@ -32,7 +33,6 @@ __all__ = [
     "LoaderOptions",
     "Source",
     "TorchDeviceLike",
-    "check_flags",
     "check_keywords",
     "document_options",
     "hide_keywords",
@@ -129,6 +129,13 @@ def _are_seconds(value: Any) -> bool:
 
 def _is_positive(value: float | None) -> bool:
     return value is None or 0 < value < math.inf
+
+
+def _is_rate(value: float | str | None) -> bool:
+    try:
+        return value is None or parse_rate(value) > 0
+    except ValueError:
+        return False
 
 
 def _is_token(value: str | None) -> bool:
@@ -314,15 +321,15 @@ class LoaderOptions:
             is_valid=lambda value: _are_texts(value) if isinstance(value, Mapping) else value != "",
         ),
     )
-    limit_rate: float | None = dataclasses.field(
+    limit_rate: float | str | None = dataclasses.field(
         default=None,
         metadata=_describe(
-            "float, optional",
-            """The most bytes per second that a call receives, over all its workers and processes. Default: no
-            limit.""",
-            types=(int, float, _NoneType),
-            must_be="a positive number of bytes per second, or None",
-            is_valid=_is_positive,
+            "float or str, optional",
+            """The most bytes per second that a call receives, over all its workers and processes: a number, or a text
+            such as ``"10MB/s"``. Default: no limit.""",
+            types=(int, float, str, _NoneType),
+            must_be="bytes per second, such as 10e6 or '10MB/s', or None",
+            is_valid=_is_rate,
         ),
     )
     memory_limit: int = dataclasses.field(
@@ -410,14 +417,6 @@ def suggest_keywords(function: Callable[P, R]) -> Callable[P, R]:
 
     name_in_tracebacks(checked, function.__name__)
     return checked
-
-
-def check_flags(**flags: object) -> None:
-    """Raise a TypeError that names the first argument that is not True or False, if there is one."""
-    for name, value in flags.items():
-        if value is not True and value is not False:
-            more = "; NumPy or PyTorch converts the loaded tensors" if name == "decode" else ""
-            raise TypeError(f"{name} must be True or False, not {value!r}{more}")
 
 
 def check_keywords(function: Callable[..., Any], unknown: Iterable[str]) -> None:

@@ -21,6 +21,7 @@ from .location.hub import Login
 from .options import GPUDeviceLike, LoaderOptions, Source, TorchDeviceLike
 from .sources import open_model
 from .sources.model import Model
+from .store.housekeeping.quantities import parse_rate
 from .store.inventory import cache_scope
 from .store.layered import LocalScope
 from .trace import Trace
@@ -224,12 +225,12 @@ class LoaderResources:
 
 
 @contextmanager
-def _open_bucket(rate: float | None, handle: int | None) -> Iterator[TokenBucket | None]:
+def _open_bucket(rate: float | str | None, handle: int | None) -> Iterator[TokenBucket | None]:
     """Yield the bucket that limits a load to a rate, if there is one."""
     if rate is None:
         yield None
         return
-    with closing(TokenBucket(rate, handle)) as bucket:
+    with closing(TokenBucket(parse_rate(rate), handle)) as bucket:
         yield bucket
 
 

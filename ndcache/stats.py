@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -99,7 +98,7 @@ class LoadStats:
     seconds: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(_CALLER_PHASES + _WORKER_PHASES + _DEVICE_PHASES, 0.0)
     )
-    integrity: Counter[str] = field(default_factory=Counter)
+    integrity: dict[str, int] = field(default_factory=dict)
     checked: dict[str, str] = field(default_factory=dict)
     files: tuple[str, ...] = ()
     file_bytes: int = 0
@@ -121,7 +120,7 @@ class LoadStats:
             "time": f"{format_seconds(total)}, {format_size(self.nbytes)}, {format_rate(self.nbytes, total)}",
             "network": f"{format_size(self.network_bytes)} in {format_count(self.requests, 'request')}{retries}",
             "cache": f"{format_size(self.cache_bytes)}{resumed}",
-            "checked": format_checks(self.integrity.most_common()),
+            "checked": format_checks(self.integrity),
             "this thread": self._phases(_CALLER_PHASES),
             "workers": self._phases(_WORKER_PHASES + _DEVICE_PHASES),
         }
@@ -241,6 +240,6 @@ class LoadStats:
         self.shards += 1
         self.nbytes += nbytes
         self.cache_bytes += nbytes if from_cache else 0
-        self.integrity[checked] += 1
+        self.integrity[checked] = self.integrity.get(checked, 0) + 1
         if self._trace is not None:
             self._trace.shard_done(path, "cache" if from_cache else "network")

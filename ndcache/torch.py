@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from . import api
@@ -163,6 +164,7 @@ def load_model(
     copy: bool = False,
     progress: Progress = None,
     trace: str | os.PathLike[str] | None = None,
+    report: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> Any:
     """Load a model's weights into the parameters and buffers of a module, as its ``load_state_dict`` does.
@@ -178,7 +180,7 @@ def load_model(
     module : torch.nn.Module
         Its ``state_dict`` has the names of the model's tensors. Of tied parameters, which are the same or have the same
         memory, one name is enough; of several, the last one is loaded.
-    source, decode, progress, trace
+    source, decode, progress, trace, report
         See `load`. A module on several devices is loaded once for each of them.
     device : str or torch.device, optional
         Where tensors on ``"meta"`` go. Default: the device of the others, or the CPU.
@@ -211,13 +213,14 @@ def load_model(
     >>> ndcache.torch.load_model(module, "https://host/model/", "cuda")
     <All keys matched successfully>
     """
-    torch = import_torch()
-    if not isinstance(module, torch.nn.Module):
-        raise TypeError(f"module must be a torch.nn.Module, not {type(module).__name__}; the source comes after it")
-    check_keywords(load_model, options.keys() - OPTION_NAMES)
-    check_slices(names)
-    target = None if device is None else open_torch_device(parse_device(device)).handle
-    with PublicFrame() as __tracebackhide__, Loader(**options) as loader:
+    with PublicFrame() as __tracebackhide__, ExitStack() as stack:
+        torch = import_torch()
+        if not isinstance(module, torch.nn.Module):
+            raise TypeError(f"module must be a torch.nn.Module, not {type(module).__name__}; the source comes after it")
+        check_keywords(load_model, options.keys() - OPTION_NAMES)
+        check_slices(names)
+        target = None if device is None else open_torch_device(parse_device(device)).handle
+        loader = stack.enter_context(Loader(**options))
         manifest = loader.read_manifest(source)
         selected = {record.name: record for shard in manifest.shards_with(names) for record in shard.records}
         plan = plan_module(module, selected, target, decode=decode, strict=strict)
@@ -232,6 +235,7 @@ def load_model(
                 into=part.into,
                 progress=progress,
                 trace=trace,
+                report=report,
             )
             plan.finish(part, weights)
     # The type of PyTorch's own results has no public name.

@@ -17,10 +17,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .arguments import check_path
 from .errors import CancelledError, NdcacheError
 from .report.page import render_page, write_text
 
-__all__ = ["Trace", "tracing"]
+__all__ = ["Trace", "check_writable", "tracing"]
 
 logger = logging.getLogger("ndcache")
 
@@ -108,8 +109,7 @@ class Trace:
         facts = {"outcome": "done", **times, **self._facts}
         checked: Mapping[str, str] = {}
         if self._stats is not None:
-            # Not `asdict`, which miscounts counters before Python 3.12.
-            stats = {each.name: getattr(self._stats, each.name) for each in dataclasses.fields(self._stats)}
+            stats = dataclasses.asdict(self._stats)
             checked = stats.pop("checked")
             facts["stats"] = stats
         facts["shards"] = {
@@ -138,12 +138,13 @@ def tracing(
     OSError
         A file cannot be written there.
     """
-    if not isinstance(report, (str, os.PathLike, type(None))):
-        raise TypeError(f"report must be a path or None, not {report!r}")
+    wanted = {"trace": path, "report": report}
+    for kind, where in wanted.items():
+        check_path(kind, where, may_be_none=True)
     if path is None and report is None:
         yield None
         return
-    files = {kind: _writable(where, kind) for kind, where in (("trace", path), ("report", report)) if where is not None}
+    files = {kind: check_writable(where, kind) for kind, where in wanted.items() if where is not None}
     trace = Trace()
     try:
         yield trace
@@ -160,8 +161,11 @@ def tracing(
                 logger.warning("the %s was not written: %s: %s", kind, file, error.strerror)
 
 
-def _writable(path: str | os.PathLike[str], kind: str) -> Path:
-    """Check that a file can be written."""
+def check_writable(path: str | os.PathLike[str], kind: str) -> Path:
+    """Return a file to write at the end, after links; raise an OSError if it cannot be written.
+
+    A missing directory is not made: that is usually a mistake in the path. `kind` is what the file is called.
+    """
     file = Path(path)
     if file.is_dir():
         raise IsADirectoryError(errno.EISDIR, f"the {kind} cannot be written: it is a directory", str(path))

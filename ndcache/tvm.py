@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from .api import load
+from .arguments import check_path
 from .cached import delete, is_cached
 from .caller import public
 from .errors import CacheUnavailableError, NotFoundError
@@ -339,6 +340,7 @@ def dump_tensor_cache(
     NdcacheError, ValueError, TypeError, OSError
         As for `ndcache.dump`.
     """
+    check_path("cache_dir", cache_dir)
     items = params.items() if isinstance(params, Mapping) else params
     is_hidden = not show_progress or are_bars_disabled()
     with tqdm(items, desc=f"Writing {os.fspath(cache_dir)}", unit=" tensors", disable=is_hidden) as shown:

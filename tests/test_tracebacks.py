@@ -79,6 +79,62 @@ def test_errors_of_arguments_have_one_frame(tmp_path: Path) -> None:
         assert frames(caught.value) == ["load"]
 
 
+#: Public functions by the names of their frames; arguments of the wrong type, and the text that the error has.
+WRONG: list[tuple[str, Callable[..., Any], dict[str, Any], str]] = [
+    ("load", ndcache.load, {"names": 5}, "names must be a text or several texts, not 5"),
+    ("load", ndcache.load, {"trace": 5}, "trace must be a path or None, not 5"),
+    ("load", ndcache.Loader().load, {"report": 5}, "report must be a path or None, not 5"),
+    ("stream", ndcache.stream, {"trace": 5}, "trace must be a path or None, not 5"),
+    ("fetch", ndcache.fetch, {"include": 5}, "include must be a text or several texts, not 5"),
+    ("fetch", ndcache.fetch, {"exclude": [1]}, "exclude must be a text or several texts, not [1]"),
+    ("fetch", ndcache.fetch, {"local_dir": 5}, "local_dir must be a path or None, not 5"),
+    ("convert", ndcache.convert, {"target": 5}, "target must be a path, not 5"),
+    ("convert", ndcache.convert, {"target": "x", "shard_bytes": 2.5}, "shard_bytes must be a number of bytes, not 2.5"),
+    ("convert", ndcache.convert, {"target": "x", "metadata": 5}, "metadata must be a mapping, not int"),
+    ("lock", ndcache.Loader().lock, {"path": 5}, "path must be a path or None, not 5"),
+]
+
+
+@pytest.mark.parametrize(("name", "function", "wrong", "text"), WRONG, ids=[f"{each[0]}-{each[3]}" for each in WRONG])
+def test_arguments_of_wrong_types_are_named_and_have_one_frame(
+    tmp_path: Path, name: str, function: Callable[..., Any], wrong: dict[str, Any], text: str
+) -> None:
+    models.simple_model(tmp_path, shards=1)
+    with pytest.raises(TypeError) as caught:
+        function(tmp_path, **wrong)
+    assert (str(caught.value), frames(caught.value)) == (text, [name])
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "text"),
+    [
+        ("dump", lambda: ndcache.dump(5, NOWHERE), "params must be"),  # type: ignore[arg-type]
+        ("dump", lambda: ndcache.dump({}, 5), "directory must be"),  # type: ignore[arg-type]
+        ("dump", lambda: ndcache.dump({}, NOWHERE, shard_bytes=0.5), "shard_bytes must"),  # type: ignore[arg-type]
+        ("dump", lambda: ndcache.dump({}, NOWHERE, metadata="x"), "metadata must be"),  # type: ignore[arg-type]
+        ("models", lambda: ndcache.cache.models(cache_dir=5), "cache_dir must be"),  # type: ignore[arg-type]
+        ("verify", lambda: ndcache.cache.verify(cache_dir=5), "cache_dir must be"),  # type: ignore[arg-type]
+        ("prune", lambda: ndcache.cache.prune(older_than=b"1d"), "a duration must be"),  # type: ignore[arg-type]
+        ("prune", lambda: ndcache.cache.prune(max_size=b"1G"), "a size must be"),  # type: ignore[arg-type]
+        ("dump_tensor_cache", lambda: ndcache.tvm.dump_tensor_cache({}, 5), "cache_dir must"),  # type: ignore[arg-type]
+    ],
+)
+def test_other_arguments_of_wrong_types_have_one_frame(name: str, call: Callable[[], Any], text: str) -> None:
+    with pytest.raises(TypeError, match=f"^{text}") as caught:
+        call()
+    assert frames(caught.value) == [name]
+
+
+def test_a_selection_that_matches_nothing_has_one_frame(tmp_path: Path) -> None:
+    models.simple_model(tmp_path, shards=1)
+    manifest = ndcache.read_manifest(tmp_path)
+    assert len(manifest.select(name for name in manifest)) == 1
+    for wrong in ("zzz", 5):
+        with pytest.raises((KeyError, TypeError)) as caught:
+            manifest.select(wrong)  # type: ignore[arg-type]
+        assert frames(caught.value) == ["select"]
+
+
 @pytest.mark.parametrize("verb", ["load", "stream", "fetch"])
 def test_unknown_arguments_of_methods_have_one_frame_and_say_where_options_belong(verb: str) -> None:
     call: Callable[..., Any] = getattr(ndcache.Loader(), verb)

@@ -107,6 +107,8 @@ class CommandGroup(click.Group):
     def main(self, *args: Any, **extra: Any) -> Any:
         """Run a command and exit, with standard streams that can always be written."""
         with safe_streams():
+            if not extra.get("standalone_mode", True):
+                return super().main(*args, **extra)
             try:
                 try:
                     status = super().main(*args, **{**extra, "standalone_mode": False})

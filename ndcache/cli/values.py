@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import re
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +9,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from ..location import Location, locate
+from ..store.housekeeping.quantities import parse_rate
 from .completion import cached_sources
 
 if TYPE_CHECKING:
@@ -29,12 +28,11 @@ __all__ = [
     "RateType",
     "WholeNumber",
     "locate_source",
+    "location_words",
     "read_token",
 ]
 
 _DEVICE_NAMES = ("cpu", "gpu", "cuda", "auto")
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
-_RATE = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*([kmg]i?)?(?:b(?:/s)?)?", re.IGNORECASE)
 #: The most characters of a token, and of the line that it is read from.
 _MAX_TOKEN = 4096
 
@@ -111,11 +109,10 @@ class RateType(ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """Return the bytes per second that a text means."""
-        match = _RATE.fullmatch(str(value).strip())
-        rate = float(match[1]) * _UNITS[(match[2] or "").lower()] if match else 0.0
-        if not 0 < rate < math.inf:
-            self.fail("it must be bytes per second, such as 10MB/s, 500kB/s or 1.5MiB/s.", param, ctx)
-        return rate
+        try:
+            return parse_rate(str(value))
+        except ValueError as error:
+            self.fail(f"{error}.", param, ctx)
 
 
 class HeaderType(ParamType):
@@ -152,3 +149,10 @@ def locate_source(source: str) -> Location:
     """
     context = click.get_current_context(silent=True)
     return locate(source, revision=None if context is None else context.params.get("revision"))
+
+
+def location_words(location: Location) -> str:
+    """Return a location without secrets; of a local file that the user named, the file."""
+    if location.directory is not None and not location.is_folder:
+        return str(location.directory / location.manifest_names[0])
+    return str(location)

@@ -17,6 +17,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from ..arguments import as_texts
 from ..caller import warn_caller
 from ..context import LoadContext
 from ..errors import (
@@ -66,8 +67,8 @@ class Companions:
         are_required: bool = False,
     ) -> None:
         self._files = files
-        self._include = (include,) if isinstance(include, str) else tuple(include)
-        self._exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+        self._include = as_texts("include", include)
+        self._exclude = as_texts("exclude", exclude)
         self._force = force
         self._are_required = are_required
         self._request: CompanionRequest | None = None

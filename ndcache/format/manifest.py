@@ -21,7 +21,8 @@ from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
-from ..caller import render_in_ipython
+from ..arguments import as_texts
+from ..caller import public, render_in_ipython
 from ..errors import UnsupportedDtypeError, UnsupportedFormatError
 from .dtypes import ITEM_SIZES, TENSOR_SIZES
 from .slices import check_slices, slice_record
@@ -193,6 +194,7 @@ class Manifest:
     def __getitem__(self, name: str) -> Record:
         return self._by_name[name]
 
+    @public
     def select(self, names: NameFilter = None) -> tuple[Shard, ...]:
         """Return the shards that hold matching tensors, each with its matching records only.
 
@@ -221,6 +223,7 @@ class Manifest:
             _check_supported(shard)
         return chosen
 
+    @public
     def shards_with(self, names: NameFilter = None) -> tuple[Shard, ...]:
         """Return the same shards as `select`, but do not check whether their records can be decoded."""
         if names is None:
@@ -242,7 +245,7 @@ class Manifest:
             return names.__contains__
         if callable(names):
             return names
-        patterns = [names] if isinstance(names, str) else [] if names is None else list(names)
+        patterns = () if names is None else as_texts("names", names)
         matching = set()
         for pattern in patterns:
             if pattern in self._by_name:  # an exact name, even if it looks like a pattern: ``layers[0].weight``

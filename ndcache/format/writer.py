@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from ..arguments import check_mapping, check_path, check_positive
 from ..caller import public
 from ..files.full_disk import names_full_disk
 from ..files.staging import StagedFolder, staged_folder
@@ -112,15 +113,17 @@ def dump(
     (1000, 64)
     """
     encoding_of = encoding_by_name(encode)
-    shard_bytes = operator.index(shard_bytes)
-    if shard_bytes < 1:
-        raise ValueError(f"shard_bytes must be a positive number of bytes, not {shard_bytes}")
+    check_path("directory", directory)
+    check_positive("shard_bytes", shard_bytes, "bytes")
+    if isinstance(params, (str, bytes)) or not isinstance(params, Iterable):
+        raise TypeError(f"params must be a mapping, or pairs of names and arrays, not {type(params).__name__}")
     if metadata is not None and not callable(metadata):
+        check_mapping("metadata", metadata)
         json.dumps(dict(metadata))  # fails now, and not after hours of writing tensors
     directory = Path(directory)
     name, old = _old_manifest(directory) if update else (NDARRAY_CACHE_NAMES[0], None)
     with names_full_disk(directory), staged_folder(directory) as staged:
-        writer = ShardWriter(directory, staged.work, shard_bytes, old["records"] if old else [])
+        writer = ShardWriter(directory, staged.work, operator.index(shard_bytes), old["records"] if old else [])
         for key, value in params.items() if isinstance(params, Mapping) else params:
             writer.add(key, value, encoding_of)
         files = writer.finish()

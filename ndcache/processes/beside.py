@@ -25,6 +25,7 @@ from ..location.hub import LOGIN_VARIABLES
 from ..options import LoaderOptions, Source
 from ..sources.model import Model
 from ..sources.remote import RemoteModel
+from ..store.housekeeping.quantities import parse_rate
 from ..store.layered import LocalScope
 from .command import absolute_paths, package_root, why_no_interpreter
 from .how_many import process_count, usable_cores
@@ -126,7 +127,7 @@ class HelperProcesses:
             "token": options.token,
             "headers": None if options.headers is None else dict(options.headers),
             "revision": options.revision,
-            "limit_rate": options.limit_rate,
+            "limit_rate": None if options.limit_rate is None else parse_rate(options.limit_rate),
             "timeout": options.timeout if isinstance(options.timeout, tuple) else (options.timeout,) * 2,
             "retries": {each.name: getattr(context.policy, each.name) for each in dataclasses.fields(RetryPolicy)},
             "verify": options.verify,

@@ -141,7 +141,7 @@ def _facts(timeline: Timeline) -> Iterator[tuple[str, str]]:
         requests = format_count(int(stats["requests"]), "request")
         yield "network", f"{format_size(int(stats['network_bytes']))} in {requests}{retries}"
         yield "cache", format_size(int(stats["cache_bytes"]))
-        yield "checked", format_checks(dict(stats["integrity"]).items())
+        yield "checked", format_checks(stats["integrity"])
         yield "most in flight", format_size(int(stats["peak_bytes_in_flight"]))
     if workers := facts.get("workers"):
         processes = facts.get("processes")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 __all__ = ["format_checks", "format_count", "format_rate", "format_seconds", "format_size"]
 
@@ -35,7 +35,8 @@ def format_count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def format_checks(checks: Iterable[tuple[str, int]]) -> str:
-    """Return the number of shards that passed each check: ``"3 by md5, 1 by size alone"``."""
-    words = [f"{number:,} by {'size alone' if check == 'size' else check}" for check, number in checks]
+def format_checks(checks: Mapping[str, int]) -> str:
+    """Return how many shards passed each check as text, the most frequent first: ``"3 by md5, 1 by size alone"``."""
+    ordered = sorted(checks.items(), key=lambda item: -item[1])
+    words = [f"{number:,} by {'size alone' if check == 'size' else check}" for check, number in ordered]
     return ", ".join(words) or "nothing"

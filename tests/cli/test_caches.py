@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import re
 import shutil
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -379,3 +383,40 @@ def test_what_is_no_size_and_no_duration(text: Any) -> None:
     for parse in (parse_size, parse_duration):
         with pytest.raises(ValueError, match="is no "):
             parse(text)
+
+
+# --- models of other accounts ---------------------------------------------------------------------------
+
+AS_ANOTHER_ACCOUNT = """
+import os, sys
+import ndcache.cache
+from ndcache.cli.commands import main
+for name in ("ls", "rm"):
+    main.get_command(None, name)  # that account may not read the modules
+ndcache.cache.models(cache_dir=sys.argv[-1])
+os.setgroups([])
+os.setgid(65534)
+os.setuid(65534)
+main(sys.argv[1:], prog_name="ndcache")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can become another account")
+@pytest.mark.parametrize("args", [["ls"], ["prune", "--partial"], ["verify", "--all"]], ids=" ".join)
+def test_models_that_this_account_may_not_read_are_named(args: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as place:  # every account can enter it, unlike pytest's own
+        os.chmod(place, 0o755)
+        simple_model(Path(place, "model"), shards=1)
+        root = Path(place, "cache")
+        with contextlib.closing(FileServer(Path(place, "model"))) as server:
+            hidden = ndcache.fetch(server.url, cache_dir=root)
+            other = ndcache.fetch(server.url, cache_dir=root, scope="other").parent
+        for folder, mode in ((root, 0o755), (root / "default", 0o755), (hidden, 0o700), (other, 0o700)):
+            folder.chmod(mode)
+        command = [sys.executable, "-c", AS_ANOTHER_ACCOUNT, *args, "--json", "--cache-dir", str(root)]
+        found = subprocess.run(command, capture_output=True, text=True, cwd="/", check=True)
+    warning = f"warning: 2 folders of the cache left out, as this account may not read them: {other}, {hidden}\n"
+    assert warning in found.stderr
+    value = json.loads(found.stdout)
+    unreadable = value["unreadable"] if args[0] == "prune" else [each["path"] for each in value if "error" in each]
+    assert unreadable == [str(other), str(hidden)]

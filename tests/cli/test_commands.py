@@ -684,6 +684,63 @@ def test_rows_are_printed_while_they_are_made(capsys: pytest.CaptureFixture[str]
     print_table(("a ", "b"), rows())
 
 
+def test_a_file_that_was_named_is_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    simple_model(tmp_path, shards=1)
+    assert invoke("convert", tmp_path, tmp_path / "x.safetensors", "-q").exit_code == 0
+    monkeypatch.chdir(tmp_path)
+    for source in ("x.safetensors", "tensor-cache.json"):
+        assert re.search(rf"^source +{source}$", invoke("load", source, "-q").stdout, re.MULTILINE)
+        assert json.loads(invoke("inspect", source, "--json").stdout)["source"] == source
+
+
+@pytest.mark.parametrize("option", ["--trace", "--report"])
+def test_a_dry_run_has_no_trace(tmp_path: Path, option: str) -> None:
+    simple_model(tmp_path / "model", shards=1)
+    result = invoke("fetch", tmp_path / "model", "-n", option, tmp_path / "file")
+    assert (result.exit_code, f"error: {option} is for a download" in result.stderr) == (2, True)
+    fetch: Any = ndcache.fetch
+    with pytest.raises(ValueError, match="dry_run makes none"):
+        fetch(tmp_path / "model", dry_run=True, **{option[2:]: tmp_path / "file"})
+    assert not (tmp_path / "file").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "option"),
+    [(["load"], "--trace"), (["fetch"], "--report"), (["convert", "new.npz"], "--report"), (["lock"], "--output")],
+    ids=str,
+)
+def test_no_directory_is_made_for_a_file_that_an_option_names(
+    tmp_path: Path, serve: Callable[..., FileServer], args: list[str], option: str
+) -> None:
+    simple_model(tmp_path / "model", shards=1)
+    server = serve(tmp_path / "model")
+    result = invoke(args[0], server.url, *args[1:], option, tmp_path / "a" / "b" / "file", "-q")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith(f"error: {tmp_path / 'a' / 'b'}: the ")
+    assert result.stderr.endswith("cannot be written: no such directory\n")
+    assert not (tmp_path / "a").exists()
+    assert server.requests == []
+
+
+def test_the_page_of_a_report_needs_a_directory(tmp_path: Path) -> None:
+    simple_model(tmp_path / "model", shards=1)
+    assert invoke("load", tmp_path / "model", "-q", "--trace", tmp_path / "trace.json").exit_code == 0
+    result = invoke("report", tmp_path / "trace.json", tmp_path / "a" / "page.html")
+    assert result.stderr == f"error: {tmp_path / 'a'}: the page cannot be written: no such directory\n"
+
+
+def test_sources_are_optional_where_all_can_be_meant() -> None:
+    assert "[OPTIONS] [SOURCE]...\n" in invoke("verify", "--help").stdout
+    assert "[OPTIONS] [SOURCE|PATTERN]...\n" in invoke("rm", "--help").stdout
+
+
+def test_a_conversion_has_a_report(tmp_path: Path) -> None:
+    simple_model(tmp_path / "model", shards=1)
+    result = invoke("convert", tmp_path / "model", tmp_path / "new.npz", "-q", "--report", tmp_path / "page.html")
+    assert result.exit_code == 0
+    assert "params_shard_0.bin" in (tmp_path / "page.html").read_text("utf-8")
+
+
 # --- pipes, terminals, signals ------------------------------------------------------------------------
 
 
@@ -954,6 +1011,8 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     simple_model(tmp_path / "model")
     assert invoke("load", tmp_path / "model", "-q", "--trace", tmp_path / "trace.json").exit_code == 0
     page = tmp_path / "none" / "page.html"
-    assert invoke("report", tmp_path / "trace.json", page).stderr == f"error: {page}: No such file or directory\n"
+    assert invoke("report", tmp_path / "trace.json", page).stderr == (
+        f"error: {page.parent}: the page cannot be written: no such directory\n"
+    )
     lock = tmp_path / "trace.json" / "model.lock"
     assert invoke("lock", tmp_path / "model", "-q", "-o", lock).stderr == f"error: {lock}: Not a directory\n"

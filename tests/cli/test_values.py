@@ -33,7 +33,7 @@ def test_rates(text: str, rate: float) -> None:
 
 @pytest.mark.parametrize("text", ["", "0", "-1MB", "fast", "10Mbit/s", "1e3", "10MB/min"])
 def test_texts_that_are_no_rate(text: str) -> None:
-    with pytest.raises(click.BadParameter, match="such as 10MB/s"):
+    with pytest.raises(click.BadParameter, match="is no rate: write 10MB/s"):
         RateType().convert(text, None, None)
 
 
@@ -62,7 +62,7 @@ def test_what_is_sent(server: FileServer, command: str, arguments: list[str], ex
         (["--header", "Range: secret"], "headers must be", 1),
         (["--token", "sec ret"], "token must be a text without spaces", 1),
         (["--token", "-"], "standard input has no token", 2),
-        (["--limit-rate", "fast"], "such as 10MB/s", 2),
+        (["--limit-rate", "fast"], "'fast' is no rate: write 10MB/s", 2),
         (["--revision", "v1"], "revision is for repositories on Hugging Face", 1),
     ],
 )

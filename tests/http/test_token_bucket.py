@@ -109,7 +109,7 @@ def test_row_115_a_load_is_not_faster_than_its_limit(
     arrays = models.simple_model(tmp_path / "www", shards=8)
     nbytes, server = 8 << 16, serve(tmp_path / "www")
     begun = time.monotonic()
-    weights = ndcache.load(server.url, limit_rate=nbytes / seconds, processes=processes, max_workers=2)
+    weights = ndcache.load(server.url, limit_rate=f"{nbytes / seconds / 1000} kB/s", processes=processes, max_workers=2)
     assert time.monotonic() - begun > seconds - 0.3, "less what the bucket holds"
     assert_same(weights, arrays)
     assert weights.stats.seconds["limit_rate"] > 0

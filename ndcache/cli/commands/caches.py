@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import click
@@ -13,6 +14,7 @@ from ...errors import NdcacheError, UnsafeCacheError, redact
 from ...loader import Loader
 from ...loaders.verification import VerifyReport
 from ...location import locate
+from ...store.housekeeping.listing import find_denied
 from ...store.housekeeping.matching import match_source
 from ...store.housekeeping.pruning import PruneReport
 from ...store.housekeeping.quantities import parse_duration, parse_size
@@ -30,6 +32,8 @@ from ..options import (
 from ..output import print_facts, print_json, print_lines, print_table, say
 from ..several import for_each
 from ..show.caches import (
+    denied_json,
+    denied_words,
     model_columns,
     model_json,
     model_name,
@@ -43,7 +47,7 @@ from ..show.caches import (
     verify_gap,
 )
 from ..show.json_values import verify_json
-from ..values import CACHED, SOURCE, WholeNumber, locate_source
+from ..values import CACHED, SOURCE, WholeNumber, locate_source, location_words
 
 __all__ = ["ls", "prune", "rm", "verify"]
 
@@ -119,14 +123,14 @@ def ls(
 
     Bytes that several models share count once, for the first of them.
     """
-    everything = cache.models(scope=scope, cache_dir=cache_dir)
+    everything, denied = cache.models(scope=scope, cache_dir=cache_dir), _say_denied(cache_dir, scope)
     found = [model for model in everything if all(is_listed(model) for is_listed in (*wanted, *filters))]
     if sort is not None:
         found.sort(key=SORT_KEYS[sort])
     if reverse:
         found.reverse()
     if as_json:
-        print_json([model_json(model) for model in found])
+        print_json([*map(model_json, found), *map(denied_json, denied)])
     elif quiet:
         for model in found:
             click.echo(printable(model.source))
@@ -141,7 +145,7 @@ def ls(
 
 
 @click.command()
-@click.argument("sources", metavar="SOURCE|PATTERN...", type=CACHED, nargs=-1)
+@click.argument("sources", metavar="[SOURCE|PATTERN]...", type=CACHED, nargs=-1)
 @click.option("--all", "takes_all", is_flag=True, help="Remove all models.")
 @click.option("--force", is_flag=True, help="Remove models that are in use, too.")
 @dry_run_option
@@ -172,8 +176,9 @@ def rm(
     report = cache.delete(
         *("*",) if takes_all else sources, scope=scope, cache_dir=cache_dir, force=force, dry_run=dry_run
     )
+    denied = _say_denied(cache_dir, scope) if takes_all or report.unmatched else []
     if as_json:
-        print_json(prune_json(report))
+        print_json(prune_json(report, denied))
     elif not quiet:
         print_lines(prune_lines(report))
     errors = [] if takes_all else [_why_unmatched(source, cache_dir) for source in _unmatched(sources, report)]
@@ -218,13 +223,21 @@ def prune(ctx: click.Context, /, as_json: bool, quiet: bool, **rules: Any) -> No
     if all(rules[name] is None or rules[name] is False for name in _RULES):
         raise click.UsageError(f"Say what to remove: --{', --'.join(_RULES).replace('_', '-')}.")
     report = cache.prune(**rules)
+    denied = _say_denied(rules["cache_dir"], rules["scope"])
     if as_json:
-        print_json(prune_json(report))
+        print_json(prune_json(report, denied))
     elif not quiet:
         print_lines([*prune_lines(report), prune_total(report)])
     for model in report.in_use:
         say(f"{model_name(model)} is in use and was kept")
     _say_errors(ctx, map(one_line, report.failed))
+
+
+def _say_denied(cache_dir: str | None, scope: str | None) -> list[Path]:
+    """Return the folders of the cache that this account may not read, and warn of them."""
+    if denied := find_denied(find_root(cache_dir), scope):
+        say(f"warning: {denied_words(denied)}")
+    return denied
 
 
 def _unmatched(sources: tuple[str, ...], report: PruneReport) -> Iterator[str]:
@@ -262,7 +275,7 @@ def _say_errors(ctx: click.Context, errors: Iterable[str]) -> None:
 
 
 @click.command()
-@click.argument("sources", metavar="SOURCE...", type=SOURCE, nargs=-1)
+@click.argument("sources", metavar="[SOURCE]...", type=SOURCE, nargs=-1)
 @click.option("--all", "takes_all", is_flag=True, help="Check all models in the cache.")
 @click.option("--fail-on-missing", is_flag=True, help="Exit with status 1 if shards were not downloaded yet, too.")
 @json_option
@@ -307,11 +320,13 @@ def verify(
         values, have_all = list[dict[str, object]](), True
         for model, report in cache.verify(**known, progress=progress):
             values.append(show(model.source, report, is_remote=True, name=model_name(model)))
+        values += map(denied_json, _say_denied(options["cache_dir"], options["scope"]))
     else:
 
         def work(loader: Loader, source: str) -> dict[str, object]:
             location = locate_source(source)
-            return show(str(location), loader.verify(source, progress=progress), is_remote=location.is_remote)
+            report = loader.verify(source, progress=progress)
+            return show(location_words(location), report, is_remote=location.is_remote)
 
         values, have_all = for_each(sources, options, work)
     if as_json:

@@ -16,6 +16,7 @@ from ..options import (
     make_loader,
     names_option,
     quiet_option,
+    report_option,
     source_argument,
     trace_option,
 )
@@ -50,6 +51,7 @@ __all__ = ["convert", "dump"]
 @json_option
 @quiet_option
 @trace_option
+@report_option
 @loader_options()
 def convert(
     source: str,
@@ -62,6 +64,7 @@ def convert(
     as_json: bool,
     quiet: bool,
     trace: str | None,
+    report: str | None,
     **options: Any,
 ) -> None:
     """Write a model to another format.
@@ -72,7 +75,7 @@ def convert(
     with argument_errors():
         parse_target(target, format)
     with make_loader(options, source) as loader:
-        report = loader.convert(
+        written = loader.convert(
             source,
             target,
             format=format,
@@ -82,11 +85,12 @@ def convert(
             shard_bytes=None if shard_mib is None else shard_mib << 20,
             progress=not quiet,
             trace=trace,
+            report=report,
         )
     if as_json:
-        print_json(convert_json(report))
+        print_json(convert_json(written))
         return
-    for line in convert_lines(report):
+    for line in convert_lines(written):
         click.echo(line)
 
 

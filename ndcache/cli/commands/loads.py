@@ -26,7 +26,7 @@ from ..several import for_each
 from ..show.json_values import fetch_json, load_json, plan_json
 from ..show.loads import load_facts
 from ..show.plans import plan_error, plan_facts, plan_rows
-from ..values import DIRECTORY, locate_source
+from ..values import DIRECTORY, locate_source, location_words
 
 __all__ = ["fetch", "load"]
 
@@ -112,11 +112,7 @@ def fetch(
     **options: Any,
 ) -> None:
     """Download models into the cache and print their directories."""
-    for flag, value in {"--local-dir": local_dir, "--trace": trace, "--report": report}.items():
-        if value is not None and len(sources) > 1:
-            raise click.UsageError(f"{flag} is for one model; give one SOURCE.")
-    if local_dir == "":
-        raise click.UsageError("--local-dir is empty.")
+    _check_places({"--local-dir": local_dir, "--trace": trace, "--report": report}, len(sources), dry_run=dry_run)
     wanted: dict[str, Any] = {
         "names": names or None,
         "files": files,
@@ -146,10 +142,21 @@ def fetch(
         ctx.exit(1)
 
 
+def _check_places(places: dict[str, str | None], count: int, *, dry_run: bool) -> None:
+    """Check the options that name a place for what comes of one download."""
+    for flag, value in places.items():
+        if value == "":
+            raise click.UsageError(f"{flag} is empty.")
+        if value is not None and count > 1:
+            raise click.UsageError(f"{flag} is for one model; give one SOURCE.")
+        if value is not None and dry_run and flag != "--local-dir":
+            raise click.UsageError(f"{flag} is for a download, and --dry-run makes none.")
+
+
 def _show_plan(source: str, plan: FetchPlan, *, as_json: bool) -> None:
     if not as_json:
         print_table(("file", "size ", "to fetch "), plan_rows(plan))
         click.echo()
-        print_facts(plan_facts(str(locate_source(source)), plan))
+        print_facts(plan_facts(location_words(locate_source(source)), plan))
     if (error := plan_error(plan)) is not None:
         say(f"error: {error}")

@@ -11,7 +11,7 @@ from ..options import REQUEST_OPTIONS, json_option, loader_options, make_loader,
 from ..output import print_json, print_lines, print_table
 from ..show.manifests import dtype_rows, manifest_json, shard_rows, tensor_rows
 from ..show.numbers import format_count, format_size
-from ..values import locate_source
+from ..values import locate_source, location_words
 
 __all__ = ["inspect", "lock"]
 
@@ -30,7 +30,7 @@ def inspect(source: str, summary: bool, only_names: bool, as_json: bool, quiet: 
     with make_loader(options, source) as loader:
         manifest = loader.read_manifest(source)
     if as_json:
-        value = manifest_json(str(locate_source(source)), manifest, has_shards=not (summary or only_names))
+        value = manifest_json(location_words(locate_source(source)), manifest, has_shards=not (summary or only_names))
         print_json(list(manifest) if only_names else value)
     elif only_names:
         print_lines(manifest)

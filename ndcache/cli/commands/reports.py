@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from ...report.page import render_page, write_text
+from ...trace import check_writable
 from ...urls.redact import printable
 from ..group import UserError
 from ..options import json_option, quiet_option, verbose_option
@@ -32,6 +33,7 @@ def report(trace: Path, page: Path | None, as_json: bool, quiet: bool) -> None:
     except ValueError as error:
         raise UserError(f"{printable(str(trace))}: this is not a trace that ndcache wrote") from error
     page = page or trace.with_suffix(".html")
+    check_writable(page, "page")
     write_text(page, html)
     if as_json:
         print_json({"path": str(page)})

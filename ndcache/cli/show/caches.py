@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from datetime import datetime, timezone
+from pathlib import Path
 
 from ...loaders.verification import VerifyReport
 from ...store.housekeeping.listing import CachedModel
 from ...store.housekeeping.pruning import PruneReport
 from ...urls.redact import printable
+from ..group import error_json
 from .numbers import format_checks, format_count, format_size
 
 __all__ = [
+    "denied_json",
+    "denied_words",
     "format_age",
     "model_columns",
     "model_json",
@@ -34,6 +39,20 @@ def model_json(model: CachedModel) -> dict[str, object]:
     fields = {**dataclasses.asdict(model), "path": str(model.path), "manifests": list(model.manifests)}
     fields |= {"created": model.created.isoformat(), "last_used": model.last_used.isoformat()}
     return {**fields, "complete": model.complete, "state": model.state}
+
+
+def denied_json(path: Path) -> dict[str, object]:
+    """Return the JSON value of a folder of the cache that this account may not read."""
+    error = PermissionError(errno.EACCES, "this account may not read it", str(path))
+    return {"path": str(path), **error_json(None, error)}
+
+
+def denied_words(denied: Sequence[Path]) -> str:
+    """Return a sentence about the folders of the cache that this account may not read."""
+    them = "it" if len(denied) == 1 else "them"
+    shown = ", ".join(map(str, denied[:3])) + (", ..." if len(denied) > 3 else "")
+    folders = format_count(len(denied), "folder")
+    return printable(f"{folders} of the cache left out, as this account may not read {them}: {shown}")
 
 
 def model_name(model: CachedModel) -> str:
@@ -84,7 +103,7 @@ def format_age(seconds: float) -> str:
     return "now"
 
 
-def prune_json(report: PruneReport) -> dict[str, object]:
+def prune_json(report: PruneReport, denied: Sequence[Path]) -> dict[str, object]:
     """Return the JSON value of ``rm`` and ``prune``."""
     removed = zip(report.removed, report.freed_each, strict=True)
     return {
@@ -92,6 +111,7 @@ def prune_json(report: PruneReport) -> dict[str, object]:
         "in_use": [_name_json(model) for model in report.in_use],
         "cleaned": [_name_json(model) for model in report.cleaned],
         "unmatched": list(report.unmatched),
+        "unreadable": list(map(str, denied)),
         "errors": [str(error) for error in report.failed],
         "freed": report.freed,
         "size": report.size,
@@ -122,7 +142,7 @@ def prune_total(report: PruneReport) -> str:
 
 def verify_facts(report: VerifyReport, *, is_remote: bool) -> Iterator[tuple[str, str]]:
     """Yield labels and values that say which files are good, bad and missing."""
-    checks = format_checks(Counter(report.checked.values()).items())
+    checks = format_checks(Counter(report.checked.values()))
     files = sum(name in report.files for name in report.checked)
     if not report.has_manifest:
         good = format_count(files, "file")

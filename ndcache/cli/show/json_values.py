@@ -11,7 +11,7 @@ from ...format.manifest import Manifest
 from ...loaders.plan import FetchPlan
 from ...loaders.verification import VerifyReport
 from ...weights import Weights
-from ..values import locate_source
+from ..values import locate_source, location_words
 from .devices import device_words
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def load_json(source: str, weights: Weights[Any]) -> dict[str, object]:
     """Return the value of ``load``."""
     stats = weights.stats
     return {
-        "source": str(locate_source(source)),
+        "source": location_words(locate_source(source)),
         "device": device_words(weights.device),
         "tensors": len(weights),
         "nbytes": weights.nbytes,
@@ -52,7 +52,7 @@ def load_json(source: str, weights: Weights[Any]) -> dict[str, object]:
 
 def fetch_json(source: str, directory: Path) -> dict[str, object]:
     """Return the value of ``fetch`` for a source."""
-    return {"source": str(locate_source(source)), "path": str(directory)}
+    return {"source": location_words(locate_source(source)), "path": str(directory)}
 
 
 def plan_json(source: str, plan: FetchPlan) -> dict[str, object]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ...weights import Weights
 from ..demo import DemoReport
-from ..values import locate_source
+from ..values import locate_source, location_words
 from .devices import device_words
 from .numbers import format_checks, format_count, format_size
 
@@ -17,7 +17,7 @@ __all__ = ["demo_rows", "load_facts"]
 def load_facts(source: str, device: str, weights: Weights[Any]) -> Iterator[tuple[str, str]]:
     """Yield labels and values that describe a load: its source, device, tensors, time, bytes and checks."""
     stats, where, location = weights.stats, device_words(weights.device), locate_source(source)
-    yield "source", str(location)
+    yield "source", location_words(location)
     yield "device", f"{where} (no hardware GPU was found)" if (device, where) == ("auto", "cpu") else where
     yield "tensors", f"{len(weights):,}, {format_size(weights.nbytes)}"
     rate = stats.gb_per_second * 1e9 / 2**20
@@ -31,7 +31,7 @@ def load_facts(source: str, device: str, weights: Weights[Any]) -> Iterator[tupl
     if stats.resumed_bytes:
         yield "resumed", f"{format_size(stats.resumed_bytes)} from interrupted downloads"
     yield "from cache" if location.is_remote else "in place", format_size(stats.cache_bytes)
-    checks = f"{format_count(stats.shards, 'shard')}: {format_checks(stats.integrity.most_common())}"
+    checks = f"{format_count(stats.shards, 'shard')}: {format_checks(stats.integrity)}"
     # A cached file that is unchanged since it was checked is not hashed again.
     was_checked_before = location.is_remote and stats.cache_bytes and not stats.seconds["hash"]
     yield "checked", f"{checks}; cached shards when they were downloaded" if was_checked_before else checks
