@@ -21,7 +21,7 @@ def format_rate(nbytes: float, seconds: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """Return a time as text, with three digits: ``"12 ms"``, ``"6.20 s"``, ``"2 min 5 s"``."""
+    """Return a time as text, with up to three digits: ``"12 ms"``, ``"6.2 s"``, ``"2 min 5 s"``."""
     if seconds < 0.9995:
         return f"{seconds * 1e3:.3g} ms" if seconds >= 0.0005 or not seconds else "under 1 ms"
     if seconds < 99.5:
