@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import logging
 import os
 import re
@@ -24,7 +25,8 @@ from pathlib import Path
 
 from .api import fetch
 from .caller import public
-from .errors import NdcacheError
+from .errors import CacheUnavailableError, DiskFullError, NdcacheError
+from .files.folder import sync
 from .format.paths import STATE_DIRECTORY
 from .store.housekeeping.sizes import disk_bytes
 from .store.lock import acquire_or_wait
@@ -104,9 +106,9 @@ def download_and_cache_mlc_weights(model_url: str, num_processes: int = 4, force
 def _download(source: str, directory: Path, num_processes: int, is_redone: bool) -> None:
     """Download a model beside its directory, and give that its name."""
     directory.parent.mkdir(parents=True, exist_ok=True)
-    beside = directory.with_name(f".{directory.name}.download")
-    temporary = os.environ.get("MLC_TEMP_DIR")
-    work = beside if not temporary else Path(temporary, f"{directory.parent.name}--{directory.name}.download")
+    work, temporary = directory.with_name(f".{directory.name}.download"), os.environ.get("MLC_TEMP_DIR")
+    if temporary:
+        work = Path(temporary, f"{directory.parent.name}--{directory.name}.download")
     before = directory.stat().st_ino if directory.exists() else None
 
     def is_there() -> bool:
@@ -119,32 +121,47 @@ def _download(source: str, directory: Path, num_processes: int, is_redone: bool)
         if held is None or is_there():
             return  # another process has downloaded it
         try:
-            fetch(source, local_dir=work, max_workers=max(1, num_processes), force=is_redone)
+            # An absolute path: mlc_llm takes "~" in its variables for the name of a directory.
+            fetch(source, local_dir=os.path.abspath(work), max_workers=max(1, num_processes), force=is_redone)
             shutil.rmtree(work / STATE_DIRECTORY)
-            _move(work, directory, beside)
-        except (NdcacheError, OSError):
-            if not is_there():
-                raise  # otherwise another process was faster, where locks do not work
+            _move(work, directory)
+        except (NdcacheError, OSError) as error:
+            if is_there():
+                return  # another process was faster, where locks do not work
+            if isinstance(error, (DiskFullError, CacheUnavailableError)):
+                error.hint = "Free some space, or choose another place by MLC_LLM_HOME or MLC_TEMP_DIR."
+            raise
 
 
-def _move(work: Path, directory: Path, beside: Path) -> None:
-    """Rename `work` to `directory`, in the place of an older one; from another disk, by way of a copy in `beside`."""
+def _move(work: Path, directory: Path) -> None:
+    """Rename `work` to `directory`, in the place of an older one; from another disk, by way of a copy beside it."""
+    copy = directory.with_name(f".{directory.name}.copy")
+    shutil.rmtree(copy, ignore_errors=True)
     staged = work
     if work.stat().st_dev != directory.parent.stat().st_dev:
-        shutil.rmtree(beside, ignore_errors=True)
-        shutil.copytree(work, beside)
-        staged = beside
+        try:
+            staged = shutil.copytree(work, copy, copy_function=_copy_to_disk)
+        except BaseException:
+            shutil.rmtree(copy, ignore_errors=True)
+            raise
     old = directory.with_name(f".{directory.name}.{secrets.token_hex(4)}.deleted")
     with contextlib.suppress(FileNotFoundError):
         os.rename(directory, old)
     try:
         os.rename(staged, directory)
-    except OSError:
-        with contextlib.suppress(FileNotFoundError):
+    except BaseException:
+        with contextlib.suppress(OSError):
             os.rename(old, directory)
         raise
-    for leftover in (old, work):
+    for leftover in (work, *directory.parent.glob(f".{glob.escape(directory.name)}.*.deleted")):
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _copy_to_disk(source: str, target: str) -> None:
+    """Copy a file, and force it to disk: a model that has its name is never looked at again."""
+    shutil.copyfile(source, target)
+    with open(target, "r+b") as file:
+        sync(file.fileno())
 
 
 def _home(environ: Mapping[str, str]) -> Path:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +17,7 @@ import ndcache.mlc
 from ndcache.mlc import download_and_cache_mlc_weights
 
 from .helpers.companions import mlc_model
+from .helpers.disks import mount, mounted
 from .helpers.hub import HubServer
 
 URL = "HF://owner/model"
@@ -147,6 +151,59 @@ def test_a_model_is_downloaded_again(hub: HubServer, home: Path, monkeypatch: py
     download_and_cache_mlc_weights(URL, force_redo=force)
     assert not (home / "old").exists()
     assert [path.name for path in home.parent.iterdir()] == ["model"]
+
+
+def test_the_older_model_stays_if_the_new_one_cannot_take_its_place(
+    hub: HubServer, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home.mkdir(parents=True)
+    (home / "old").touch()
+    (home.parent / ".model.12345678.deleted").mkdir()  # a process was killed between two renames
+    rename = os.rename
+
+    def interrupted(source: Any, target: Any) -> None:
+        if target == home and source.name.endswith(".download"):
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("ndcache.mlc.os.rename", interrupted)
+        download_and_cache_mlc_weights(URL, force_redo=True)
+    assert [path.name for path in home.iterdir()] == ["old"]
+    download_and_cache_mlc_weights(URL, force_redo=True)
+    assert [path.name for path in home.parent.iterdir()] == ["model"]
+
+
+def test_a_tilde_is_the_name_of_a_directory_as_for_mlc_llm(
+    hub: HubServer, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "user"))
+    monkeypatch.setenv("MLC_LLM_HOME", "~/mlc")
+    directory = download_and_cache_mlc_weights(URL)
+    assert directory == Path("~/mlc/model_weights/hf/owner/model")
+    assert all(rule(directory) for rule, _ in RULES)
+    assert not (tmp_path / "user" / "mlc").exists()
+
+
+@pytest.mark.once
+@pytest.mark.skipif(sys.platform != "linux" or os.getuid() != 0, reason="only root mounts file systems")
+def test_a_full_disk_is_no_obstacle_to_the_next_download(
+    hub: HubServer, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = hub.directory / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text() + " " * 1_000_000)
+    monkeypatch.setenv("MLC_TEMP_DIR", str(tmp_path))
+    with mounted(tmp_path / "mlc", "-t", "tmpfs", "-o", "size=512k", "tmpfs"):
+        with pytest.raises(OSError, match="No space left"):
+            download_and_cache_mlc_weights(URL)  # the copy from the other disk is not complete
+        monkeypatch.delenv("MLC_TEMP_DIR")
+        with pytest.raises(ndcache.DiskFullError, match=r"by MLC_LLM_HOME or MLC_TEMP_DIR\.$"):
+            download_and_cache_mlc_weights(URL)
+        mount("-o", "remount,size=8m", str(tmp_path / "mlc"))
+        download_and_cache_mlc_weights(URL)
+        assert all(rule(home) for rule, _ in RULES)
+        assert [path.name for path in home.parent.iterdir()] == ["model"]
 
 
 def test_policies_that_forbid_a_download(
