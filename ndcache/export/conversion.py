@@ -21,12 +21,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..arguments import check_mapping, check_positive
 from ..companions import Companions
 from ..context import LoadContext
 from ..devices.into import LentMemory
 from ..files.full_disk import disk_full, names_full_disk
 from ..format.manifest import NameFilter
+from ..format.safetensors.index import INDEX_SUFFIX, is_safetensors
 from ..format.shard_writer import Encoding
 from ..format.writer import encoding_by_name
 from ..pipeline import place_tensors
@@ -35,9 +35,9 @@ from ..progress import Progress
 from ..sources.model import Model
 from .npz import npz_file
 from .pieces import PieceDevice
-from .safetensors_files import INDEX_NAME, USUAL_METADATA, safetensors_directory, safetensors_file
+from .safetensors_files import USUAL_METADATA, safetensors_directory, safetensors_file
 from .split import is_well_split, split_as_hub
-from .targets import Format, Target, WriteTensor, is_safetensors
+from .targets import Format, Target, WriteTensor
 from .tensor_cache import tensor_cache
 from .tensors import OutputTensor, plan_tensors
 
@@ -74,9 +74,7 @@ class ConvertReport:
     halved: tuple[str, ...] = field(repr=False)
 
 
-def check_options(
-    encode: Encoding | Mapping[str, Encoding], shard_bytes: int | None, metadata: Mapping[str, Any] | None
-) -> None:
+def check_options(encode: Encoding | Mapping[str, Encoding], shard_bytes: int | None, metadata: object) -> None:
     """Check the options of a conversion, as far as this needs no manifest.
 
     Raises
@@ -84,10 +82,11 @@ def check_options(
     ValueError, TypeError
     """
     encoding_by_name(encode)
-    if shard_bytes is not None:
-        check_positive("shard_bytes", shard_bytes, "bytes")
+    if shard_bytes is not None and operator.index(shard_bytes) < 1:
+        raise ValueError(f"shard_bytes must be a positive number of bytes, not {shard_bytes}")
     if metadata is not None:
-        check_mapping("metadata", metadata)
+        if not isinstance(metadata, Mapping):
+            raise TypeError(f"metadata must be a mapping, not {type(metadata).__name__}")
         json.dumps(dict(metadata))
 
 
@@ -167,7 +166,7 @@ def _open_writer(
     texts = _texts(wanted, demanded=metadata is not None)
     if target.is_file:
         # An index does not have the metadata of its files.
-        return safetensors_file(target.path, tensors, texts or (USUAL_METADATA if name.endswith(INDEX_NAME) else {}))
+        return safetensors_file(target.path, tensors, texts or (USUAL_METADATA if name.endswith(INDEX_SUFFIX) else {}))
     order = _index_order(model)
     files = [sorted(shard, key=lambda tensor: order.get(tensor.name, 0)) for shard in shards]
     if not (is_safetensors(name) and is_well_split(files, limit, limit + 1)):
@@ -177,6 +176,8 @@ def _open_writer(
 
 def _index_order(model: Model) -> dict[str, int]:
     """Return the place of each tensor in the index that a model was read from; empty if there is none."""
+    if not model.manifest.name.endswith(INDEX_SUFFIX):
+        return {}
     try:
         weight_map = json.loads((model.directory / model.manifest.name).read_bytes())["weight_map"]
         return {name: place for place, name in enumerate(weight_map)}

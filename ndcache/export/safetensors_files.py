@@ -21,9 +21,9 @@ from .pieces import Bytes
 from .targets import WriteTensor
 from .tensors import OutputTensor
 
-__all__ = ["INDEX_NAME", "USUAL_METADATA", "SafetensorsFile", "safetensors_directory", "safetensors_file"]
+__all__ = ["USUAL_METADATA", "SafetensorsFile", "safetensors_directory", "safetensors_file"]
 
-INDEX_NAME = "model.safetensors.index.json"
+_INDEX_NAME = "model.safetensors.index.json"
 #: The library sorts tensors by these.
 _RANKS = {dtype: rank for rank, dtype in enumerate(KINDS)}
 _METADATA = "__metadata__"
@@ -126,8 +126,8 @@ def safetensors_directory(
 
         yield write
         # Last, so that it never names a missing file.
-        (staged.work / INDEX_NAME).write_text(json.dumps(index, indent=2), encoding="ascii")
-        written = {name: staged.work / name for name in (*layouts, INDEX_NAME)}
+        (staged.work / _INDEX_NAME).write_text(json.dumps(index, indent=2), encoding="ascii")
+        written = {name: staged.work / name for name in (*layouts, _INDEX_NAME)}
         for file in written.values():
             with open(file, "r+b") as opened:
                 sync(opened.fileno())

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from ..arguments import check_path
+from ..format.safetensors.index import INDEX_SUFFIX, is_safetensors
 from ..location import MANIFEST_NAMES
 from .pieces import Bytes
 from .tensors import OutputTensor
@@ -24,7 +24,6 @@ WriteTensor: TypeAlias = Callable[[OutputTensor, Iterable[Bytes]], None]
 
 #: Names of files that nobody means as a directory.
 _OTHER_FILES = {".bin", ".ckpt", ".gguf", ".h5", ".json", ".npy", ".onnx", ".pt", ".pth", ".tar", ".tflite", ".zip"}
-_INDEX_SUFFIX = ".safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -49,11 +48,6 @@ class Target:
         return self.format or ("tensor-cache" if is_safetensors(manifest_name) else "safetensors")
 
 
-def is_safetensors(manifest_name: str) -> bool:
-    """Return whether a manifest is that of safetensors files: an index, or the only file."""
-    return manifest_name.endswith((".safetensors", _INDEX_SUFFIX))
-
-
 def parse_target(target: str | os.PathLike[str], format: Format | None = None) -> Target:
     """Return where a model is to be written, from a path and perhaps a format.
 
@@ -64,7 +58,6 @@ def parse_target(target: str | os.PathLike[str], format: Format | None = None) -
     IsADirectoryError, NotADirectoryError
         A directory has the name of a file to write, or the other way round.
     """
-    check_path("target", target)
     text = os.fspath(target)
     if format is not None and format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(map(repr, FORMATS))}, not {format!r}")
@@ -98,6 +91,6 @@ def _kind(name: str) -> tuple[Format | None, bool]:
         return "safetensors", True
     if lower.endswith(".npz"):
         return "npz", True
-    if name == "model" + _INDEX_SUFFIX:
+    if name == "model" + INDEX_SUFFIX:
         return "safetensors", False
     return ("tensor-cache" if name in MANIFEST_NAMES[:1] else None), False

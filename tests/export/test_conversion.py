@@ -31,6 +31,7 @@ from ..helpers.disks import mounted
 from ..helpers.loads import Serve, assert_same, flip
 from ..helpers.requirements import need_module
 from ..helpers.servers import FileServer
+from ..helpers.tensor_files import file_bytes, tensor, write_files
 
 #: The dtypes that NumPy has by itself.
 PLAIN = [dtype for dtype in ITEM_SIZES if "float8" not in dtype and dtype != "bfloat16"]
@@ -211,6 +212,15 @@ def test_metadata(tmp_path: Path) -> None:
     assert b'{"__metadata__":{"a":"2","b":"1"},' in (tmp_path / "out.safetensors").read_bytes()
     with pytest.raises(TypeError, match=r"metadata\['n'\] must be a string"):
         ndcache.convert(model, tmp_path / "out.safetensors", metadata={"n": 1})
+
+
+@pytest.mark.parametrize("name", ["model", "unusual"])
+def test_files_of_an_index_become_one_that_transformers_accepts(tmp_path: Path, name: str) -> None:
+    arrays = {key: np.ones(3, np.float32) for key in ("a", "b")}
+    write_files(tmp_path / "model", arrays, 2, name)
+    ndcache.convert(tmp_path / "model", tmp_path / "out.safetensors")
+    header = ndcache.read_manifest(tmp_path / "out.safetensors")
+    assert header.metadata == {"format": "pt"}
 
 
 # --- what a target cannot hold
@@ -422,6 +432,33 @@ def test_memory_is_bounded_however_large_a_tensor_is(tmp_path: Path, encoding: s
     growth = [int(line) >> 20 for line in output.stdout.split()]
     assert len(growth) == len(KINDS)
     assert max(growth) <= 16 + 64, growth
+
+
+@pytest.mark.once
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_large_file_is_split_with_little_memory(tmp_path: Path) -> None:
+    nbytes = 192 << 20
+    for name, size in (("small", 8), ("large", nbytes)):
+        data = {"a": tensor("U8", [size], 0, size)}
+        (tmp_path / f"{name}.safetensors").write_bytes(file_bytes(data))
+    for name, size in (("small", 8), ("large", nbytes)):
+        path = tmp_path / f"{name}.safetensors"
+        os.truncate(path, path.stat().st_size + size)
+    script = f"""
+        import ndcache
+        def memory(field):
+            with open("/proc/self/status") as file:
+                return next(int(line.split()[1]) << 10 for line in file if line.startswith(field))
+        for name in ("small", "large"):
+            with open("/proc/self/clear_refs", "w") as file:
+                file.write("5")  # begin a new peak
+            before = memory("VmRSS")
+            path = {str(tmp_path)!r} + "/" + name
+            ndcache.convert(path + ".safetensors", path, format="safetensors", memory_limit=16 << 20)
+        print(memory("VmHWM") - before)
+    """
+    output = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, capture_output=True, text=True)
+    assert int(output.stdout) >> 20 <= 16 + 64
 
 
 def test_the_command(tmp_path: Path) -> None:
