@@ -6,13 +6,12 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from ..arguments import check_flags
 from ..export.conversion import ConvertReport, check_options, convert_model
 from ..export.targets import Format, parse_target
 from ..format.manifest import NameFilter
 from ..format.shard_writer import Encoding
 from ..format.slices import check_slices
-from ..options import Source, suggest_keywords
+from ..options import Source, check_flags, suggest_keywords
 from ..progress import Progress
 from ..trace import tracing
 from ..workers.stop_iteration import unwrap_stop_iteration
@@ -38,7 +37,6 @@ class ConvertLoader(LoaderBase):
         metadata: Mapping[str, Any] | None = None,
         progress: Progress = None,
         trace: str | os.PathLike[str] | None = None,
-        report: str | os.PathLike[str] | None = None,
     ) -> ConvertReport:
         """Write a model to another format, piece by piece: see `ndcache.convert`."""
         parsed = parse_target(target, format)
@@ -46,7 +44,7 @@ class ConvertLoader(LoaderBase):
         check_slices(names)
         check_options(encode, shard_bytes, metadata)
         with (
-            tracing(trace, report) as events,
+            tracing(trace) as events,
             unwrap_stop_iteration(),
             self._resources.open_model(source, trace=events, is_use=True) as (model, context),
         ):

@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
 
-from ..arguments import check_flags, check_path
 from ..caller import PublicFrame
 from ..companions import Companions
 from ..errors import OfflineError
 from ..format.manifest import NameFilter
 from ..format.slices import check_slices
-from ..options import Source, check_keywords, hide_keywords
+from ..options import Source, check_flags, check_keywords, hide_keywords
 from ..pipeline import fetch_shards
 from ..progress import Progress
 from ..trace import tracing
@@ -84,10 +83,10 @@ class FetchLoader(LoaderBase):
             check_keywords(FetchLoader.fetch, unknown)
             check_flags(files=files, force=force, dry_run=dry_run)
             check_slices(names)
-            _check_dry_run(dry_run, trace, report)
             where = None if local_dir is None else _absolute(local_dir)
-            if force:
-                self._check_online(source)
+            if force and self._resources.is_offline and self._resources.locate(source).is_remote:
+                hint = "Leave one of the two out."
+                raise OfflineError("offline, and force downloads again what is cached", hint=hint)
             companions = Companions(files=files, include=include, exclude=exclude, force=force, are_required=True)
         with (
             PublicFrame() as __tracebackhide__,
@@ -115,19 +114,8 @@ class FetchLoader(LoaderBase):
             copy_companions(where, model, context, companions)
             return where
 
-    def _check_online(self, source: Source) -> None:
-        if self._resources.is_offline and self._resources.locate(source).is_remote:
-            hint = "Leave one of the two out."
-            raise OfflineError("offline, and force downloads again what is cached", hint=hint)
-
-
-def _check_dry_run(dry_run: bool, *files: str | os.PathLike[str] | None) -> None:
-    if dry_run and any(file is not None for file in files):
-        raise ValueError("trace and report are for a download, and dry_run makes none")
-
 
 def _absolute(local_dir: str | os.PathLike[str]) -> Path:
-    check_path("local_dir", local_dir, may_be_none=True)
     if local_dir == "":  # as from a variable that is not set: the working directory would be filled
         raise ValueError("local_dir is empty: give a directory, or None for the cache")
     return Path(os.path.abspath(Path(local_dir).expanduser()))

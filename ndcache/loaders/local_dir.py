@@ -41,6 +41,7 @@ def open_target(local_dir: Path, model: Model, context: LoadContext) -> Callable
     if isinstance(model, RemoteModel):
         target = model.cache
         assert isinstance(target, LayeredDirectory)
+        target.check_source()  # again, now that this process has noted its own model there
         for name, digest in model.opened.published.items():
             target.check_manifest(name, digest, MAX_KEPT_BYTES)
             target.adopt(name, check=check)

@@ -7,7 +7,6 @@ from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from ..arguments import check_flags
 from ..caller import PublicFrame
 from ..companions import Companions
 from ..devices.cpu import Array
@@ -21,6 +20,7 @@ from ..options import (
     GPUName,
     Source,
     TorchDeviceLike,
+    check_flags,
     check_keywords,
     hide_keywords,
 )

@@ -125,6 +125,22 @@ class LayeredDirectory(ModelDirectory):
         if self._is_foreign(name) and not self.has_sha256(name, digest, limit):
             raise self._foreign(name)
 
+    def check_source(self) -> None:
+        """Check that this directory has no files of another model.
+
+        Raises
+        ------
+        UnsafeCacheError
+            It has.
+        """
+        with self.layout.translate_errors():
+            other = (read_note(self.layout.state, "source.json") or {}).get("source")
+        if isinstance(other, str) and other != self.layout.source:
+            raise UnsafeCacheError(
+                f"{self.directory} has another model, {other}",
+                hint="Give another directory; this one was left as it is.",
+            )
+
     # --- looking up
 
     def _owns(self, name: str) -> bool:
@@ -162,6 +178,7 @@ class LayeredDirectory(ModelDirectory):
         content_id: str | None = None,
         syncing: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> BinaryIO:
+        self.check_source()  # another process may have begun to fetch another model since the directory was opened
         if self._is_foreign(name) and not filecmp.cmp(partial.path, self.path(name), shallow=False):
             raise self._foreign(name)
         return super().publish(
@@ -234,10 +251,5 @@ def open_layered(local_dir: Path, source: str, seed: ModelDirectory | None) -> L
         error.errno = errno.ENOTDIR
         raise error
     directory = LayeredDirectory(real, source, seed)
-    with directory.layout.translate_errors():
-        other = (read_note(directory.layout.state, "source.json") or {}).get("source")
-    if isinstance(other, str) and other != source:
-        raise UnsafeCacheError(
-            f"{local_dir} has another model, {other}", hint="Give another directory; this one was left as it is."
-        )
+    directory.check_source()
     return directory

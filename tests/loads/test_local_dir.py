@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ndcache.files import copying
 
 from ..helpers.companions import mlc_model, write_json
 from ..helpers.disks import HAS_LOOP_DEVICES, mounted_xfs, shares_blocks
+from ..helpers.loads import wait_until
 from ..helpers.models import assert_same, random_array, simple_model, write_model
 from ..helpers.servers import FileServer, ScriptedServer, reply, then_close
 from ..helpers.tensor_files import write_files
@@ -260,6 +262,23 @@ def test_row_95_a_directory_that_has_something_else(
         ndcache.fetch(server.url, local_dir=target)
     after = {"": target.read_bytes()} if target.is_file() else contents(target)
     assert {name: after.get(name) for name in before} == before, "nothing of it is lost"
+
+
+def test_row_95_another_model_that_comes_at_the_same_time(
+    model: Path, target: Path, tmp_path: Path, serve: Serve
+) -> None:
+    simple_model(tmp_path / "other")
+    server, other = serve(tmp_path / "other"), serve(model)
+    server.gated_manifest = True
+    server.gate.clear()
+    with ThreadPoolExecutor() as threads:
+        late = threads.submit(ndcache.fetch, server.url, local_dir=target)
+        wait_until(lambda: bool(server.requests))  # it has found the directory empty
+        ndcache.fetch(other.url, local_dir=target)
+        server.gate.set()
+        with pytest.raises(ndcache.UnsafeCacheError, match="has another model"):
+            late.result()
+    assert contents(target) == contents(model)
 
 
 def test_row_95_errors_name_the_option_that_chooses_another_directory(
