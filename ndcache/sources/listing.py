@@ -79,8 +79,10 @@ def _read_hub(location: Location, folder: re.Match[str], client: Client) -> dict
 
 def _parse(data: bytes, url: str) -> dict[str, ListedFile]:
     try:
-        siblings = json.loads(data)["siblings"]
-        return {each["rfilename"]: _file(each) for each in siblings}
+        files = {each["rfilename"]: _file(each) for each in json.loads(data)["siblings"]}
+        if not all(isinstance(name, str) for name in files):
+            raise ValueError("the name of a file is no text")
+        return files
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ProtocolError("the server's listing of files has an unknown form", url=url) from error
 

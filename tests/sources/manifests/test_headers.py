@@ -367,6 +367,15 @@ def test_the_listing_replaces_probing_and_redirects_give_digests(hub: HubServer,
     assert hub.asked() == [INDEX]
 
 
+@pytest.mark.parametrize("name", [1, None, ["config.json"]])
+def test_a_listing_of_another_form_is_as_good_as_none(scripted: ScriptedServer, monkeypatch: Any, name: Any) -> None:
+    listing = json.dumps({"siblings": [{"rfilename": "config.json"}, {"rfilename": name}]})
+    scripted.script["/api/models/owner/model/revision/main"] = [reply(200, listing.encode())]
+    monkeypatch.setenv("HF_ENDPOINT", scripted.url.rstrip("/"))
+    with pytest.raises(ndcache.NotFoundError, match=r"no model\.safetensors\.index\.json or model\.safetensors either"):
+        ndcache.load("hf://owner/model", retries=0)
+
+
 def test_row_89_the_only_file_is_taken_and_of_several_none(hub: HubServer, arrays: dict[str, Array]) -> None:
     write_files(hub.directory, arrays, 1, "unusual")
     for _ in range(2):
