@@ -1015,4 +1015,6 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         f"error: {page.parent}: the page cannot be written: no such directory\n"
     )
     lock = tmp_path / "trace.json" / "model.lock"
-    assert invoke("lock", tmp_path / "model", "-q", "-o", lock).stderr == f"error: {lock}: Not a directory\n"
+    assert invoke("lock", tmp_path / "model", "-q", "-o", lock).stderr == (
+        f"error: {lock.parent}: the lock file cannot be written: no such directory\n"
+    )

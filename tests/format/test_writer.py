@@ -293,7 +293,7 @@ def test_one_tensor_at_a_time_in_memory(tmp_path: Path) -> None:
         ({"encode": None}, TypeError, "encode must be"),
         ({"shard_bytes": 0}, ValueError, "shard_bytes"),
         ({"shard_bytes": -1}, ValueError, "shard_bytes"),
-        ({"shard_bytes": 1.5}, TypeError, "integer"),
+        ({"shard_bytes": 1.5}, TypeError, "shard_bytes must be a number of bytes, not 1.5"),
         ({"metadata": {"x": object()}}, TypeError, "JSON"),
         ({"metadata": {"x": float("nan")}}, ndcache.ManifestSyntaxError, "NaN"),
         ({"metadata": lambda: {"x": object()}}, TypeError, "JSON"),
