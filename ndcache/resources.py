@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from .http.transport import Transport
 from .location import Location, locate, locate_mirror
 from .location.hub import Login
 from .options import GPUDeviceLike, LoaderOptions, Source, TorchDeviceLike
+from .progress import Opening, ProgressCallback
 from .sources import open_model
 from .sources.model import Model
 from .store.housekeeping.quantities import parse_rate
@@ -121,8 +122,12 @@ class LoaderResources:
         force: bool = False,
         dry_run: bool = False,
         is_use: bool = False,
+        bars: Sequence[ProgressCallback] = (),
     ) -> Iterator[tuple[Model, LoadContext]]:
-        """Open a model with threads of its own, which end with the block; see `context`."""
+        """Open a model with threads of its own, which end with the block; see `context`.
+
+        The bars among the callbacks in `bars` say what it waits for.
+        """
         location = source if isinstance(source, Location) else self.locate(source)
         with self.context(
             location,
@@ -143,12 +148,14 @@ class LoaderResources:
                     workers=self._options.max_workers,
                     device=None if device is None else device.name,
                 )
-            with context.stats.timed("manifest"), wrap_stop_iteration():
-                model = open_model(location, context)
-            try:
-                yield model, context
-            finally:
-                model.end_use()
+            with closing(Opening(bars, context.model, context.arrivals)) as opening:
+                context.pool.tick = opening.tick
+                with context.stats.timed("manifest"), wrap_stop_iteration():
+                    model = open_model(location, context)
+                try:
+                    yield model, context
+                finally:
+                    model.end_use()
 
     @contextmanager
     def context(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import logging
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TextIO
 
 import pytest
@@ -16,7 +19,9 @@ import pytest
 import ndcache
 from ndcache.http.limits.rate_limits import OriginActivity, RateLimits
 from ndcache.http.retry import RetryPolicy, attempts
-from ndcache.progress import Arrivals, Bar, ProgressReport, Reporter
+from ndcache.progress import Arrivals, Bar, Opening, ProgressCallback, ProgressReport, Reporter
+from ndcache.progress import opening as opening_module
+from ndcache.progress import reporter as reporter_module
 from ndcache.progress.lines import bar_parts
 from ndcache.progress.rate import Rate
 from ndcache.stats import LoadStats
@@ -190,3 +195,66 @@ def test_another_process_prints_lines_below_a_bar(terminal: tuple[TextIO, int]) 
     assert last.startswith("\r\x1b[KFetched model: 2.0 MiB in 2 shards")
     assert not end
     assert "|" in shown[1]
+
+
+# --- before the manifest is there ---------------------------------------------------------------------
+
+
+def test_a_bar_says_that_the_manifest_takes_long(tmp_path: Path, serve: Any, terminal: tuple[TextIO, int]) -> None:
+    simple_model(tmp_path / "www" / "model", shards=2)
+    server, (file, leader), shown = serve(tmp_path / "www"), terminal, b""
+    server.gated_manifest = True
+    server.gate.clear()
+    with ThreadPoolExecutor(1) as executor:
+        load = executor.submit(ndcache.fetch, f"{server.url}model", progress=Bar(file))
+        while b"Fetched model" not in shown:
+            shown += os.read(leader, 1 << 16)
+            if b"manifest" in shown:
+                server.gate.set()
+        load.result()
+    first, *others = filter(None, shown.decode().split("\r"))
+    assert first == f"model   0%  waiting for {server.url.split('/')[2]}: manifest"
+    assert "0/2 shards" in "".join(others)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Replace the time of reports by a list of one number."""
+    now = [100.0]
+    for module in (opening_module, reporter_module):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    return now
+
+
+def test_lines_say_after_five_seconds_that_the_manifest_takes_long(clock: list[float]) -> None:
+    file, arrivals = io.StringIO(), Arrivals()
+    bars: list[ProgressCallback] = [Bar(file), lambda report: pytest.fail("web-llm reports nothing before the start")]
+    opening = Opening(bars, "host/a/model", arrivals)
+    for seconds in (1.5, 2.5, 1.5, 4.0, 2.0):
+        clock[0] += seconds
+        opening.tick()
+        arrivals.pause("key", "reconnecting to host, attempt 2", is_wanted=False)
+    assert file.getvalue().splitlines() == [
+        "Opening model: reconnecting to host, attempt 2",
+        "Opening model: reconnecting to host, attempt 2",
+    ]
+    load = Reporter(bars[:1], [MIB, MIB], cache_only=False, model="host/a/model")
+    load.start()
+    opening.close()  # the load goes on
+    load.shard_done(MIB)
+    load.close(is_done=True)
+    assert [line.split(":")[0] for line in file.getvalue().splitlines()[2:]] == [
+        *["Fetching model"] * 2,
+        "Fetched model",
+    ]
+
+
+def test_a_manifest_that_never_comes_leaves_the_bar(clock: list[float], terminal: tuple[TextIO, int]) -> None:
+    file, leader = terminal
+    for seconds, shown in ((0.5, ""), (1.5, "model   0%  waiting for host: manifest")):
+        opening = Opening([Bar(file)], "host/model", Arrivals())
+        clock[0] += seconds
+        opening.tick()
+        opening.close()
+        opening.close()
+        assert read(file, leader).rstrip().rpartition("\r")[2] == shown

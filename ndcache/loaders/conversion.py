@@ -12,7 +12,7 @@ from ..format.manifest import NameFilter
 from ..format.shard_writer import Encoding
 from ..format.slices import check_slices
 from ..options import Source, check_flags, suggest_keywords
-from ..progress import Progress
+from ..progress import Progress, callbacks_of
 from ..trace import tracing
 from ..workers.stop_iteration import unwrap_stop_iteration
 from .base import LoaderBase
@@ -43,10 +43,11 @@ class ConvertLoader(LoaderBase):
         check_flags(decode=decode)
         check_slices(names)
         check_options(encode, shard_bytes, metadata)
+        progress = callbacks_of(progress)
         with (
             tracing(trace) as events,
             unwrap_stop_iteration(),
-            self._resources.open_model(source, trace=events, is_use=True) as (model, context),
+            self._resources.open_model(source, trace=events, is_use=True, bars=progress) as (model, context),
         ):
             return convert_model(
                 model,

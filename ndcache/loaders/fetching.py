@@ -14,7 +14,7 @@ from ..format.manifest import NameFilter
 from ..format.slices import check_slices
 from ..options import Source, check_flags, check_keywords, hide_keywords
 from ..pipeline import fetch_shards
-from ..progress import Progress
+from ..progress import Progress, callbacks_of
 from ..trace import tracing
 from ..workers.stop_iteration import unwrap_stop_iteration
 from .base import LoaderBase
@@ -83,10 +83,9 @@ class FetchLoader(LoaderBase):
             check_keywords(FetchLoader.fetch, unknown)
             check_flags(files=files, force=force, dry_run=dry_run)
             check_slices(names)
+            progress = callbacks_of(progress)
             where = None if local_dir is None else _absolute(local_dir)
-            if force and self._resources.is_offline and self._resources.locate(source).is_remote:
-                hint = "Leave one of the two out."
-                raise OfflineError("offline, and force downloads again what is cached", hint=hint)
+            self._check_force(source, force)
             companions = Companions(files=files, include=include, exclude=exclude, force=force, are_required=True)
         with (
             PublicFrame() as __tracebackhide__,
@@ -100,6 +99,7 @@ class FetchLoader(LoaderBase):
                 force=force,
                 dry_run=dry_run,
                 is_use=not dry_run,
+                bars=() if dry_run else progress,
             ) as (model, context),
         ):
             shards = model.manifest.shards_with(names)
@@ -113,6 +113,11 @@ class FetchLoader(LoaderBase):
             fetch_shards(model, context, shards, progress, helpers, companions, use)
             copy_companions(where, model, context, companions)
             return where
+
+    def _check_force(self, source: Source, force: bool) -> None:
+        if force and self._resources.is_offline and self._resources.locate(source).is_remote:
+            hint = "Leave one of the two out."
+            raise OfflineError("offline, and force downloads again what is cached", hint=hint)
 
 
 def _absolute(local_dir: str | os.PathLike[str]) -> Path:

@@ -17,7 +17,7 @@ from ..errors import ChecksumError, NotFoundError
 from ..format.integrity import new_hasher, update_from_file
 from ..options import Source, suggest_keywords
 from ..pipeline import fetch_shards
-from ..progress import Progress
+from ..progress import Progress, callbacks_of
 from ..sources.local import LocalModel
 from ..sources.model import Model
 from ..workers.ordered import map_ordered
@@ -59,9 +59,10 @@ class LockLoader(LoaderBase):
         """
         location = self._resources.locate(source)
         files: Sequence[str] = ()
+        progress = callbacks_of(progress)
         with unwrap_stop_iteration():
             if location.is_remote:
-                with self._resources.open_model(source, must_keep=True) as (model, context):
+                with self._resources.open_model(source, must_keep=True, bars=progress) as (model, context):
                     companions = Companions(are_required=True)
                     shards = model.manifest.shards_with(None)
                     fetch_shards(model, context, shards, progress, self._helpers(source), companions)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -25,7 +25,7 @@ from ..options import (
     hide_keywords,
 )
 from ..pipeline import place_tensors
-from ..progress import Progress
+from ..progress import Progress, ProgressCallback, callbacks_of
 from ..trace import tracing
 from ..weights import Weights, collected
 from ..workers.stop_iteration import WrappedStopIteration, unwrap_stop_iteration
@@ -124,14 +124,16 @@ class TensorLoader(LoaderBase):
             check_keywords(TensorLoader.load, unknown)
             check_flags(decode=decode, copy=copy, files=files)
             check_slices(names)
+            progress = callbacks_of(progress)
         with (
             PublicFrame() as __tracebackhide__,
             LentMemory(into) as lent,
             tracing(trace, report) as events,
             unwrap_stop_iteration(),
             collected(target := self._resources.open_device(device, events), lent.objects) as tensors,
-            self._resources.open_model(source, device=target, trace=events, is_use=True) as (model, context),
+            self._resources.open_model(source, device=target, trace=events, is_use=True, bars=progress) as opened,
         ):
+            model, context = opened
             placed = place_tensors(
                 model,
                 context,
@@ -239,6 +241,7 @@ class TensorLoader(LoaderBase):
             check_flags(decode=decode, copy=copy, files=files)
             check_slices(names)
             lent = LentMemory(into)
+            progress = callbacks_of(progress)
             arriving = self._stream(source, device, names, decode, copy, lent, files, progress, trace, report)
             next(arriving)  # raises here what is wrong with the model or the arguments
         return arriving
@@ -252,7 +255,7 @@ class TensorLoader(LoaderBase):
         copy: bool,
         lent: LentMemory,
         files: bool,
-        progress: Progress,
+        progress: Sequence[ProgressCallback],
         trace: str | os.PathLike[str] | None,
         report: str | os.PathLike[str] | None,
     ) -> Generator[tuple[str, Any], None, None]:
@@ -261,7 +264,7 @@ class TensorLoader(LoaderBase):
             target = self._resources.open_device(device, events)
             is_open = False
             try:
-                with self._resources.open_model(source, device=target, trace=events, is_use=True) as (
+                with self._resources.open_model(source, device=target, trace=events, is_use=True, bars=progress) as (
                     model,
                     context,
                 ):

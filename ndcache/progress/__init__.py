@@ -3,7 +3,8 @@
 ::
 
     workers           Arrivals: which shards are here, are coming, or wait for another process
-    caller's thread   Reporter: counts ─> ProgressReport ─> callbacks, Bar ─> terminal | notebook | lines
+    caller's thread   Opening, until the model is open ─────────────────> Bar ─> terminal | notebook | lines
+                      Reporter: counts ─> ProgressReport ─> callbacks, Bar
 """
 
 from __future__ import annotations
@@ -11,18 +12,21 @@ from __future__ import annotations
 from .arrivals import Arrivals
 from .bar import Bar, are_bars_disabled
 from .interrupts import telling_what_is_kept
+from .opening import Opening, callbacks_of
 from .phases import TwoPhases
-from .reporter import Progress, Reporter
-from .reports import ProgressCallback, ProgressReport
+from .reporter import Reporter
+from .reports import Progress, ProgressCallback, ProgressReport
 
 __all__ = [
     "Arrivals",
     "Bar",
+    "Opening",
     "Progress",
     "ProgressCallback",
     "ProgressReport",
     "Reporter",
     "TwoPhases",
     "are_bars_disabled",
+    "callbacks_of",
     "telling_what_is_kept",
 ]

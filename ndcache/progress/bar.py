@@ -48,6 +48,7 @@ class Bar:
         self._is_default = file is None
         self._screen: TerminalBar | NotebookBar | _Lines | None = None
         self._model, self._verb = "", "Loading"
+        self._is_opening = False
 
     @classmethod
     def wanted(cls) -> list[Bar]:
@@ -56,16 +57,34 @@ class Bar:
 
     def begin(self, model: str, verb: str) -> None:
         """Choose the name that is shown: as much of the model's as tells it from those of other bars."""
+        self._forget_name()
         self._model, self._verb = _claim_name(model, self), verb
 
+    def open(self, model: str, report: ProgressReport) -> None:
+        """Show what a call waits for before it knows what there is to do; `begin` comes afterwards."""
+        if not self._is_opening:
+            self.begin(model, "Opening")
+            self._is_opening = True
+        self._show(report)
+
+    def close_opening(self) -> None:
+        """End the bar as it is, unless a load goes on with it."""
+        if self._is_opening:
+            self.end(None)
+
     def __call__(self, report: ProgressReport) -> None:
-        """Show a report."""
+        """Show a report of a load."""
+        if report.phase != "start":
+            self._show(report)
+        elif not self._is_opening or isinstance(self._screen, _Lines):  # others go on from there
+            with self._ignoring_closed_file():
+                self._close()
+        self._is_opening = False
+
+    def _show(self, report: ProgressReport) -> None:
         if self._file is None:
             return
         with self._ignoring_closed_file():
-            if report.phase == "start":
-                self._close()
-                return
             if self._screen is None:
                 if report.cache_only and report.time_elapsed < _CACHED_DELAY:
                     return
@@ -74,7 +93,8 @@ class Bar:
 
     def end(self, summary: Summary | None) -> None:
         """End the bar: with a summary, or, after a failure, as it is."""
-        _names_in_use.pop(self._model, None)
+        self._forget_name()
+        self._is_opening = False
         with self._ignoring_closed_file():
             if summary is None or self._file is None:
                 self._close()
@@ -83,6 +103,10 @@ class Bar:
             else:
                 screen, self._screen = self._screen, None
                 screen.finish(summary_line(summary, self._model))
+
+    def _forget_name(self) -> None:
+        if _names_in_use.get(self._model) is self:
+            del _names_in_use[self._model]
 
     def _close(self) -> None:
         if self._screen is not None:
@@ -163,8 +187,9 @@ class _Lines:
         """Print a line if it is time to."""
         percent = report.bytes_done * 100 // report.bytes_total if report.bytes_total else int(report.progress * 100)
         is_due = report.time_elapsed - self._time >= self._SECONDS
-        is_due |= report.waiting not in (None, self._waiting)
-        if not report.cache_only and percent < 100:  # the summary has the end
+        is_known = report.shards_total > 0  # until then, the model is being opened, which seldom takes long
+        is_due |= is_known and report.waiting not in (None, self._waiting)
+        if is_known and not report.cache_only and percent < 100:  # the summary has the end
             is_due |= percent - self._percent >= self._PERCENT
         if is_due:
             self._percent, self._time, self._waiting = percent, report.time_elapsed, report.waiting

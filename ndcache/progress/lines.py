@@ -63,7 +63,9 @@ def summary_line(summary: Summary, model: str) -> str:
 
 
 def log_line(report: ProgressReport, verb: str) -> str:
-    """Return a line about a load that goes on."""
+    """Return a line about a load that goes on, or about what it waits for before it begins."""
+    if report.waiting and not report.shards_total:
+        return f"{verb} {_name(report.model)}: {report.waiting}"
     parts = [
         f"{verb} {_name(report.model)}: {_percent(report)}% of {format_size(report.bytes_total)}",
         f"{report.shards_here}/{format_count(report.shards_total, 'shard')}",

@@ -11,18 +11,15 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TypeAlias
 
 from .arrivals import Arrivals
 from .bar import Bar, Summary
+from .opening import callbacks_of
 from .phases import TwoPhases
 from .rate import Rate
-from .reports import ProgressCallback, ProgressReport, report_text
+from .reports import Progress, ProgressCallback, ProgressReport, report_text
 
-__all__ = ["Progress", "Reporter"]
-
-#: The type of the ``progress`` option.
-Progress: TypeAlias = "bool | ProgressCallback | Iterable[bool | ProgressCallback] | None"
+__all__ = ["Reporter"]
 
 #: Seconds between reports to bars. The load calls `Reporter.tick` about as often.
 _TICK = 0.1
@@ -94,7 +91,7 @@ class Reporter:
         absent: Callable[[], Sequence[int]] = tuple,
     ) -> None:
         sizes = list(shard_sizes)
-        self._listeners = [self._listen(callback, interval) for callback in _callbacks(progress)]
+        self._listeners = [self._listen(callback, interval) for callback in callbacks_of(progress)]
         self._arrivals = Arrivals() if arrivals is None else arrivals
         self._shards_total, self._bytes_total = len(sizes), sum(sizes)
         self._shards_done = self._bytes_done = self._part_bytes = 0
@@ -253,19 +250,3 @@ class Reporter:
             seconds=time.monotonic() - self._started,
             absent=len(absent),
         )
-
-
-def _callbacks(progress: Progress) -> list[ProgressCallback]:
-    if progress is None or progress is False:
-        return []
-    if progress is True:
-        return [*Bar.wanted()]
-    if callable(progress):
-        return [progress]
-    items = list(progress) if isinstance(progress, Iterable) and not isinstance(progress, str) else [progress]
-    callbacks: list[ProgressCallback] = []
-    for item in items:
-        if item is not True and not callable(item):
-            raise TypeError(f"progress must be True or callables, not {item!r}")
-        callbacks += Bar.wanted() if item is True else [item]
-    return callbacks

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TypeAlias
 
-__all__ = ["START_TEXT", "ProgressCallback", "ProgressReport", "report_text"]
+__all__ = ["START_TEXT", "Progress", "ProgressCallback", "ProgressReport", "report_text"]
 
 _MIB = 1 << 20
 START_TEXT = "Start to fetch params"
@@ -70,6 +70,8 @@ class ProgressReport:
 
 
 ProgressCallback: TypeAlias = Callable[[ProgressReport], object]
+#: The type of the ``progress`` option.
+Progress: TypeAlias = "bool | ProgressCallback | Iterable[bool | ProgressCallback] | None"
 
 
 def report_text(

@@ -37,6 +37,8 @@ class WidgetBar(tqdm_notebook):  # type: ignore[type-arg]
 
     def show(self, report: ProgressReport) -> None:
         """Draw a report."""
+        if report.bytes_total != self.total:  # it was not known before the model was open
+            self.reset(report.bytes_total)
         self._report, self.n = report, report.bytes_done
         self.display(check_delay=False)
 

@@ -68,7 +68,11 @@ class WorkerPool:
     ----------
     turns : Turns
         The workers' turns at short steps in Python. A task that takes one releases it, however the task ends.
+    tick : callable or None
+        Called on the caller's thread about every 0.1 s while it waits in `run`.
     """
+
+    tick: Callable[[], None] | None = None
 
     # Ctrl-C can come between any two steps of the main thread. So it shares queues with the workers, and no lock that
     # it could leave locked. It starts one thread, which starts the next one. And `shutdown` waits until the threads say
@@ -217,7 +221,7 @@ class WorkerPool:
         outcomes = Outcomes[T](self.cancellation)
         try:
             self.submit(Task(work, outcomes))
-            outcomes.wait_for(0)
+            outcomes.wait_for(0, self.tick)
         except NdcacheError:
             raise  # The work is over; nothing needs to be cancelled.
         except BaseException:

@@ -145,7 +145,7 @@ def _run_all(pool: WorkerPool, work: Sequence[Callable[[], T]]) -> list[T]:
         for index, each in enumerate(work):
             pool.submit(Task(each, outcomes, index))
         for index in range(len(work)):
-            outcomes.wait_for(index)
+            outcomes.wait_for(index, pool.tick)
     except NdcacheError:
         raise  # those that have not begun will not, and the others change nothing
     except BaseException:
