@@ -4,7 +4,7 @@ Both are told by one small file of the model's state, ``used``. A load holds a s
 and, on the CPU, as long as its `Weights` are open; the system releases the locks of a process that dies. Whoever
 removes a model that nobody has named takes the lock exclusively before. The time of the file is that of the last use.
 
-The lock is held by a map of the file, which needs no descriptor: on Linux, a map keeps the file open that it was made
+On Linux, the lock is held by a map of the file, which needs no descriptor: a map keeps the file open that it was made
 of. On overlayfs it keeps only the file of a layer open, which does not have the lock; there, each use has a descriptor.
 """
 
@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import time
 from collections.abc import Iterator
 from enum import Enum, auto
+from pathlib import Path
 
 from ...files.folder import Folder
 from ..layout import Layout
@@ -33,8 +35,8 @@ _CONTENT = b"\n"  # no empty file can be mapped
 #: Attempts to get a shared lock: whoever removes a model holds it for a moment. Attempts to get an exclusive one:
 #: listings try it. Seconds between two of them.
 _ATTEMPTS, _LOOKS, _PAUSE = 50, 3, 0.01
-#: By the number of a file system, whether a map of a file was seen to hold its lock.
-_do_maps_hold_locks: dict[int, bool] = {}
+#: File systems whose files are kept by others: a map is one of the other's file.
+_LAYERED = ("overlay", "aufs", "unionfs")
 
 
 class Use:
@@ -52,12 +54,11 @@ class Use:
         self._pages: object = None
 
     def close_descriptor(self) -> None:
-        """Hold the lock by a map of the file from now on, if a map can."""
+        """Hold the lock by a map of the file from now on, if the file can be mapped."""
         from ...files.mapping import map_file  # needs NumPy, which processes that only download do not
 
-        if self._handle >= 0:
-            with contextlib.suppress(OSError, ValueError), open(self._handle, "rb", 0, closefd=False) as file:
-                self._pages = map_file(file, len(_CONTENT))
+        with contextlib.suppress(OSError, ValueError), open(self._handle, "rb", 0, closefd=False) as file:
+            self._pages = map_file(file, len(_CONTENT))
             os.close(self._handle)
             self._handle = -1
 
@@ -99,7 +100,9 @@ def begin_use(layout: Layout, *, creates: bool = True) -> Use | None:
             if not is_busy and (attempt > 0 or _has_name(state, handle)):
                 with contextlib.suppress(OSError):  # the file is of another account
                     os.utime(handle if os.utime in os.supports_fd else state.path / FILE)
-                return _close_if_possible(state, use, os.fstat(handle).st_dev)
+                if _do_maps_hold_locks(handle):
+                    use.close_descriptor()
+                return use
             use.end()
             time.sleep(_PAUSE if is_busy else 0)
     return None
@@ -191,22 +194,19 @@ def _has_name(state: Folder, handle: int) -> bool:
     return named is not None and os.path.samestat(named, os.fstat(handle))
 
 
-def _close_if_possible(state: Folder, use: Use, device: int) -> Use:
-    """Close the descriptor of a use if a map holds the lock on this file system."""
-    if _do_maps_hold_locks.get(device, True):
-        use.close_descriptor()
-    if device in _do_maps_hold_locks:
-        return use
-    handle = state.open_to_read(FILE)
-    if handle is None:
-        return use
-    second = Use(handle)
-    _do_maps_hold_locks[device] = _lock(handle, exclusive=True) is _Result.BUSY
-    if not _do_maps_hold_locks[device]:
-        _lock(handle, exclusive=False)
-        return second
-    second.end()
-    return use
+def _do_maps_hold_locks(handle: int) -> bool:
+    """Return whether a map of an open file keeps its lock, as far as Linux tells."""
+    try:
+        numbers = re.search(rb"^mnt_id:\s*(\d+)", Path(f"/proc/self/fdinfo/{handle}").read_bytes(), re.MULTILINE)
+        mounts = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    except OSError:
+        return False
+    for mount in mounts:
+        number, *_ = mount.split(b" ", 1)
+        if numbers is not None and number == numbers[1]:
+            kind = mount.partition(b" - ")[2].split(b" ", 1)[0].decode()
+            return kind.rpartition(".")[2] not in _LAYERED
+    return False
 
 
 def _time(folder: Folder, name: str) -> float | None:
