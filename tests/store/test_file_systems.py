@@ -191,6 +191,8 @@ def test_row_58_a_model_of_a_lower_layer_of_overlayfs_is_used_updated_and_delete
     """Containers see a model that came with their image like this."""
     arrays = models.simple_model(model, shards=3)
     url = serve(model).url
+    with mounted(tmp_path / "disk") as disk:  # its number may be that of the next file system that is mounted
+        ndcache.load(url, cache_dir=disk).close()
     ndcache.fetch(url, cache_dir=tmp_path / "lower" / "cache")
     for name in ("upper", "work", "merged"):
         (tmp_path / name).mkdir()
