@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..arguments import check_mapping, check_positive
 from ..companions import Companions
 from ..context import LoadContext
 from ..devices.into import LentMemory
@@ -74,7 +75,9 @@ class ConvertReport:
     halved: tuple[str, ...] = field(repr=False)
 
 
-def check_options(encode: Encoding | Mapping[str, Encoding], shard_bytes: int | None, metadata: object) -> None:
+def check_options(
+    encode: Encoding | Mapping[str, Encoding], shard_bytes: int | None, metadata: Mapping[str, Any] | None
+) -> None:
     """Check the options of a conversion, as far as this needs no manifest.
 
     Raises
@@ -82,11 +85,10 @@ def check_options(encode: Encoding | Mapping[str, Encoding], shard_bytes: int | 
     ValueError, TypeError
     """
     encoding_by_name(encode)
-    if shard_bytes is not None and operator.index(shard_bytes) < 1:
-        raise ValueError(f"shard_bytes must be a positive number of bytes, not {shard_bytes}")
+    if shard_bytes is not None:
+        check_positive("shard_bytes", shard_bytes, "bytes")
     if metadata is not None:
-        if not isinstance(metadata, Mapping):
-            raise TypeError(f"metadata must be a mapping, not {type(metadata).__name__}")
+        check_mapping("metadata", metadata)
         json.dumps(dict(metadata))
 
 

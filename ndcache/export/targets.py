@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
+from ..arguments import check_path
 from ..format.safetensors.index import INDEX_SUFFIX, is_safetensors
 from ..location import MANIFEST_NAMES
 from .pieces import Bytes
@@ -58,6 +59,7 @@ def parse_target(target: str | os.PathLike[str], format: Format | None = None) -
     IsADirectoryError, NotADirectoryError
         A directory has the name of a file to write, or the other way round.
     """
+    check_path("target", target)
     text = os.fspath(target)
     if format is not None and format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(map(repr, FORMATS))}, not {format!r}")

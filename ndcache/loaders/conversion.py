@@ -6,12 +6,13 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from ..arguments import check_flags
 from ..export.conversion import ConvertReport, check_options, convert_model
 from ..export.targets import Format, parse_target
 from ..format.manifest import NameFilter
 from ..format.shard_writer import Encoding
 from ..format.slices import check_slices
-from ..options import Source, check_flags, suggest_keywords
+from ..options import Source, suggest_keywords
 from ..progress import Progress, callbacks_of
 from ..trace import tracing
 from ..workers.stop_iteration import unwrap_stop_iteration
@@ -37,6 +38,7 @@ class ConvertLoader(LoaderBase):
         metadata: Mapping[str, Any] | None = None,
         progress: Progress = None,
         trace: str | os.PathLike[str] | None = None,
+        report: str | os.PathLike[str] | None = None,
     ) -> ConvertReport:
         """Write a model to another format, piece by piece: see `ndcache.convert`."""
         parsed = parse_target(target, format)
@@ -45,7 +47,7 @@ class ConvertLoader(LoaderBase):
         check_options(encode, shard_bytes, metadata)
         progress = callbacks_of(progress)
         with (
-            tracing(trace) as events,
+            tracing(trace, report) as events,
             unwrap_stop_iteration(),
             self._resources.open_model(source, trace=events, is_use=True, bars=progress) as (model, context),
         ):

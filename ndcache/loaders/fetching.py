@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
 
+from ..arguments import check_flags, check_path
 from ..caller import PublicFrame
 from ..companions import Companions
 from ..errors import OfflineError
 from ..format.manifest import NameFilter
 from ..format.slices import check_slices
-from ..options import Source, check_flags, check_keywords, hide_keywords
+from ..options import Source, check_keywords, hide_keywords
 from ..pipeline import fetch_shards
 from ..progress import Progress, callbacks_of
 from ..trace import tracing
@@ -81,7 +82,7 @@ class FetchLoader(LoaderBase):
         """Download a model into the cache without decoding it: see `ndcache.fetch`."""
         with PublicFrame() as __tracebackhide__:
             check_keywords(FetchLoader.fetch, unknown)
-            check_flags(files=files, force=force, dry_run=dry_run)
+            check_flags(files=files, force=force, dry_run=_checked(dry_run, trace, report))
             check_slices(names)
             progress = callbacks_of(progress)
             where = None if local_dir is None else _absolute(local_dir)
@@ -120,7 +121,15 @@ class FetchLoader(LoaderBase):
             raise OfflineError("offline, and force downloads again what is cached", hint=hint)
 
 
+def _checked(dry_run: bool, *files: str | os.PathLike[str] | None) -> bool:
+    """Return `dry_run`, unless a file was asked for that a dry run cannot write."""
+    if dry_run and any(file is not None for file in files):
+        raise ValueError("trace and report are for a download, and dry_run makes none")
+    return dry_run
+
+
 def _absolute(local_dir: str | os.PathLike[str]) -> Path:
+    check_path("local_dir", local_dir, may_be_none=True)
     if local_dir == "":  # as from a variable that is not set: the working directory would be filled
         raise ValueError("local_dir is empty: give a directory, or None for the cache")
     return Path(os.path.abspath(Path(local_dir).expanduser()))

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..arguments import check_path
 from ..companions import Companions
 from ..companions.local import find_companions
 from ..companions.lock import new_lock, write_lock
@@ -20,6 +21,7 @@ from ..pipeline import fetch_shards
 from ..progress import Progress, callbacks_of
 from ..sources.local import LocalModel
 from ..sources.model import Model
+from ..trace import check_writable
 from ..workers.ordered import map_ordered
 from ..workers.stop_iteration import unwrap_stop_iteration
 from .base import LoaderBase
@@ -44,7 +46,7 @@ class LockLoader(LoaderBase):
         source, progress
             See `ndcache.fetch`.
         path : path-like, optional
-            Write the lock file there. It appears complete or not at all.
+            Write the lock file there. It appears complete or not at all. Its directory must exist.
 
         Returns
         -------
@@ -54,9 +56,14 @@ class LockLoader(LoaderBase):
 
         Raises
         ------
+        OSError
+            The lock file cannot be written there. Nothing is fetched.
         NdcacheError
             See `ndcache.fetch`.
         """
+        check_path("path", path, may_be_none=True)
+        if path is not None:
+            check_writable(path, "lock file")
         location = self._resources.locate(source)
         files: Sequence[str] = ()
         progress = callbacks_of(progress)

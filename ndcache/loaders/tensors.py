@@ -7,6 +7,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+from ..arguments import check_flags
 from ..caller import PublicFrame
 from ..companions import Companions
 from ..devices.cpu import Array
@@ -20,7 +21,6 @@ from ..options import (
     GPUName,
     Source,
     TorchDeviceLike,
-    check_flags,
     check_keywords,
     hide_keywords,
 )

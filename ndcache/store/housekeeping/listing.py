@@ -22,7 +22,7 @@ from .deletion import is_trash
 from .sizes import DiskUse, FileId, disk_bytes, disk_use
 from .usage import is_used, last_use
 
-__all__ = ["CachedModel", "FoundModel", "find_models", "find_trash"]
+__all__ = ["CachedModel", "FoundModel", "find_denied", "find_models", "find_trash"]
 
 
 @dataclass(frozen=True)
@@ -129,6 +129,15 @@ def find_trash(root: Path, scope: str | None = None) -> list[Folder]:
     return [folder for folder in _model_folders(root, scope) if is_trash(folder.names[-1])]
 
 
+def find_denied(root: Path, scope: str | None = None) -> list[Path]:
+    """Return the folders of scopes and models that this account may not read, and that `find_models` skips."""
+    with contextlib.suppress(OSError):
+        scopes = [root / name for name in _chosen(_folders(root), scope)]
+        models = [folder.path for folder in _model_folders(root, scope)]
+        return [path for path in (*scopes, *models) if not os.access(path, os.R_OK | os.X_OK)]
+    return []
+
+
 def _find(folder: Folder, counted: set[FileId]) -> FoundModel | None:
     directory = ModelDirectory(folder.path, root=folder.root)
     layout = directory.layout
@@ -180,9 +189,13 @@ def _model_folders(root: Path, only: str | None) -> Iterator[Folder]:
             f"the cache directory {root} cannot be listed: {error.strerror}",
             hint="Choose another one: cache_dir, --cache-dir, or NDCACHE_HOME.",
         ) from error
-    for scope in scopes if only is None else sorted({quote(only, safe="")} & set(scopes)):
+    for scope in _chosen(scopes, only):
         with contextlib.suppress(OSError):  # it belongs to another account, or was deleted just now
             yield from (Folder(root, (scope, name)) for name in _folders(root / scope))
+
+
+def _chosen(scopes: list[str], only: str | None) -> list[str]:
+    return scopes if only is None else sorted({quote(only, safe="")} & set(scopes))
 
 
 def _folders(directory: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""Sizes and durations as people write them: ``50GB``, ``30d``."""
+"""Sizes, rates and durations as people write them: ``50GB``, ``10MB/s``, ``30d``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from datetime import timedelta
 
-__all__ = ["parse_duration", "parse_size"]
+__all__ = ["parse_duration", "parse_rate", "parse_size"]
 
 _NUMBER = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([A-Za-z]*)\s*", re.ASCII)
 _SIZES = {"": 1, "b": 1} | {
@@ -39,9 +39,11 @@ def parse_size(value: int | float | str) -> int:
 
     Raises
     ------
-    ValueError
+    ValueError, TypeError
         It is no size, or negative.
     """
+    if not isinstance(value, (int, float, str)):
+        raise TypeError(f"a size must be a number of bytes or a text such as '50GB', not {value!r}")
     nbytes = _multiply(value, _SIZES) if isinstance(value, str) else value
     if nbytes is None:
         raise ValueError(f"{value!r} is no size: write 50GB, 1.5TiB, or a number of bytes")
@@ -61,9 +63,11 @@ def parse_duration(value: timedelta | int | float | str) -> float:
 
     Raises
     ------
-    ValueError
+    ValueError, TypeError
         It is no duration, or negative.
     """
+    if not isinstance(value, (timedelta, int, float, str)):
+        raise TypeError(f"a duration must be a timedelta, a number of seconds or a text such as '30d', not {value!r}")
     if isinstance(value, timedelta):
         value = value.total_seconds()
     seconds = _multiply(value, _SECONDS) if isinstance(value, str) else value
@@ -72,6 +76,25 @@ def parse_duration(value: timedelta | int | float | str) -> float:
     if not 0 <= seconds < math.inf:
         raise ValueError(f"{value!r} is no duration")
     return float(seconds)
+
+
+def parse_rate(value: int | float | str) -> float:
+    """Return a number of bytes per second.
+
+    Parameters
+    ----------
+    value : int, float or str
+        ``"10MB/s"``, ``"500kB/s"``, ``"1.5MiB"``. A number without a unit is one of bytes per second.
+
+    Raises
+    ------
+    ValueError
+        It is no rate, or not positive.
+    """
+    rate = _multiply(value.strip().removesuffix("/s"), _SIZES) if isinstance(value, str) else value
+    if rate is None or not 0 < rate < math.inf:
+        raise ValueError(f"{value!r} is no rate: write 10MB/s, 500kB/s, or a number of bytes per second")
+    return float(rate)
 
 
 def _multiply(text: str, units: Mapping[str, int]) -> float | None:
