@@ -82,16 +82,21 @@ class Refusal:
             f"the storage refuses access ({said})",
             url=str(url),
             status=self.status,
-            hint=self._hint(url.scheme, is_signed=is_signed),
+            hint=self._hint(url, is_signed=is_signed),
         )
 
-    def _hint(self, scheme: str, *, is_signed: bool) -> str:
-        advice = credentials.advice(scheme)
+    def _hint(self, url: Url, *, is_signed: bool) -> str:
+        advice = credentials.advice(url.scheme)
         said = f"The storage says {self.code}: " if self.code else ""
         if not is_signed:
             return f"{said}it was asked without credentials, as the environment has none. {advice}"
         if self.says_expired:
             return f"{said}the signature or the credentials have expired. Renew them, and check this machine's clock."
+        if self.code == "AuthenticationFailed" and "%" in url.path:  # of Azure
+            return (
+                f"{said}the credentials are wrong, or the name has characters that obstore signs in another way than "
+                "Azure reads them. A shared access signature (AZURE_STORAGE_SAS_TOKEN) works for all names."
+            )
         if self.code in _WRONG:
             return f"{said}the credentials are wrong, or for another storage. {advice}"
         return f"{said}these credentials may not read this object, or there is none and they may not list the bucket."

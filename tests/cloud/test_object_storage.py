@@ -147,6 +147,12 @@ def test_row_97_wrong_credentials_are_an_auth_error(bucket: Bucket, monkeypatch:
             ndcache.load(source(server))
 
 
+@pytest.mark.parametrize("bucket", ["az"], indirect=True)
+def test_row_97_a_name_that_obstore_signs_wrongly(bucket: Bucket) -> None:
+    with pytest.raises(ndcache.AuthError, match=r"AZURE_STORAGE_SAS_TOKEN\) works for all names"):
+        ndcache.load("az://bucket/a model/ü/")
+
+
 CANNOT_SIGN = {
     "s3": {"AWS_ACCESS_KEY_ID": "", "AWS_WEB_IDENTITY_TOKEN_FILE": "/nowhere", "AWS_ROLE_ARN": "role"},
     "gs": {"GOOGLE_SERVICE_ACCOUNT_KEY": json.dumps({**service_account(), "private_key": SECRET})},

@@ -17,6 +17,8 @@ __all__ = ["request_header"]
 
 #: The first request asks for so many bytes: the headers of most files are shorter.
 _GUESS_BYTES = 256 << 10
+#: Enough to recognise a web page, or a pointer to a file elsewhere.
+_FIRST_BYTES = 256
 _RANGE = re.compile(r"(?i:bytes) ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19}|\*)")
 
 
@@ -78,7 +80,7 @@ def _ask(
             return response.headers
         nbytes = _size(response, 0)
         try:
-            start = _read(response, b"", name, _GUESS_BYTES)
+            start = _read(response, b"", name, url, _GUESS_BYTES)
             end = header_end(start, name, url)
         except ManifestError as error:
             if is_web_page(response):
@@ -104,7 +106,7 @@ def _read_rest(client: Client, url: str, source_url: str, name: str, start: byte
             _size(response, 0)
         else:
             _size(response, len(start))
-        data = _read(response, start, name, end)
+        data = _read(response, start, name, url, end)
     if header_end(data, name, url) != end or len(data) < end:
         raise TruncatedError("the header ended early", url=url, shard=name, expected=end, received=len(data))
     return data
@@ -127,13 +129,13 @@ def _size(response: Response, first: int) -> int | None:
     return None if match[3] == "*" else int(match[3])
 
 
-def _read(response: Response, start: bytes, name: str, limit: int) -> bytes:
+def _read(response: Response, start: bytes, name: str, url: str, limit: int) -> bytes:
     """Read the body behind `start`: a range to its end, a whole file to the end of its header, or to the limit."""
     if response.status == 416:
         return b""  # of an empty file, there are no ranges
     data = bytearray(start)
     while len(data) < limit and (more := response.read_some(min(limit - len(data), 1 << 16))):
         data += more
-        if response.status == 200 and len(data) > 8 and len(data) >= header_end(bytes(data[:9]), name):
+        if response.status == 200 and len(data) > 8 and len(data) >= header_end(bytes(data[:_FIRST_BYTES]), name, url):
             break
     return bytes(data)

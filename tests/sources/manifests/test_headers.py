@@ -367,6 +367,16 @@ def test_the_listing_replaces_probing_and_redirects_give_digests(hub: HubServer,
     assert hub.asked() == [INDEX]
 
 
+@pytest.mark.parametrize("has_ranges", [True, False])
+def test_a_pointer_of_git_lfs_is_called_one(scripted: ScriptedServer, has_ranges: bool) -> None:
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
+    headers = {"Content-Range": f"bytes 0-{len(pointer) - 1}/{len(pointer)}"} if has_ranges else {}
+    scripted.script[f"/{FILE}"] = [reply(206 if has_ranges else 200, pointer, headers)]
+    with pytest.raises(ndcache.ManifestSyntaxError, match="git-lfs pointer") as caught:
+        ndcache.load(f"{scripted.url}{FILE}")
+    assert caught.value.url == f"{scripted.url}{FILE}"
+
+
 @pytest.mark.parametrize("name", [1, None, ["config.json"]])
 def test_a_listing_of_another_form_is_as_good_as_none(scripted: ScriptedServer, monkeypatch: Any, name: Any) -> None:
     listing = json.dumps({"siblings": [{"rfilename": "config.json"}, {"rfilename": name}]})
