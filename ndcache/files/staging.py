@@ -11,6 +11,7 @@ import errno
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,13 +30,16 @@ def staged_file(path: Path) -> Iterator[Path]:
     Parameters
     ----------
     path : pathlib.Path
-        The file's name. A file that has it is replaced. If it is a link, the file that it leads to is.
+        The file's name. A file that has it is replaced, and keeps its mode. If it is a link, the file that it leads to
+        is replaced.
     """
     path = _resolved(path)
     temporary = path.with_name(_temporary_name(path))
     with _folders_above(path), _removed_after_failure(temporary, path):
         with open(temporary, "xb"):
             pass
+        with contextlib.suppress(OSError):  # there is none, or the file system has no modes
+            os.chmod(temporary, stat.S_IMODE(os.stat(path).st_mode))
         yield temporary
         with open(temporary, "r+b") as file:
             sync(file.fileno())

@@ -397,6 +397,14 @@ def test_links_are_followed_and_the_mode_is_the_usual_one(tmp_path: Path) -> Non
     assert os.stat(tmp_path / "there" / "model.safetensors").st_mode == usual[0]
 
 
+@pytest.mark.parametrize("name", ["out.npz", "out.safetensors"])
+def test_a_private_file_stays_private(tmp_path: Path, name: str) -> None:
+    model = write(tmp_path / "model", {"a": np.ones(3)})
+    (tmp_path / name).touch(0o600)
+    ndcache.convert(model, tmp_path / name)
+    assert (tmp_path / name).stat().st_mode & 0o777 == 0o600
+
+
 # --- memory
 
 
