@@ -14,9 +14,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..errors import ManifestSyntaxError, NotFoundError, UnsafePathError
+from ..format.integrity import is_manifest_name
 from ..format.paths import check_path, collision_key
-from ..format.safetensors.index import INDEX_SUFFIX
-from ..location import NDARRAY_CACHE_NAMES
 
 __all__ = [
     "CHAT_CONFIG",
@@ -48,8 +47,6 @@ TRANSFORMERS_FILES = (
 MAX_FILE_BYTES, MAX_INCLUDED_BYTES = 64 << 20, 64 << 30
 
 _USUAL = ("*.json", "*.txt", "*.model", "*.jinja")
-#: Manifests of other models in the same directory. One without its weights would keep the directory from being loaded.
-_MANIFESTS = (*NDARRAY_CACHE_NAMES, f"*{INDEX_SUFFIX}")
 #: Code, archives, and weights in other formats, some of which run code when they are loaded.
 _REFUSED = re.compile(
     r".*\.(py[a-z]?|so|dll|dylib|sh|exe|pkl|pickle|joblib|dill|pt|pth|ckpt|bin|npy|npz|h5|hdf5|keras|msgpack|onnx"
@@ -71,7 +68,8 @@ def is_refused(name: str) -> bool:
 
 def is_usual(name: str) -> bool:
     """Return whether a file of a listing is a companion by its name: it lies beside the weights, and is a text."""
-    return "/" not in name and not is_refused(name) and matches(name, _USUAL) and not matches(name, _MANIFESTS)
+    # The manifest of another model, without its weights, would keep the directory from being loaded.
+    return "/" not in name and matches(name, _USUAL) and not (is_refused(name) or is_manifest_name(name))
 
 
 def is_pattern(text: str) -> bool:

@@ -82,7 +82,7 @@ def test_the_digest_of_a_listing_or_a_redirect_is_compared(hub: HubServer, tmp_p
     [
         *((name, True) for name in ("config.json", "merges.txt", "tokenizer.model", "chat_template.jinja")),
         *((name, False) for name in ("onnx/config.json", "model.py", "pytorch_model.bin", "README.md", "x.pkl")),
-        *((name, False) for name in ("tensor-cache.json", "ndarray-cache.json", "model.fp16.safetensors.index.json")),
+        *((name, False) for name in ("ndarray-cache-b16.json", "tensor-cache.json", "fp16.safetensors.index.json")),
     ],
 )
 def test_companions_of_a_safetensors_repository(name: str, is_companion: bool) -> None:
