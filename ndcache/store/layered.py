@@ -179,7 +179,9 @@ class LayeredDirectory(ModelDirectory):
         syncing: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> BinaryIO:
         self.check_source()  # another process may have begun to fetch another model since the directory was opened
-        if self._is_foreign(name) and not filecmp.cmp(partial.path, self.path(name), shallow=False):
+        if self._is_foreign(name) and not (
+            self._owns(name) and filecmp.cmp(partial.path, self.path(name), shallow=False)
+        ):
             raise self._foreign(name)
         return super().publish(
             partial, name, etag=etag, last_modified=last_modified, content_id=content_id, syncing=syncing
@@ -202,9 +204,13 @@ class LayeredDirectory(ModelDirectory):
             seed.quarantine(name, file)
 
     def _is_foreign(self, name: str) -> bool:
-        """Return whether there is a file with this name that ndcache did not put there."""
-        # An old file, which counts as missing, has metadata nevertheless.
-        return self._owns(name) and read_metadata(self.layout, name) is None
+        """Return whether there is a file with this name that ndcache did not put there, or a link."""
+        if self._owns(name):
+            # An old file, which counts as missing, has metadata nevertheless.
+            return read_metadata(self.layout, name) is None
+        with self.layout.translate_errors(name):
+            folder, last = self.layout.place(name)
+            return folder.status(last) is not None
 
     def _foreign(self, name: str) -> UnsafeCacheError:
         return UnsafeCacheError(

@@ -233,6 +233,12 @@ def a_configuration(target: Path) -> None:
     (target / "mlc-chat-config.json").write_text("mine")
 
 
+def a_link(target: Path) -> None:
+    target.mkdir()
+    (target.parent / "mine").write_text("mine")
+    (target / "params_shard_1.bin").symlink_to(target.parent / "mine")
+
+
 @pytest.mark.parametrize(
     ("prepare", "error", "message"),
     [
@@ -241,6 +247,7 @@ def a_configuration(target: Path) -> None:
         (half_another_model, ndcache.UnsafeCacheError, "another file with the name params_shard_[01].bin"),
         (another_model_of_ndcache, ndcache.UnsafeCacheError, "has another model"),
         (a_configuration, ndcache.UnsafeCacheError, "another file with the name mlc-chat-config.json"),
+        (a_link, ndcache.UnsafeCacheError, "another file with the name params_shard_1.bin"),
     ],
 )
 @pytest.mark.parametrize("is_cached", [False, True])
