@@ -162,7 +162,8 @@ class CompanionRequest:
             digests = {} if listed.sha256 is None else {"sha256": listed.sha256}
             digests.update([self._context.integrity[name]] if name in self._context.integrity else [])
             known = self._cache.metadata(name) if self._cache.is_intact(name) else None
-            wanted = WantedFile(name, limit, listed.nbytes, digests, self._policy if is_optional else None)
+            policy = self._policy if is_optional else None
+            wanted = WantedFile(name, limit, listed.nbytes, digests, policy, is_optional)
             self._obtain(wanted, [location.url(name) for location in self._model.locations], known)
         except CancelledError:
             raise

@@ -32,6 +32,8 @@ class WantedFile:
         The digests that it must have, by algorithm.
     policy : RetryPolicy or None
         How often to try; None for the load's own policy.
+    is_optional : bool
+        Whether the model may do without it. Then a web page in its place says that there is none.
     """
 
     name: str
@@ -39,6 +41,7 @@ class WantedFile:
     nbytes: int | None = None
     digests: Mapping[str, str] = field(default_factory=dict)
     policy: RetryPolicy | None = None
+    is_optional: bool = False
 
     @property
     def most(self) -> int:
@@ -64,7 +67,11 @@ def check_headers(response: Response, wanted: WantedFile, url: str, start: int =
     kind = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
     if kind in _WEB_PAGES and not wanted.name.lower().endswith((".html", ".htm")):
         raise ProtocolError(
-            "the server sent a web page in place of the file", url=url, shard=wanted.name, hint=WEB_PAGE_HINT
+            "the server sent a web page in place of the file",
+            url=url,
+            shard=wanted.name,
+            hint=WEB_PAGE_HINT,
+            retryable=not wanted.is_optional,
         )
     length = response.content_length
     if length is None:

@@ -242,6 +242,8 @@ def test_a_web_page_in_place_of_a_file(model: Path, scripted: ScriptedServer) ->
         ".ndcache",
         *(path.name for path in (model.parent / "plain").iterdir()),
     }
+    asked = [request.path for request in scripted.requests]
+    assert [asked.count(f"/{name}") for name in (CONFIG, PACKAGE)] == [1, 1], "what is not there is asked for once"
 
 
 # --- the cache ----------------------------------------------------------------------------------------
