@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib
 import io
 import json
 import os
@@ -27,6 +28,9 @@ from pathlib import Path
 from ..helpers.companions import mlc_model
 from ..helpers.models import random_array, write_model
 from ..helpers.servers import FileServer
+
+#: Modules that commands import when they need them, so that each process of a command would import them again.
+_IMPORTED_LATE = ("asyncio", "multiprocessing", "ndcache.cache", "ndcache.loader", "requests", "rich.table", "tqdm")
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 
@@ -167,6 +171,9 @@ def _normalised(text: str, urls: tuple[str, ...], directory: Path) -> str:
 def _run_all(url: str, stalled: str, directory: str) -> dict[str, str]:
     from ndcache.cli.commands import main
 
+    for name in _IMPORTED_LATE:
+        importlib.import_module(name)
+    assert all(main.commands.values())  # which imports their modules
     os.chdir(directory)
     os.environ.update({"NDCACHE_HOME": "cache", "XDG_RUNTIME_DIR": directory, "HF_HUB_OFFLINE": ""})
     shown = {}
