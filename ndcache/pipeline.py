@@ -104,10 +104,10 @@ def _place_tensors(
     segments = list(itertools.chain.from_iterable(files))
     how = functools.partial(_how_cached, device, shards, lent, decode, copy)
     context.cancellation.resume()
-    # Threads start while the upload is opened. It and the files are closed when no worker is in `stage` any more.
+    # Readers start when tensors are allocated, which needs the interpreter's lock, and end before all this is closed.
     with (
         wrap_stop_iteration(),
-        _prepared(model, context, files, helpers, companions) as prepared,
+        _prepared(model, context, files, helpers, companions, device) as prepared,
         device.open_upload(
             segments,
             pool=context.pool,
@@ -219,7 +219,7 @@ def fetch_shards(
 
 @dataclass(frozen=True)
 class _Prepared:
-    """The files that a load wants, all of which can be obtained, and threads that have started.
+    """The files that a load wants, all of which can be obtained, and the threads for them.
 
     Attributes
     ----------
@@ -234,6 +234,8 @@ class _Prepared:
         Whether none of them is likely to need the network.
     beside : callable or None
         Work for one more thread: the companion files.
+    start : callable
+        Start the threads, unless they have started.
     """
 
     model: Model
@@ -243,6 +245,7 @@ class _Prepared:
     sizes: list[int]
     cache_only: bool
     beside: Callable[[], None] | None
+    start: Callable[[], None]
 
 
 @contextmanager
@@ -252,8 +255,9 @@ def _prepared(
     files: Sequence[Sequence[Segment]],
     helpers: HelperProcesses,
     companions: Companions,
+    device: Device[Any] | None = None,
 ) -> Iterator[_Prepared]:
-    """Prepare the files and start the threads; at the end, clean up the model."""
+    """Prepare the files and the threads; at the end, clean up the model."""
     with wrap_stop_iteration(), closing(model):
         shards = [file[0].shard for file in files]
         cache_only = model.prepare(shards)
@@ -261,9 +265,16 @@ def _prepared(
         context.stats.note_shards(shards, sizes)
         context.arrivals.expect({shard.data_path: size for shard, size in zip(shards, sizes, strict=True)})
         beside = companions.plan(model, context, is_warm=cache_only)
-        context.pool.start(sum(map(len, files)) + (beside is not None) if cache_only else None)
+        start = context.pool.start
+        if cache_only:  # no spare threads are needed, as nothing waits for the disk to sync
+            workers = context.pool.max_workers
+            if device is not None and context.verify != "always":  # which fetches damaged files again
+                workers = device.readers(workers)
+            start = functools.partial(start, min(sum(map(len, files)), workers) + (beside is not None), workers)
+        if not cache_only or (device is not None and device.needs_serial_thread):
+            start()
         helpers.start(model, context)
-        yield _Prepared(model, context, helpers, files, sizes, cache_only, beside)
+        yield _Prepared(model, context, helpers, files, sizes, cache_only, beside, start)
         helpers.finish(context)
         model.finish()
     context.stats.seconds["total"] = time.perf_counter() - context.started
@@ -303,6 +314,7 @@ def _map_files(
         model=context.model,
         how=how,
     )
+    prepared.start()
     segments = list(itertools.chain.from_iterable(files))
     begun, freed = _memory(files, sizes, in_memory=not (prepared.cache_only or prepared.model.is_kept))
     results = map_ordered(

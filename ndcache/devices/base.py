@@ -51,6 +51,10 @@ class Device(ABC, Generic[Tensor]):
     maps_files = False
     completes_late = False
 
+    def readers(self, workers: int) -> int:
+        """Return how many workers load files that are all on disk, if `workers` would fetch them."""
+        return workers
+
     @abstractmethod
     def check_limits(self, shards: Sequence[Shard], *, decode: bool) -> None:
         """Check that the device can hold each tensor, before anything is fetched.
@@ -123,7 +127,7 @@ class Device(ABC, Generic[Tensor]):
         segments : sequence of Segment
             The segments to come, in manifest order.
         pool : WorkerPool
-            The load's threads, already started.
+            The load's threads. They have started if files are fetched, or if the device `needs_serial_thread`.
         stats : LoadStats
             Receives the time that each phase takes.
         decode : bool

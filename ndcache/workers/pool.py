@@ -89,6 +89,7 @@ class WorkerPool:
         has_side_thread: bool = False,
     ) -> None:
         self.max_workers = max_workers
+        self._most_workers = 2 * max_workers
         self.cancellation = Cancellation() if cancellation is None else cancellation
         self._has_serial_thread = has_serial_thread
         self._extra = has_serial_thread + has_side_thread
@@ -110,14 +111,19 @@ class WorkerPool:
         self._sleep: Callable[[float], None] = self.cancellation.sleep
         self._this_thread = threading.local()
 
-    def start(self, tasks: int | None = None) -> None:
+    def start(self, tasks: int | None = None, max_workers: int = 0) -> None:
         """Start as many threads as `tasks` tasks at once can use, by default all; fewer if no more can start.
 
         Parameters
         ----------
         tasks : int, optional
             The most tasks that there will be at once.
+        max_workers : int
+            Let so many hold a slot at once, up to twice as many as at first, unless more do already.
         """
+        while self.max_workers < min(max_workers, self._most_workers):
+            self.max_workers += 1
+            self._slots.add()
         most = self.max_workers + _SPARE_THREADS
         wanted = self._extra + (most if tasks is None else max(1, min(tasks, most)))
         if self._wanted >= wanted or main_thread_has_ended():
@@ -130,7 +136,9 @@ class WorkerPool:
 
         # The threads run `_serve` as their initializer, because the executor accepts no task once the main thread has
         # ended.
-        self._executor = ThreadPoolExecutor(most + self._extra, self._name, initializer=self._serve)
+        self._executor = ThreadPoolExecutor(
+            self._most_workers + _SPARE_THREADS + self._extra, self._name, initializer=self._serve
+        )
         self.cancellation.on_set(self._end_threads)
         self._start_thread()
 

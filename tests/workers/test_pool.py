@@ -158,3 +158,37 @@ def test_a_pool_with_a_single_thread_runs_tasks_beside_its_serial_queue(monkeypa
             return queue.submit(lambda: shard.data_path).result()
 
         assert list(run(shards(1, 1, 1), work, pool=pool, tick=tick)) == ["0.bin", "1.bin", "2.bin"]
+
+
+@pytest.mark.parametrize("is_started", [True, False])
+@pytest.mark.parametrize(("wanted", "expected"), [(1, 2), (3, 3), (9, 4)])
+def test_a_wider_pool_runs_more_tasks_at_once(wanted: int, expected: int, is_started: bool) -> None:
+    together = threading.Barrier(expected)
+    with WorkerPool(2) as pool:
+        if is_started:
+            pool.start(1)
+        pool.start(expected, wanted)
+        assert pool.max_workers == expected
+        outcomes = Outcomes[int](pool.cancellation)
+        for index in range(expected):
+            pool.submit(Task(lambda: together.wait(30), outcomes, index))
+        for index in range(expected):
+            outcomes.wait_for(index)
+
+
+def test_a_wider_pool_runs_no_more_tasks_than_that() -> None:
+    with WorkerPool(2) as pool:
+        pool.start(None, 3)
+        begun, may_end, outcomes = threading.Semaphore(0), threading.Event(), Outcomes[bool](pool.cancellation)
+
+        def work() -> bool:
+            begun.release()
+            return may_end.wait(30)
+
+        for index in range(4):
+            pool.submit(Task(work, outcomes, index))
+        assert all(begun.acquire(timeout=30) for _ in range(3))
+        assert not begun.acquire(timeout=0.2)
+        may_end.set()
+        for index in range(4):
+            outcomes.wait_for(index)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = ["CudaDevice"]
+
+#: The most workers that read, unless the caller wants more: 12 are 1.02 to 1.17 times as fast as 8 (four machines), and
+#: more of them wait longer for the interpreter lock.
+_MOST_READERS = 12
 
 
 class CudaDevice(Device["torch.Tensor"]):
@@ -48,6 +53,9 @@ class CudaDevice(Device["torch.Tensor"]):
         self._api = api
         self._total_bytes = total_bytes
         self._upload: CudaUpload | None = None
+
+    def readers(self, workers: int) -> int:
+        return max(workers, min(workers * 3 // 2, _MOST_READERS, os.cpu_count() or 1))
 
     def check_limits(self, shards: Sequence[Shard], *, decode: bool) -> None:
         check_dtypes(self.handle, shards, decode=decode)

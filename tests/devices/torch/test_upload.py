@@ -473,3 +473,47 @@ def test_into_that_does_not_fit(torch: Any, tmp_path: Path, monkeypatch: pytest.
     models.write_model(tmp_path, [{"t": models.random_array((4, 6)), "u": models.random_array((4, 6))}])
     with pytest.raises(ValueError, match="overlap"):
         ndcache.torch.load(tmp_path, into={"t": shared[:4], "u": shared[1:]})
+
+
+@pytest.mark.parametrize(
+    ("workers", "cores", "expected"), [(8, 16, 12), (4, 16, 6), (1, 16, 1), (16, 32, 16), (8, 2, 8)]
+)
+def test_how_many_workers_read(monkeypatch: pytest.MonkeyPatch, workers: int, cores: int, expected: int) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    device: Any = object.__new__(CudaDevice)
+    assert device.readers(workers) == expected
+
+
+@pytest.mark.parametrize("verify", ["download", "always"])
+def test_more_workers_read_than_would_fetch(
+    api: FakeApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verify: Any
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    models.write_model(tmp_path, [{f"t{n}": models.random_array((1 << 10,), seed=n)} for n in range(6)])
+    readers, together = (3, threading.Barrier(3)) if verify == "download" else (2, threading.Barrier(2))
+    record, threads = api.record, set[int]()
+
+    def record_together(event: int, stream: int) -> None:
+        threads.add(threading.get_ident())
+        together.wait(30)
+        record(event, stream)
+
+    monkeypatch.setattr(api, "record", record_together)
+    ndcache.torch.load(tmp_path, max_workers=2, verify=verify)
+    assert len(threads) == readers
+
+
+def test_threads_that_only_read_start_after_tensors_are_allocated(
+    api: FakeApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models.write_model(tmp_path, [{"t": models.random_array((1 << 10,))}])
+    before, seen = set(threading.enumerate()), []
+    allocate = Allocator.allocate
+
+    def watched(self: Allocator, segment: Segment) -> Any:
+        seen.append(set(threading.enumerate()) - before)
+        return allocate(self, segment)
+
+    monkeypatch.setattr(Allocator, "allocate", watched)
+    ndcache.torch.load(tmp_path)
+    assert seen == [set()]
