@@ -96,7 +96,7 @@ def convert(
         ``*.safetensors`` is one file, and so is ``*.npz``. Another path is a directory: of safetensors files and their
         index or, if the source is in safetensors files, of an NDArray cache; see ``format``. A path that ends with
         ``model.safetensors.index.json`` or ``tensor-cache.json`` is that of such a directory. Files that are there are
-        replaced, and files of an older model in the directory are removed.
+        replaced, and files of an older model in the directory are removed, unless it is the source.
     format : {"safetensors", "tensor-cache", "npz"}, optional
         The format of a directory; a file's follows from its name.
     names : str, iterable of str, mapping of str to slice, or callable, optional

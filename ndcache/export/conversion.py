@@ -14,6 +14,7 @@ import itertools
 import json
 import logging
 import operator
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
@@ -29,14 +30,14 @@ from ..files.full_disk import disk_full, names_full_disk
 from ..format.manifest import NameFilter
 from ..format.safetensors.index import INDEX_SUFFIX, is_safetensors
 from ..format.shard_writer import Encoding
-from ..format.writer import encoding_by_name
+from ..format.writer import encoding_by_name, remove_old_dump
 from ..pipeline import place_tensors
 from ..processes.beside import HelperProcesses
 from ..progress import Progress
 from ..sources.model import Model
 from .npz import npz_file
 from .pieces import PieceDevice
-from .safetensors_files import USUAL_METADATA, safetensors_directory, safetensors_file
+from .safetensors_files import USUAL_METADATA, remove_old_files, safetensors_directory, safetensors_file
 from .split import is_well_split, split_as_hub
 from .targets import Format, Target, WriteTensor
 from .tensor_cache import tensor_cache
@@ -132,7 +133,18 @@ def convert_model(
         for name, pieces in itertools.groupby(placed, key=operator.itemgetter(0)):
             tensor = tensors[name]
             write(tensor, tensor.encode(piece for _, piece in pieces))
+    _remove_other_format(model, target)
     return _report(model, target, tensors.values())
+
+
+def _remove_other_format(model: Model, target: Target) -> None:
+    """Remove an older model in the other format, which a load could take for the new one, unless it is the source."""
+    if target.is_file or os.path.realpath(model.directory) == os.path.realpath(target.path):
+        return
+    if target.format_for(model.manifest.name) == "tensor-cache":
+        remove_old_files(target.path)
+    else:
+        remove_old_dump(target.path)
 
 
 def _report(model: Model, target: Target, tensors: Iterator[OutputTensor] | Any) -> ConvertReport:

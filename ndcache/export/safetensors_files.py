@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from .pieces import Bytes
 from .targets import WriteTensor
 from .tensors import OutputTensor
 
-__all__ = ["USUAL_METADATA", "SafetensorsFile", "safetensors_directory", "safetensors_file"]
+__all__ = ["USUAL_METADATA", "SafetensorsFile", "remove_old_files", "safetensors_directory", "safetensors_file"]
 
 _INDEX_NAME = "model.safetensors.index.json"
 #: The library sorts tensors by these.
@@ -132,6 +132,11 @@ def safetensors_directory(
             with open(file, "r+b") as opened:
                 sync(opened.fileno())
         staged.publish(written)
-    for name in os.listdir(staged.path):
-        if _USUAL_NAME.fullmatch(name) and name not in written:
-            (staged.path / name).unlink(missing_ok=True)
+    remove_old_files(staged.path, written)
+
+
+def remove_old_files(directory: Path, kept: Collection[str] = ()) -> None:
+    """Remove the index and the files of an older model, if they have the usual names, but none of those in `kept`."""
+    found = {name for name in os.listdir(directory) if _USUAL_NAME.fullmatch(name)}
+    for name in sorted(found - set(kept), key=lambda name: name != _INDEX_NAME):
+        (directory / name).unlink(missing_ok=True)

@@ -17,12 +17,11 @@ Source of the format: ``dump_tensor_cache`` in apache-tvm's ``tvm/contrib/tvmjs.
 
 from __future__ import annotations
 
-import copy
 import json
 import operator
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ from .manifest import FORMATS, Manifest
 from .parse import parse_manifest
 from .shard_writer import Encoding, HashedFile, ShardWriter
 
-__all__ = ["dump", "encoding_by_name", "publish_dump"]
+__all__ = ["dump", "encoding_by_name", "publish_dump", "remove_old_dump"]
 
 _SHARD_NAME = re.compile(r"params_shard_[0-9]+\.bin")
 
@@ -75,7 +74,7 @@ def dump(
     update : bool
         Add to the dump in the directory. A tensor replaces the one of the same name, which must have the same number of
         stored bytes; other tensors go into new shards. The metadata stays unless `metadata` is given. If False, files
-        of an older dump (``params_shard_*.bin`` and the ``-b16`` manifest) are removed or overwritten.
+        of an older dump (``params_shard_*.bin`` and manifests) are removed or overwritten.
 
     Returns
     -------
@@ -171,7 +170,11 @@ def publish_dump(
         file.sync()
         written[path] = file.path
     staged.publish(written)
-    _remove_stale(staged.path, manifest, manifests, shards_too=not keeps_others)
+    if keeps_others:
+        if _b16_name(name) not in manifests:
+            (staged.path / _b16_name(name)).unlink(missing_ok=True)
+    else:
+        remove_old_dump(staged.path, {*manifests, *(shard.data_path for shard in manifest.shards)})
     return manifest
 
 
@@ -210,28 +213,26 @@ def _old_manifest(directory: Path) -> tuple[str, dict[str, Any] | None]:
 
 def _manifests(content: dict[str, Any], name: str) -> dict[str, bytes]:
     """Return the manifest files by name: `content`, and a second one if float32 is stored as bfloat16."""
-    described = copy.deepcopy(content)
-    found = False
-    for shard in described["records"]:
-        for record in shard["records"]:
-            if record["format"] == "f32-to-bf16" and record["dtype"] == "float32":
-                record["format"], record["dtype"] = "raw", "bfloat16"
-                found = True
-    manifests = {name: content, _b16_name(name): described} if found else {name: content}
+    shards = [{**shard, "records": [*map(_as_stored, shard["records"])]} for shard in content["records"]]
+    manifests = {name: content}
+    if shards != content["records"]:
+        manifests[_b16_name(name)] = {**content, "records": shards}
     return {path: json.dumps(value, indent=4).encode("ascii") for path, value in manifests.items()}
+
+
+def _as_stored(record: dict[str, Any]) -> dict[str, Any]:
+    if record["format"] == "f32-to-bf16" and record["dtype"] == "float32":
+        return {**record, "format": "raw", "dtype": "bfloat16"}
+    return record
 
 
 def _b16_name(name: str) -> str:
     return name.removesuffix(".json") + "-b16.json"
 
 
-def _remove_stale(directory: Path, manifest: Manifest, written: Mapping[str, bytes], *, shards_too: bool) -> None:
-    """Remove files of an older dump that the new one does not use."""
-    if _b16_name(manifest.name) not in written:
-        (directory / _b16_name(manifest.name)).unlink(missing_ok=True)
-    if not shards_too:
-        return
-    kept = {shard.data_path for shard in manifest.shards}
-    for path in directory.iterdir():
-        if _SHARD_NAME.fullmatch(path.name) and path.name not in kept:
-            path.unlink(missing_ok=True)
+def remove_old_dump(directory: Path, kept: Collection[str] = ()) -> None:
+    """Remove the manifests of an older dump, and then its shards, but none of the files in `kept`."""
+    manifests = {name for each in NDARRAY_CACHE_NAMES for name in (each, _b16_name(each))}
+    shards = {name for name in os.listdir(directory) if _SHARD_NAME.fullmatch(name)}
+    for name in (*(manifests - set(kept)), *(shards - set(kept))):
+        (directory / name).unlink(missing_ok=True)

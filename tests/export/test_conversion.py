@@ -356,6 +356,24 @@ def test_a_target_in_a_file_is_named_as_it_was_given(tmp_path: Path, target: str
 # --- targets that are there
 
 
+@pytest.mark.parametrize("old", ["tensor-cache", "safetensors"])
+def test_an_older_model_in_the_other_format_goes_unless_it_is_the_source(tmp_path: Path, old: Any) -> None:
+    new, target = "safetensors" if old == "tensor-cache" else "tensor-cache", tmp_path / "target"
+    ndcache.dump({"old": np.zeros(4, np.float32)}, tmp_path / "old")
+    ndcache.dump({"new": np.ones(4, np.float32)}, tmp_path / "new")
+    convert(tmp_path / "old", target, format=old)
+    (target / "mine.json").write_text("{}")
+    convert(tmp_path / "new", target, format=new)
+    with ndcache.load(target) as weights:
+        assert list(weights) == ["new"]
+    names = {"model.safetensors", "model.safetensors.index.json", "mine.json"}
+    if new == "tensor-cache":
+        names = {"tensor-cache.json", "params_shard_0.bin", "mine.json"}
+    assert {path.name for path in target.iterdir()} == names
+    convert(target, target, format=old)
+    assert {path.name for path in target.iterdir()} > names
+
+
 def test_an_older_model_is_replaced(tmp_path: Path) -> None:
     model = write(tmp_path / "model", {f"t{n}": np.full(10, n) for n in range(6)})
     for target in KINDS:

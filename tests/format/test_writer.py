@@ -354,6 +354,7 @@ def test_stale_files_go_and_others_stay(tmp_path: Path) -> None:
     keep = ("params_shard_x.bin", "params_shard_1.bin.bak", "tokenizer.json", "other-b16.json", "my_params_shard_2.bin")
     for name in keep:
         (tmp_path / name).write_text("mine")
+    (tmp_path / "tensor-cache.json").rename(tmp_path / "ndarray-cache.json")  # the older name
     ndcache.dump({"w": np.zeros(1, np.uint8)}, tmp_path)
     assert set(contents(tmp_path)) == {"params_shard_0.bin", "tensor-cache.json", *keep}
     assert layout(tmp_path) == [["w"]]
