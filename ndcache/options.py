@@ -171,8 +171,8 @@ class LoaderOptions:
         metadata=_describe(
             "int",
             """Threads that fetch shards, and so the most requests at once. Two more threads write what has come. Fewer
-            threads are used where file descriptors are scarce. Files on disk are read onto CUDA by half as many again,
-            but not because of that by more than 12, nor by more than there are cores.""",
+            threads are used where file descriptors are scarce. Onto CUDA, half as many threads again read files that are
+            on disk: 12 in place of 8, and no more than 12 or the number of cores.""",
             types=(int,),
             must_be="a number of at least 1",
             is_valid=lambda value: value >= 1,
