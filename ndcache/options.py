@@ -171,7 +171,7 @@ class LoaderOptions:
         metadata=_describe(
             "int",
             """Threads that fetch shards, and so the most requests at once. Two more threads write what has come. Fewer
-            threads are used where file descriptors are scarce. Onto CUDA, half as many threads again read files that are
+            threads are used where file descriptors are scarce. Onto CUDA, half as many threads again read files
             on disk: 12 in place of 8, and no more than 12 or the number of cores.""",
             types=(int,),
             must_be="a number of at least 1",
