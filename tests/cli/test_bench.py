@@ -157,7 +157,7 @@ def test_a_load_from_memory_says_so(tmp_path: Path) -> None:
 def test_a_device_that_cannot_be_measured_is_no_error(tmp_path: Path) -> None:
     used = Used(ndcache.LoadStats(), read=0, moved=0)
     (tmp_path / "model").write_text("in the way")
-    rate = device_rate(tmp_path, "gpu", used, is_cpu=False)
+    rate = device_rate(tmp_path, "gpu", object(), used)
     assert (rate.bytes_per_second, rate.share) == (None, None)
     assert rate.how.startswith("not measured: ")
 
@@ -172,7 +172,11 @@ def test_it_measures_a_device(
         value = json.loads(invoke("bench", source, *options).stdout)
         assert value["device"] != "cpu"
         measured = value["rates"][-1]
-        assert (measured["name"], measured["how"]) == ("device", "64.0 MiB from the page cache onto it")
+        how = {
+            "gpu": "64.0 MiB loaded onto it from the page cache: it may take more",
+            "cuda": "256.0 MiB copied to it from pinned memory",
+        }
+        assert (measured["name"], measured["how"]) == ("device", how[device])
         assert measured["bytes_per_second"] > 0
         assert measured["share"] > 0
 

@@ -1,14 +1,16 @@
-"""Measure the device: copies on the CPU, and loads from memory onto another device."""
+"""Measure the device: copies on the CPU and onto CUDA, and loads from memory onto another device."""
 
 from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ...devices.torch.link import seconds_of_copies
 from ...errors import NdcacheError
 from ...format.writer import dump
 from ...loader import Loader
@@ -26,17 +28,35 @@ _COPIES = 4
 _PARTS = 16
 
 
-def device_rate(folder: Path, device: str, used: Used, *, is_cpu: bool) -> Rate:
-    """Copy on the CPU; onto another device, load a model that lies in the page cache."""
+def device_rate(folder: Path, device: str, opened: Any, used: Used) -> Rate:
+    """Copy on the CPU and onto CUDA; onto another device, load a model that lies in the page cache.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+        For a model.
+    device : str
+        The device's name.
+    opened : object
+        The `Weights.device` of the load.
+    used : Used
+    """
     nbytes = max(_LEAST_BYTES, min(used.moved, _MOST_BYTES)) >> 20 << 20
-    values = np.ones(nbytes, np.uint8)
-    if is_cpu:
-        return _cpu_rate(values, used)
+    if opened == "cpu":
+        return _cpu_rate(np.ones(nbytes, np.uint8), used)
+    is_cuda = getattr(opened, "type", None) == "cuda"
     try:
-        rate = per_second(nbytes, _load(folder / "model", device, values))
+        if is_cuda:
+            rate = per_second(nbytes * _COPIES, seconds_of_copies(opened, nbytes, _COPIES))
+        else:
+            rate = per_second(nbytes, _load(folder / "model", device, np.ones(nbytes, np.uint8)))
     except (NdcacheError, OSError) as error:
         return Rate("device", None, None, f"not measured: {one_line(error)}")
-    return Rate("device", rate, used.share(used.moved, rate), f"{format_size(nbytes)} from the page cache onto it")
+    share = used.share(used.moved, rate)
+    if is_cuda:
+        return Rate("device", rate, share, f"{format_size(nbytes * _COPIES)} copied to it from pinned memory")
+    how = f"{format_size(nbytes)} loaded onto it from the page cache: it may take more"
+    return Rate("device", rate, share, how, is_least=True)
 
 
 def _load(folder: Path, device: str, values: NDArray[np.uint8]) -> float:

@@ -79,6 +79,6 @@ def run_bench(
     say("measuring the disk")
     disk = disk_rates(folder, sizes, local, int(trace["otherData"]["workers"]), used, in_memory)
     say("measuring the device")
-    copied = device_rate(folder, device, used, is_cpu=opened == "cpu")
+    copied = device_rate(folder, device, opened, used)
     absent = [Rate("network", None, None, "not needed: the source is local")]
     return BenchReport(stats, tensors, nbytes, opened, (*(network or absent), *disk, copied), trace, is_limited)

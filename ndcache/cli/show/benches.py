@@ -92,6 +92,7 @@ def bench_json(source: str, report: BenchReport) -> dict[str, object]:
                 "name": rate.name,
                 "bytes_per_second": None if rate.bytes_per_second is None else round(rate.bytes_per_second),
                 "share": None if rate.share is None else round(rate.share, 4),
+                "at_least": rate.is_least,
                 "how": rate.how,
             }
             for rate in report.rates
