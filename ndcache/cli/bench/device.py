@@ -49,7 +49,9 @@ def device_rate(folder: Path, device: str, opened: Any, used: Used) -> Rate:
         if is_cuda:
             rate = per_second(nbytes * _COPIES, seconds_of_copies(opened, nbytes, _COPIES))
         else:
-            rate = per_second(nbytes, _load(folder / "model", device, np.ones(nbytes, np.uint8)))
+            # It takes at least what the load itself got, which may have been larger.
+            got = per_second(used.moved, used.stats.seconds["total"]) or 0.0
+            rate = max(got, per_second(nbytes, _load(folder / "model", device, np.ones(nbytes, np.uint8))) or 0.0)
     except (NdcacheError, OSError) as error:
         return Rate("device", None, None, f"not measured: {one_line(error)}")
     share = used.share(used.moved, rate)
