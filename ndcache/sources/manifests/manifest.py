@@ -6,7 +6,7 @@ import contextlib
 import functools
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ...caller import warn_caller
@@ -171,15 +171,16 @@ class ManifestSource:
 
     def _fetch_from(self, location: Location) -> OpenedManifest:
         """Fetch the manifest under the first of its usual names that the server has."""
-        first: NdcacheError | None = None
+        reasons: dict[str, NdcacheError] = {}
         for name in self._names_at(location):
             try:
                 return self._request(location, name, self.client.context.policy)
             except NotThereError as error:
-                first = first or error.reason
-        assert first is not None
+                reasons[name] = error.reason
+        first = next(iter(reasons.values()))
         if isinstance(first, (NotFoundError, AuthError)):
-            raise self._no_such_file(location, first) from first
+            refusals = {name: reason for name, reason in reasons.items() if isinstance(reason, AuthError)}
+            raise self._no_such_file(location, first, refusals) from first
         raise first
 
     def _names_at(self, location: Location) -> Iterator[str]:
@@ -209,14 +210,18 @@ class ManifestSource:
             return None
         return None if listed is None else [name for name in listed if "/" not in name]
 
-    def _no_such_file(self, location: Location, first: NotFoundError | AuthError) -> TransferError:
+    def _no_such_file(
+        self, location: Location, first: NotFoundError | AuthError, refusals: Mapping[str, AuthError]
+    ) -> TransferError:
         if isinstance(first, NotFoundError):
-            return NotFoundError(
-                f"there is no {say_names(self._names, 'at', str(location), f' (status {first.status})')}",
-                url=str(location),
-                status=first.status,
-                hint="Give the URL of the directory that holds the manifest, or of the manifest itself.",
-            )
+            absent = [name for name in self._names if name not in refusals]
+            text = f"there is no {say_names(absent, 'at', str(location), f' (status {first.status})')}"
+            hint: str | None = "Give the URL of the directory that holds the manifest, or of the manifest itself."
+            if refusals:  # a server that tells them apart means it
+                refusal = next(iter(refusals.values()))
+                text += f"; the server refuses access to {' and '.join(refusals)} (status {refusal.status})"
+                hint = refusal.hint
+            return NotFoundError(text, url=str(location), status=first.status, hint=hint)
         return AuthError(
             f"the server refuses access to {' or '.join(self._names[:2])} at {location}, or has no such file "
             f"(status {first.status})",

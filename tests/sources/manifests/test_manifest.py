@@ -42,8 +42,8 @@ def model(tmp_path: Path) -> Path:
 
 #: How a server may answer for a missing file → the error, if it has no manifest of the other name either.
 NOT_THERE: dict[str, tuple[bytes, type[ndcache.NdcacheError], str]] = {
-    "404": (reply(404, b"gone"), ndcache.NotFoundError, "there is no tensor-cache.json or ndarray-cache.json at"),
-    "410": (reply(410), ndcache.NotFoundError, "there is no tensor-cache.json or ndarray-cache.json at"),
+    "404": (reply(404, b"gone"), ndcache.NotFoundError, "there is no tensor-cache.json or "),
+    "410": (reply(410), ndcache.NotFoundError, "there is no tensor-cache.json or "),
     "403, a bucket": (reply(403, b"<Error><Code>AccessDenied</Code></Error>"), ndcache.AuthError, "has no such file"),
     "400": (reply(400), ndcache.ProtocolError, "status 400"),
     "402": (reply(402), ndcache.ProtocolError, "status 402"),
@@ -107,6 +107,15 @@ def test_row_50_if_no_name_works_the_first_error_is_raised(
     assert type(caught.value) is error
     assert manifests_asked_for(scripted) == [NEW, OLD]
     assert cached_manifests(cache_dir) == []
+
+
+def test_row_50_a_refusal_beside_missing_names_is_told(scripted: ScriptedServer) -> None:
+    """`save_file` makes files that only their owner may read."""
+    scripted.script = {"/model.safetensors": [reply(403)]}
+    words = r"no model\.safetensors\.index\.json either; the server refuses access to model\.safetensors \(status 403\)"
+    with pytest.raises(ndcache.NotFoundError, match=words) as caught:
+        ndcache.load(scripted.url, retries=QUICK)
+    assert "credentials" in str(caught.value)
 
 
 FINAL: dict[str, tuple[bytes | Step, type[ndcache.NdcacheError], int]] = {
