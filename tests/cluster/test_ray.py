@@ -171,6 +171,12 @@ def under_way(home: Path, server: FileServer) -> int:
     return len(list(home.rglob(f"*--{port}--*/.ndcache/locks/*")))
 
 
+def has_begun(cluster: RayCluster, server: FileServer, node: str) -> bool:
+    """Return whether a node downloads some shards, and no node is between its lock and its request."""
+    counts = {home: under_way(home, server) for home in cluster.homes.values()}
+    return counts[cluster.homes[node]] >= 3 and len(server.shard_requests()) >= sum(counts.values())
+
+
 @pytest.mark.once
 def test_row_74_an_actor_that_is_killed_costs_only_its_share(
     cluster: RayCluster, server: FileServer, model: Path
@@ -178,13 +184,7 @@ def test_row_74_an_actor_that_is_killed_costs_only_its_share(
     server.gate.clear()
     fetching = cluster.start(fetch, server.url)
     victim = next(iter(cluster.homes))
-
-    def has_begun() -> bool:
-        """Return whether the victim downloads some, and no node is between its lock and its request."""
-        counts = {home: under_way(home, server) for home in cluster.homes.values()}
-        return counts[cluster.homes[victim]] >= 3 and len(server.shard_requests()) >= sum(counts.values())
-
-    wait_until(has_begun, TIMEOUT)
+    wait_until(lambda: has_begun(cluster, server, victim), TIMEOUT)
     cluster.kill_actors(victim)
     server.gate.set()
     found = fetching.result(TIMEOUT)
@@ -214,7 +214,7 @@ def test_row_75_nodes_that_come_and_go_meanwhile(
     lost = cluster.add_node(tmp_path / "lost")
     server.gate.clear()
     fetching = cluster.start(fetch, server.url)
-    wait_until(lambda: under_way(tmp_path / "lost", server) >= 3, TIMEOUT)
+    wait_until(lambda: has_begun(cluster, server, lost), TIMEOUT)
     cluster.kill_node(lost)
     late = cluster.add_node(tmp_path / "late")
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from ndcache.companions.lock import as_sri
 from ..helpers.companions import CHAT_CONFIG, write_json
 from ..helpers.loads import QUICK, partial_files
 from ..helpers.models import random_array, simple_model
-from ..helpers.servers import Request, ScriptedServer, reply, then_close
+from ..helpers.servers import Request, ScriptedServer, Step, reply, then_close
 
 NAME, HALF = "tokenizer.model", 50_000
 DATA = random_array((2 * HALF,), "uint8", 1).tobytes()
@@ -30,7 +29,7 @@ def whole(data: bytes) -> bytes:
     return reply(200, data, {"ETag": etag(data)})
 
 
-def half(data: bytes) -> Callable[..., None]:
+def half(data: bytes) -> Step:
     return then_close(reply(200, data[:HALF], {"ETag": etag(data)}, length=len(data)))
 
 

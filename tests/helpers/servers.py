@@ -314,7 +314,7 @@ def _pump(source: socket.socket, target: socket.socket) -> None:
         target.shutdown(socket.SHUT_RDWR)
 
 
-Step = Callable[[Connection, Request], None]
+Step = Callable[[Connection, Request], bool | None]
 
 
 @dataclass
@@ -399,10 +399,10 @@ class ScriptedServer:
             with contextlib.suppress(OSError):
                 while (request := connection.read_request()) is not None:
                     step = self._next_step(request)
-                    if callable(step):
-                        step(connection, request)
+                    if not callable(step):
+                        connection.send(step)
+                    elif not step(connection, request):
                         return
-                    connection.send(step)
         finally:
             with self._lock:
                 self._open.discard(sock)

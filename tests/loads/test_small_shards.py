@@ -59,11 +59,12 @@ def test_workers_wait_for_the_server_at_once(
     def after_three_others(path: str) -> Step:
         (response,) = scripted.script[path]
 
-        def answer(connection: Connection, request: Request) -> None:
+        def answer(connection: Connection, request: Request) -> bool:
             assert isinstance(response, bytes)
             with contextlib.suppress(threading.BrokenBarrierError):  # after 30 s without an answer, the load fails
                 barrier.wait(30)
                 connection.send(response)
+            return True
 
         return answer
 
