@@ -388,12 +388,10 @@ def test_what_is_no_size_and_no_duration(text: Any) -> None:
 # --- models of other accounts ---------------------------------------------------------------------------
 
 AS_ANOTHER_ACCOUNT = """
-import os, sys
-import ndcache.cache
+import contextlib, io, os, sys
 from ndcache.cli.commands import main
-for name in ("ls", "rm"):
-    main.get_command(None, name)  # that account may not read the modules
-ndcache.cache.models(cache_dir=sys.argv[-1])
+with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+    main(sys.argv[1:], prog_name="ndcache")  # that account may not read the modules
 os.setgroups([])
 os.setgid(65534)
 os.setuid(65534)
