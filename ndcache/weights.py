@@ -34,7 +34,7 @@ _MOST_COMPARED = 20_000
 
 
 class NoTensorError(KeyError):
-    """There is no tensor of this name. The suggestion is looked for when the message is shown.
+    """Error for a name that no tensor has. The suggestion is looked for when the message is shown.
 
     Many of these errors are never shown: `Mapping.get` catches them.
     """

@@ -55,7 +55,7 @@ class _Commands(MutableMapping[str, click.Command]):
         self._found[name] = command
 
     def __delitem__(self, name: str) -> None:
-        raise NotImplementedError
+        raise TypeError("commands are not removed")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._modules)
