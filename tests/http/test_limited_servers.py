@@ -110,6 +110,7 @@ def test_row_49_a_shard_that_is_refused_until_all_others_came(
 ) -> None:
     """It is refused once for each of the other shards, and so more often than `retries` allows."""
     arrays = simple_model(tmp_path / "model", shards=5)
+    others = [f"/params_shard_{number}.bin" for number in range(1, 5)]
     refusals = itertools.count()
 
     def cached() -> int:
@@ -117,6 +118,7 @@ def test_row_49_a_shard_that_is_refused_until_all_others_came(
 
     def refuse(connection: Connection, request: Request) -> None:
         number = next(refusals)
+        wait_until(lambda: all(map(scripted.requests_for, others)))  # the first refusal would hold back the rest
         wait_until(lambda: cached() >= number)
         connection.send(reply(429))
 
@@ -131,9 +133,8 @@ def test_row_49_a_shard_that_is_refused_until_all_others_came(
 
     files = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
     scripted.script = {f"/{name}": [reply(200, data)] for name, data in files.items()}
-    for number in range(1, 5):
-        name = f"params_shard_{number}.bin"
-        scripted.script[f"/{name}"] = [later(number, files[name])]
+    for number, path in enumerate(others, 1):
+        scripted.script[path] = [later(number, files[path[1:]])]
     scripted.script[PATH][:0] = [refuse] * 5
     assert_same(ndcache.load(scripted.url, retries=RetryPolicy(retries=1, backoff=0.01)), arrays)
     assert len(scripted.requests_for(PATH)) == 6
