@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 
-__all__ = ["as_texts", "check_flags", "check_mapping", "check_path", "check_positive"]
+__all__ = ["as_texts", "check_flags", "check_mapping", "check_path", "check_positive", "is_url"]
 
 
 def check_flags(**flags: object) -> None:
@@ -17,9 +18,18 @@ def check_flags(**flags: object) -> None:
 
 
 def check_path(name: str, value: object, *, may_be_none: bool = False) -> None:
-    """Raise a TypeError if an argument is not a path."""
+    """Raise a TypeError or a ValueError if an argument is not a path on this machine."""
     if not (isinstance(value, (str, os.PathLike)) or (value is None and may_be_none)):
         raise TypeError(f"{name} must be a path{' or None' if may_be_none else ''}, not {value!r}")
+    if value == "":  # as from a variable that is not set: the working directory would be meant
+        raise ValueError(f"{name} is empty")
+    if is_url(value):
+        raise ValueError(f"{name} must be a path on this machine, not {value!r}")
+
+
+def is_url(value: object) -> bool:
+    """Return whether an argument is a text that begins as a URL does."""
+    return isinstance(value, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", value) is not None
 
 
 def as_texts(name: str, value: object) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from typing import Any, Literal, ParamSpec, Protocol, TypeAlias, TypeVar
 
 import requests
 
+from .arguments import is_url
 from .caller import PublicFrame, name_in_tracebacks
 from .context import VerifyMode
 from .http.retry import RetryPolicy
@@ -33,6 +34,7 @@ __all__ = [
     "LoaderOptions",
     "Source",
     "TorchDeviceLike",
+    "are_headers",
     "check_keywords",
     "document_options",
     "hide_keywords",
@@ -106,7 +108,7 @@ def _describe(
     types : tuple of type
         What a value may be an instance of. A bool counts as an int only if bool is listed.
     must_be : str
-        What a value must be, for error messages.
+        What a value must be, for error messages. That it may be None is added where that helps.
     is_valid : callable
         Whether a value of one of these types is allowed.
     is_secret : bool
@@ -142,7 +144,7 @@ def _is_token(value: str | None) -> bool:
     return value is None or re.fullmatch(r"[!-~]+", value) is not None
 
 
-def _are_headers(value: Mapping[Any, Any] | None) -> bool:
+def are_headers(value: Mapping[Any, Any] | None) -> bool:
     """Return whether these are names and values that HTTP allows, none of which the requests of ndcache set."""
     return _are_texts(value) and all(
         re.fullmatch(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+", name)
@@ -198,8 +200,8 @@ class LoaderOptions:
             """The cache's top directory. Default: NDCACHE_HOME, else the system's place for caches. If it cannot be
             written, `load` and `stream` hold what comes from a server in memory, with a RuntimeWarning.""",
             types=(str, os.PathLike, _NoneType),
-            must_be="a path or None",
-            is_valid=lambda value: value != "",
+            must_be="a path on this machine",
+            is_valid=lambda value: value != "" and not is_url(value),
         ),
     )
     scope: str = dataclasses.field(
@@ -273,7 +275,7 @@ class LoaderOptions:
             where redirects lead. For ``hf://``, it takes the place of the environment's HF_TOKEN, which is the better
             way to give one there.""",
             types=(str, _NoneType),
-            must_be="a text without spaces or control characters, or None",
+            must_be="a text without spaces or control characters",
             is_valid=_is_token,
             is_secret=True,
         ),
@@ -287,7 +289,7 @@ class LoaderOptions:
             ``{"X-Api-Key": key}``.""",
             types=(Mapping, _NoneType),
             must_be="a mapping of names to values that HTTP allows, without those of ndcache, such as Range",
-            is_valid=_are_headers,
+            is_valid=are_headers,
             is_secret=True,
         ),
     )
@@ -297,7 +299,7 @@ class LoaderOptions:
             "str, optional",
             """The branch, tag or commit of a repository on Hugging Face, as in ``hf://owner/name@revision``.""",
             types=(str, _NoneType),
-            must_be="a branch, a tag or a commit, or None",
+            must_be="a branch, a tag or a commit",
             is_valid=lambda value: value != "",
         ),
     )
@@ -329,7 +331,7 @@ class LoaderOptions:
             """The most bytes per second that a call receives, over all its workers and processes: a number, or a text
             such as ``"10MB/s"``. Default: no limit.""",
             types=(int, float, str, _NoneType),
-            must_be="bytes per second, such as 10e6 or '10MB/s', or None",
+            must_be="bytes per second, such as 10e6 or '10MB/s'",
             is_valid=_is_rate,
         ),
     )
@@ -351,7 +353,7 @@ class LoaderOptions:
             "float, optional",
             """Seconds between reports to ``progress``, beside those that tell of shards. Default: only those.""",
             types=(int, float, _NoneType),
-            must_be="a positive number of seconds, or None",
+            must_be="a positive number of seconds",
             is_valid=_is_positive,
         ),
     )
@@ -371,7 +373,7 @@ class LoaderOptions:
             value, types, must_be = getattr(self, option.name), option.metadata["types"], option.metadata["must_be"]
             shown = "" if option.metadata["is_secret"] else f", not {value!r}"
             if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-                raise TypeError(f"{option.name} must be {must_be}{shown}")
+                raise TypeError(f"{option.name} must be {must_be}{', or None' * (_NoneType in types)}{shown}")
             if not option.metadata["is_valid"](value):
                 raise ValueError(f"{option.name} must be {must_be}{shown}")
 

@@ -39,6 +39,8 @@ __all__ = ["LoaderResources"]
 #: Files that a worker may have open at once: a socket or two, a lock, the file it writes and reads, two folders that it
 #: publishes in and one on the way there, the folder that is synced, and spare ones.
 _FILES_PER_WORKER = 12
+#: The longest timeout, in seconds: Linux waits for 2³¹ ms at most.
+_LONGEST_TIMEOUT = 2e6
 
 
 class LoaderResources:
@@ -63,6 +65,7 @@ class LoaderResources:
 
     def __init__(self, options: LoaderOptions, environ: Mapping[str, str]) -> None:
         retries, timeout = options.retries, options.timeout
+        to_connect, to_read = timeout if isinstance(timeout, tuple) else (timeout, timeout)
         self._options = options
         self._policy = retries if isinstance(retries, RetryPolicy) else RetryPolicy(retries)
         # A lock file is read at each call: no constructor reads files.
@@ -70,7 +73,7 @@ class LoaderResources:
         self.login = Login(environ)
         self._transport = Transport(
             session=options.session,
-            timeout=timeout if isinstance(timeout, tuple) else (timeout, timeout),
+            timeout=(min(to_connect, _LONGEST_TIMEOUT), min(to_read, _LONGEST_TIMEOUT)),
             max_connections=options.max_workers,
             login=self.login,
             token=options.token,

@@ -143,13 +143,14 @@ def test_unknown_arguments_are_named_with_a_suggestion(name: str, owner: Any) ->
         ({"timeout": (1, "2")}, "timeout"),
         ({"timeout": float("inf")}, "timeout"),
         ({"retries": -1}, "retries"),
-        ({"cache_dir": ""}, "cache_dir"),
+        ({"cache_dir": ""}, "cache_dir must be a path on this machine, not ''$"),
+        ({"cache_dir": "hf://owner/name"}, "cache_dir must be a path on this machine"),
         ({"limit_rate": 0}, "limit_rate"),
         ({"limit_rate": float("nan")}, "limit_rate"),
         ({"limit_rate": "10 Mbit/s"}, "limit_rate"),
         ({"limit_rate": "0"}, "limit_rate"),
         ({"progress_interval": -1}, "progress_interval"),
-        ({"revision": ""}, "revision"),
+        ({"revision": ""}, "revision must be a branch, a tag or a commit, not ''$"),
     ],
 )
 def test_options_have_values_that_make_sense(options: dict[str, Any], message: str) -> None:
@@ -187,6 +188,13 @@ def test_options_have_values_that_make_sense(options: dict[str, Any], message: s
 def test_options_have_types(options: dict[str, Any]) -> None:
     with pytest.raises((TypeError, ValueError), match=next(iter(options))):
         ndcache.Loader(**options)
+
+
+def test_errors_say_that_an_option_may_be_none_where_that_helps() -> None:
+    with pytest.raises(TypeError, match=r"^revision must be a branch, a tag or a commit, or None, not 3$"):
+        ndcache.Loader(revision=3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^token must be a text without spaces or control characters$"):
+        ndcache.Loader(token="a b")
 
 
 @pytest.mark.parametrize(

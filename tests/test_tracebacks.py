@@ -105,6 +105,31 @@ def test_arguments_of_wrong_types_are_named_and_have_one_frame(
     assert (str(caught.value), frames(caught.value)) == (text, [name])
 
 
+#: Public functions by the names of their frames, and calls with a path.
+PATHS: list[tuple[str, Callable[[str], Any]]] = [
+    ("load", lambda path: ndcache.load(NOWHERE, trace=path)),
+    ("stream", lambda path: ndcache.stream(NOWHERE, report=path)),
+    ("fetch", lambda path: ndcache.fetch(NOWHERE, local_dir=path)),
+    ("convert", lambda path: ndcache.convert(NOWHERE, path)),
+    ("lock", lambda path: ndcache.Loader().lock(NOWHERE, path)),
+    ("dump", lambda path: ndcache.dump({}, path)),
+    ("models", lambda path: ndcache.cache.models(cache_dir=path)),
+    ("prune", lambda path: ndcache.cache.prune(keep_last=0, cache_dir=path)),
+    ("delete", lambda path: ndcache.cache.delete("*", cache_dir=path)),
+    ("verify", lambda path: ndcache.cache.verify(cache_dir=path)),
+]
+
+
+@pytest.mark.parametrize(
+    ("path", "text"), [("", "is empty$"), ("hf://owner/name", "must be a path on this machine, not 'hf://owner/name'$")]
+)
+@pytest.mark.parametrize(("name", "call"), PATHS, ids=[name for name, _ in PATHS])
+def test_paths_that_are_empty_or_urls_are_refused(name: str, call: Callable[[str], Any], path: str, text: str) -> None:
+    with pytest.raises(ValueError, match=text) as caught:
+        call(path)
+    assert frames(caught.value) == [name]
+
+
 @pytest.mark.parametrize(
     ("name", "call", "text"),
     [

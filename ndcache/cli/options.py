@@ -19,7 +19,19 @@ from ..location import locate, locate_mirror
 from ..options import LoaderOptions
 from ..store.inventory import cache_root
 from .group import UserError, argument_errors, json_option, verbose_option
-from .values import DEVICES, DIRECTORY, SECONDS, SOURCE, HeaderType, RateType, WholeNumber, read_token
+from .values import (
+    DEVICES,
+    DIRECTORY,
+    FILE,
+    PLACE,
+    SECONDS,
+    SOURCE,
+    TEXT,
+    HeaderType,
+    RateType,
+    WholeNumber,
+    read_token,
+)
 
 __all__ = [
     "MODEL_OPTIONS",
@@ -109,13 +121,13 @@ names_option = click.option(
 report_option = click.option(
     "--report",
     metavar="FILE",
-    type=click.Path(dir_okay=False),
+    type=FILE,
     help="Write a page with a picture of the load, for a browser, to FILE.",
 )
 trace_option = click.option(
     "--trace",
     metavar="FILE",
-    type=click.Path(dir_okay=False),
+    type=FILE,
     help="Write a timeline for https://ui.perfetto.dev to FILE.",
 )
 files_option = click.option(
@@ -130,6 +142,7 @@ cache_dir_option = click.option(
 )
 only_scope_option = click.option(
     "--scope",
+    type=TEXT,
     metavar="NAME",
     envvar="NDCACHE_SCOPE",
     show_envvar=True,
@@ -142,7 +155,7 @@ _DEFAULTS = LoaderOptions()
 _LOADER_OPTIONS: dict[str, Callable[[Any], Any]] = {
     "cache_dir": cache_dir_option,
     "scope": click.option(
-        "--scope", metavar="NAME", help=f"A separate part of the cache. [default: {_DEFAULTS.scope}]"
+        "--scope", type=TEXT, metavar="NAME", help=f"A separate part of the cache. [default: {_DEFAULTS.scope}]"
     ),
     "max_workers": click.option(
         "--max-workers",
@@ -176,6 +189,7 @@ _LOADER_OPTIONS: dict[str, Callable[[Any], Any]] = {
     "offline": click.option("--offline", is_flag=True, help="Use only the cache; make no request."),
     "token": click.option(
         "--token",
+        type=TEXT,
         metavar="TOKEN|-",
         callback=read_token,
         help="Sent to the source's server only; - reads standard input. Others may see a command line: HF_TOKEN or "
@@ -191,7 +205,10 @@ _LOADER_OPTIONS: dict[str, Callable[[Any], Any]] = {
         help="A header for the source's server only. Repeatable.",
     ),
     "revision": click.option(
-        "--revision", metavar="REVISION", help="The branch, tag or commit of a repository on Hugging Face."
+        "--revision",
+        type=TEXT,
+        metavar="REVISION",
+        help="The branch, tag or commit of a repository on Hugging Face.",
     ),
     "limit_rate": click.option(
         "--limit-rate",
@@ -200,7 +217,12 @@ _LOADER_OPTIONS: dict[str, Callable[[Any], Any]] = {
         help="The most bytes per second, over all workers and processes: 10MB/s.",
     ),
     "mirrors": click.option(
-        "--mirror", "mirrors", metavar="SOURCE", multiple=True, help="Another source of the same files. Repeatable."
+        "--mirror",
+        "mirrors",
+        type=TEXT,
+        metavar="SOURCE",
+        multiple=True,
+        help="Another source of the same files. Repeatable.",
     ),
     "integrity": click.option(
         "--integrity",
@@ -212,7 +234,7 @@ _LOADER_OPTIONS: dict[str, Callable[[Any], Any]] = {
     "lock": click.option(
         "--lock",
         metavar="FILE",
-        type=click.Path(),
+        type=PLACE,
         help="The lock file that every file of the model must be named in; see ndcache lock.",
     ),
     "memory_limit": click.option(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.shell_completion import CompletionItem
 
+from ..arguments import check_path
 from ..location import Location, locate
+from ..options import are_headers
 from ..store.housekeeping.quantities import parse_rate
 from .completion import cached_sources
 
@@ -21,8 +24,11 @@ __all__ = [
     "CACHED",
     "DEVICES",
     "DIRECTORY",
+    "FILE",
+    "PLACE",
     "SECONDS",
     "SOURCE",
+    "TEXT",
     "HeaderType",
     "ParamType",
     "RateType",
@@ -55,7 +61,7 @@ class _Seconds(ParamType):
             numbers = [float(part) for part in value.split(",")]
         except ValueError:
             numbers = []
-        if len(numbers) not in (1, 2) or not all(number > 0 for number in numbers):
+        if len(numbers) not in (1, 2) or not all(0 < number < math.inf for number in numbers):
             self.fail(f"{value!r} is not SECONDS, or CONNECT,READ such as 5,30.", param, ctx)
         return numbers[0] if len(numbers) == 1 else tuple(numbers)
 
@@ -90,7 +96,31 @@ class _Device(ParamType):
         return [CompletionItem(name) for name in names if name.startswith(incomplete)]
 
 
-class _Directory(ParamType):
+class _Text(ParamType):
+    """A text, which is not empty: a shell gives an empty one for a variable that is not set."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("it is empty.", param, ctx)
+        return value
+
+
+class _File(click.Path):
+    """A file or directory on this machine, which need not exist."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            check_path("it", value)
+        except ValueError as error:
+            self.fail(f"{error}.", param, ctx)
+        if value == "-":
+            self.fail("it cannot be a standard stream; ./- is a file of this name.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+class _Directory(_File):
     """A directory, which need not exist."""
 
     name = "directory"
@@ -99,7 +129,8 @@ class _Directory(ParamType):
         return [CompletionItem(incomplete, type="dir")]
 
 
-SECONDS, CACHED, SOURCE, DEVICES, DIRECTORY = _Seconds(), _Cached(), _Source(), _Device(), _Directory()
+SECONDS, CACHED, SOURCE, DEVICES = _Seconds(), _Cached(), _Source(), _Device()
+TEXT, DIRECTORY, FILE, PLACE = _Text(), _Directory(), _File(dir_okay=False), _File()
 
 
 class RateType(ParamType):
@@ -126,7 +157,10 @@ class HeaderType(ParamType):
         name, colon, text = str(value).partition(":")
         if not colon or not name.strip():
             self.fail("it must be 'NAME: VALUE'.", param, ctx)
-        return name.strip(), text.strip()
+        name, text = name.strip(), text.strip()
+        if not are_headers({name: text}):
+            self.fail("HTTP allows no such header, or ndcache sends it itself, as it does Range.", param, ctx)
+        return name, text
 
 
 def read_token(ctx: click.Context, _: click.Parameter, value: str | None) -> str | None:

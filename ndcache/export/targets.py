@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,12 @@ FORMATS: tuple[Format, ...] = ("safetensors", "npz", "tensor-cache")
 WriteTensor: TypeAlias = Callable[[OutputTensor, Iterable[Bytes]], None]
 
 #: Names of files that nobody means as a directory.
-_OTHER_FILES = {".bin", ".ckpt", ".gguf", ".h5", ".json", ".npy", ".onnx", ".pt", ".pth", ".tar", ".tflite", ".zip"}
+_OTHER_FILES = {
+    *(".bin", ".ckpt", ".ggml", ".gguf", ".h5", ".hdf5", ".keras", ".mlmodel", ".msgpack", ".npy", ".onnx", ".params"),
+    *(".pb", ".pickle", ".pkl", ".pt", ".pth", ".safetensor", ".tflite"),
+    *(".7z", ".bz2", ".gz", ".rar", ".tar", ".tgz", ".xz", ".zip", ".zst"),
+    *(".csv", ".html", ".json", ".lock", ".log", ".md", ".parquet", ".toml", ".txt", ".xml", ".yaml", ".yml"),
+}
 
 
 @dataclass(frozen=True)
@@ -63,10 +67,6 @@ def parse_target(target: str | os.PathLike[str], format: Format | None = None) -
     text = os.fspath(target)
     if format is not None and format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(map(repr, FORMATS))}, not {format!r}")
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text):
-        raise ValueError(f"the target must be a path on this machine, not {text!r}")
-    if not text:
-        raise ValueError("the target is an empty string")
     path = Path(os.path.abspath(text))
     found, is_file = _kind(path.name)
     if found is not None and text.endswith(("/", os.sep)):
@@ -74,7 +74,8 @@ def parse_target(target: str | os.PathLike[str], format: Format | None = None) -
     if format is not None and found not in (None, format):
         raise ValueError(f"the target {text!r} is in the format {found!r}, not {format!r}")
     if found is None and path.suffix.lower() in _OTHER_FILES and not path.is_dir():
-        raise ValueError(f"the target {text!r} must be a directory, or a file that ends with .safetensors or .npz")
+        files = "" if format == "tensor-cache" else ", or a file that ends with .safetensors or .npz"
+        raise ValueError(f"ndcache writes no {path.suffix} files: the target {text!r} must be a directory{files}")
     if found is not None and not is_file:
         path = path.parent  # that of an index or a manifest
     elif found is None and format == "npz":

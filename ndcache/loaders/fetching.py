@@ -130,6 +130,4 @@ def _checked(dry_run: bool, *files: str | os.PathLike[str] | None) -> bool:
 
 def _absolute(local_dir: str | os.PathLike[str]) -> Path:
     check_path("local_dir", local_dir, may_be_none=True)
-    if local_dir == "":  # as from a variable that is not set: the working directory would be filled
-        raise ValueError("local_dir is empty: give a directory, or None for the cache")
     return Path(os.path.abspath(Path(local_dir).expanduser()))

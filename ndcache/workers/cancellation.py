@@ -15,6 +15,9 @@ from .threads import call_when_main_thread_ends, main_thread_has_ended
 
 __all__ = ["Cancellation"]
 
+#: The most seconds of one wait; Python refuses some years.
+_LONGEST_WAIT = 3600.0
+
 
 @dataclass(eq=False)
 class Cancellation:
@@ -101,7 +104,7 @@ class Cancellation:
         end = time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0:
             self.check()
-            self._event.wait(left if self.cancel is None else min(left, 0.1))
+            self._event.wait(min(left, _LONGEST_WAIT if self.cancel is None else 0.1))
         self.check()
 
     def resume(self) -> None:

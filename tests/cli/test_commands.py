@@ -356,6 +356,13 @@ def test_dump_of_a_model(tmp_path: Path, serve: Callable[..., FileServer]) -> No
     assert invoke("dump", tmp_path / "model", tmp_path / "out.npz").stderr.startswith("error: the target ")
 
 
+def test_dump_takes_the_path_of_a_manifest_for_its_directory(tmp_path: Path) -> None:
+    simple_model(tmp_path / "model", shards=2)
+    result = invoke("dump", tmp_path / "model", tmp_path / "out" / "tensor-cache.json", "--json")
+    assert (result.exit_code, json.loads(result.stdout)["path"]) == (0, str(tmp_path / "out"))
+    assert (tmp_path / "out" / "tensor-cache.json").is_file()
+
+
 def test_dump_runs_no_pickle(tmp_path: Path) -> None:
     class Trap:
         def __reduce__(self) -> tuple[Any, ...]:
@@ -523,7 +530,6 @@ def test_gpu_drivers_print_nothing(monkeypatch: pytest.MonkeyPatch, gpu: Any) ->
         (["load", "ftp://host/"], "error: sources of the kind ftp://"),
         (["load", "http://host:x/"], "error: this URL cannot be used"),
         (["fetch", "http://host/", "--mirror", "."], "error: a mirror is an http(s) URL"),
-        (["fetch", "http://host/", "--timeout", "inf"], "error: timeout must be seconds"),
         (
             ["inspect", "http://host/", "--integrity", f"tensor-cache-x.json={DIGEST}", "--offline"],
             "error: integrity is given for tensor-cache-x.json",
@@ -584,7 +590,18 @@ def test_verbose_shows_what_is_logged(tmp_path: Path) -> None:
         (["load", "x", "--timeout", "1,2,3"], "CONNECT,READ such as 5,30"),
         (["inspect", "x", "--summary", "--names"], "not both"),
         (["fetch", "x", "y", "--local-dir", "z"], "one SOURCE"),
-        (["fetch", "x", "--local-dir", ""], "--local-dir is empty"),
+        (["fetch", "x", "--local-dir", ""], "it is empty"),
+        (["rm", "--all", "--cache-dir", ""], "it is empty"),
+        (["rm", "--all", "--scope", ""], "it is empty"),
+        (["load", "x", "--token", ""], "it is empty"),
+        (["load", "x", "--revision", ""], "it is empty"),
+        (["load", "x", "--mirror", ""], "it is empty"),
+        (["load", "x", "--lock", ""], "it is empty"),
+        (["load", "x", "--trace", "-"], "./- is a file of this name"),
+        (["lock", "x", "-o", "-"], "./- is a file of this name"),
+        (["convert", "x", "-"], "./- is a file of this name"),
+        (["dump", "x", "hf://owner/name"], "it must be a path on this machine, not 'hf://owner/name'"),
+        (["load", "x", "--timeout", "inf"], "'inf' is not SECONDS"),
         (["demo", "--rate-mib", "0"], "--rate-mib"),
     ],
 )

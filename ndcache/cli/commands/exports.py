@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
@@ -24,7 +23,7 @@ from ..output import print_json
 from ..show.exports import convert_lines, halved_lines
 from ..show.json_values import convert_json, dump_json
 from ..show.numbers import format_count, format_size
-from ..values import SOURCE, WholeNumber
+from ..values import PLACE, SOURCE, WholeNumber
 
 if TYPE_CHECKING:
     from ...format.shard_writer import Encoding
@@ -34,7 +33,7 @@ __all__ = ["convert", "dump"]
 
 @click.command()
 @source_argument
-@click.argument("target", type=click.Path())
+@click.argument("target", type=PLACE)
 @click.option("--format", type=click.Choice(["safetensors", "tensor-cache"]), help="The format of a directory.")
 @names_option
 @click.option(
@@ -96,7 +95,7 @@ def convert(
 
 @click.command()
 @click.argument("input_", metavar="INPUT", type=SOURCE)
-@click.argument("directory", type=click.Path(path_type=Path))
+@click.argument("directory", type=PLACE)
 @click.option(
     "--encode",
     type=click.Choice(["raw", "f32-to-bf16"]),
@@ -109,7 +108,7 @@ def convert(
 @quiet_option
 @loader_options()
 def dump(
-    input_: str, directory: Path, encode: Encoding, shard_mib: int, as_json: bool, quiet: bool, **options: Any
+    input_: str, directory: str, encode: Encoding, shard_mib: int, as_json: bool, quiet: bool, **options: Any
 ) -> None:
     """Write tensors as an NDArray cache.
 
@@ -118,11 +117,11 @@ def dump(
     """
     from ..dumping import dump_input
 
-    manifest, halved = dump_input(input_, directory, options, encode, shard_mib << 20, progress=not quiet)
+    place, manifest, halved = dump_input(input_, directory, options, encode, shard_mib << 20, progress=not quiet)
     if as_json:
-        print_json(dump_json(directory, manifest, halved))
+        print_json(dump_json(place, manifest, halved))
         return
     totals = (format_count(len(manifest), "tensor"), format_size(manifest.nbytes))
-    click.echo(f"{printable(str(directory))}: {', '.join(totals)}, {format_count(len(manifest.shards), 'shard')}")
+    click.echo(f"{printable(str(place))}: {', '.join(totals)}, {format_count(len(manifest.shards), 'shard')}")
     for line in halved_lines(halved):
         click.echo(line)

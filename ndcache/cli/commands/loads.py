@@ -145,8 +145,6 @@ def fetch(
 def _check_places(places: dict[str, str | None], count: int, *, dry_run: bool) -> None:
     """Check the options that name a place for what comes of one download."""
     for flag, value in places.items():
-        if value == "":
-            raise click.UsageError(f"{flag} is empty.")
         if value is not None and count > 1:
             raise click.UsageError(f"{flag} is for one model; give one SOURCE.")
         if value is not None and dry_run and flag != "--local-dir":

@@ -11,7 +11,7 @@ from ..options import REQUEST_OPTIONS, json_option, loader_options, make_loader,
 from ..output import print_json, print_lines, print_table
 from ..show.manifests import dtype_rows, manifest_json, shard_rows, tensor_rows
 from ..show.numbers import format_count, format_size
-from ..values import locate_source, location_words
+from ..values import FILE, locate_source, location_words
 
 __all__ = ["inspect", "lock"]
 
@@ -55,7 +55,7 @@ def _show(manifest: Manifest, *, has_tensors: bool) -> None:
     "--output",
     "-o",
     metavar="FILE",
-    type=click.Path(dir_okay=False),
+    type=FILE,
     help="Write it to FILE instead.",
 )
 @json_option
