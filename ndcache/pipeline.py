@@ -163,9 +163,11 @@ def _cut_files(
 
 
 def _how_cached(device: Device[Any], shards: Sequence[Shard], lent: LentMemory, decode: bool, copy: bool) -> str:
-    """Return in a word how files of the cache were loaded; called once, for a bar."""
+    """Return in a word how files of the cache are loaded."""
+    if not device.maps_files or copy or lent.destinations:
+        return "Loaded"
     expands = decode and any(record.is_bf16_encoded for shard in shards for record in shard.records)
-    return "Mapped" if device.maps_files and not (expands or copy or lent.destinations) else "Loaded"
+    return "Loaded" if expands else "Mapped"
 
 
 def _staging(
@@ -304,6 +306,7 @@ def _map_files(
     """
     files, sizes, context = prepared.files, prepared.sizes, prepared.context
     stats, arrivals = context.stats, context.arrivals
+    stats.note_how(how_cached := how() if prepared.cache_only else "")
     reporter = Reporter(
         progress,
         sizes,
@@ -312,7 +315,7 @@ def _map_files(
         received=lambda: stats.network_bytes,
         interval=context.progress_interval,
         model=context.model,
-        how=how,
+        how=lambda: how_cached,
     )
     prepared.start()
     segments = list(itertools.chain.from_iterable(files))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .report.words import format_checks, format_count, format_rate, format_seconds, format_size
+from .report.words import format_checks, format_count, format_seconds, format_size, format_speed
 from .trace import Trace
 
 if TYPE_CHECKING:
@@ -108,6 +108,7 @@ class LoadStats:
         # Not fields: dataclasses.asdict must ignore them.
         self._lock = threading.Lock()
         self._trace: Trace | None = None
+        self._how = ""
 
     def __str__(self) -> str:
         """Return seven lines: what was loaded, from where, how it was checked, and where the time went."""
@@ -117,7 +118,7 @@ class LoadStats:
         total = self.seconds["total"]
         lines = {
             "loaded": f"{format_count(self.tensors, 'tensor')} of {format_count(self.shards, 'shard')}{files}",
-            "time": f"{format_seconds(total)}, {format_size(self.nbytes)}, {format_rate(self.nbytes, total)}",
+            "time": f"{format_seconds(total)}, {format_size(self.nbytes)}, {self.speed}",
             "network": f"{format_size(self.network_bytes)} in {format_count(self.requests, 'request')}{retries}",
             "cache": f"{format_size(self.cache_bytes)}{resumed}",
             "checked": format_checks(self.integrity),
@@ -133,6 +134,11 @@ class LoadStats:
         return ", ".join(f"{phase} {format_seconds(seconds)}" for seconds, phase in longest) or "under 1 ms"
 
     @property
+    def speed(self) -> str:
+        """Return the rate in words: ``"165.2 MiB/s"``, or ``"mapped"`` if no file was read."""
+        return format_speed(self._how, self.nbytes, self.seconds["total"])
+
+    @property
     def gb_per_second(self) -> float:
         """Return the bytes of shards divided by the total time, in 10**9 bytes per second."""
         total = self.seconds["total"]
@@ -142,7 +148,7 @@ class LoadStats:
         return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_trace")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.Lock(), _trace=None)
+        self.__dict__.update({"_how": "", **state}, _lock=threading.Lock(), _trace=None)
 
     def count(self, **amounts: int) -> None:
         """Add amounts to fields by name. The workers call this, too."""
@@ -170,6 +176,12 @@ class LoadStats:
         if self._trace is not None:
             paths = (shard.data_path for shard in shards)
             self._trace.note_shards(dict(zip(paths, sizes, strict=True)))
+
+    def note_how(self, how: str) -> None:
+        """Note how the files were loaded if all were on disk: see `progress.Summary`."""
+        self._how = how
+        if self._trace is not None:
+            self._trace.note(self, how=how)
 
     def beside(self) -> LoadStats:
         """Return other statistics, which record in the same trace."""

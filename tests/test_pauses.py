@@ -97,7 +97,7 @@ def test_a_load_says_that_the_server_makes_it_wait(tmp_path: Path, serve: Any) -
 
 
 def test_a_bar_in_a_notebook_says_why_nothing_comes() -> None:
-    report = ProgressReport(0.5, 1.0, False, "", "fetch", 1, 2, MIB, 2 * MIB, 1e6, model="model")
+    report = ProgressReport(0.5, 1.0, False, "", "fetch", 1, 2, MIB, 2 * MIB, MIB, model="model")
     assert bar_parts(report) == ("model  50%", "1.0/2.0 MiB  1.0 MiB/s  0/2 shards")
     waiting = dataclasses.replace(report, waiting="the server limits requests")
     assert bar_parts(waiting) == ("model  50%", "the server limits requests")

@@ -264,7 +264,7 @@ def test_lines_move_within_a_shard_and_with_time(clock: Clock) -> None:
         reporter.tick()
     lines = file.getvalue().splitlines()
     assert [line.split("%")[0].split()[-1] for line in lines] == ["0", "2", "14"]
-    assert lines[1] == "Fetching model: 2% of 100.0 MiB, 0/1 shard, 0.4 MiB/s, 4:05 left"
+    assert lines[1] == "Fetching model: 2% of 100.0 MiB, 0/1 shard, 409.6 KiB/s, 4:05 left"
 
 
 @pytest.mark.parametrize("sizes", [[], [0], [0, 0], [5, 0], [1, 999]])
@@ -405,15 +405,18 @@ def test_bar_moves_within_shards_and_never_back(clock: Clock) -> None:
     reporter.close(is_done=False)
 
 
-def test_bar_that_is_cut_short_ends_its_line() -> None:
+def test_bar_that_is_cut_short_ends_its_line(clock: Clock) -> None:
+    """It says how much was there, and no longer how fast more came, or when the rest would be there."""
     file = Terminal()
     reporter = Reporter([Bar(file)], [MIB, MIB], cache_only=False)
     reporter.start()
+    clock.now += 1
     reporter.shard_done(MIB)
+    assert "1.0 MiB/s  0:01 left" in file.getvalue().rpartition("\r")[2]
     reporter.close(is_done=False)
     reporter.close(is_done=False)
-    assert "1/2 shards" in file.getvalue().rpartition("\r")[2]
-    assert file.getvalue().endswith("\n")
+    last = file.getvalue().rpartition("\r")[2]
+    assert last.endswith(" 1.0/2.0 MiB  1/2 shards\n")
 
 
 # --- reports in between -------------------------------------------------------------------------------

@@ -5,13 +5,18 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
+import ndcache
 from ndcache import stats as module
 from ndcache.stats import LoadStats
+
+from .helpers.models import simple_model
+from .helpers.servers import FileServer
 
 
 class Clock:
@@ -97,6 +102,17 @@ def test_printed_stats_are_seven_lines() -> None:
         "workers     backoff 2 min 5 s, network 40.2 s, hash 3 s",
     ]
     assert len(str(LoadStats()).splitlines()) == 7
+
+
+def test_mapped_files_have_no_rate(tmp_path: Path, serve: Callable[..., FileServer]) -> None:
+    simple_model(tmp_path / "model", shards=2)
+    url, times = serve(tmp_path / "model").url, []
+    for copies in (False, False, True):
+        stats = ndcache.load(url, cache_dir=tmp_path / "cache", copy=copies).stats
+        times.append(str(stats).splitlines()[1])
+        assert str(pickle.loads(pickle.dumps(stats))) == str(stats)
+    assert [line.endswith("B/s") for line in times] == [True, False, True]
+    assert times[1].endswith(" ms, 128.0 KiB, mapped")
 
 
 def test_timed(clock: Clock) -> None:

@@ -9,7 +9,7 @@ from ..report.words import format_count, format_rate, format_seconds, format_siz
 from ..urls.redact import printable
 from .reports import ProgressReport
 
-__all__ = ["Summary", "bar_line", "bar_parts", "log_line", "summary_line"]
+__all__ = ["Summary", "at_end", "bar_line", "bar_parts", "log_line", "summary_line"]
 
 #: The least columns of a bar.
 _LEAST_BAR = 8
@@ -60,6 +60,11 @@ def summary_line(summary: Summary, model: str) -> str:
         return start
     came = f", {format_size(summary.received)} of it now" if summary.received < 0.99 * summary.nbytes else ""
     return f"{start}, {format_rate(summary.received, summary.seconds)}{came}"
+
+
+def at_end(report: ProgressReport) -> ProgressReport:
+    """Return what a bar shows after a load that failed: no more bytes come, so there is no rate and no time left."""
+    return replace(report, bytes_per_second=0.0, seconds_left=None)
 
 
 def log_line(report: ProgressReport, verb: str) -> str:

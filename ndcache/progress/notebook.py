@@ -11,7 +11,7 @@ import sys
 import time
 from typing import Any, TextIO
 
-from .lines import bar_parts
+from .lines import at_end, bar_parts
 from .reports import ProgressReport
 
 __all__ = ["NotebookBar", "is_notebook", "show_line"]
@@ -57,8 +57,8 @@ class NotebookBar:
             self._widget.close()
 
     def close(self) -> None:
-        """Leave the last report in the place of the bar."""
-        self.finish("  ".join(bar_parts(self._report)))
+        """Leave the last report in the place of the bar, without rate and time left."""
+        self.finish("  ".join(bar_parts(at_end(self._report))))
 
     def abandon(self) -> None:
         """Do nothing: what was drawn stays."""

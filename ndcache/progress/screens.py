@@ -11,7 +11,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 from tqdm.std import Bar as Glyphs  # type: ignore[attr-defined]
 
-from .lines import bar_line
+from .lines import at_end, bar_line
 from .reports import ProgressReport
 from .terminal import leave_terminal
 
@@ -84,6 +84,7 @@ class TerminalBar(tqdm):  # type: ignore[type-arg]
     def close(self) -> None:
         """Leave the bar as it is, above those that follow."""
         if not self.disable:
+            self._report = at_end(self._report)
             self.finish(str(self))
 
     def abandon(self) -> None:

@@ -27,20 +27,27 @@
     parent.append(element);
     return element;
   };
-  const digits = (value) => (value >= 99.95 ? value.toFixed(0) : value.toPrecision(3));
-  const brief = (us) => (us >= 1e6 ? `${digits(us / 1e6)} s` : us >= 1e3 ? `${digits(us / 1e3)} ms` : `${us.toFixed(0)} µs`);
+  // As words.py writes them, for the texts above; only times under 1 ms are in µs here.
+  const number = (count, decimals = 0) =>
+    count.toLocaleString("en-US", { minimumFractionDigits: decimals, maximumFractionDigits: decimals });
+  const digits = (value) => String(Number(value.toPrecision(3)));
+  const brief = (us) =>
+    us >= 999500 ? `${digits(us / 1e6)} s` : us >= 999.5 ? `${digits(us / 1e3)} ms` : `${us.toFixed(0)} µs`;
   const time = (us) => {
     const seconds = Math.round(us / 1e6);
-    return us < 99.5e6 ? brief(us) : `${Math.floor(seconds / 60)} min ${seconds % 60} s`;
+    return us < 99.5e6 ? brief(us) : `${number(Math.floor(seconds / 60))} min ${seconds % 60} s`;
   };
   const size = (bytes) => {
     for (const [unit, name] of [[2 ** 30, "GiB"], [2 ** 20, "MiB"], [2 ** 10, "KiB"]]) {
-      if (bytes >= unit) return `${(bytes / unit).toFixed(1)} ${name}`;
+      if (bytes >= unit) return `${number(bytes / unit, 1)} ${name}`;
     }
-    return `${bytes.toFixed(0)} B`;
+    return `${number(bytes)} B`;
   };
-  const number = (count) => count.toLocaleString("en-US");
-  const rate = (bytes, us) => (us > 0 && bytes > 0 ? `${size((bytes * 1e6) / us)}/s` : "–");
+  const rate = (bytes, us) => {
+    if (!(us > 0 && bytes > 0)) return "–";
+    const found = (bytes * 1e6) / us;
+    return found >= 2 ** 20 ? `${number(found / 2 ** 20, 1)} MiB/s` : `${size(found)}/s`;
+  };
 
   $("title").textContent = data.title;
   $("headline").textContent = data.headline;

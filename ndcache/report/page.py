@@ -16,7 +16,7 @@ from .._version import __version__
 from .limits import GROUP_OF, shares
 from .timeline import Event, Timeline, read_timeline
 from .verdict import judge
-from .words import format_checks, format_count, format_rate, format_seconds, format_size
+from .words import format_checks, format_count, format_seconds, format_size, format_speed
 
 __all__ = ["render_page", "write_text"]
 
@@ -131,7 +131,8 @@ def _facts(timeline: Timeline) -> Iterator[tuple[str, str]]:
     if stats:
         nbytes = int(stats["nbytes"])
         yield "time", format_seconds(total)
-        yield "loaded", f"{format_size(nbytes)}, {format_rate(nbytes, total)}" if nbytes else "nothing"
+        speed = format_speed(facts.get("how") or "", nbytes, total)
+        yield "loaded", f"{format_size(nbytes)}, {speed}" if nbytes else "nothing"
         if known := facts.get("shards"):
             yield "shards", f"{stats['shards']:,} of {len(known):,}"
         if stats["tensors"]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-__all__ = ["format_checks", "format_count", "format_rate", "format_seconds", "format_size"]
+__all__ = ["format_checks", "format_count", "format_rate", "format_seconds", "format_size", "format_speed"]
 
 
 def format_size(nbytes: float) -> str:
@@ -16,8 +16,20 @@ def format_size(nbytes: float) -> str:
 
 
 def format_rate(nbytes: float, seconds: float) -> str:
-    """Return bytes per time as text: ``"165.2 MiB/s"``; a dash if no time has passed."""
-    return f"{nbytes / seconds / (1 << 20):,.1f} MiB/s" if seconds > 0 else "–"
+    """Return bytes per time as text: ``"165.2 MiB/s"``, ``"42.0 KiB/s"``; a dash if no time has passed."""
+    if seconds <= 0:
+        return "–"
+    rate = nbytes / seconds
+    # No larger unit, so that rates can be compared at a glance.
+    return f"{rate / (1 << 20):,.1f} MiB/s" if rate >= 1 << 20 else f"{format_size(rate)}/s"
+
+
+def format_speed(how: str, nbytes: float, seconds: float) -> str:
+    """Return the rate of a load as text, or why there is none; `how` is that of `progress.Summary`.
+
+    Files that were mapped, or only found in the cache, were not read, so their rate would be absurd.
+    """
+    return {"Mapped": "mapped", "Cached": "cached"}.get(how) or format_rate(nbytes, seconds)
 
 
 def format_seconds(seconds: float) -> str:

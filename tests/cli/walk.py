@@ -112,7 +112,7 @@ STEPS = [
 #: The bodies that STALLED, a server, keeps back, so that the bar stays where it is.
 STALLED = {"/params_shard_1.bin", "/params_shard_2.bin"}
 #: A bar that has stood still for some seconds, as a terminal shows it; or the line in its place.
-_STILL = re.compile(r"33% \|.*(0\.0 MiB/s|\b(?!0:0[0-3])\d+:\d\d left)|33% of.*\n")
+_STILL = re.compile(r"33% \|.*\b(?!0:0[0-3])\d+:\d\d left|33% of.*\n")
 
 
 def prepare(directory: Path) -> None:
@@ -155,7 +155,7 @@ def _normalised(text: str, urls: tuple[str, ...], directory: Path) -> str:
         text = re.sub(rf"\b{port}\b", "00000", text)
     text = re.sub(r"(--00000--)[0-9a-f]{16}", r"\g<1>0000000000000000", text)
     text = re.sub(r"(?m)^(time {2,}).*", r"\1TIME", text)
-    text = re.sub(r"[\d.]+ MiB/s, +\d+:\d\d left", "RATE", text)
+    text = re.sub(r"[\d.]+ [KM]?i?B/s, +\d+:\d\d left", "RATE", text)
     text = re.sub(r"\d+:\d\d left", "0:00 left", text)
     text = re.sub(r"\d+\.\d+( [KMG]iB freed| [KMG]iB would be freed| [KMG]iB kept)", r"#\1", text)
     text = re.sub(r"[\d.,]+ [KMGT]iB(?=, [\d.,]+ [KMG]?i?B needed)", "FREE", text)

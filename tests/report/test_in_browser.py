@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from ndcache.report.page import render_page
+from ndcache.report.words import format_rate, format_seconds, format_size
 
 from ..helpers.browser import Browser, open_browser
 
@@ -70,6 +71,31 @@ def test_the_page_opens(browser: Browser, tmp_path: Path, width: int, is_dark: b
     assert (max(map(int, background[4:-1].split(","))) < 128) == is_dark
     if folder := os.environ.get("NDCACHE_TEST_SCREENSHOTS"):
         Path(folder, f"report-{width}-{'dark' if is_dark else 'light'}.png").write_bytes(browser.screenshot())
+
+
+def test_numbers_are_written_as_in_the_texts_above(browser: Browser, tmp_path: Path) -> None:
+    times = [0.0123, 0.9996, 1.8, 12.0, 99.6, 3700.0]
+    sizes = [999, 3 << 10, 40 << 20, 5 << 30, 2 << 40, 1 << 20]
+    events, known, start = [], {}, 0.0
+    for index, (seconds, nbytes) in enumerate(zip(times, sizes, strict=True)):
+        known[name := str(index)] = (nbytes, "network", "md5")
+        place = {"ts": start * 1e6, "dur": seconds * 1e6, "tid": 1}
+        events.append(
+            {"name": "network", "cat": "ndcache", "ph": "X", **place, "args": {"file": name, "nbytes": nbytes}}
+        )
+        start += seconds
+    path = tmp_path / "load.html"
+    path.write_text(render_page({"traceEvents": events, "otherData": {"shards": known, "seconds": start}}), "utf-8")
+    browser.resize(1200, 844)
+    browser.open(path)
+    assert browser.run(
+        "return [...document.querySelectorAll('#shards tbody tr')].map(r => [1, 4, 5].map(i => r.cells[i].textContent))"
+    ) == [
+        [format_size(nbytes), format_seconds(seconds), format_rate(nbytes, seconds)]
+        for nbytes, seconds in zip(sizes, times, strict=True)
+    ]
+    words = browser.run("return [headline, legend].map(each => each.textContent)")
+    assert all(format_seconds(start) in each for each in words)
 
 
 def test_hovering_and_filtering(browser: Browser, tmp_path: Path) -> None:

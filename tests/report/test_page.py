@@ -71,7 +71,11 @@ def test_a_page_of_a_download(tmp_path: Path, serve: Serve) -> None:
     assert data["threads"][0] == "caller"
     assert sum(seconds for _, seconds in data["shares"]) == pytest.approx(data["total"])
     ndcache.load(url, cache_dir=tmp_path / "cache", report=page)
-    assert {row[2] for row in page_data(page.read_text("utf-8"))["shards"]} == {"cache"}
+    data = page_data(page.read_text("utf-8"))
+    assert {row[2] for row in data["shards"]} == {"cache"}
+    assert dict(data["facts"])["loaded"] == "320.0 KiB, mapped"
+    ndcache.fetch(url, cache_dir=tmp_path / "cache", report=page)
+    assert dict(page_data(page.read_text("utf-8"))["facts"])["loaded"] == "320.0 KiB, cached"
 
 
 def test_a_page_is_written_when_the_load_fails(tmp_path: Path, serve: Serve) -> None:

@@ -20,8 +20,7 @@ def load_facts(source: str, device: str, weights: Weights[Any]) -> Iterator[tupl
     yield "source", location_words(location)
     yield "device", f"{where} (no hardware GPU was found)" if (device, where) == ("auto", "cpu") else where
     yield "tensors", f"{len(weights):,}, {format_size(weights.nbytes)}"
-    rate = stats.gb_per_second * 1e9 / 2**20
-    yield "time", f"{stats.seconds['total']:.2f} s, {rate:,.1f} MiB/s"
+    yield "time", f"{stats.seconds['total']:.2f} s, {stats.speed}"
     if location.is_remote:
         retries = (
             f", {stats.retries:,} of them {'a retry' if stats.retries == 1 else 'retries'}" if stats.retries else ""
