@@ -279,7 +279,6 @@ def test_row_78_secrets_are_in_no_file_and_no_command_line(cluster: RayCluster, 
     for node in cluster.homes:
         for pid, title in cluster.workers(node).items():
             assert SECRET not in title + Path(f"/proc/{pid}/environ").read_text("utf-8", "replace")
-    server.status["/params_shard_0.bin"] = 404
     server.gate.set()
     fetching.result(TIMEOUT)
     server.status["/tensor-cache.json"] = server.status["/ndarray-cache.json"] = 500
