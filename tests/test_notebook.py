@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 import ndcache
+from ndcache.progress import ProgressReport
 
 from .helpers.models import simple_model
 from .helpers.requirements import need_module
@@ -189,6 +190,23 @@ def test_bars_of_a_kernel(tmp_path: Path, serve: Callable[..., FileServer], is_h
 
 
 @pytest.mark.once
+def test_the_texts_of_a_widget() -> None:
+    """Its spaces are as wide as digits only where they stand in the place of digits, or part the texts."""
+    need_module("ipywidgets")
+    from ndcache.progress.widget import WidgetBar
+
+    report = ProgressReport(0.05, 1.0, False, "", "fetch", 1, 2, 1 << 20, 20 << 20, 1 << 20, model="model")
+    bar = WidgetBar(report)
+    left, _, right = bar.container.children
+    assert (left.value, right.value) == (
+        "model\u2007\u2007\u20075%",
+        "1.0/20.0\xa0MiB\u2007\u20071.0\xa0MiB/s\u2007\u20070/2\xa0shards",
+    )
+    assert (left.layout.flex, right.layout.flex) == ("none", "none")
+    bar.close()
+
+
+@pytest.mark.once
 def test_a_bar_in_a_notebook(tmp_path: Path) -> None:
     need_module("IPython")
     done = subprocess.run(
@@ -204,7 +222,7 @@ def test_a_bar_in_a_notebook(tmp_path: Path) -> None:
     ids = [(each["transient"] or {}).get("display_id") for each in shown]
     first = [each["data"] for each, key in zip(shown, ids, strict=True) if key == ids[0]]
     assert re.fullmatch(r"<b>  25%  1\.0/4\.0 MiB  (.*iB/s  )?1/2 shards", first[-3]["text/plain"])
-    assert '&lt;b&gt;  25% <progress value="0.2500"' in first[-3]["text/html"]
+    assert '<span>&lt;b&gt;  25%</span><progress value="0.2500"' in first[-3]["text/html"]
     assert list(first[-1]) == ["text/plain"]  # nothing else is left
     assert first[-1]["text/plain"].startswith("Fetched <b>: 4.0 MiB in 2 shards, ")
     assert [each["update"] for each in shown] == [False, *[True] * 4, False, *[True] * 3, False]

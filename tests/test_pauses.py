@@ -103,6 +103,12 @@ def test_a_bar_in_a_notebook_says_why_nothing_comes() -> None:
     assert bar_parts(waiting) == ("model  50%", "the server limits requests")
 
 
+def test_a_long_name_leaves_room_for_a_bar_in_a_notebook() -> None:
+    model = "Llama-3.2-11B-Vision-Instruct-abliterated-q4f16_1-MLC"
+    report = ProgressReport(0.5, 1.0, False, "", "fetch", 1, 2, MIB, 2 * MIB, MIB, model=model)
+    assert bar_parts(report)[0] == "Llama-3.2-11B-Vi…ted-q4f16_1-MLC  50%"
+
+
 def test_a_rate_begins_again_after_a_pause() -> None:
     rate = Rate(0.0, 0)
     for second in range(1, 10):

@@ -15,6 +15,8 @@ __all__ = ["Summary", "at_end", "bar_line", "bar_parts", "log_line", "summary_li
 _LEAST_BAR = 8
 #: The least columns of a name that is cut, and those that it gets before the number of shards.
 _LEAST_NAME, _GOOD_NAME = 12, 24
+#: The most columns of a name in a notebook, whose width is not known.
+_NOTEBOOK_NAME = 32
 
 #: Draws a bar: how much is done, from 0 to 1, and its columns.
 DrawBar = Callable[[float, int], str]
@@ -83,9 +85,12 @@ def log_line(report: ProgressReport, verb: str) -> str:
 
 
 def bar_parts(report: ProgressReport) -> tuple[str, str]:
-    """Return what stands on the left of a bar, and on the right."""
-    left, *right = _parts(report)
-    return left, printable(report.waiting) if report.waiting else "  ".join(filter(None, right))
+    """Return what stands on the left of a bar in a notebook, and on the right."""
+    name = _cut_middle(_name(report.model), _NOTEBOOK_NAME, "…")
+    _, *right = _parts(report)
+    return f"{name} {_percent(report):3}%", printable(report.waiting) if report.waiting else "  ".join(
+        filter(None, right)
+    )
 
 
 def bar_line(report: ProgressReport, columns: int, draw: DrawBar, ellipsis: str) -> str:

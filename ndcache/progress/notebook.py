@@ -85,9 +85,8 @@ def _display(content: object, **options: Any) -> Any:
 
 def _content(report: ProgressReport) -> dict[str, str]:
     left, right = bar_parts(report)
-    bar = f'<progress value="{report.progress:.4f}" style="width:20em"></progress>'
-    style = "font-family:monospace;white-space:pre"
-    return {
-        "text/plain": f"{left}  {right}",
-        "text/html": f'<div style="{style}">{html.escape(left)} {bar} {html.escape(right)}</div>',
-    }
+    bar = f'<progress value="{report.progress:.4f}" style="flex:0 1 20em;min-width:4em"></progress>'
+    # The bar becomes short before a text is cut.
+    style = "display:flex;align-items:center;gap:1ch;font-family:monospace;white-space:pre"
+    texts = [f"<span>{html.escape(text)}</span>" for text in (left, right)]
+    return {"text/plain": f"{left}  {right}", "text/html": f'<div style="{style}">{bar.join(texts)}</div>'}

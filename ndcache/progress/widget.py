@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from tqdm.notebook import IProgress, tqdm_notebook  # type: ignore[attr-defined]
@@ -25,6 +26,8 @@ class WidgetBar(tqdm_notebook):  # type: ignore[type-arg]
     def __init__(self, report: ProgressReport) -> None:
         self._report = report
         super().__init__(total=report.bytes_total, display=False)
+        left, _, right = self.container.children
+        left.layout.flex = right.layout.flex = "none"  # the bar becomes short before a text is broken
 
     @staticmethod
     def can_be_drawn() -> bool:
@@ -33,7 +36,9 @@ class WidgetBar(tqdm_notebook):  # type: ignore[type-arg]
 
     def format_meter(self, *_: Any, bar_format: str | None = None, **__: Any) -> str:  # type: ignore[override]
         """Return the texts beside the bar; for pages without widgets, they are all that is shown."""
-        return ("<bar/>" if "<bar/>" in (bar_format or "") else "  ").join(bar_parts(self._report))
+        text = ("<bar/>" if "<bar/>" in (bar_format or "") else "  ").join(bar_parts(self._report))
+        # tqdm makes other spaces as wide as digits, so that they would part numbers from their units.
+        return re.sub(r"(?<! ) (?! )", "\xa0", text)
 
     def show(self, report: ProgressReport) -> None:
         """Draw a report."""
