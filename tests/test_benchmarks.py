@@ -76,7 +76,7 @@ def test_the_suites_for_safetensors_files(tmp_path: Path) -> None:
 
 def test_the_suites_for_many_cores(tmp_path: Path) -> None:
     need_program("nginx")
-    figures, printed = run(tmp_path, "cold-many-cores", "processes", "--profile")
+    figures, printed = run(tmp_path, "cold-many-cores", "processes", "--profile", "--only", "ndcache|process")
     results = {result["suite"]: result for result in figures["suites"]}
     assert list(results) == ["cold-many-cores", "cold-many-cores-tls", "processes", "processes-together"]
     plain, secure, processes, together = ({row["label"]: row for row in result["rows"]} for result in results.values())

@@ -20,6 +20,8 @@ from ndcache.devices.gpu.adapters import list_adapters
 from .helpers.documents import run_examples
 from .helpers.servers import FileServer
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 #: Pages with examples.

@@ -19,6 +19,8 @@ from .helpers.models import random_array, through_bf16
 from .helpers.requirements import need_module
 from .helpers.servers import FileServer
 
+pytestmark = pytest.mark.once
+
 Array = np.ndarray[Any, Any]
 Serve = Callable[..., FileServer]
 #: A tensor in a form that can be compared: dtype, shape, bytes.

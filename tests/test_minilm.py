@@ -22,6 +22,8 @@ from .helpers.devices import as_array
 from .helpers.models import through_bf16
 from .helpers.requirements import need_file, need_module, need_program
 
+pytestmark = pytest.mark.once
+
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
 _CONFIGURATION = """

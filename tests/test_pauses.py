@@ -183,6 +183,7 @@ reporter.close(is_done=True)
 """
 
 
+@pytest.mark.once
 def test_another_process_prints_lines_below_a_bar(terminal: tuple[TextIO, int]) -> None:
     pytest.importorskip("fcntl")
     file, leader = terminal

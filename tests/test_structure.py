@@ -11,6 +11,8 @@ import pytest
 
 import ndcache
 
+pytestmark = pytest.mark.once
+
 PACKAGE = Path(ndcache.__file__).parent
 FOLDERS = sorted(path.parent for path in PACKAGE.rglob("__init__.py"))
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -24,6 +24,8 @@ from ..helpers.requirements import need_cuda
 from ..helpers.servers import FileServer
 from .test_commands import invoke
 
+pytestmark = pytest.mark.once
+
 NAMES = ["network", "disk, write", "disk, read", "device"]
 
 

@@ -399,6 +399,7 @@ main(sys.argv[1:], prog_name="ndcache")
 """
 
 
+@pytest.mark.once
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can become another account")
 @pytest.mark.parametrize("args", [["ls"], ["prune", "--partial"], ["verify", "--all"]], ids=" ".join)
 def test_models_that_this_account_may_not_read_are_named(args: list[str]) -> None:

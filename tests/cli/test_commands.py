@@ -78,6 +78,7 @@ def real_files(directory: Path) -> list[str]:
 # --- load, fetch --------------------------------------------------------------------------------------
 
 
+@pytest.mark.once
 def test_load_reports_on_standard_output(tmp_path: Path, serve: Callable[..., FileServer]) -> None:
     simple_model(tmp_path / "model", shards=4, shard_bytes=1 << 20)
     server = serve(tmp_path / "model")
@@ -98,6 +99,7 @@ def test_load_reports_on_standard_output(tmp_path: Path, serve: Callable[..., Fi
     assert "\r" not in first.stderr
 
 
+@pytest.mark.once
 def test_quiet_load_prints_nothing_on_standard_error(tmp_path: Path) -> None:
     simple_model(tmp_path / "model")
     result = run("load", tmp_path / "model", "-q", "--device", "auto")
@@ -107,6 +109,7 @@ def test_quiet_load_prints_nothing_on_standard_error(tmp_path: Path) -> None:
     assert re.search(r"^checked +4 shards: 4 by size alone$", result.stdout, re.M)
 
 
+@pytest.mark.once
 def test_row_40_secrets_of_the_source_are_not_printed(tmp_path: Path, serve: Callable[..., FileServer]) -> None:
     simple_model(tmp_path / "model")
     url = serve(tmp_path / "model").url.replace("http://", "http://user:hunter2@") + "?key=hunter2"
@@ -127,6 +130,7 @@ def test_load_without_decoding(tmp_path: Path) -> None:
     assert re.search(r"^tensors +1, 1.0 KiB$", invoke("load", tmp_path / "model", "--no-decode").stdout, re.M)
 
 
+@pytest.mark.once
 def test_load_names_the_gpu(tmp_path: Path, gpu: Any) -> None:
     simple_model(tmp_path / "model")
     result = run("load", tmp_path / "model", "--device", "gpu", "-q")
@@ -388,6 +392,7 @@ def test_dump_of_garbage_is_one_line(tmp_path: Path, name: str, content: bytes |
 # --- doctor -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.once
 def test_doctor_shows_what_is_installed(tmp_path: Path, serve: Callable[..., FileServer]) -> None:
     simple_model(tmp_path / "model")
     assert invoke("fetch", serve(tmp_path / "model").url, "-q").exit_code == 0
@@ -507,6 +512,7 @@ def test_verify_of_a_local_model_without_a_shard_fails(tmp_path: Path) -> None:
     assert result.stderr == "error: 1 shard bad or missing; copy it again\n"
 
 
+@pytest.mark.once
 @pytest.mark.skipif(sys.platform != "linux", reason="libwayland")
 def test_gpu_drivers_print_nothing(monkeypatch: pytest.MonkeyPatch, gpu: Any) -> None:
     monkeypatch.delenv("XDG_RUNTIME_DIR")
@@ -567,6 +573,7 @@ def test_verbose_shows_the_traceback(args: list[str]) -> None:
     assert result.stderr.splitlines()[-1].startswith("error: there is no such directory")
 
 
+@pytest.mark.once
 def test_verbose_shows_what_is_logged(tmp_path: Path) -> None:
     simple_model(tmp_path / "model")
     assert "info: " not in run("load", tmp_path / "model").stderr
@@ -761,6 +768,7 @@ def test_a_conversion_has_a_report(tmp_path: Path) -> None:
 # --- pipes, terminals, signals ------------------------------------------------------------------------
 
 
+@pytest.mark.once
 @posix_only
 @pytest.mark.parametrize("args", [["inspect", "{model}"], ["inspect", "{model}", "--json"], ["load", "{model}", "-q"]])
 def test_a_reader_that_goes_away_causes_no_message(tmp_path: Path, args: list[str]) -> None:
@@ -776,6 +784,7 @@ def test_a_reader_that_goes_away_causes_no_message(tmp_path: Path, args: list[st
     assert result.returncode == 1
 
 
+@pytest.mark.once
 @posix_only
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
 def test_characters_that_the_terminal_lacks_are_escaped(
@@ -788,6 +797,7 @@ def test_characters_that_the_terminal_lacks_are_escaped(
     assert "\\u6a21\\u578b" in result.stdout
 
 
+@pytest.mark.once
 @posix_only
 @pytest.mark.parametrize(("quiet", "columns"), [(False, 120), (False, 0), (True, 120)])
 def test_bar_on_a_terminal(tmp_path: Path, serve: Callable[..., FileServer], quiet: bool, columns: int) -> None:

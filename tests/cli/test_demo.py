@@ -54,6 +54,7 @@ def test_three_loads_give_the_right_values(temporary: Path, cache_dir: Path) -> 
     assert not cache_dir.exists()
 
 
+@pytest.mark.once
 def test_the_values_are_right_on_the_gpu(temporary: Path, gpu: Any) -> None:
     report = demo.run_demo("gpu", **SMALL)
     assert report.ok
@@ -152,6 +153,7 @@ def test_command_fails_when_a_value_is_wrong(
     assert capsys.readouterr().err == "error: 1 tensor not as generated: model.norm.weight\n"
 
 
+@pytest.mark.once
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_leave_nothing_behind(temporary: Path, number: signal.Signals, status: int) -> None:

@@ -217,6 +217,7 @@ def test_companion_files_that_are_wanted(
         assert {name for name in names if name != "tensor-cache.json" and not name.endswith(".bin")} == set(expected)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("memory_limit", [512 << 20, 1000], ids=["sent", "each for itself"])
 def test_row_73_wrong_bytes_of_companion_files_are_refused(tmp_path: Path, serve: Serve, memory_limit: int) -> None:
     mlc_model(tmp_path / "model")
@@ -379,6 +380,7 @@ def kill_at(engine: LocalEngine, name: str, at: int) -> list[str]:
     return killed
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("name", "at"),
     [
@@ -407,6 +409,7 @@ def test_row_74_a_lost_worker_costs_only_its_share(tmp_path: Path, serve: Serve,
         assert_same(ndcache.load(server.url, cache_dir=home, offline=True), arrays)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", ["survey", "obtain", "read", "write", "begin", "finish"])
 def test_row_74_another_worker_of_the_node_takes_over(tmp_path: Path, serve: Serve, name: str) -> None:
     arrays = simple_model(tmp_path / "model", shards=6, shard_bytes=16 * KIB)

@@ -487,6 +487,7 @@ def test_a_large_file_is_split_with_little_memory(tmp_path: Path) -> None:
     assert int(output.stdout) >> 20 <= 16 + 64
 
 
+@pytest.mark.once
 def test_the_command(tmp_path: Path) -> None:
     """Print one line, and one more about halved tensors; a mistake is one line."""
     model = write(tmp_path / "model", {"a": np.ones(300, np.float32), "b": np.ones(3, np.float16)})

@@ -82,6 +82,7 @@ STATE = "default/MODEL/.ndcache"
 PLACES = ["default", "default/MODEL", STATE, *(f"{STATE}/{name}" for name in ("parts", "locks", "validators"))]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("leads_to", ["something", "nothing"])
 @pytest.mark.parametrize("is_cached", [False, True])
 @pytest.mark.parametrize("place", PLACES)

@@ -98,6 +98,7 @@ def test_row_22_oversized_manifests_are_refused_without_using_memory(make: Calla
     assert peak_of(make()) < 1 << 20
 
 
+@pytest.mark.once
 def test_row_22_more_than_65536_shards_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     items = [b'{"dataPath":"%d","nbytes":0,"records":[]}' % index for index in range(65_537)]
     assert strict_json.MAX_SHARDS == 65_536

@@ -40,6 +40,7 @@ def test_where_only_a_name_can_be_meant() -> None:
     assert suggest("model.layers.1.q", NAMES, may_be_pattern=False) == "; did you mean 'model.layers.1.q.weight'?"
 
 
+@pytest.mark.once
 def test_a_suggestion_for_very_many_names_comes_at_once() -> None:
     names = [f"model.layers.{layer}.weight" for layer in range(100_000)]
     assert suggest("model.layers", names) == "; did you mean 'model.layers.*' (100,000 tensors)?"

@@ -123,6 +123,7 @@ def test_names_select_what_into_may_hold(model: Path, serve: Serve) -> None:
         ndcache.load(server.url, names="t9", into=into)
 
 
+@pytest.mark.once
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("encoding", ["raw", "f32-to-bf16"])
 def test_the_process_grows_by_no_tensor(model: Path, encoding: str) -> None:

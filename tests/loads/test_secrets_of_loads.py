@@ -105,6 +105,7 @@ def everything_in(error: BaseException) -> bytes:
     return texts + b"".join(everything_in(other) for other in (*others, *causes))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("way", ["token", "query", "user and password", "netrc", "session", "redirect", "options"])
 @pytest.mark.parametrize(
     ("broken", "answer", "error"),

@@ -153,6 +153,7 @@ def test_row_70_nothing_is_imported_from_a_working_directory_in_pythonpath(serve
         os.chdir(before)
 
 
+@pytest.mark.once
 def test_row_70_a_script_whose_folder_has_hostile_names(server: FileServer, hostile: Path) -> None:
     """Python puts the script's folder before everything else, for the parent; helpers do not see it."""
     script = hostile / "script.py"
@@ -161,12 +162,14 @@ def test_row_70_a_script_whose_folder_has_hostile_names(server: FileServer, host
     assert not (hostile / "imported").exists()
 
 
+@pytest.mark.once
 def test_the_command_line_has_the_option(server: FileServer) -> None:
     arguments = ("-m", "ndcache", "fetch", "--quiet", "--processes", "2", "--max-workers", "1")
     directory = Path(run(server, *arguments).rstrip("\n"))
     assert len(list(directory.glob("*.bin"))) == SHARDS
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "how", ["insert", "relative", *(pytest.param(how, marks=ONCE) for how in ("append", "script's folder"))]
 )
@@ -206,6 +209,7 @@ def test_flags_of_the_interpreter_are_passed_on(server: FileServer, given: str) 
 SECRETS = ("hf_secret_token", "secret-password", "secret-of-the-proxy", "secret-in-the-query")
 
 
+@pytest.mark.once
 def test_row_70_secrets_are_in_no_argument_environment_or_file(
     server: FileServer, tmp_path: Path, cache_dir: Path
 ) -> None:
@@ -286,6 +290,7 @@ def test_the_token_of_hugging_face_and_the_commit_reach_the_helpers(hub: Hub, mo
     assert {request.path.split("/")[4] for request in server.shard_requests()} == {COMMIT}
 
 
+@pytest.mark.once
 def test_a_relative_netrc_serves_the_helpers(server: FileServer, tmp_path: Path) -> None:
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login user password secret\n")
     environ = {"PYTHONPATH": str(ROOT), "NETRC": "netrc"}
@@ -293,6 +298,7 @@ def test_a_relative_netrc_serves_the_helpers(server: FileServer, tmp_path: Path)
     assert {request.headers["authorization"] for request in server.requests} == {"Basic dXNlcjpzZWNyZXQ="}
 
 
+@pytest.mark.once
 def test_a_private_authority_serves_the_helpers(server: FileServer, tmp_path: Path) -> None:
     """Its file is given by a relative path."""
     authority = trustme.CA()
@@ -304,6 +310,7 @@ def test_a_private_authority_serves_the_helpers(server: FileServer, tmp_path: Pa
     assert run(server, "-c", LOAD, cwd=tmp_path, environ=environ) == EXPECTED
 
 
+@pytest.mark.once
 def test_a_working_directory_that_was_removed(server: FileServer, tmp_path: Path) -> None:
     (tmp_path / "gone").mkdir()
     script = f"import os, ndcache.loader; os.rmdir({str(tmp_path / 'gone')!r})\n{LOAD}"
@@ -317,6 +324,7 @@ def test_a_daemon_without_standard_streams(server: FileServer, tmp_path: Path) -
     assert out.read_text() == EXPECTED
 
 
+@pytest.mark.once
 def test_helpers_run_elsewhere_with_few_open_files(server: FileServer, tmp_path: Path) -> None:
     """They inherit no descriptor of the parent, even an inheritable one."""
     found: list[tuple[str, list[str]]] = []
@@ -333,6 +341,7 @@ def test_helpers_run_elsewhere_with_few_open_files(server: FileServer, tmp_path:
     assert __file__ not in files
 
 
+@pytest.mark.once
 def test_what_a_helper_prints_does_not_reach_the_terminal(server: FileServer, tmp_path: Path) -> None:
     """Here, each Python process prints when it starts; `run` checks that standard error is empty."""
     (tmp_path / "sitecustomize.py").write_text(

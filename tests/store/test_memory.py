@@ -123,6 +123,7 @@ def test_row_54_a_server_is_loaded_into_memory(
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
+@pytest.mark.once
 def test_row_54_files_in_memory_are_uploaded_to_the_gpu(model: Path, serve: Serve, no_cache: str, gpu: Any) -> None:
     arrays = models.simple_model(model)
     with warned(), ndcache.load(serve(model).url, gpu) as weights:
@@ -287,6 +288,7 @@ def test_row_54_a_cache_that_fails_in_the_middle_of_a_load_is_left_for_memory(mo
 # --- real accounts and mounts -------------------------------------------------------------------------
 
 
+@pytest.mark.once
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can become another user")
 @pytest.mark.parametrize("home", [None, "/", "/nonexistent"])
 def test_row_54_a_user_without_a_home_directory_can_load(

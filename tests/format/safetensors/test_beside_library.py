@@ -236,6 +236,7 @@ def almost_good(draw: st.DrawFn) -> bytes:
     return file_bytes(bytes(text), data, draw(st.none() | st.none() | st.integers(0, 200)))
 
 
+@pytest.mark.once
 @given(almost_good() | st.binary(max_size=40))
 @thorough(2000)
 def test_only_promised_errors_and_nothing_that_the_library_refuses(data: bytes) -> None:

@@ -91,6 +91,7 @@ def test_row_50_the_other_name_is_requested_once(model: Path, scripted: Scripted
     assert manifests_asked_for(scripted) == [NEW, OLD]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("other", ["404", "403, a bucket", "a web page", "the same"])
 @pytest.mark.parametrize("case", NOT_THERE)
 def test_row_50_if_no_name_works_the_first_error_is_raised(
@@ -168,6 +169,7 @@ def test_row_50_only_the_manifest_in_the_url_is_requested(scripted: ScriptedServ
     assert manifests_asked_for(scripted) == [NEW]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("case", NOT_THERE)
 @pytest.mark.parametrize("names", [(OLD, NEW), (NEW, OLD)], ids=["to the newer", "to the older"])
 def test_row_50_a_renamed_manifest_of_a_cached_model_is_found(
@@ -186,6 +188,7 @@ def test_row_50_a_renamed_manifest_of_a_cached_model_is_found(
     assert [path.name for path in ndcache.fetch(scripted.url).glob("*.json")] == [after.lstrip("/")]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("case", NOT_THERE)
 def test_row_50_the_cached_manifest_is_used_if_no_name_works(model: Path, scripted: ScriptedServer, case: str) -> None:
     arrays = scripted_model(scripted, model, NEW)
@@ -309,6 +312,7 @@ def test_row_51_a_compressed_bomb_is_refused(scripted: ScriptedServer) -> None:
     assert manifests_asked_for(scripted) == [NEW]
 
 
+@pytest.mark.once
 def test_row_51_the_largest_manifest_may_be_compressed(scripted: ScriptedServer) -> None:
     body = b'{"records": []}'
     scripted.script[NEW] = [reply(200, gzip.compress(body + b" " * ((64 << 20) - len(body))), GZIP)]
