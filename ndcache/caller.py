@@ -12,7 +12,15 @@ from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
 
-__all__ = ["SHOWS_ALL_FRAMES", "PublicFrame", "name_in_tracebacks", "public", "render_in_ipython", "warn_caller"]
+__all__ = [
+    "SHOWS_ALL_FRAMES",
+    "PublicFrame",
+    "is_expected",
+    "name_in_tracebacks",
+    "public",
+    "render_in_ipython",
+    "warn_caller",
+]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -43,7 +51,7 @@ class PublicFrame:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if error is not None and traceback is not None and _is_expected(error, traceback) and _hides_frames():
+        if error is not None and traceback is not None and is_expected(error, traceback) and _hides_frames():
             traceback.tb_next = None
             while (error := error.__cause__) is not None:
                 if _is_ndcache(error):
@@ -85,7 +93,8 @@ def _hides_frames() -> bool:
     return os.environ.get("NDCACHE_DEBUG", "0") in ("", "0") and not SHOWS_ALL_FRAMES.get()
 
 
-def _is_expected(error: BaseException, traceback: TracebackType) -> bool:
+def is_expected(error: BaseException, traceback: TracebackType) -> bool:
+    """Return whether a ``raise`` of ndcache has raised an error, of a type that users may expect."""
     if not (isinstance(error, _EXPECTED) or _is_ndcache(error)):
         return False
     traceback = _last(traceback)

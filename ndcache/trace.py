@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from .arguments import check_path
+from .caller import is_expected
 from .errors import CancelledError, NdcacheError
 from .report.page import render_page, write_text
+from .urls.redact import redact
 
 __all__ = ["Trace", "check_writable", "tracing"]
 
@@ -94,11 +96,12 @@ class Trace:
         self._origins[path] = origin
 
     def note_error(self, error: BaseException) -> None:
-        """Note how the load ended. The messages of ndcache's own errors have no secrets; those of others may."""
+        """Note how the load ended. The messages of errors that ndcache raised have no secrets; others may."""
         if isinstance(error, CancelledError) or not isinstance(error, Exception):  # Ctrl-C, or the end of a stream
             self._facts["outcome"] = "stopped"
         else:
-            own = isinstance(error, NdcacheError)
+            at = error.__traceback__
+            own = isinstance(error, NdcacheError) or (at is not None and is_expected(error, at))
             self._facts.update(outcome="failed", error=f"{type(error).__name__}{f': {error}' if own else ''}")
 
     def content(self) -> dict[str, Any]:
@@ -120,7 +123,9 @@ class Trace:
 
 def _cpu_seconds() -> float:
     """Return the CPU time of this process, and of its child processes that have ended."""
-    return sum(os.times()[:4])
+    ended = os.times()
+    # `os.times` counts in steps of 10 ms, which is much for a load from cache.
+    return time.process_time() + ended.children_user + ended.children_system
 
 
 def _name_event(kind: str, thread: int, name: str) -> dict[str, Any]:
@@ -129,9 +134,11 @@ def _name_event(kind: str, thread: int, name: str) -> dict[str, Any]:
 
 @contextmanager
 def tracing(
-    path: str | os.PathLike[str] | None, report: str | os.PathLike[str] | None = None
+    source: object, path: str | os.PathLike[str] | None, report: str | os.PathLike[str] | None = None
 ) -> Iterator[Trace | None]:
     """Write a trace and a report at the end of the block, however it ends; yield None if none is wanted.
+
+    They name `source` as the caller does if the load fails before it is located.
 
     Raises
     ------
@@ -146,6 +153,7 @@ def tracing(
         return
     files = {kind: check_writable(where, kind) for kind, where in wanted.items() if where is not None}
     trace = Trace()
+    trace.note(None, source=redact(str(source)))
     try:
         yield trace
     except BaseException as error:

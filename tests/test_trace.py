@@ -14,6 +14,7 @@ import pytest
 
 import ndcache
 from ndcache.cli.commands import main
+from ndcache.trace import Trace
 
 from .helpers import models
 from .helpers.servers import FileServer
@@ -136,6 +137,12 @@ def test_a_path_that_cannot_be_written_is_refused(tmp_path: Path, serve: Serve) 
             with pytest.raises(error, match="the trace cannot be written"):
                 verb(server.url, cache_dir=tmp_path / "cache", trace=path)
     assert server.requests == []
+
+
+def test_a_short_load_uses_some_cpu_time() -> None:
+    trace = Trace()
+    assert sum(range(10_000))
+    assert 0 < trace.content()["otherData"]["cpu_seconds"] < 10
 
 
 def test_no_trace_by_default(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ class ConvertLoader(LoaderBase):
         check_options(encode, shard_bytes, metadata)
         progress = callbacks_of(progress)
         with (
-            tracing(trace, report) as events,
+            tracing(source, trace, report) as events,
             unwrap_stop_iteration(),
             self._resources.open_model(source, trace=events, is_use=True, bars=progress) as (model, context),
         ):

@@ -90,7 +90,7 @@ class FetchLoader(LoaderBase):
             companions = Companions(files=files, include=include, exclude=exclude, force=force, are_required=True)
         with (
             PublicFrame() as __tracebackhide__,
-            tracing(trace, report) as events,
+            tracing(source, trace, report) as events,
             unwrap_stop_iteration(),
             self._resources.open_model(
                 source,

@@ -128,7 +128,7 @@ class TensorLoader(LoaderBase):
         with (
             PublicFrame() as __tracebackhide__,
             LentMemory(into) as lent,
-            tracing(trace, report) as events,
+            tracing(source, trace, report) as events,
             unwrap_stop_iteration(),
             collected(target := self._resources.open_device(device, events), lent.objects) as tensors,
             self._resources.open_model(source, device=target, trace=events, is_use=True, bars=progress) as opened,
@@ -260,7 +260,7 @@ class TensorLoader(LoaderBase):
         report: str | os.PathLike[str] | None,
     ) -> Generator[tuple[str, Any], None, None]:
         """Yield once when the model is open, so that closing the generator closes it; then yield the tensors."""
-        with PublicFrame() as __tracebackhide__, lent, tracing(trace, report) as events:
+        with PublicFrame() as __tracebackhide__, lent, tracing(source, trace, report) as events:
             target = self._resources.open_device(device, events)
             is_open = False
             try:

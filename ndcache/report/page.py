@@ -147,8 +147,7 @@ def _facts(timeline: Timeline) -> Iterator[tuple[str, str]]:
     if workers := facts.get("workers"):
         processes = facts.get("processes")
         yield "workers", f"{processes} processes with {workers} each" if processes else f"{workers}"
-    if cpu_seconds := facts.get("cpu_seconds"):
-        cores = facts.get("cores")
-        yield "cores busy", f"{cpu_seconds / total if total else 0:.1f}" + (f" of {cores}" if cores else "")
+    if (cpu_seconds := facts.get("cpu_seconds")) and (cores := facts.get("cores")):
+        yield "cores busy", f"{cpu_seconds / total if total else 0:.1f} of {cores}"
     if facts.get("device"):
         yield "device", str(facts["device"])

@@ -14,6 +14,8 @@ __all__ = ["Event", "Timeline", "read_timeline"]
 
 #: Events of one tensor each: those of one shard, one after another on a thread, are shown as one.
 _MERGED = frozenset({"place"})
+#: Seconds between two of these events that are shown as one. More is the caller's own code.
+_LEAST_GAP = 1e-4
 #: Less is no wait, but the time that it takes to look.
 _LEAST_WAIT = 0.001
 
@@ -190,7 +192,8 @@ def _merge(events: Sequence[Event]) -> Iterator[Event]:
             yield event
             continue
         before = last.get(event.thread)
-        if before is not None and (before.phase, before.file) == (event.phase, event.file):
+        is_next = before is not None and event.start - before.end < _LEAST_GAP
+        if before is not None and is_next and (before.phase, before.file) == (event.phase, event.file):
             last[event.thread] = Event(
                 event.phase, event.thread, before.start, event.end, event.file, before.nbytes + event.nbytes, "", {}
             )

@@ -152,6 +152,8 @@ def _advice_for_network(timeline: Timeline) -> Iterator[str]:
         yield f"One connection gave {format_rate(nbytes, received)} on average, {mean:.1f} at a time."
     if (retries := int(timeline.stats.get("retries") or 0)) > 0:
         yield f"{format_count(retries, 'request')} had to be made again."
+    if not bodies:  # there were only requests for the manifest
+        return
     useful = _useful_connections(shards, bodies)
     busy_cores, cores = _busy_cores(timeline), int(timeline.facts.get("cores") or 0)
     if (seconds := _seconds(timeline, "memory_limit")) > timeline.total / 4:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import ndcache
@@ -139,6 +140,48 @@ def test_a_callback_s_error_keeps_its_message(tmp_path: Path) -> None:
         ndcache.load(tmp_path / "model", report=page, progress=progress)
     assert page_data(page.read_text("utf-8"))["error"] == "ValueError"
     assert "password" not in page.read_text("utf-8").replace("without passwords", "")
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "error"),
+    [
+        ("nowhere", {}, "NotFoundError: there is no such directory or file: "),
+        ("model", {"names": ["nope"]}, "NoMatchError: no tensor of tensor-cache.json matches 'nope'"),
+        ("model", {"into": {"layer.0": np.zeros(3, "float32")}}, "ValueError: into['layer.0'] has the shape (3,), but"),
+    ],
+)
+def test_a_page_names_the_source_and_the_error(
+    tmp_path: Path, source: str, options: dict[str, Any], error: str
+) -> None:
+    models.simple_model(tmp_path / "model", shards=1)
+    page = tmp_path / "load.html"
+    with pytest.raises((ndcache.NotFoundError, KeyError, ValueError)):
+        ndcache.load(tmp_path / source, report=page, **options)
+    data = page_data(page.read_text("utf-8"))
+    assert data["error"].startswith(error)
+    assert data["title"] == f"Load of {tmp_path / source}"
+
+
+def test_the_caller_s_own_code_is_no_step_of_the_load() -> None:
+    rows: list[Row] = [("place", 0, start, start + 1, {"file": "a"}) for start in (0, 1.00005, 9)]
+    timeline = read_timeline(trace(rows))
+    assert [(event.start, event.end) for event in timeline.events] == [(0, 2.00005), (9, 10)]
+    assert shares(timeline)["rest"] == pytest.approx(6.99995)
+    assert judge(timeline).headline.startswith("No step of the load was the limit: 70 % of 10 s")
+
+
+def test_a_load_without_shards_has_no_advice_about_workers() -> None:
+    found = judge(read_timeline(trace([("request", 0, 0, 2, {"url": "h/tensor-cache.json"})], workers=8)))
+    assert found.advice == ("The server took 2 s to answer a request.",)
+
+
+def test_busy_cores_of_how_many() -> None:
+    facts: dict[str, Any] = {"cpu_seconds": 1.0, "stats": None}
+    known = [
+        dict(page_data(render_page(trace([("read", 1, 0, 2, {})], **facts, **more)))["facts"])
+        for more in ({}, {"cores": 2})
+    ]
+    assert [each.get("cores busy") for each in known] == [None, "0.5 of 2"]
 
 
 def test_texts_cannot_become_elements() -> None:
