@@ -24,6 +24,7 @@ from .format.slices import check_slices
 from .loader import Loader
 from .options import OPTION_NAMES, Source, TorchDeviceLike, check_keywords, hide_keywords
 from .progress import Progress
+from .trace import tracing
 from .weights import Weights
 
 if TYPE_CHECKING:
@@ -181,7 +182,8 @@ def load_model(
         Its ``state_dict`` has the names of the model's tensors. Of tied parameters, which are the same or have the same
         memory, one name is enough; of several, the last one is loaded.
     source, decode, progress, trace, report
-        See `load`. A module on several devices is loaded once for each of them.
+        See `load`. A module on several devices is loaded once for each of them, and `trace` and `report` show the last
+        of these loads.
     device : str or torch.device, optional
         Where tensors on ``"meta"`` go. Default: the device of the others, or the CPU.
     strict : bool, default True
@@ -221,9 +223,10 @@ def load_model(
         check_slices(names)
         target = None if device is None else open_torch_device(parse_device(device)).handle
         loader = stack.enter_context(Loader(**options))
-        manifest = loader.read_manifest(source)
-        selected = {record.name: record for shard in manifest.shards_with(names) for record in shard.records}
-        plan = plan_module(module, selected, target, decode=decode, strict=strict)
+        with tracing(source, trace, report, only_of_failure=True):
+            manifest = loader.read_manifest(source)
+            selected = {record.name: record for shard in manifest.shards_with(names) for record in shard.records}
+            plan = plan_module(module, selected, target, decode=decode, strict=strict)
         for where, part in plan.parts.items():
             chosen: NameFilter = None if len(part.names) == len(manifest) else part.names
             weights = loader.load(

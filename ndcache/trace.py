@@ -134,11 +134,16 @@ def _name_event(kind: str, thread: int, name: str) -> dict[str, Any]:
 
 @contextmanager
 def tracing(
-    source: object, path: str | os.PathLike[str] | None, report: str | os.PathLike[str] | None = None
+    source: object,
+    path: str | os.PathLike[str] | None,
+    report: str | os.PathLike[str] | None = None,
+    *,
+    only_of_failure: bool = False,
 ) -> Iterator[Trace | None]:
     """Write a trace and a report at the end of the block, however it ends; yield None if none is wanted.
 
-    They name `source` as the caller does if the load fails before it is located.
+    They name `source` as the caller does if the load fails before it is located. With `only_of_failure`, nothing is
+    written if the block succeeds.
 
     Raises
     ------
@@ -161,7 +166,8 @@ def tracing(
         raise
     finally:
         content = trace.content()
-        for kind, file in files.items():
+        is_wanted = not only_of_failure or content["otherData"]["outcome"] != "done"
+        for kind, file in files.items() if is_wanted else ():
             try:
                 write_text(file, json.dumps(content) if kind == "trace" else render_page(content))
             except OSError as error:

@@ -1,8 +1,10 @@
-"""Helpers of tests of loads: comparing tensors, listing files of the cache, damaging them, scripting a model."""
+"""Helpers of tests of loads: comparing tensors, files of the cache, damage, a scripted model, the data of a page."""
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -76,3 +78,11 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
     while not condition():
         assert time.monotonic() < end, "it never happened"
         time.sleep(0.01)
+
+
+def page_data(page: str) -> dict[str, Any]:
+    """Return the JSON that a page holds."""
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    assert found is not None
+    data: dict[str, Any] = json.loads(found[1])
+    return data

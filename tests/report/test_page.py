@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,18 +18,11 @@ from ndcache.report.timeline import read_timeline
 from ndcache.report.verdict import judge
 
 from ..helpers import models
+from ..helpers.loads import page_data
 from ..helpers.servers import FileServer
 
 Serve = Callable[..., FileServer]
 Row = tuple[str, int, float, float, Mapping[str, Any]]
-
-
-def page_data(page: str) -> dict[str, Any]:
-    """Return the JSON that a page holds."""
-    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
-    assert found is not None
-    data: dict[str, Any] = json.loads(found[1])
-    return data
 
 
 def trace(rows: Sequence[Row], **facts: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from ndcache.devices.cpu import CpuUpload
 from ndcache.options import OPTION_NAMES
 
 from ...helpers import models
+from ...helpers.loads import page_data
 from ...helpers.requirements import need_module
 from ...helpers.servers import FileServer
 
@@ -212,6 +213,28 @@ def test_what_is_no_module_is_refused_before_any_request(torch: Any) -> None:
     for module in no_modules:
         with pytest.raises(TypeError, match=r"module must be a torch\.nn\.Module, not"):
             ndcache.torch.load_model(module, "http://127.0.0.1:9/nothing/", retries=0)
+
+
+def test_a_page_about_the_load(torch: Any, tmp_path: Path, serve: Callable[..., FileServer]) -> None:
+    arrays = write(torch, tmp_path / "model")
+    server, module, page = serve(tmp_path / "model"), make_module(torch), tmp_path / "load.html"
+    ndcache.torch.load_model(module, server.url, cache_dir=tmp_path / "cache", report=page)
+    data = page_data(page.read_text("utf-8"))
+    assert (data["title"], data["outcome"]) == (f"Load of {server.url}", "done")
+    assert dict(data["facts"])["shards"] == "{0} of {0}".format(len(arrays) - 1)  # the weights that are tied are one
+    assert {"network", "read"} <= {name for name, _ in data["phases"]}
+
+
+def test_a_page_about_a_module_that_does_not_fit(torch: Any, tmp_path: Path) -> None:
+    write(torch, tmp_path / "model", without=("norm.bias",))
+    page, recorded = tmp_path / "load.html", tmp_path / "trace.json"
+    with pytest.raises(RuntimeError, match="Missing key"):
+        ndcache.torch.load_model(make_module(torch), tmp_path / "model", report=page, trace=recorded)
+    data = page_data(page.read_text("utf-8"))
+    assert (data["title"], data["outcome"]) == (f"Load of {tmp_path / 'model'}", "failed")
+    assert data["error"].startswith("RuntimeError: ")
+    assert "norm.bias" in data["error"]
+    assert recorded.is_file()
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
