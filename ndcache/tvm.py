@@ -383,9 +383,11 @@ class ArtifactCache:
     ...     config = cache.fetch_with_cache("https://host/model/mlc-chat-config.json", "json")
     """
 
+    @public
     def __init__(self, scope: str = "default", **options: Any) -> None:
         self._loader = Loader(scope=scope, **options)
 
+    @public
     def has_all_keys(self, urls: Iterable[str]) -> bool:
         """Return whether all these files are in the cache. Makes no request."""
         try:
@@ -393,6 +395,7 @@ class ArtifactCache:
         except CacheUnavailableError:
             return False
 
+    @public
     def add_to_cache(self, url: str) -> None:
         """Download a file into the cache unless it is there.
 
@@ -404,6 +407,7 @@ class ArtifactCache:
         """
         self._loader.fetch_file(url)
 
+    @public
     def fetch_with_cache(self, url: str, storetype: str | None = None) -> Any:
         """Return the content of a file, after downloading it into the cache unless it is there.
 
@@ -429,6 +433,7 @@ class ArtifactCache:
                 raise NotFoundError("the file was deleted while it was being read", url=url, shard=path.name) from error
         return json.loads(data) if storetype == "json" else data
 
+    @public
     def delete_in_cache(self, url: str) -> None:
         """Remove a file from the cache; do nothing if it is not there."""
         self._loader.delete_file(url)

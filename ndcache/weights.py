@@ -147,8 +147,15 @@ class Weights(Mapping[str, Tensor]):
         -------
         dict of str to tensor
             Empty if nothing matches.
+
+        Raises
+        ------
+        TypeError
+            `pattern` is no text, such as a list of patterns.
         """
         with PublicFrame() as __tracebackhide__:
+            if not isinstance(pattern, str):
+                raise TypeError(f"pattern must be a text, not {pattern!r}")
             matches = re.compile(fnmatch.translate(pattern)).match
             return {name: tensor for name, tensor in self._open().items() if name == pattern or matches(name)}
 

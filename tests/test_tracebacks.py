@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import subprocess
@@ -49,6 +50,7 @@ CALLS: dict[str, tuple[Callable[[], Any], type[Exception]]] = {
     "dump": (lambda: ndcache.dump({"a": object()}, NOWHERE), ndcache.UnsupportedDtypeError),
     "prune": (lambda: ndcache.cache.prune(keep_last=-1), ValueError),
     "fetch_ndarray_cache": (lambda: ndcache.tvm.fetch_ndarray_cache(NOWHERE), ndcache.NotFoundError),
+    "fetch_with_cache": (lambda: ndcache.tvm.ArtifactCache().fetch_with_cache(NOWHERE), ValueError),
     "fetch_file": (lambda: ndcache.Loader(offline=True).fetch_file("https://host/x.json"), ndcache.OfflineError),
     "__getitem__": (lambda: closed_weights()["x"], ValueError),
     "__len__": (lambda: len(closed_weights()), ValueError),
@@ -64,6 +66,13 @@ def test_an_expected_error_has_one_frame(name: str) -> None:
     with pytest.raises(kind) as caught:
         call()
     assert frames(caught.value) == [name]
+
+
+@pytest.mark.parametrize("kind", [ndcache.Loader, ndcache.Weights, ndcache.tvm.ArtifactCache])
+def test_methods_are_folded(kind: type[Any]) -> None:
+    methods = {name: value for name, value in inspect.getmembers(kind, inspect.isfunction) if not name.startswith("_")}
+    shown = [name for name, method in methods.items() if "__tracebackhide__" not in method.__code__.co_varnames]
+    assert shown == ["close"]
 
 
 def test_errors_of_arguments_have_one_frame(tmp_path: Path) -> None:

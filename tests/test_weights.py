@@ -48,6 +48,9 @@ def test_match(weights: Weights) -> None:
     assert list(weights.match("model.layers.0.*")) == ["model.layers.0.q", "model.layers.0.k"]
     assert weights.match("lm_head")["lm_head"] is weights["lm_head"]
     assert weights.match("LM_*") == {}
+    wrong: Any = ["lm_*"]  # which would match nothing, in silence
+    with pytest.raises(TypeError, match=r"pattern must be a text, not \['lm_\*'\]"):
+        weights.match(wrong)
 
 
 def test_names_are_completed(weights: Weights) -> None:
