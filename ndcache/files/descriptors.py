@@ -6,6 +6,7 @@ import errno
 import os
 import socket
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -19,10 +20,20 @@ __all__ = ["affordable", "budget", "check_exhausted", "check_shortage", "check_s
 #: Descriptors that a load leaves to the rest of the process; at most half of those that are free.
 _RESERVE = 64
 _SHORTAGES = (errno.EMFILE, errno.ENFILE)
-#: Descriptors that running loads may still need. Not guarded by a lock, which a fork could leave locked forever.
+#: Descriptors that running loads may still need.
 _promised: dict[object, int] = {}
+#: One lock, held while a load counts what is free and takes its share: those that begin together would take the same.
+_turn = [threading.Lock()]
+
+
+def _begin_child() -> None:
+    """Forget the loads of the parent, which this process does not run, and the lock that one of them may hold."""
+    _turn[:] = [threading.Lock()]
+    _promised.clear()
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_promised.clear)  # the child does not run its parent's loads
+    os.register_at_fork(after_in_child=_begin_child)
 
 
 def affordable(wanted: int, each: int) -> int:
@@ -37,9 +48,11 @@ def affordable(wanted: int, each: int) -> int:
 @contextmanager
 def budget(wanted: int, each: int) -> Iterator[int]:
     """Reserve descriptors for workers that open `each` files; yield how many of `wanted` may run, at least one."""
-    count, key = max(1, affordable(wanted, each)), object()
+    key = object()
     try:
-        _promised[key] = count * each
+        with _turn[0]:
+            count = max(1, affordable(wanted, each))
+            _promised[key] = count * each
         yield count
     finally:
         _promised.pop(key, None)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import textwrap
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -209,3 +211,46 @@ def test_how_many_workers_can_be_afforded(monkeypatch: pytest.MonkeyPatch) -> No
     with descriptors.budget(8, 8) as first, descriptors.budget(8, 8) as second, descriptors.budget(8, 8) as third:
         assert (first, second, third) == (8, 8, 4)
     assert descriptors._promised == {}
+
+
+def test_row_55_loads_that_begin_together_do_not_take_the_same_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted, all_took, shares = threading.Barrier(4), threading.Barrier(4), list[int]()
+    count = descriptors.affordable
+
+    def affordable(wanted: int, each: int) -> int:
+        number = count(wanted, each)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            counted.wait(1)  # until all have counted, if nothing keeps them from it
+        return number
+
+    def begin() -> None:
+        with descriptors.budget(8, 8) as workers:
+            shares.append(workers)
+            all_took.wait(60)
+
+    monkeypatch.setattr(descriptors, "_free", lambda: 200)
+    monkeypatch.setattr(descriptors, "affordable", affordable)
+    threads = [threading.Thread(target=begin) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(shares) == [2, 4, 8, 8]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_fork_while_a_load_takes_its_descriptors() -> None:
+    script = """
+        import threading
+        from ndcache.files import descriptors
+
+        holder = threading.Thread(target=descriptors._turn[0].acquire)
+        holder.start()
+        holder.join()
+        child = os.fork()
+        if child == 0:
+            with descriptors.budget(8, 8) as workers:
+                os._exit(workers)
+        result = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    """
+    assert run(script) == 8
