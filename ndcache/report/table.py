@@ -19,7 +19,9 @@ __all__ = ["tensor_table"]
 _MOST_ROWS = 100
 _LAST_ROWS = 5
 _COLUMNS = ("name", "shape", "dtype", "size", "shard", "checked by")
-_LEFT = ' style="text-align:left"'
+_LEFT = ' style="text-align:left;white-space:nowrap"'
+#: A long name breaks, so that it does not push the other columns off the page.
+_NAME = ' style="text-align:left;overflow-wrap:anywhere;min-width:16em"'
 
 
 def tensor_table(caption: str, tensors: Mapping[str, Any], manifest: Manifest, checked: Mapping[str, str]) -> str:
@@ -59,8 +61,9 @@ def _row(name: str, tensor: Any, manifest: Manifest, shard: str, checked: Mappin
     shape = tuple(getattr(tensor, "shape", record.shape))
     dtype = str(getattr(tensor, "dtype", record.dtype)).removeprefix("torch.")
     size = format_size(getattr(tensor, "nbytes", record.nbytes))
-    cells = (name, " × ".join(map(str, shape)) or "scalar", dtype, size, shard, _check(checked.get(shard)))
-    return f"<tr>{''.join(f'<td{_LEFT}>{escape(printable(cell))}</td>' for cell in cells)}</tr>"
+    cells = (" × ".join(map(str, shape)) or "scalar", dtype, size, shard, _check(checked.get(shard)))
+    others = "".join(f"<td{_LEFT}>{escape(printable(cell))}</td>" for cell in cells)
+    return f"<tr><td{_NAME}>{escape(printable(name))}</td>{others}</tr>"
 
 
 def _check(kind: str | None) -> str:

@@ -7,11 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+import ndcache
 from ndcache.report.page import render_page
 from ndcache.report.words import format_rate, format_seconds, format_size
 
+from ..helpers import models
 from ..helpers.browser import Browser, open_browser
 
 pytestmark = pytest.mark.once
@@ -96,6 +99,20 @@ def test_numbers_are_written_as_in_the_texts_above(browser: Browser, tmp_path: P
     ]
     words = browser.run("return [headline, legend].map(each => each.textContent)")
     assert all(format_seconds(start) in each for each in words)
+
+
+def test_a_long_name_leaves_all_columns_of_a_table_on_the_page(browser: Browser, tmp_path: Path) -> None:
+    models.write_model(tmp_path, [{"x" * 150: np.ones(3, np.float32), "short": np.ones((3, 4, 5), np.float32)}])
+    page = tmp_path / "table.html"
+    page.write_text(f"<!DOCTYPE html>{ndcache.load(tmp_path)._repr_html_()}", "utf-8")
+    browser.resize(800, 600)
+    browser.open(page)
+    assert browser.run(
+        "const cells = [...document.querySelectorAll('tr:last-child td')];"
+        "return [cells.at(-1).getBoundingClientRect().right <= 800, new Set(cells.map(c => c.offsetHeight)).size]"
+    ) == [True, 1]
+    long, short = browser.run("return [...document.querySelectorAll('tbody tr')].map(row => row.offsetHeight)")
+    assert long > 2 * short
 
 
 def test_hovering_and_filtering(browser: Browser, tmp_path: Path) -> None:
