@@ -57,7 +57,7 @@ STREAMS = {
     "both to a full device": (">/dev/full 2>&1", True, tuple(COMMANDS)),
     "output to nobody": ("1>n", True, KINDS),
     "error to nobody": ("2>n", False, KINDS),
-    "both to nobody": ("1>n 2>n", True, tuple(COMMANDS)),
+    "both to nobody": ("1>n 2>n", True, KINDS),
 }
 
 

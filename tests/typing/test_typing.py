@@ -34,31 +34,39 @@ MISTAKES = {
 }
 
 
-def mypy(script: Path) -> str:
-    """Check a script as a user would: in a folder of its own, with ndcache as it is installed."""
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with three scripts of users."""
+    made = tmp_path_factory.mktemp("scripts")
+    shutil.copy(SCRIPT, made)
+    (made / "mistakes.py").write_text("import ndcache\n" + "\n".join(MISTAKES))
+    names = "".join(f"from ndcache import {name}\nprint({name}.__mro__)\n" for name in errors.__all__)
+    (made / "names.py").write_text(names)
+    return made
+
+
+@pytest.fixture(scope="module")
+def shown(folder: Path) -> str:
+    """Check the scripts as a user would: in a folder of their own, with ndcache as it is installed."""
     need_module("mypy")
-    command = [sys.executable, "-m", "mypy", "--strict", "--config-file=", "--cache-dir=cache", script.name]
-    return subprocess.run(command, cwd=script.parent, capture_output=True, text=True, check=False).stdout
+    scripts = sorted(path.name for path in folder.glob("*.py"))
+    command = [sys.executable, "-m", "mypy", "--strict", "--config-file=", "--cache-dir=cache", *scripts]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert f"checked {len(scripts)} source files" in done.stdout, done.stdout + done.stderr
+    return done.stdout
 
 
-def test_a_users_script_has_the_types_that_it_says(tmp_path: Path) -> None:
-    assert mypy(Path(shutil.copy(SCRIPT, tmp_path))).startswith("Success")
+@pytest.mark.parametrize("script", [SCRIPT.name, "names.py"])
+def test_scripts_have_the_types_that_they_say(folder: Path, shown: str, script: str) -> None:
+    assert (folder / script).exists()
+    assert script not in shown
 
 
-def test_mistakes_are_errors(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text("import ndcache\n" + "\n".join(MISTAKES))
-    shown = mypy(script)
-    found = re.findall(r"^script\.py:(\d+): error: .*\[([a-z-]+)\]$", shown, re.MULTILINE)
+def test_mistakes_are_errors(shown: str) -> None:
+    found = re.findall(r"^mistakes\.py:(\d+): error: .*\[([a-z-]+)\]$", shown, re.MULTILINE)
     assert {(int(line), code) for line, code in found} == set(enumerate(MISTAKES.values(), 2)), shown
     # Of overloads, older versions of mypy suggest nothing.
     assert len(re.findall(r'did you mean "(max_workers|progress|offline)"\?', shown)) >= 2, shown
-
-
-def test_every_error_can_be_imported_by_its_name(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text("".join(f"from ndcache import {name}\nprint({name}.__mro__)\n" for name in errors.__all__))
-    assert mypy(script).startswith("Success")
 
 
 def test_the_types_are_shipped() -> None:
