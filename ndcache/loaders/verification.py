@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -16,12 +17,16 @@ from dataclasses import dataclass, field
 
 from ..companions.check import check_companions, check_file, fetched_files
 from ..context import LoadContext
-from ..errors import OfflineError
+from ..errors import ManifestError, OfflineError, UnsupportedDtypeError
 from ..format.manifest import Manifest
+from ..format.safetensors.headers import kept_as
+from ..format.strict_json import MAX_KEPT_BYTES
 from ..location import Location
 from ..progress import Progress, Reporter
 from ..sources import open_model
+from ..sources.manifests.opened import parse_kept
 from ..sources.model import Flaw
+from ..store.directory import ModelDirectory
 from ..workers.ordered import map_ordered
 from ..workers.stop_iteration import wrap_stop_iteration
 
@@ -139,12 +144,14 @@ def open_check(location: Location, context: LoadContext) -> ModelCheck | None:
     Raises
     ------
     NotFoundError, ManifestError, ChecksumError, CacheError
-        See `open_model`, whose OfflineError is not raised.
+        See `open_model`, whose OfflineError is not raised. A ChecksumError also means that the cached manifest is not
+        the one that the caller requires.
     """
     try:
         model = open_model(location, context)
     except OfflineError:
         cache = context.open_directory(location)
+        _refuse_other_version(cache, location, context)
         sizes = fetched_files(cache)
         check = functools.partial(check_file, cache, context)
         return ModelCheck(context, None, sizes, lambda name: check(name)[0]) if sizes else None
@@ -156,6 +163,17 @@ def open_check(location: Location, context: LoadContext) -> ModelCheck | None:
         lambda name: model.check(shards[name]),
         lambda: check_companions(model, context),
     )
+
+
+def _refuse_other_version(cache: ModelDirectory, location: Location, context: LoadContext) -> None:
+    """Raise a ChecksumError if the cached manifest is not the one that the caller requires.
+
+    Its files are those of another version, or the lock is for another model: they may be good, and are not set aside.
+    """
+    for name in location.manifest_names if context.integrity else ():
+        if (data := cache.read(kept_as(name), MAX_KEPT_BYTES)) is not None:
+            with contextlib.suppress(ManifestError, UnsupportedDtypeError):  # it is damaged
+                parse_kept(data, name, str(location), context.integrity, context.cancellation.check)
 
 
 def run_checks(checks: Sequence[ModelCheck], progress: Progress) -> None:

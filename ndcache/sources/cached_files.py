@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import BinaryIO
 
@@ -61,8 +61,10 @@ class CachedFile:
     def metadata_after_check(self, digests: Mapping[str, str], content_id: str) -> FileMetadata:
         """Return the metadata to note after the file was read and its digests were found right."""
         status, old = os.fstat(self.file.fileno()), self.metadata
-        etag = old.etag if old is not None and old.is_unchanged(status) else None
-        return FileMetadata.of(status, digests, etag=etag, content_id=content_id)
+        if old is None or not old.is_unchanged(status):
+            return FileMetadata.of(status, digests, content_id=content_id)
+        new = FileMetadata.of(status, digests, etag=old.etag, last_modified=old.last_modified)
+        return replace(new, content_ids=old.content_ids).with_content_id(content_id)
 
 
 class HeldFiles:

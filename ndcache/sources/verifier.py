@@ -185,8 +185,12 @@ class ShardVerifier:
         if not self._cache.is_published(name, file):
             return None
         metadata, status = self._cache.metadata(name), os.fstat(file.fileno())
-        # Another process may have published it just now, for another version of the manifest.
-        is_others = metadata is not None and metadata.compare(status, shard, self.content_id(shard)) is Match.DIFFERENT
+        # Another process may have published it just now, for another version of the manifest. A file that came with a
+        # manifest without digests may be right for that, and only for another version be wrong.
+        is_others = metadata is not None and (
+            metadata.compare(status, shard, self.content_id(shard)) is Match.DIFFERENT
+            or (metadata.is_unchanged(status) and metadata.is_compared_first(shard))
+        )
         if is_others or not self.is_current():
             return Flaw.OF_ANOTHER_VERSION
         return self._quarantine(name, file)

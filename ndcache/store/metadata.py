@@ -142,8 +142,13 @@ class FileMetadata:
                 return Match.DIFFERENT
             return Match.SAME if common == shard.digests.keys() else Match.UNKNOWN
         if shard.digests:
-            return Match.UNKNOWN if not self.content_ids or self.has_content_id(content_id) else Match.DIFFERENT
+            is_of_other_digest = "" in self.content_ids and not self.has_content_id(content_id)
+            return Match.DIFFERENT if is_of_other_digest else Match.UNKNOWN
         return Match.SAME if self.has_content_id(content_id) else Match.DIFFERENT
+
+    def is_compared_first(self, shard: Shard) -> bool:
+        """Return whether the file is known to be right only for manifests, none of which has a digest of it."""
+        return bool(self.content_ids) and "" not in self.content_ids and not shard.digests.keys() & self.digests.keys()
 
     def has_content_id(self, content_id: str) -> bool:
         """Return whether the file was found right for a manifest with this `content_id`."""

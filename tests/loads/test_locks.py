@@ -16,7 +16,7 @@ from click.testing import CliRunner
 import ndcache
 from ndcache.cli.commands import main
 
-from ..helpers.models import assert_same, simple_model
+from ..helpers.models import assert_same, random_array, simple_model
 from ..helpers.servers import FileServer
 
 Change = Callable[[dict[str, Any]], object]
@@ -167,3 +167,54 @@ def test_helper_processes_read_the_lock(www: Path, serve: Callable[[Path], FileS
         loader.lock(url, tmp_path / "model.lock")
         loader.delete(url)
     assert len(ndcache.load(url, integrity=tmp_path / "model.lock", processes=2, max_workers=1)) == 2
+
+
+@pytest.mark.parametrize("form", ["tensor-cache", "safetensors"])
+def test_verify_with_the_lock_of_another_model_sets_nothing_aside(
+    form: Any, tmp_path: Path, serve: Callable[[Path], FileServer]
+) -> None:
+    locks = [tmp_path / "mine.lock", tmp_path / "other.lock"]
+    for lock in locks:
+        arrays = {f"{lock.stem}.{index}": random_array((64, 64)) for index in range(4)}
+        ndcache.dump(arrays, tmp_path / "plain", encode="raw", shard_bytes=1 << 14)
+        ndcache.convert(tmp_path / "plain", tmp_path / lock.stem, format=form, shard_bytes=1 << 15)
+        with ndcache.Loader() as loader:
+            loader.lock(tmp_path / lock.stem, lock)
+    url = serve(tmp_path / "mine").url
+    ndcache.fetch(url)
+    with pytest.raises(ndcache.ChecksumError, match="not the version that the lock file names"):
+        ndcache.verify(url, integrity=locks[1])
+    assert ndcache.verify(url).complete
+    assert ndcache.verify(url, integrity=locks[0]).complete
+
+
+@pytest.fixture
+def safetensors(www: Path, tmp_path: Path, serve: Callable[[Path], FileServer]) -> FileServer:
+    """Return the server of a safetensors file, whose digest it does not tell."""
+    (tmp_path / "one").mkdir()
+    ndcache.convert(www, tmp_path / "one" / "model.safetensors")
+    return serve(tmp_path / "one")
+
+
+def test_a_model_that_came_without_its_lock_is_not_downloaded_again(safetensors: FileServer, tmp_path: Path) -> None:
+    url, lock = safetensors.url, tmp_path / "model.lock"
+    with ndcache.Loader() as loader:
+        loader.lock(url, lock)
+    assert ndcache.verify(url, integrity=lock).checked == {"model.safetensors": "sha256"}
+    for integrity, offline in ((lock, True), (lock, False), (None, False)):
+        with ndcache.load(url, integrity=integrity, offline=offline) as weights:
+            assert (weights.stats.network_bytes, weights.stats.cache_bytes > 0) == (0, True)
+
+
+def test_a_file_that_only_the_lock_of_another_version_refuses_is_kept(safetensors: FileServer, tmp_path: Path) -> None:
+    url, lock = safetensors.url, tmp_path / "model.lock"
+    with ndcache.Loader() as loader:
+        value = loader.lock(url)
+    value["files"]["model.safetensors"]["sha256"] = hashlib.sha256(b"another version").hexdigest()
+    lock.write_text(json.dumps(value))
+    report = ndcache.verify(url, integrity=lock)
+    assert (report.bad, report.missing) == ((), ("model.safetensors",))
+    assert ndcache.verify(url).complete
+    with pytest.raises(ndcache.ChecksumError):
+        ndcache.load(url, integrity=lock)
+    assert ndcache.verify(url).complete

@@ -122,6 +122,7 @@ MANIFEST_1, MANIFEST_2, OTHER_MANIFEST = "tensor-cache.json 1", "tensor-cache.js
         # Nothing was hashed (verify="never"): what the manifest said is remembered.
         ((), "1234", "1234", True, Match.UNKNOWN),
         ((), "1234", "5678", True, Match.DIFFERENT),
+        ((), MANIFEST_1, "5678", True, Match.UNKNOWN),  # it may have this digest
         # Without digests, a changed manifest may mean changed shards; another manifest beside it does not.
         ((), MANIFEST_1, MANIFEST_1, False, Match.SAME),
         ((), MANIFEST_1, MANIFEST_2, False, Match.DIFFERENT),
