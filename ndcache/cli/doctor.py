@@ -115,7 +115,7 @@ def _environment_facts() -> list[tuple[str, str]]:
     # On Windows the two spellings are one variable.
     proxies = {name: environ[name] for upper in _PROXIES for name in (upper, upper.lower()) if name in environ}
     facts += [(name, value if name.upper() == "NO_PROXY" else _proxy(value)) for name, value in proxies.items()]
-    return facts or [("environment", "none of the variables that ndcache reads is set")]
+    return facts or [("environment", "no variable for cache directory, offline use, Hugging Face or proxies is set")]
 
 
 def _proxy(value: str) -> str:
