@@ -28,6 +28,7 @@ from ..urls.url import Origin
 from ..workers.stall import StallWatch
 from .connect import Address, Routes, connect_to_first, resolve
 from .raw_response import RawResponse
+from .tls import close_abandoned
 
 __all__ = ["WatchedAdapter", "WrongOriginError", "waker", "watch_adapter", "watching"]
 
@@ -106,6 +107,9 @@ class _WatchedConnection(HTTPConnection):
     def connect(self) -> None:
         try:
             super().connect()
+        except OSError as error:
+            close_abandoned(error)
+            raise
         finally:
             if self._connecting is not None:
                 self._connecting.close()

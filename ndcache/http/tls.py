@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import ssl
+import traceback
 from collections.abc import Iterable
 
 import urllib3
@@ -11,7 +12,7 @@ from urllib3.util.ssl_match_hostname import CertificateError
 
 from ..errors import TLSError
 
-__all__ = ["has_tls_ended", "tls_error"]
+__all__ = ["close_abandoned", "has_tls_ended", "tls_error"]
 
 _AUTHORITY = "its certificate is from an authority that is not known here"
 _HOST = "its certificate is for another host"
@@ -75,6 +76,14 @@ _FINAL = {
 }
 #: The parts of OpenSSL that read only certificate and key files, and nothing that a server sent.
 _FILE_LIBRARIES = ("PEM", "X509")
+
+
+def close_abandoned(error: BaseException) -> None:
+    """Close the socket that `ssl` leaves open, before Python 3.13, if the peer had reset it (CPython issue 113280)."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        sock = frame.f_locals.get("self")
+        if isinstance(sock, ssl.SSLSocket):
+            sock.close()
 
 
 def has_tls_ended(chain: Iterable[BaseException]) -> bool:

@@ -16,6 +16,8 @@ from pathlib import Path
 from types import EllipsisType
 from urllib.parse import unquote
 
+from ndcache.http.tls import close_abandoned
+
 
 @dataclass(frozen=True)
 class Request:
@@ -389,7 +391,8 @@ class ScriptedServer:
         if self._context is not None:
             try:
                 sock = self._context.wrap_socket(sock, server_side=True)
-            except OSError:
+            except OSError as error:
+                close_abandoned(error)
                 sock.close()
                 return
         connection = Connection(sock, self)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
+import select
 import socket
 import ssl
 import threading
@@ -19,6 +21,7 @@ import requests
 import trustme
 
 import ndcache
+from ndcache.http import sockets
 from ndcache.http.response import Response
 from ndcache.http.transport import Transport
 from ndcache.workers.cancellation import Cancellation
@@ -209,6 +212,26 @@ def test_row_45_a_handshake_that_breaks_is_tried_again(secure: ScriptedServer, h
     with front(secure, HELLOS[how][0]) as (url, hellos):
         assert_loads(url)
     assert len(hellos) >= 2
+
+
+def test_row_45_a_connection_that_is_reset_before_the_handshake_leaves_no_socket(
+    secure: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The warning that Python gives for a socket that nobody closed would be an error here."""
+    connect, count = sockets._WatchedConnection._new_conn, itertools.count()
+
+    def connect_and_be_reset(self: sockets._WatchedConnection) -> socket.socket:
+        if next(count) >= 2:
+            return connect(self)
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            sock = socket.create_connection(listener.getsockname())
+            Connection(listener.accept()[0], secure).reset()
+        select.select([sock], [], [], 60)  # until the reset has come
+        return sock
+
+    monkeypatch.setattr(sockets._WatchedConnection, "_new_conn", connect_and_be_reset)
+    assert_loads(secure.url)
+    assert next(count) > 2
 
 
 @pytest.mark.parametrize("how", [how for how, (_, words) in HELLOS.items() if words is not None])
