@@ -304,18 +304,18 @@ def _map_files(
     done : callable
         To be called for each segment before the next is asked for.
     """
-    files, sizes, context = prepared.files, prepared.sizes, prepared.context
-    stats, arrivals = context.stats, context.arrivals
+    files, sizes, context, stats = prepared.files, prepared.sizes, prepared.context, prepared.context.stats
     stats.note_how(how_cached := how() if prepared.cache_only else "")
     reporter = Reporter(
         progress,
         sizes,
         cache_only=prepared.cache_only,
-        arrivals=arrivals,
+        arrivals=context.arrivals,
         received=lambda: stats.network_bytes,
         interval=context.progress_interval,
         model=context.model,
         how=lambda: how_cached,
+        opening=time.perf_counter() - context.started,
     )
     prepared.start()
     segments = list(itertools.chain.from_iterable(files))
@@ -342,7 +342,7 @@ def _map_files(
             prepared.helpers.note_cached(segment.shard, nbytes)
         reporter.shard_done(nbytes)
 
-    kept = telling_what_is_kept(arrivals, lambda: not prepared.cache_only and prepared.model.is_kept)
+    kept = telling_what_is_kept(context.arrivals, lambda: not prepared.cache_only and prepared.model.is_kept)
     with wrap_stop_iteration(), reporter, kept, closing(results):
         reporter.start()
         yield zip(segments, _ends(files, sizes), strict=True), results, done

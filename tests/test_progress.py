@@ -8,6 +8,7 @@ import math
 import re
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ndcache.progress import reporter as module
 from ndcache.progress.lines import bar_line
 
 from .helpers.models import simple_model
+from .helpers.servers import FileServer
 
 MIB = 1 << 20
 TAIL = " It can take a while when we first visit this page to populate the cache. Later refreshes will become faster."
@@ -403,6 +405,20 @@ def test_bar_moves_within_shards_and_never_back(clock: Clock) -> None:
     assert told == [(1, 0), (2, 0), (2, 0), (5, 0)]
     assert "5.0/8.0 MiB" in file.getvalue()
     reporter.close(is_done=False)
+
+
+def test_the_last_line_has_the_time_of_the_whole_load(tmp_path: Path, serve: Callable[..., FileServer]) -> None:
+    """The manifest is a part of it, as in the statistics."""
+    simple_model(tmp_path / "model", shards=1)
+    server, file = serve(tmp_path / "model"), io.StringIO()
+    server.gated_manifest = True
+    server.gate.clear()
+    threading.Timer(0.3, server.gate.set).start()
+    stats = ndcache.load(server.url, cache_dir=tmp_path / "cache", progress=[Bar(file)]).stats
+    found = re.search(r"1 shard, ([\d.]+) (ms|s), ", file.getvalue().strip())
+    assert found is not None
+    seconds = float(found[1]) / {"ms": 1000, "s": 1}[found[2]]
+    assert 0.2 < stats.seconds["manifest"] < seconds
 
 
 def test_bar_that_is_cut_short_ends_its_line(clock: Clock) -> None:

@@ -73,6 +73,8 @@ class Reporter:
         Returns how a cached model was loaded, for bars: see `Summary`.
     absent : callable
         Returns the bytes of each shard that counts as done because it is missing.
+    opening : float, default 0.0
+        Seconds that the load took until now. The last line of a bar counts them, as `LoadStats` does.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class Reporter:
         verb: str | None = None,
         how: Callable[[], str] = lambda: "Loaded",
         absent: Callable[[], Sequence[int]] = tuple,
+        opening: float = 0.0,
     ) -> None:
         sizes = list(shard_sizes)
         self._listeners = [self._listen(callback, interval) for callback in callbacks_of(progress)]
@@ -106,6 +109,7 @@ class Reporter:
         self._model = model
         self._how = how
         self._absent = absent
+        self._opening = opening
         self._started = self._moved = time.monotonic()
         self._received_before = self._came()
         self._rate = Rate(self._started, self._received_before)
@@ -247,6 +251,6 @@ class Reporter:
             nbytes=self._bytes_total - sum(absent),
             shards=self._shards_total - len(absent),
             received=self._came() - self._received_before - sum(absent),
-            seconds=time.monotonic() - self._started,
+            seconds=self._opening + time.monotonic() - self._started,
             absent=len(absent),
         )
