@@ -147,8 +147,9 @@ class FileMetadata:
         return Match.SAME if self.has_content_id(content_id) else Match.DIFFERENT
 
     def is_compared_first(self, shard: Shard) -> bool:
-        """Return whether the file is known to be right only for manifests, none of which has a digest of it."""
-        return bool(self.content_ids) and "" not in self.content_ids and not shard.digests.keys() & self.digests.keys()
+        """Return whether a digest is demanded of a file that came with manifests which have none of it."""
+        has_no_digest = bool(self.content_ids) and "" not in self.content_ids
+        return bool(shard.digests) and has_no_digest and not shard.digests.keys() & self.digests.keys()
 
     def has_content_id(self, content_id: str) -> bool:
         """Return whether the file was found right for a manifest with this `content_id`."""

@@ -218,3 +218,16 @@ def test_a_file_that_only_the_lock_of_another_version_refuses_is_kept(safetensor
     with pytest.raises(ndcache.ChecksumError):
         ndcache.load(url, integrity=lock)
     assert ndcache.verify(url).complete
+
+
+def test_damage_is_set_aside_where_only_the_server_has_told_the_digest(safetensors: FileServer) -> None:
+    file = ndcache.fetch(safetensors.url) / "model.safetensors"
+    (note,) = file.parent.glob(".ndcache/validators/model.safetensors.json")
+    data, status = bytearray(file.read_bytes()), file.stat()
+    note.write_text(
+        json.dumps(json.loads(note.read_text()) | {"digests": {"sha256": hashlib.sha256(data).hexdigest()}})
+    )
+    data[-1] ^= 1
+    file.write_bytes(data)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert ndcache.verify(safetensors.url).bad == ("model.safetensors",)
