@@ -14,10 +14,10 @@ from ..devices.gpu.adapters import list_adapters
 from ..devices.torch.opening import list_cuda
 from ..errors import CacheUnavailableError, DeviceError, NoAdapterError, redact
 from ..location.hub import token_path
+from ..report.words import format_size
 from ..store.cleanup import free_bytes
 from ..store.housekeeping.listing import find_models
 from .show.devices import adapter_words
-from .show.numbers import format_size
 
 __all__ = ["facts"]
 

@@ -20,9 +20,7 @@ from typing import TypeVar
 from ..arguments import as_texts
 from ..caller import warn_caller
 from ..context import LoadContext
-from ..errors import (
-    OfflineError,
-)
+from ..errors import OfflineError
 from ..sources.listing import has_listing
 from ..sources.local import LocalModel
 from ..sources.model import Model

@@ -40,7 +40,10 @@ CHAT_CONFIG = "mlc-chat-config.json"
 PACKAGE_MANIFEST = "mlc-model-manifest.json"
 #: The files of a model that transformers reads, for servers without a listing.
 TRANSFORMERS_FILES = (
-    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
     "special_tokens_map.json",
 )
 #: The limit of one file, and that of a file which the caller asks for.

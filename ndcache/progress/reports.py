@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TypeAlias
 
-__all__ = ["START_TEXT", "Progress", "ProgressCallback", "ProgressReport", "report_text"]
+__all__ = ["Progress", "ProgressCallback", "ProgressReport", "report_text"]
 
 _MIB = 1 << 20
-START_TEXT = "Start to fetch params"
+_START_TEXT = "Start to fetch params"
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def report_text(
         In seconds.
     """
     if phase == "start":
-        return START_TEXT
+        return _START_TEXT
     done, total = fraction
     # Computed in integers: as a float, 29 % may be rounded down to 28.
     state = f"{done * 100 // total}% completed, {math.ceil(elapsed)} secs elapsed."

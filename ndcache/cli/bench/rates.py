@@ -88,11 +88,12 @@ class BenchReport:
 
 @dataclass(frozen=True)
 class Used:
-    """The bytes per second of a load.
+    """The bytes that a load received, read and moved.
 
     Attributes
     ----------
     stats : LoadStats
+        Has the seconds, and the bytes from the network.
     read : int
         Bytes in the files of tensors that are no views of them.
     moved : int

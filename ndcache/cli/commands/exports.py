@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from ...export.targets import parse_target
+from ...report.words import format_count, format_size
 from ...urls.redact import printable
 from ..group import argument_errors
 from ..options import (
@@ -22,7 +23,6 @@ from ..options import (
 from ..output import print_json
 from ..show.exports import convert_lines, halved_lines
 from ..show.json_values import convert_json, dump_json
-from ..show.numbers import format_count, format_size
 from ..values import PLACE, SOURCE, WholeNumber
 
 if TYPE_CHECKING:

@@ -6,6 +6,7 @@ import functools
 
 import click
 
+from ...report.words import format_count
 from ...urls.redact import printable
 from ..doctor import facts
 from ..options import (
@@ -21,7 +22,6 @@ from ..output import print_facts, print_json, print_table, say
 from ..show.devices import device_words
 from ..show.json_values import demo_json, doctor_json
 from ..show.loads import demo_rows
-from ..show.numbers import format_count
 from ..values import WholeNumber
 
 __all__ = ["demo", "doctor"]

@@ -7,10 +7,10 @@ from typing import Any
 import click
 
 from ...format.manifest import Manifest
+from ...report.words import format_count, format_size
 from ..options import REQUEST_OPTIONS, json_option, loader_options, make_loader, quiet_option, source_argument
 from ..output import print_json, print_lines, print_table
 from ..show.manifests import dtype_rows, manifest_json, shard_rows, tensor_rows
-from ..show.numbers import format_count, format_size
 from ..values import FILE, locate_source, location_words
 
 __all__ = ["inspect", "lock"]

@@ -10,11 +10,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from ...loaders.verification import VerifyReport
+from ...report.words import format_checks, format_count, format_size
 from ...store.housekeeping.listing import CachedModel
 from ...store.housekeeping.pruning import PruneReport
 from ...urls.redact import printable
 from ..group import error_json
-from .numbers import format_checks, format_count, format_size
 
 __all__ = [
     "denied_json",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from ...export.conversion import ConvertReport
+from ...report.words import format_count, format_size
 from ...urls.redact import printable
-from .numbers import format_count, format_size
 
 __all__ = ["convert_lines", "halved_lines"]
 

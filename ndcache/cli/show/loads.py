@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from ...report.words import format_checks, format_count, format_size
 from ...weights import Weights
 from ..demo import DemoReport
 from ..values import locate_source, location_words
 from .devices import device_words
-from .numbers import format_checks, format_count, format_size
 
 __all__ = ["demo_rows", "load_facts"]
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from ...format.manifest import Manifest, Record
-from .numbers import format_size
+from ...report.words import format_size
 
 __all__ = ["dtype_rows", "manifest_json", "shard_rows", "tensor_rows"]
 

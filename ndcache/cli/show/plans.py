@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ...loaders.plan import FetchPlan, PlannedFile
-from .numbers import format_size
+from ...report.words import format_size
 
 __all__ = ["plan_error", "plan_facts", "plan_rows"]
 
