@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 _DEVICE_NAMES = ("cpu", "gpu", "cuda", "auto")
-#: The most characters of a token, and of the line that it is read from.
+#: The most characters of a token that standard input may have.
 _MAX_TOKEN = 4096
 
 
@@ -150,7 +150,10 @@ class HeaderType(ParamType):
     """A header of HTTP: ``NAME: VALUE``. In the environment, each has a line."""
 
     name = "header"
-    envvar_list_splitter = "\n"
+
+    def split_envvar_value(self, rv: str) -> list[str]:
+        """Return the lines of the environment's value that are not blank."""
+        return [line for line in rv.splitlines() if line.strip()]
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
         """Return the name and the value; an error shows neither, as both may be a secret."""
@@ -165,11 +168,14 @@ class HeaderType(ParamType):
 
 def read_token(ctx: click.Context, _: click.Parameter, value: str | None) -> str | None:
     """Return the token, which is the first line of standard input for ``-``."""
-    if value != "-" or ctx.resilient_parsing:  # a shell that completes must not wait
+    if value is None or value.strip() != "-":
+        return None if value is None else value.strip()  # a file that the environment was set from ends in a new line
+    if ctx.resilient_parsing:  # a shell that completes must not wait
         return value
     token = sys.stdin.readline(_MAX_TOKEN + 1).strip()
-    if not token:
-        raise click.BadParameter("standard input has no token.")
+    if not 0 < len(token) <= _MAX_TOKEN:
+        problem = f"has a line of more than {_MAX_TOKEN:,} characters" if token else "has no token"
+        raise click.BadParameter(f"standard input {problem}.")
     return token
 
 

@@ -209,6 +209,9 @@ def test_rm_takes_patterns_all_and_dry_run_and_fails_if_nothing_matches(urls: di
     assert json.loads(invoke("prune", "--dry-run", "--json", "--keep-last", "0").stdout) == plan
     assert len(ndcache.cache.models()) == 3
     assert invoke("rm", "one").stderr == f"error: one is not in the cache; did you mean {urls['one']}?\n"
+    assert invoke("rm", "").stderr.startswith("error: the source is empty")
+    for typed in ("/", ".", "http://"):
+        assert "did you mean" not in invoke("rm", typed).stderr
     result = invoke("rm", "*/o*/", "*nothing*", "https://host/absent/")
     assert result.exit_code == 1
     assert [line.split(": ")[0] for line in result.stdout.splitlines()] == [urls["one"], urls["other"]]
@@ -419,3 +422,8 @@ def test_models_that_this_account_may_not_read_are_named(args: list[str]) -> Non
     value = json.loads(found.stdout)
     unreadable = value["unreadable"] if args[0] == "prune" else [each["path"] for each in value if "error" in each]
     assert unreadable == [str(other), str(hidden)]
+
+
+def test_verify_all_of_an_empty_cache_says_so() -> None:
+    result = invoke("verify", "--all")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "", "the cache is empty\n")

@@ -43,8 +43,9 @@ def test_texts_that_are_no_rate(text: str) -> None:
         (["--token", "secret", "--header", "X-Key: a: b", "--header", "X-Other:c"], {}),
         (["--token", "-", "--header", "X-Key:a: b", "--header", "X-Other: c"], {"input": "secret\n"}),
         ([], {"env": {"NDCACHE_TOKEN": "secret", "NDCACHE_HEADER": "X-Key: a: b\nX-Other: c"}}),
+        ([], {"env": {"NDCACHE_TOKEN": "secret\n", "NDCACHE_HEADER": "X-Key: a: b\r\n\nX-Other: c\n"}}),
     ],
-    ids=["arguments", "standard input", "environment"],
+    ids=["arguments", "standard input", "environment", "environment with new lines"],
 )
 @pytest.mark.parametrize("command", ["inspect", "load", "fetch"])
 def test_what_is_sent(server: FileServer, command: str, arguments: list[str], extra: dict[str, Any]) -> None:
@@ -73,6 +74,12 @@ def test_mistakes(server: FileServer, arguments: list[str], message: str, status
     assert result.exit_code == status
     assert "secret" not in result.stderr
     assert "sec ret" not in result.stderr
+
+
+def test_a_token_that_is_too_long_is_not_cut(server: FileServer) -> None:
+    result = new_runner().invoke(main, ["inspect", server.url, "--token", "-"], input="a" * 5000)
+    assert (result.exit_code, server.requests) == (2, [])
+    assert "standard input has a line of more than 4,096 characters" in result.stderr
 
 
 @pytest.mark.parametrize("timeout", ["3000000", "1e300", "5,99999999999"])

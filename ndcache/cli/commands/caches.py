@@ -249,8 +249,9 @@ def _why_unmatched(source: str, cache_dir: str | None) -> str:
     """Return what is wrong with a source that is not in the cache."""
     if "*" in source:
         return f"nothing in the cache matches {redact(source)}"
-    similar = next((model.source for model in cache.models(cache_dir=cache_dir) if source in model.source), None)
-    if similar is not None and "/" not in source.strip("/"):
+    word = source.strip("/. ")
+    similar = next((model.source for model in cache.models(cache_dir=cache_dir) if word in model.source), None)
+    if word and similar is not None and "/" not in word and not word.endswith(":"):
         return f"{redact(source)} is not in the cache; did you mean {similar}?"
     try:
         with argument_errors():
@@ -320,6 +321,8 @@ def verify(
         values, have_all = list[dict[str, object]](), True
         for model, report in cache.verify(**known, progress=progress):
             values.append(show(model.source, report, is_remote=True, name=model_name(model)))
+        if not values:
+            say("the cache is empty")
         values += map(denied_json, _say_denied(options["cache_dir"], options["scope"]))
     else:
 
