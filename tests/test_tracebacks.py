@@ -50,7 +50,7 @@ CALLS: dict[str, tuple[Callable[[], Any], type[Exception]]] = {
     "dump": (lambda: ndcache.dump({"a": object()}, NOWHERE), ndcache.UnsupportedDtypeError),
     "prune": (lambda: ndcache.cache.prune(keep_last=-1), ValueError),
     "fetch_ndarray_cache": (lambda: ndcache.tvm.fetch_ndarray_cache(NOWHERE), ndcache.NotFoundError),
-    "fetch_with_cache": (lambda: ndcache.tvm.ArtifactCache().fetch_with_cache(NOWHERE), ValueError),
+    "fetch_with_cache": (lambda: ndcache.tvm.ArtifactCache().fetch_with_cache(NOWHERE), ndcache.NotFoundError),
     "fetch_file": (lambda: ndcache.Loader(offline=True).fetch_file("https://host/x.json"), ndcache.OfflineError),
     "__getitem__": (lambda: closed_weights()["x"], ValueError),
     "__len__": (lambda: len(closed_weights()), ValueError),
