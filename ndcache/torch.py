@@ -182,8 +182,8 @@ def load_model(
         Its ``state_dict`` has the names of the model's tensors. Of tied parameters, which are the same or have the same
         memory, one name is enough; of several, the last one is loaded.
     source, decode, progress, trace, report
-        See `load`. A module on several devices is loaded once for each of them, and `trace` and `report` show the last
-        of these loads.
+        See `load`. A module on several devices is loaded once for each of them, and ``trace`` and ``report`` show the
+        last of these loads.
     device : str or torch.device, optional
         Where tensors on ``"meta"`` go. Default: the device of the others, or the CPU.
     strict : bool, default True
