@@ -105,7 +105,8 @@ def _condition(root: Path, existing: Path) -> str:
 
 def _environment_facts() -> list[tuple[str, str]]:
     environ = os.environ
-    facts = [(name, environ[name]) for name in ("NDCACHE_HOME", "NDCACHE_OFFLINE", "HF_HUB_OFFLINE") if name in environ]
+    plain = ("NDCACHE_HOME", "NDCACHE_MAX_SIZE", "NDCACHE_OFFLINE", "HF_HUB_OFFLINE")
+    facts = [(name, environ[name]) for name in plain if name in environ]
     if environ.get("HF_TOKEN"):
         facts.append(("HF_TOKEN", "set"))
     elif os.path.exists(path := token_path(environ)):

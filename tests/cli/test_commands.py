@@ -481,10 +481,16 @@ def test_row_40_doctor_shows_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://user:hunter2@proxy.example:3128")
     monkeypatch.setenv("https_proxy", "user:hunt#er2@proxy.example:3129")
     monkeypatch.setenv("NDCACHE_OFFLINE", "1")
+    monkeypatch.setenv("NDCACHE_MAX_SIZE", "50GB")
     out = invoke("doctor").stdout
     assert "hunter2" not in out
     assert "hunt#er2" not in out
-    for words in ("HF_TOKEN +set", "HF_ENDPOINT +https://mirror.example/path", "NDCACHE_OFFLINE +1"):
+    for words in (
+        "HF_TOKEN +set",
+        "HF_ENDPOINT +https://mirror.example/path",
+        "NDCACHE_OFFLINE +1",
+        "NDCACHE_MAX_SIZE +50GB",
+    ):
         assert re.search(rf"^{words}$", out, re.M)
     assert re.search(r"^HTTP_PROXY +http://proxy.example:3128$", out, re.M)
     assert re.search(r"^https_proxy +proxy.example:3129$", out, re.M | re.I)
