@@ -48,9 +48,9 @@ _OTHER_NAMES = {
 }
 #: Stands for a hyphen in help, where textwrap would break a line.
 _HYPHEN = "\ue000"
-#: On terminals with fewer columns, only such names of options stand beside their meaning.
+#: On terminals narrower than the first, the meaning stands beside an option only if its name fits into the second.
 _NARROW, _NARROW_COLUMN = 60, 8
-#: The keys that contexts have if ``--verbose`` or ``--json`` was given; that of ``--json`` leads to the command's own.
+#: Keys of a context's ``meta``: whether ``--verbose`` was given, and the context of the command that has ``--json``.
 _VERBOSE, _JSON = "ndcache.verbose", "ndcache.json"
 
 

@@ -25,7 +25,7 @@ class Arrivals:
 
     def __init__(self) -> None:
         self._sizes: Mapping[str, int] = {}
-        self._counted = 0  # entries of `_here` that the next two are of
+        self._counted = 0  # how many entries of `_here` the next two fields cover
         self._names: list[str] = []
         self._names_bytes = 0
         self._here: dict[str, None] = {}

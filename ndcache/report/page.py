@@ -20,7 +20,7 @@ from .words import format_checks, format_count, format_seconds, format_size, for
 
 __all__ = ["render_page", "write_text"]
 
-#: The least part of an event that is drawn, of 16 pixels.
+#: Smaller parts of an event are not drawn, as its bar has a height of 16 pixels.
 _LEAST_PART = 0.05
 
 

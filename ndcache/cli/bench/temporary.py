@@ -17,7 +17,7 @@ from ...store.lock import try_lock
 
 __all__ = ["temporary_cache"]
 
-#: Seconds after which a temporary cache without a lock is no new one.
+#: A temporary cache that is younger, in seconds, may not have its lock yet.
 _NEW = 60.0
 _PREFIX = ".ndcache-bench-"
 
