@@ -15,6 +15,8 @@ __all__ = ["print_facts", "print_json", "print_lines", "print_table", "say"]
 
 #: The lines that are written at once.
 _LINES = 1000
+#: Characters of JSON that are too many to be read by people: indenting them would take seconds.
+_LONG_JSON = 1 << 20
 
 
 def say(line: str) -> None:
@@ -88,5 +90,6 @@ def _print_lines(lines: Iterable[str]) -> None:
 
 
 def print_json(value: object) -> None:
-    """Print JSON, and nothing else."""
-    click.echo(json.dumps(value, indent=2))
+    """Print JSON, and nothing else: on one line if it is very long."""
+    text = json.dumps(value)
+    click.echo(text if len(text) > _LONG_JSON else json.dumps(value, indent=2))

@@ -256,6 +256,14 @@ def test_inspect_prints_json(tmp_path: Path) -> None:
     }
 
 
+def test_very_long_json_is_on_one_line(tmp_path: Path) -> None:
+    ndcache.dump({f"layer.{number}": np.zeros((), np.uint8) for number in range(12_000)}, tmp_path / "model")
+    printed = invoke("inspect", tmp_path / "model", "--json").stdout
+    assert len(printed) > 1 << 20
+    assert printed.count("\n") == 1
+    assert len(json.loads(printed)["shards"][0]["tensors"]) == 12_000
+
+
 def test_inspect_fetches_no_shard(tmp_path: Path, serve: Callable[..., FileServer]) -> None:
     simple_model(tmp_path / "model")
     server = serve(tmp_path / "model")

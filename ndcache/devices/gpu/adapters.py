@@ -17,7 +17,7 @@ from ...errors import DeviceError, NoAdapterError
 if TYPE_CHECKING:
     import wgpu
 
-__all__ = ["adapter_lock", "adapter_name", "find_adapter", "is_software", "list_adapters"]
+__all__ = ["adapter_lock", "adapter_name", "explained_fork", "find_adapter", "is_software", "list_adapters"]
 
 #: The backends in order of preference, as several may offer the same adapter.
 _BACKENDS = ("Vulkan", "Metal", "D3D12", "OpenGL")
@@ -118,11 +118,26 @@ def find_adapter(spec: str) -> wgpu.GPUAdapter | None:
     if adapter in _from_parent and adapter.info["backend_type"] == "OpenGL":
         # OpenGL drivers have threads and locks that a whole process shares. In a fork, where the threads are missing,
         # some drivers crash.
-        raise DeviceError(
-            "OpenGL cannot be used in a process that was forked after its parent had used OpenGL",
-            hint="Start the process with multiprocessing's 'spawn' method, or load with device='cpu'.",
-        )
+        raise _forked("OpenGL")
     return adapter
+
+
+@contextmanager
+def explained_fork(adapter: wgpu.GPUAdapter) -> Iterator[None]:
+    """Say of a `DeviceError` in the block that a fork is the cause, if the parent process had used the adapter."""
+    try:
+        yield
+    except DeviceError as error:
+        if adapter in _from_parent:  # those of lavapipe go on working, those of NVIDIA's Vulkan do not
+            raise _forked("this GPU") from error
+        raise
+
+
+def _forked(what: str) -> DeviceError:
+    return DeviceError(
+        f"{what} cannot be used in a process that was forked after its parent had used {what}",
+        hint="Start the process with multiprocessing's 'spawn' method, or load with device='cpu'.",
+    )
 
 
 def adapter_name(adapter: wgpu.GPUAdapter) -> str:

@@ -11,7 +11,7 @@ from ...workers.pool import WorkerPool
 from ..base import Device
 from ..into import Destination
 from ..segments import Segment
-from .adapters import adapter_lock, adapter_name, find_adapter
+from .adapters import adapter_lock, adapter_name, explained_fork, find_adapter
 from .buffers import tensor_nbytes
 from .lent import check_alive, find_destination, read_bytes_beside
 from .limits import check_limits
@@ -152,7 +152,7 @@ def _open(spec: str) -> GpuDevice | None:
     if adapter is None:
         return None
     features = [feature for feature in ("shader-f16",) if feature in adapter.features]
-    with translated_errors(), adapter_lock():
+    with explained_fork(adapter), translated_errors(), adapter_lock():
         # Without required_limits, the device would have the smallest limits that WebGPU guarantees.
         device = adapter.request_device_sync(
             label="ndcache", required_features=features, required_limits=dict(adapter.limits)

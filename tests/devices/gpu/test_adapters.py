@@ -10,6 +10,7 @@ import pytest
 
 import ndcache
 from ndcache.devices.gpu import adapters as adapters_module
+from ndcache.devices.gpu import open_gpu
 
 from ...helpers import models
 
@@ -41,6 +42,29 @@ def test_adapters_are_listed_by_type_with_their_best_backend(monkeypatch: pytest
         ("Intel(R) UHD", "D3D12"),
         ("llvmpipe (LLVM 15)", "Vulkan"),
     ]
+
+
+class BrokenAdapter(FakeAdapter):
+    """An adapter as NVIDIA's Vulkan gives it to a forked process."""
+
+    features = limits = ()
+
+    def request_device_sync(self, **_: Any) -> None:
+        import wgpu
+
+        raise wgpu.GPUValidationError("Parent device is lost")
+
+
+@pytest.mark.parametrize("is_from_parent", [True, False])
+def test_row_37_an_adapter_that_the_parent_process_had_used_is_blamed_on_the_fork(
+    monkeypatch: pytest.MonkeyPatch, is_from_parent: bool
+) -> None:
+    adapter = BrokenAdapter("NVIDIA H100", "DiscreteGPU")
+    monkeypatch.setattr(adapters_module, "_known", [adapter])
+    monkeypatch.setattr(adapters_module, "_from_parent", [adapter] if is_from_parent else [])
+    with pytest.raises(ndcache.DeviceError, match="forked" if is_from_parent else "lost") as caught:
+        open_gpu("gpu")
+    assert ("'spawn'" in str(caught.value)) == is_from_parent
 
 
 def test_the_adapters_of_this_machine_are_listed_once_hardware_first(gpu: Any) -> None:

@@ -155,8 +155,11 @@ if not child:
     except ndcache.DeviceError as error:
         os._exit(1 if "forked" in str(error) else 2)
     os._exit(0)
-is_opengl = ndcache.devices.gpu.adapters.list_adapters()[0].info["backend_type"] == "OpenGL"
-assert os.waitpid(child, 0)[1] == (0x100 if is_opengl else 0)
+adapter, status = ndcache.devices.gpu.adapters.list_adapters()[0], os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+if adapter.info["backend_type"] == "OpenGL":
+    assert status == 1
+else:  # the drivers of hardware may refuse
+    assert status in ((0,) if adapter.info["adapter_type"] == "CPU" else (0, 1))
 """
 
 
