@@ -118,7 +118,7 @@ def find_adapter(spec: str) -> wgpu.GPUAdapter | None:
     if adapter in _from_parent and adapter.info["backend_type"] == "OpenGL":
         # OpenGL drivers have threads and locks that a whole process shares. In a fork, where the threads are missing,
         # some drivers crash.
-        raise _forked("OpenGL")
+        raise _forked("OpenGL cannot be used in a process that was forked after its parent had used OpenGL")
     return adapter
 
 
@@ -129,15 +129,14 @@ def explained_fork(adapter: wgpu.GPUAdapter) -> Iterator[None]:
         yield
     except DeviceError as error:
         if adapter in _from_parent:  # those of lavapipe go on working, those of NVIDIA's Vulkan do not
-            raise _forked("this GPU") from error
+            raise _forked(
+                "this GPU cannot be used in a process that was forked after its parent had used it"
+            ) from error
         raise
 
 
-def _forked(what: str) -> DeviceError:
-    return DeviceError(
-        f"{what} cannot be used in a process that was forked after its parent had used {what}",
-        hint="Start the process with multiprocessing's 'spawn' method, or load with device='cpu'.",
-    )
+def _forked(text: str) -> DeviceError:
+    return DeviceError(text, hint="Start the process with multiprocessing's 'spawn' method, or load with device='cpu'.")
 
 
 def adapter_name(adapter: wgpu.GPUAdapter) -> str:
