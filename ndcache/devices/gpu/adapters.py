@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from ...errors import DeviceError, NoAdapterError
+from ...errors import DeviceError, NoAdapterError, OutOfDeviceMemoryError
 
 if TYPE_CHECKING:
     import wgpu
@@ -127,6 +127,8 @@ def explained_fork(adapter: wgpu.GPUAdapter) -> Iterator[None]:
     """Say of a `DeviceError` in the block that a fork is the cause, if the parent process had used the adapter."""
     try:
         yield
+    except OutOfDeviceMemoryError:
+        raise
     except DeviceError as error:
         if adapter in _from_parent:  # those of lavapipe go on working, those of NVIDIA's Vulkan do not
             raise _forked(

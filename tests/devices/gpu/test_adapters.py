@@ -48,11 +48,12 @@ class BrokenAdapter(FakeAdapter):
     """An adapter as NVIDIA's Vulkan gives it to a forked process."""
 
     features = limits = ()
+    error = "GPUValidationError"
 
     def request_device_sync(self, **_: Any) -> None:
         import wgpu
 
-        raise wgpu.GPUValidationError("Parent device is lost")
+        raise getattr(wgpu, self.error)("Parent device is lost")
 
 
 @pytest.mark.parametrize("is_from_parent", [True, False])
@@ -65,6 +66,9 @@ def test_row_37_an_adapter_that_the_parent_process_had_used_is_blamed_on_the_for
     with pytest.raises(ndcache.DeviceError, match="forked" if is_from_parent else "lost") as caught:
         open_gpu("gpu")
     assert ("'spawn'" in str(caught.value)) == is_from_parent
+    adapter.error = "GPUOutOfMemoryError"
+    with pytest.raises(ndcache.OutOfDeviceMemoryError):
+        open_gpu("gpu")
 
 
 def test_the_adapters_of_this_machine_are_listed_once_hardware_first(gpu: Any) -> None:
